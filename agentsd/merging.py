@@ -1,0 +1,143 @@
+"""Token merging (Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604): match, merge, unmerge.
+
+A plan is indices only. It says for every token which cluster it belongs to, so that merging is one indexed sum and
+unmerging one row look-up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Scores are compared in slabs of at most this many entries a row of the batch: the N_src × N_dst matrix never exists.
+_SLAB = 2**20
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Destination and source tokens of a grid, the same for every row of a batch.
+
+    Attributes:
+        dst: indices of the destination tokens (N_dst,), one for each whole cell.
+        src: indices of all other tokens (N − N_dst,).
+    """
+
+    dst: Tensor
+    src: Tensor
+
+    def to(self, device: torch.device) -> Partition:
+        return Partition(self.dst.to(device), self.src.to(device))
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which cluster each token belongs to.
+
+    Attributes:
+        shape: (B, N), the batch and tokens that this was made for.
+        count: number of clusters in a row of the batch.
+        index: the cluster of each token in the flattened batch (B · N,), row b's clusters being [b·count, (b+1)·count).
+        weight: 1 / members of each cluster (B · count, 1), float32.
+    """
+
+    shape: tuple[int, int]
+    count: int
+    index: Tensor
+    weight: Tensor
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Average the tokens of each cluster: (B, N, C) → (B, count, C)."""
+        B, N, C = x.shape
+        # float32 sums: in half precision a cluster of hundreds of tokens would lose its last members
+        total = x.new_zeros(B * self.count, C, dtype=torch.float32)
+        total.index_add_(0, self.index, x.reshape(B * N, C).float())
+        return (total * self.weight).to(x.dtype).view(B, self.count, C)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Give every token its cluster's value: (B, count, C) → (B, N, C)."""
+        B, N = self.shape
+        return y.reshape(B * self.count, -1).index_select(0, self.index).view(B, N, -1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The clusters of one block: for merged tokens and for agent tokens; None where there are none."""
+
+    shape: tuple[int, int]
+    merged: Clusters | None = None
+    agents: Clusters | None = None
+
+
+def partition_seed(seed: int, timestep: float | None, height: int, width: int, sx: int, sy: int) -> int:
+    """A seed that depends on nothing but the arguments: not on the batch, the device, or what ran before."""
+    key = repr((seed, timestep, height, width, sx, sy)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def partition(height: int, width: int, sx: int, sy: int, seed: int | None = None) -> Partition:
+    """Choose one destination token in each whole sy × sx cell of a height × width grid, on the CPU.
+
+    Args:
+        height: rows of the grid.
+        width: columns of the grid.
+        sx: width of a cell.
+        sy: height of a cell.
+        seed: seed of the choice; None takes each cell's first token. No global generator is touched.
+    """
+    rows, columns = height // sy, width // sx
+    if seed is None:
+        pick = torch.zeros(rows, columns, dtype=torch.int64)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        pick = torch.randint(sy * sx, (rows, columns), generator=generator)
+    y = torch.arange(rows)[:, None] * sy + pick // sx
+    x = torch.arange(columns)[None, :] * sx + pick % sx
+    dst = (y * width + x).flatten()
+    is_src = torch.ones(height * width, dtype=torch.bool)
+    is_src[dst] = False
+    return Partition(dst, is_src.nonzero().flatten())
+
+
+@torch.no_grad()
+def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Plan:
+    """Match source tokens to their most similar destination tokens, and cluster the best r and agent_r of them.
+
+    Args:
+        x: tokens (B, N, C); only read, no reference is kept.
+        part: the partition of the N tokens.
+        r: tokens to merge away, 0 … N − N_dst.
+        agent_r: tokens to merge away to make agents, 0 … N − N_dst.
+    """
+    B, N, _ = x.shape
+    similarity, nearest = _nearest(x, part)
+    order = similarity.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(1, order, torch.arange(order.shape[1], device=x.device).expand_as(order))
+    merged = _cluster(part, rank, nearest, r) if r else None
+    agents = _cluster(part, rank, nearest, agent_r) if agent_r else None
+    return Plan((B, N), merged, agents)
+
+
+def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:
+    """Cosine similarity to, and number of, the best destination of each source token: two (B, N_src) tensors."""
+    unit = (x.float() / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)).to(x.dtype)
+    dst = unit[:, part.dst].transpose(1, 2)
+    step = max(1, _SLAB // max(1, part.dst.numel()))
+    best = [(unit[:, src] @ dst).max(dim=-1) for src in part.src.split(step)]
+    return torch.cat([b.values for b in best], 1), torch.cat([b.indices for b in best], 1)
+
+
+def _cluster(part: Partition, rank: Tensor, nearest: Tensor, r: int) -> Clusters:
+    """The r best source tokens join their destination's cluster, the others stay alone."""
+    B, n_src = rank.shape
+    n_dst = part.dst.numel()
+    N, count = n_src + n_dst, n_src + n_dst - r
+    slot = rank.new_empty(B, N)
+    slot[:, part.dst] = torch.arange(n_dst, device=rank.device)
+    slot[:, part.src] = torch.where(rank < r, nearest, n_dst + rank - r)
+    index = (slot + torch.arange(B, device=rank.device)[:, None] * count).flatten()
+    members = torch.bincount(index, minlength=B * count).float()
+    return Clusters((B, N), count, index, members.reciprocal().unsqueeze(1))
