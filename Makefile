@@ -1,0 +1,54 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+# Any PyTorch from 2.1 on; set TORCH to take another build, such as TORCH="torch==2.13.0+cu130" with your own index.
+TORCH ?= torch==2.13.0
+
+PY := .venv/bin/python
+READY := .venv/.ready
+export OMP_WAIT_POLICY ?= passive
+export HF_HUB_OFFLINE ?= 1
+export GRADIO_ANALYTICS_ENABLED ?= False
+
+.PHONY: help demo test test-webui lint format bench bench-quick playground clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): requirements/dev.txt requirements/dev-no-deps.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/dev-no-deps.txt
+	@touch $@
+
+demo: $(READY) ## pictures with and without agent attention, on the embedded model
+	$(PY) -m agentsd demo
+
+playground: $(READY) ## the panel in a local web page, on the embedded model
+	$(PY) -m agentsd.playground
+
+test: $(READY) ## all tests, and the linter
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+test-webui: $(READY) ## the tests on a real WebUI; AGENTSD_WEBUI names its folder
+	$(PY) -m pytest tests/webui
+
+lint: $(READY) ## the linter alone
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY) ## let the linter rewrite the code
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: $(READY) ## the speed table and its plots
+	$(PY) -m benchmarks.bench --preset readme
+
+bench-quick: $(READY) ## the same in under two minutes
+	$(PY) -m benchmarks.bench --quick
+
+clean: ## remove the environment and all output
+	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis
