@@ -69,11 +69,8 @@ def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Te
     Returns:
         (B, ⌈height / cell height⌉ · ⌈width / cell width⌉, C), in row-major order.
     """
-    sy, sx = cell
-    if height % sy == 0 and width % sx == 0:
-        # A mean over two axes of a view: no copy into an image layout and back.
-        grid = x.unflatten(1, (height // sy, sy, width // sx, sx))
-        return grid.mean(dim=(2, 4)).flatten(1, 2)
+    # A view in the channels-last layout, which is what this kernel is fast in: several times faster than a mean over
+    # two axes, and the result is laid out by tokens again.
     image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     pooled = F.avg_pool2d(image, cell, ceil_mode=True, count_include_pad=False)
     return pooled.permute(0, 2, 3, 1).flatten(1, 2)
