@@ -233,7 +233,7 @@ def is_block(module: nn.Module) -> bool:
 
 def find_sites(unet: nn.Module) -> list[Site]:
     """All blocks of the U-Net that can be patched, in the order of their names in it."""
-    downsamples = dict(_downsamples(unet))
+    levels = dict(downsamples(unet))
     sites = []
     for name, module in unet.named_modules():
         if not hasattr(module, "transformer_blocks"):
@@ -241,15 +241,15 @@ def find_sites(unet: nn.Module) -> list[Site]:
         for child_name, block in module.named_modules():
             if is_block(block):
                 full = f"{name}.{child_name}".lstrip(".")
-                sites.append(Site(full, block, module, _of_prefix(full, downsamples), _obstacle(block.attn1)))
+                sites.append(Site(full, block, module, _of_prefix(full, levels), _obstacle(block.attn1)))
     return sites
 
 
-def _of_prefix(name: str, downsamples: Mapping[str, int]) -> int | None:
-    return next((d for prefix, d in downsamples.items() if name.startswith(prefix + ".")), None)
+def _of_prefix(name: str, levels: Mapping[str, int]) -> int | None:
+    return next((d for prefix, d in levels.items() if name.startswith(prefix + ".")), None)
 
 
-def _downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
+def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
     """(name of a stage of the U-Net, its downsample), for the two layouts that there are."""
     d = 1
     if hasattr(unet, "input_blocks"):  # LDM, sgm, Forge

@@ -1,0 +1,60 @@
+"""Reading a U-Net's layout (`agentsd.costs.Layout`) off its modules, without running it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from torch import nn
+
+from .costs import PROMPT_TOKENS, BlockGroup, Layout
+from .hosts import Site, downsamples, find_sites
+
+# Where a resampling convolution runs, relative to the level that its stage counts as: by class, since LDM's stage
+# begins with its Downsample and diffusers' ends with it.
+_RESAMPLED = {"Downsample": 1.0, "Upsample": 0.5, "Downsample2D": 2.0, "Upsample2D": 0.5}
+
+
+def layout_of(unet: nn.Module, name: str = "") -> Layout:
+    """The layout of a U-Net of LDM, sgm, Forge or diffusers; only shapes are read, so it may be on any device.
+
+    Blocks whose place in the U-Net is unknown are left out.
+    """
+    sites = [site for site in find_sites(unet) if site.downsample is not None]
+    groups = Counter((site.downsample, site.block.attn1.to_q.in_features) for site in sites)
+    blocks = tuple(BlockGroup(d, channels, count) for (d, channels), count in sorted(groups.items()))
+    constant = sum(_prompt_flops(site) for site in sites)
+    inside = {id(module) for site in sites for module in site.block.modules()}
+    resampled, levels = dict(_resamplers(unet)), dict(downsamples(unet))
+    rest: Counter[int] = Counter()
+    for full, module in unet.named_modules():
+        flops = 0 if id(module) in inside else _flops_per_position(module)
+        if not flops:
+            continue
+        if isinstance(module, nn.Linear) and not full.endswith(("proj_in", "proj_out")):
+            constant += flops  # timestep and class embeddings
+            continue
+        level = next((d for prefix, d in levels.items() if full.startswith(prefix + ".")), 1)
+        factor = next((f for prefix, f in resampled.items() if full.startswith(prefix + ".")), 1.0)
+        rest[int(level * factor)] += flops
+    return Layout(name, blocks, tuple(sorted(rest.items())), constant)
+
+
+def _resamplers(unet: nn.Module) -> list[tuple[str, float]]:
+    found = ((full, type(module).__name__) for full, module in unet.named_modules())
+    return [(full, _RESAMPLED[kind]) for full, kind in found if kind in _RESAMPLED]
+
+
+def _flops_per_position(module: nn.Module) -> int:
+    if isinstance(module, nn.Conv2d):
+        return 2 * math.prod(module.kernel_size) * module.in_channels * module.out_channels // module.groups
+    if isinstance(module, nn.Linear):
+        return 2 * module.in_features * module.out_features
+    return 0
+
+
+def _prompt_flops(site: Site) -> int:
+    attn2 = getattr(site.block, "attn2", None)
+    if attn2 is None:
+        return 0
+    return sum(PROMPT_TOKENS * _flops_per_position(getattr(attn2, name)) for name in ("to_k", "to_v"))
