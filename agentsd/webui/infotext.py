@@ -1,0 +1,57 @@
+"""The settings in an image's infotext: one compact entry, written when on, and read back exactly.
+
+Imports neither gradio nor the WebUI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from agentsd.config import SettingError
+
+from .settings import BY_NAME, DEFAULTS, SETTINGS
+
+KEY = "Agent Attention"
+NOTE = "Agent Attention note"
+
+
+def write(values: Mapping[str, Any]) -> str:
+    """What stands under KEY, such as "agent_ratio=0.95; until=0.6": no comma, colon or line break, so no quotes.
+
+    The main settings are always named; the others where they differ from the table's defaults.
+    """
+    rows = [row for row in SETTINGS if row.name != "enabled"]
+    named = [row for row in rows if row.written or values[row.name] != row.default]
+    return "; ".join(f"{row.name}={row.text(values[row.name])}" for row in named)
+
+
+def read(entry: str) -> dict[str, Any]:
+    """Every setting that an entry stands for. What cannot be read (a later version's, say) is at its default."""
+    values = {**DEFAULTS, "enabled": True}
+    for pair in entry.split(";"):
+        name, _, text = pair.strip().partition("=")
+        if name in BY_NAME:
+            try:
+                values[name] = BY_NAME[name].parsed(text)
+            except SettingError:
+                continue
+    return values
+
+
+@cache
+def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A function from the host's parsed infotext to the control's value; None leaves the control as it is.
+
+    An image that was made without us switches the extension off and changes nothing else. There is one function for
+    each name, so that the host can match the controls of two tabs by it.
+    """
+
+    def value(params: Mapping[str, Any]) -> Any:
+        entry = params.get(KEY)
+        if name == "enabled":
+            return entry is not None
+        return None if entry is None else read(str(entry))[name]
+
+    return value

@@ -1,0 +1,96 @@
+"""The panel, made from the table of settings. Knows gradio, and no WebUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import gradio as gr
+
+from .settings import BY_NAME, SETTINGS, Row
+
+# Controls that share a line, by their group's number
+_LINES = (
+    ("ratio", "agent_ratio"),
+    ("k_scale2", "k_shortcut"),
+    ("fp32",),
+    ("agent_source", "method"),
+    ("since", "until", "hires_until"),
+    ("after", "passes"),
+    ("max_downsample", "min_tokens", "max_agents"),
+    ("sx", "sy", "seed"),
+    ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
+)
+_LINE = {name: i for i, line in enumerate(_LINES) for name in line}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What was built.
+
+    Attributes:
+        controls: the control of each setting by name, in the table's order; "enabled" is the accordion's checkbox.
+        summary: the line that says what the settings mean at the current size.
+        status: the line that says what became of the last run.
+    """
+
+    controls: Mapping[str, Any]
+    summary: Any
+    status: Any
+
+    def tidy(self) -> None:
+        """Give each control's default its own type again, which a saved ui-config may have lost.
+
+        The host casts what it reads from an infotext to that type: a 0 saved for 0.0 would turn 0.4 into 0.
+        """
+        for name, control in self.controls.items():
+            row = BY_NAME[name]
+            try:
+                control.value = row.checked(control.value)
+            except ValueError:
+                control.value = row.default
+
+
+def element_id(tab: str, name: str = "") -> str:
+    """The id of a control, of "summary" or of "status"; without a name, of the accordion."""
+    return f"{tab}_agent_attention" + (f"_{name}" if name else "")
+
+
+def build(tab: str, accordion: Callable[..., AbstractContextManager]) -> Panel:
+    """Build the panel inside the current gradio blocks.
+
+    Args:
+        tab: prefix of the elements' ids: "txt2img" or "img2img".
+        accordion: makes an accordion that is an input, such as the WebUI's InputAccordion.
+    """
+    enabled = BY_NAME["enabled"]
+    with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:
+        controls = {"enabled": switch}
+        summary = gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
+        controls.update(_lines(tab, [row for row in SETTINGS if not row.folded and row is not enabled]))
+        with gr.Accordion("More settings", open=False, elem_id=element_id(tab, "more")):
+            controls.update(_lines(tab, [row for row in SETTINGS if row.folded]))
+        status = gr.HTML("", elem_id=element_id(tab, "status"), elem_classes=["agent-attention-status"])
+    return Panel({row.name: controls[row.name] for row in SETTINGS}, summary, status)
+
+
+def _lines(tab: str, rows: list[Row]) -> dict[str, Any]:
+    controls = {}
+    for _, line in groupby(sorted(rows, key=lambda row: _LINE.get(row.name, len(_LINES))), lambda r: _LINE.get(r.name)):
+        with gr.Row():
+            controls.update({row.name: _control(tab, row) for row in line})
+    return controls
+
+
+def _control(tab: str, row: Row) -> Any:
+    common = {"value": row.default, "label": row.label, "info": row.info, "elem_id": element_id(tab, row.name)}
+    if row.kind == "flag":
+        return gr.Checkbox(**common)
+    if row.kind == "choice":
+        return gr.Dropdown(choices=list(row.choices), **common)
+    if row.kind == "number":
+        return gr.Number(minimum=row.low, maximum=row.high, precision=0, **common)
+    return gr.Slider(minimum=row.low, maximum=row.high, step=row.step, **common)

@@ -1,0 +1,185 @@
+"""The life of a patch: on for one sampling pass, and off whatever way the pass ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from agentsd import Patch, patch_unet
+from agentsd.config import SettingError
+
+from . import compat, infotext, settings
+from .status import STATUS, PassReport
+
+# On the host's processing object: this generation, and what an XYZ cell changes in its settings
+_GENERATION, XYZ = "_agent_attention", "_agent_attention_xyz"
+
+
+@dataclass
+class Generation:
+    """The settings of one generation that is made with us, and what became of its passes."""
+
+    values: Mapping[str, Any]
+    reports: list[PassReport] = field(default_factory=list)
+
+    def entries(self) -> dict[str, str]:
+        """What the infotext is to say: the settings, unless every pass was left to the host, and which were."""
+        obstacles = dict.fromkeys(reason for report in self.reports for reason in report.obstacles)
+        found = {}
+        if not self.reports or any(not report.obstacles for report in self.reports):
+            found[infotext.KEY] = infotext.write(self.values)
+        if obstacles:
+            found[infotext.NOTE] = f"not applied, {' and '.join(obstacles)}"
+        return found
+
+
+# The script's callbacks, in the order in which the host makes them
+
+
+def before_process(p: Any) -> None:
+    """Take back whatever an earlier generation left, and forget what an XYZ cell shares with the one before."""
+    close_leftovers()
+    setattr(p, _GENERATION, None)
+    _write_infotext(p, {})
+
+
+def process(p: Any, args: Sequence[Any]) -> None:
+    """Read the settings and write the infotext. With a bad value the image is made unpatched, and says why."""
+    try:
+        values = settings.from_args(args, getattr(p, XYZ, None))
+        for hires in (False, True):
+            settings.to_config(values, hires=hires)
+    except SettingError as error:
+        STATUS.begin(False, str(error))
+        _write_infotext(p, {infotext.NOTE: f"not applied, {error}"})
+        p.comment(f"Agent Attention was not applied: {error}")
+        return
+    STATUS.begin(values["enabled"])
+    if values["enabled"]:
+        generation = Generation(values)
+        setattr(p, _GENERATION, generation)
+        _write_infotext(p, generation.entries())
+
+
+def before_sampling(p: Any) -> None:
+    """Have the coming pass sampled under the patch."""
+    generation = getattr(p, _GENERATION, None)
+    hires = bool(getattr(p, "is_hr_pass", False))
+    if generation is not None and settings.to_config(generation.values, hires=hires) is not None:
+        wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires))
+
+
+def before_model_call() -> None:
+    """Follow a refiner that has taken over since the last step."""
+    if _running:
+        _running[-1].follow(compat.current_unet())
+
+
+def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
+    for key in (infotext.KEY, infotext.NOTE):
+        p.extra_generation_params.pop(key, None)
+    p.extra_generation_params.update(entries)
+
+
+# One pass
+
+
+def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) -> None:
+    """Make the sampler's next launch run inside `around()`; afterwards the sampler is as it was."""
+    unwrap = getattr(vars(sampler).get("launch_sampling"), "unwrap", None)
+    if unwrap is not None:  # Forge announces a hires pass twice
+        unwrap()
+    before, launch = vars(sampler).get("launch_sampling"), sampler.launch_sampling
+
+    def launch_sampling(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with around():
+                return launch(*args, **kwargs)
+        finally:
+            restore()
+
+    def restore() -> None:
+        if vars(sampler).get("launch_sampling") is not launch_sampling:
+            return  # somebody has wrapped us: taking ours out would take theirs out
+        if before is None:
+            del sampler.launch_sampling
+        else:
+            sampler.launch_sampling = before
+
+    launch_sampling.unwrap = restore
+    sampler.launch_sampling = launch_sampling
+
+
+@contextmanager
+def sampling_pass(p: Any, generation: Generation, hires: bool) -> Iterator[None]:
+    """Patch the U-Net in use, and one that takes over from it; take both back however the pass ends."""
+    current = Pass(generation.values, PassReport(hires, obstacles=list(compat.obstacles(p, hires))))
+    _running.append(current)
+    try:
+        current.follow(compat.current_unet())
+        yield
+    finally:
+        current.close()
+        STATUS.add(current.report)
+        generation.reports.append(current.report)
+        _write_infotext(p, generation.entries())
+
+
+class Pass:
+    """The patch during one sampling pass."""
+
+    def __init__(self, values: Mapping[str, Any], report: PassReport) -> None:
+        self.values, self.report = values, report
+        self.thread = threading.get_ident()
+        self._patch: Patch | None = None
+        self._unet: nn.Module | None = None
+
+    def follow(self, unet: nn.Module | None) -> None:
+        """Have the patch on `unet`, and only there. Never raises: the image is made without us instead."""
+        if self.report.obstacles or unet is self._unet:
+            return
+        self._release()
+        self._unet = unet
+        try:
+            if unet is not None:
+                self._patch = self._patched(unet)
+        except Exception as error:
+            self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
+
+    def close(self) -> None:
+        """Take the patch back. Doing it again changes nothing."""
+        self._release()
+        if self in _running:
+            _running.remove(self)
+
+    def _patched(self, unet: nn.Module) -> Patch:
+        level = compat.first_downsample(unet)
+        config = settings.to_config(self.values, hires=self.report.hires, first_downsample=level)
+        if compat.upcasts():
+            config = replace(config, attn_precision="fp32")
+        if compat.replaced_blocks(unet):
+            self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
+        return patch_unet(unet, config, compat.kv_context())
+
+    def _release(self) -> None:
+        patch, self._patch, self._unet = self._patch, None, None
+        if patch is not None:
+            try:
+                self.report.add(patch, self.values["since"])
+            finally:
+                patch.remove()
+
+
+# Passes under way: nested where a script generates an image in the middle of another one
+_running: list[Pass] = []
+
+
+def close_leftovers() -> None:
+    """Close passes that nobody is inside of: those of other threads, since the host makes one image at a time."""
+    for left in [one for one in _running if one.thread != threading.get_ident()]:
+        left.close()

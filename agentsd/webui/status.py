@@ -1,0 +1,164 @@
+"""What became of the last run: for the panel's status line, the console and the status route.
+
+Imports neither gradio nor the WebUI.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentsd import Patch
+
+
+@dataclass
+class PassReport:
+    """What was done in one sampling pass.
+
+    Attributes:
+        hires: whether it was the hires pass.
+        latent: (height, width) of the latent; None before the first call of the U-Net.
+        calls: number of self-attention calls by what was done: "agents", "merge", "pool", "untouched" …
+        layers: the different plans of the layers that were changed: action, tokens, queries and agents.
+        idle: why the layers that could have been changed were not meant to be.
+        obstacles: why the whole pass was left to the host.
+        notes: why single calls were left to the host, with their number.
+        models: number of U-Nets that were patched; 2 where a refiner took over.
+    """
+
+    hires: bool
+    latent: tuple[int, int] | None = None
+    calls: Counter[str] = field(default_factory=Counter)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    models: int = 0
+
+    @property
+    def name(self) -> str:
+        return "hires pass" if self.hires else "first pass"
+
+    def add(self, patch: Patch, done: float) -> None:
+        """Take over what a patch has to tell before it is removed; `done` is where its first stage begins."""
+        self.models += 1
+        self.notes.update(patch.notes)
+        for layer in patch.report():
+            self.calls.update(layer.calls)
+        self.latent = patch.moment.latent or self.latent
+        if self.latent is not None:
+            self._add_plans(plan for _, plan in patch.explain(*self.latent, done) if plan is not None)
+
+    def _add_plans(self, plans: Iterable[Any]) -> None:
+        for plan in plans:
+            if plan.action == "untouched":
+                _append_new(self.idle, plan.reason)
+            else:
+                sizes = {"tokens": plan.tokens, "queries": plan.queries, "agents": plan.agents}
+                _append_new(self.layers, {"action": plan.action, **sizes})
+
+    def changed(self) -> int:
+        """Number of self-attention calls that were changed."""
+        return sum(n for action, n in self.calls.items() if action != "untouched")
+
+    def sentence(self) -> str:
+        """The pass in one sentence."""
+        if self.obstacles:
+            return f"{self.name}: not applied, {' and '.join(self.obstacles)}"
+        size = "" if self.latent is None else f", {self.latent[1] * 8}×{self.latent[0] * 8}"
+        if self.changed():
+            what = "; ".join(_layer_words(**layer) for layer in self.layers)
+            return f"{self.name}{size}: {what}; {self.changed()} of {sum(self.calls.values())} self-attention calls"
+        why = "; ".join(self.idle) or "the U-Net was not called"
+        if self.layers:
+            why = "no step lay between From and Until"
+        return f"{self.name}{size}: nothing to do, {why}"
+
+
+def _append_new(where: list[Any], what: Any) -> None:
+    if what not in where:
+        where.append(what)
+
+
+def _layer_words(action: str, tokens: int, queries: int, agents: int) -> str:
+    if action == "merge":
+        return f"{tokens} tokens merged to {queries}"
+    kind = "pooled keys" if action == "pool" else "agents"
+    return f"{tokens} tokens → {agents} {kind}"
+
+
+class Status:
+    """The last run."""
+
+    def __init__(self) -> None:
+        self.run = 0
+        self._said: set[str] = set()
+        self.clear()
+
+    def clear(self) -> None:
+        self.enabled = False
+        self.error = ""
+        self.passes: list[PassReport] = []
+
+    def begin(self, enabled: bool, error: str = "") -> None:
+        """A generation begins; with an `error` it is made unpatched."""
+        self.clear()
+        self.run += 1
+        self.enabled, self.error = enabled, error
+        if error:
+            self.say(f"not applied: {error}")
+
+    def add(self, report: PassReport) -> None:
+        """A pass has ended."""
+        self.passes.append(report)
+        for reason in (*report.obstacles, *report.notes):
+            self.say(f"stands down: {reason}")
+
+    def say(self, message: str) -> None:
+        """Tell the console, once for each different message."""
+        if message not in self._said:
+            self._said.add(message)
+            print(f"[Agent Attention] {message}")
+
+    def obstacles(self) -> list[str]:
+        """Why whole passes were left to the host."""
+        return list(dict.fromkeys(reason for report in self.passes for reason in report.obstacles))
+
+    def notes(self) -> list[str]:
+        return list(dict.fromkeys(note for report in self.passes for note in report.notes))
+
+    def text(self) -> str:
+        """The status line; empty where the extension is off."""
+        if self.error:
+            return f"Not applied: {self.error}"
+        # a batch count repeats its passes
+        lines = list(dict.fromkeys(report.sentence() for report in self.passes))
+        lines += [f"left to the host: {note}" for note in self.notes()]
+        return f"Last run: {'. '.join(lines)}." if lines else ""
+
+    def as_dict(self) -> Mapping[str, Any]:
+        """The same for the status route, in JSON's types."""
+        return {
+            "run": self.run,
+            "enabled": self.enabled,
+            "text": self.text(),
+            "error": self.error,
+            "notes": [*self.obstacles(), *self.notes()],
+            "passes": [
+                {
+                    "hires": report.hires,
+                    "latent": report.latent,
+                    "calls": dict(report.calls),
+                    "layers": report.layers,
+                    "models": report.models,
+                    "obstacles": report.obstacles,
+                    "notes": dict(report.notes),
+                }
+                for report in self.passes
+            ],
+        }
+
+
+STATUS = Status()

@@ -1,0 +1,49 @@
+"""Axes of the X/Y/Z plot, made from the table of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .session import XYZ
+from .settings import SETTINGS, Row
+
+PREFIX = "[Agent Attention] "
+
+
+def register(grids: Iterable[Any]) -> None:
+    """Add an axis for every setting to each of the plot's modules, once."""
+    for grid in grids:
+        there = {option.label for option in grid.axis_options}
+        grid.axis_options.extend(axis(grid, row) for row in SETTINGS if _label(row) not in there)
+
+
+def axis(grid: Any, row: Row) -> Any:
+    """The axis of one setting. It switches the extension on by itself, unless it is the switch."""
+    choices = {"flag": ("True", "False"), "choice": row.choices}.get(row.kind)
+    more = {} if choices is None else {"choices": lambda: list(choices)}
+    return grid.AxisOption(_label(row), row.xyz_type, _apply(row), confirm=_confirm(row), **more)
+
+
+def _label(row: Row) -> str:
+    return PREFIX + ("Enabled" if row.name == "enabled" else row.label)
+
+
+def _apply(row: Row) -> Callable[[Any, Any, Any], None]:
+    def apply(p: Any, value: Any, values: Any) -> None:
+        # a new dictionary each time: a cell's p is a shallow copy
+        setattr(p, XYZ, {"enabled": True, **getattr(p, XYZ, {}), row.name: _value(row, value)})
+
+    return apply
+
+
+def _confirm(row: Row) -> Callable[[Any, Any], None]:
+    def confirm(p: Any, values: Any) -> None:
+        for value in values:
+            _value(row, value)
+
+    return confirm
+
+
+def _value(row: Row, value: Any) -> Any:
+    return row.parsed(value.strip()) if isinstance(value, str) else row.checked(value)

@@ -1,0 +1,59 @@
+"""Agent Attention in the WebUI: callbacks only, the work is done in agentsd.webui."""
+
+from pathlib import Path
+
+from modules import script_callbacks, scripts
+
+import agentsd
+
+# Found by the folder of the extension, which the host puts on sys.path only while this file is being imported
+if Path(agentsd.__file__).resolve().parents[1] != Path(__file__).resolve().parents[1]:
+    raise ImportError(
+        f"Agent Attention can't start: another extension's package of the same name, {agentsd.__file__}, was imported "
+        f"first. Disable that extension in the Extensions tab, then restart the WebUI."
+    )
+
+from agentsd.webui import compat, infotext, panel, session, xyz
+from agentsd.webui.settings import NAMES
+from agentsd.webui.status import STATUS
+
+_panels: list[panel.Panel] = []
+
+
+class AgentAttentionScript(scripts.Script):
+    def title(self):
+        return "Agent Attention"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img):
+        built = panel.build("img2img" if is_img2img else "txt2img", compat.InputAccordion)
+        _panels.append(built)
+        self.infotext_fields = [(built.controls[name], infotext.reader(name)) for name in NAMES]
+        self.paste_field_names = [infotext.reader(name) for name in NAMES]
+        return list(built.controls.values())
+
+    def before_process(self, p, *args):
+        session.before_process(p)
+
+    def process(self, p, *args):
+        session.process(p, args)
+
+    def process_before_every_sampling(self, p, *args, **kwargs):
+        session.before_sampling(p)
+
+
+def on_app_started(demo, app):
+    for built in _panels:
+        built.tidy()
+    app.add_api_route("/agent-attention/status", status, methods=["GET"])
+
+
+def status():
+    return {**STATUS.as_dict(), "first_downsample": compat.current_first_downsample()}
+
+
+script_callbacks.on_cfg_denoiser(lambda params: session.before_model_call())
+script_callbacks.on_before_ui(lambda: xyz.register(compat.xyz_grids()))
+script_callbacks.on_app_started(on_app_started)
