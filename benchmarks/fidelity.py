@@ -1,0 +1,441 @@
+"""How close each method stays to the unpatched model, against its seconds, on the embedded model.
+
+For every method and size of latent: the relative deviation of single U-Net forwards from the unpatched model's over the
+timestep, on noised training pictures; the seconds of a forward, measured interleaved with the unpatched model's; and
+for the methods of the short list the deviation of the final picture and whether it is still the prompt's.
+
+    python -m benchmarks.fidelity                  # docs/fidelity/: CSV, JSON, Markdown and the plots; resumes
+    python -m benchmarks.fidelity --quick          # a few methods, one size, into out/fidelity
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from agentsd import AgentConfig, early, paper_stages, patch_unet
+
+TIMESTEPS = (900, 700, 500, 300, 100)
+SIZES = ((64, 64), (64, 96), (96, 96), (128, 128))
+STEPS, GUIDANCE = 20, 3.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute self-attention.
+
+    Attributes:
+        name: what the table calls it.
+        family: methods of one family are joined by a line in the plot.
+        config: the settings of the patch; None: the model is not patched by us.
+        tomesd: the ratio that the tomesd library is applied with; None: it is not.
+        pictures: whether final pictures are made too.
+        sizes: latents other than 64 × 64 are measured too.
+    """
+
+    name: str
+    family: str
+    config: AgentConfig | None = None
+    tomesd: float | None = None
+    pictures: bool = False
+    sizes: bool = False
+
+    @contextmanager
+    def on(self, unet: torch.nn.Module) -> Iterator[None]:
+        """A `with` block during which the U-Net is patched."""
+        if self.tomesd is not None:
+            import tomesd
+
+            torch.manual_seed(0)  # tomesd draws its partition from the global generator
+            tomesd.apply_patch(unet, ratio=self.tomesd)
+            try:
+                yield
+            finally:
+                tomesd.remove_patch(unet)
+        elif self.config is not None:
+            patch = patch_unet(unet, self.config)
+            try:
+                yield
+            finally:
+                patch.remove()
+            if patch.notes:
+                raise RuntimeError(f"{self.name} stood down: {dict(patch.notes)}")
+        else:
+            yield
+
+    def parts(self, timesteps: Sequence[int]) -> dict[Method, int]:
+        """The method as one that is the same at every timestep, or several, with the steps that each takes."""
+        if self.config is None or not self.config.stages:
+            return {self: len(timesteps)}
+        found: dict[Method, int] = {}
+        for t in timesteps:
+            part = Method(self.name, self.family, self.config.at(1 - t / 1000))
+            found[part] = found.get(part, 0) + 1
+        return found
+
+
+def _agents(source: str, ratio: float, **settings: Any) -> AgentConfig:
+    return AgentConfig(ratio=0.0, agent_source=source, agent_ratio=ratio, **settings)
+
+
+def _pool(sy: int, sx: int, shortcut: float = 0.0, **settings: Any) -> AgentConfig:
+    return AgentConfig(method="pool", sx=sx, sy=sy, ratio=0.0, k_shortcut=shortcut, **settings)
+
+
+def methods() -> list[Method]:
+    """Everything that is compared; the unpatched model is the first."""
+    grid = _agents("grid", 1 - 1 / 16)
+    until_40 = {"stages": early(0.4)}
+    return [
+        Method("unpatched", "unpatched", pictures=True, sizes=True),
+        Method("tomesd .3", "tomesd", tomesd=0.3, sizes=True),
+        Method("tomesd .5", "tomesd", tomesd=0.5, pictures=True, sizes=True),
+        Method("paper .4/.95, whole run", "paper", AgentConfig()),
+        Method("paper .4/.95, its schedule", "paper", AgentConfig(stages=paper_stages()), pictures=True),
+        Method("similarity N/4", "similarity agents", _agents("similarity", 0.75, sx=2, sy=2)),
+        Method("similarity N/16", "similarity agents", _agents("similarity", 0.9375), pictures=True, sizes=True),
+        Method("similarity N/64", "similarity agents", _agents("similarity", 1 - 1 / 64, sx=8, sy=8)),
+        Method("grid 2×2", "grid agents", _agents("grid", 0.75)),
+        Method("grid 4×4", "grid agents", grid, pictures=True, sizes=True),
+        Method("grid 8×8", "grid agents", _agents("grid", 1 - 1 / 64), sizes=True),
+        Method("grid 4×4, first 40 %", "grid agents, first 40 %", _agents("grid", 0.9375, **until_40), pictures=True),
+        Method("grid 4×4, k_scale2 1, k_shortcut 0", "plain", _agents("grid", 0.9375, k_scale2=1.0, k_shortcut=0.0)),
+        Method("K/V pooled 2×2", "K/V pooling", _pool(2, 2), pictures=True, sizes=True),
+        Method("K/V pooled 2×4", "K/V pooling", _pool(2, 4), sizes=True),
+        Method("K/V pooled 4×4", "K/V pooling", _pool(4, 4), pictures=True, sizes=True),
+        Method("K/V pooled 8×8", "K/V pooling", _pool(8, 8)),
+        Method("K/V pooled 2×2, shortcut .075", "K/V pooling, shortcut", _pool(2, 2, 0.075)),
+        Method("K/V pooled 4×4, shortcut .15", "K/V pooling, shortcut", _pool(4, 4, 0.15)),
+    ]
+
+
+def covering(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Latents of a trained size enlarged to cover height × width, and cut to it around the middle."""
+    side = max(height, width)
+    x = F.interpolate(pictures, size=(side, side), mode="bilinear", antialias=True)
+    top, left = (side - height) // 2, (side - width) // 2
+    return x[..., top : top + height, left : left + width]
+
+
+@dataclass
+class Case:
+    """Noised pictures at one timestep, their prompts, and what the unpatched model makes of them."""
+
+    x: Tensor
+    t: int
+    prompts: list[str]
+    base: Tensor = field(init=False)
+
+
+def cases(pipe: Any, size: tuple[int, int], samples: int, seed: int = 0) -> list[Case]:
+    """`samples` noised training pictures at each timestep; other pictures and other noise at each."""
+    generator = torch.Generator().manual_seed(seed)
+    clean, found = pipe.latents_of(pipe.pictures).float(), []
+    for t in TIMESTEPS:
+        index = torch.randperm(len(clean), generator=generator)[:samples]
+        x = covering(clean[index], *size)
+        noise = torch.randn(x.shape, generator=generator)
+        alpha = pipe.scheduler.alphas_cumprod[t]
+        x = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).to(pipe.dtype)
+        case = Case(x, t, [pipe.prompts[i] for i in index])
+        case.base = _forward(pipe, case)
+        found.append(case)
+    return found
+
+
+def _forward(pipe: Any, case: Case) -> Tensor:
+    rows = zip(case.x.split(2), _chunks(case.prompts, 2), strict=True)
+    return torch.cat([pipe.predict(x, case.t, prompts) for x, prompts in rows]).float()
+
+
+def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def deviations(pipe: Any, method: Method, found: Sequence[Case]) -> list[list[float]]:
+    """‖out − base‖ / ‖base‖ of each picture of each case."""
+    rows = []
+    with method.on(pipe.unet):
+        for case in found:
+            out = _forward(pipe, case)
+            rows.append(((out - case.base).flatten(1).norm(dim=1) / case.base.flatten(1).norm(dim=1)).tolist())
+    return rows
+
+
+def seconds(pipe: Any, chosen: Sequence[Method], size: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Median seconds of a forward of two rows by method, each round going through all methods.
+
+    A schedule's is the mean over the steps of a picture.
+    """
+    pipe.scheduler.set_timesteps(STEPS)
+    timesteps = [int(t) for t in pipe.scheduler.timesteps]
+    parts = {method.name: method.parts(timesteps) for method in chosen}
+    single = {_key(part): part for found in parts.values() for part in found}
+    x, prompts = torch.randn(2, 4, *size).to(pipe.dtype), ["", pipe.prompts[0]]
+    runs: dict[Any, list[float]] = {key: [] for key in single}
+    for _ in tqdm(range(rounds + 1), desc=f"seconds {size[0]}×{size[1]}", leave=False):
+        for key, part in single.items():
+            with part.on(pipe.unet):
+                pipe.predict(x, 500, prompts)
+                start = time.perf_counter()
+                pipe.predict(x, 500, prompts)
+                runs[key].append(time.perf_counter() - start)
+    median = {key: statistics.median(times[1:]) for key, times in runs.items()}
+    return {
+        name: sum(median[_key(part)] * steps for part, steps in found.items()) / len(timesteps)
+        for name, found in parts.items()
+    }
+
+
+def _key(part: Method) -> Any:
+    return part.tomesd, part.config
+
+
+def pictures(pipe: Any, method: Method, index: Sequence[int]) -> Tensor:
+    """Final latents of the prompts `index`, two at a time, in 20 steps of DDIM; the prompt's number is its seed."""
+    with method.on(pipe.unet):
+        made = []
+        for some in _chunks(index, 2):
+            noise = pipe.noise(some)
+            made.append(pipe.sample([pipe.prompts[i] for i in some], latents=noise, steps=STEPS, guidance=GUIDANCE))
+    return torch.cat(made)
+
+
+def judged(pipe: Any, index: Sequence[int], latents: Tensor, base: Tensor) -> dict[str, float]:
+    """How far pictures are from the unpatched model's, and how many are nearest to their prompt's training picture."""
+    nearest, distance = pipe.nearest(latents)
+    return {
+        "picture_deviation": float(((latents - base).flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)).mean()),
+        "retrieved": float((nearest.cpu() == torch.tensor(index)).float().mean()),
+        "distance": float(distance.mean()),
+        "pictures": len(index),
+    }
+
+
+class Store:
+    """Rows of results by (method, size), written after every change so that nothing is lost."""
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "fidelity.json"
+        saved = json.loads(self.file.read_text()) if self.file.exists() else {}
+        same = saved.get("about", {}).get("key") == about["key"]
+        self.data = saved if same else {"about": dict(about), "rows": {}}
+
+    def row(self, method: Method, size: tuple[int, int]) -> dict[str, Any]:
+        blank = {"method": method.name, "family": method.family, "size": list(size)}
+        row = self.data["rows"].setdefault(f"{method.name} @ {size[0]}x{size[1]}", dict(blank))
+        settings = repr((method.config, method.tomesd))
+        if row.get("settings") != settings:  # the method has changed since
+            row.clear()
+            row.update(blank, settings=settings)
+        return row
+
+    def keep(self, names: set[str]) -> None:
+        self.data["rows"] = {key: row for key, row in self.data["rows"].items() if row["method"] in names}
+
+    def save(self) -> None:
+        partial = self.file.with_suffix(".tmp")
+        partial.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(self.file)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return list(self.data["rows"].values())
+
+
+def run(
+    pipe: Any,
+    folder: Path,
+    chosen: Sequence[Method],
+    *,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    samples: int = 8,
+    rounds: int = 7,
+    prompts: int = 10,
+    key: str = "",
+) -> Store:
+    """Measure what is missing in `folder` and write everything.
+
+    Args:
+        pipe: the embedded model.
+        folder: where the results are, and go.
+        chosen: the methods; the first is the unpatched model.
+        sizes: (height, width) of the latents; pictures are made at the first.
+        samples: pictures at each timestep.
+        rounds: timed rounds.
+        prompts: how many final pictures each method of the short list makes.
+        key: names the weights and the run; results of another key are dropped.
+    """
+    about = {"key": f"{key} samples {samples} pictures {prompts}", **machine()}
+    store = Store(folder, about)
+    store.keep({method.name for method in chosen})
+    for size in sizes:
+        here = [m for m in chosen if m.sizes or size == sizes[0]]
+        missing = [m for m in here if "deviation" not in store.row(m, size)]
+        found = cases(pipe, size, samples) if missing else []
+        for method in tqdm(missing, desc=f"deviation {size[0]}×{size[1]}"):
+            store.row(method, size)["deviation"] = deviations(pipe, method, found)
+            store.save()
+        if any("seconds" not in store.row(m, size) for m in here):
+            for name, value in seconds(pipe, here, size, rounds).items():
+                store.row(next(m for m in here if m.name == name), size)["seconds"] = value
+            store.save()
+    index = [i * len(pipe.prompts) // prompts for i in range(prompts)] if prompts else []
+    missing = [m for m in chosen if m.pictures and "retrieved" not in store.row(m, sizes[0])] if prompts else []
+    base = pictures(pipe, chosen[0], index) if missing else None
+    for method in tqdm(missing, desc="pictures"):
+        latents = base if method is chosen[0] else pictures(pipe, method, index)
+        store.row(method, sizes[0]).update(judged(pipe, index, latents, base))
+        store.save()
+    write_csv(store, folder / "fidelity.csv")
+    (folder / "table.md").write_text(table(store, sizes), encoding="utf-8")
+    for size in sizes:
+        plot(store, size, folder / f"frontier-{size[0]}x{size[1]}.png")
+    return store
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+
+
+def mean(row: Mapping[str, Any]) -> float:
+    """Mean deviation over all timesteps and pictures."""
+    return statistics.fmean(value for case in row["deviation"] for value in case)
+
+
+def write_csv(store: Store, file: Path) -> None:
+    """One line a method and size."""
+    head = ["method", "height", "width", "seconds", "speedup", "deviation", "worst"]
+    head += [f"t{t}" for t in TIMESTEPS] + ["picture_deviation", "retrieved", "distance"]
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(head)
+        for row in store.rows:
+            means = [statistics.fmean(case) for case in row["deviation"]]
+            numbers = [row["seconds"], unpatched(store, row["size"])["seconds"] / row["seconds"], mean(row), worst(row)]
+            numbers += [*means, *(row.get(name, "") for name in head[-3:])]
+            writer.writerow([row["method"], *row["size"], *(n if n == "" else f"{n:.5f}" for n in numbers)])
+
+
+def worst(row: Mapping[str, Any]) -> float:
+    """Largest deviation of a single picture."""
+    return max(value for case in row["deviation"] for value in case)
+
+
+def unpatched(store: Store, size: Sequence[int]) -> dict[str, Any]:
+    """The unpatched model's row at this size."""
+    return next(row for row in store.rows if row["method"] == "unpatched" and row["size"] == list(size))
+
+
+def table(store: Store, sizes: Sequence[tuple[int, int]]) -> str:
+    """The Markdown tables, one a size."""
+    parts = []
+    for size in sizes:
+        rows = [row for row in store.rows if row["size"] == list(size)]
+        base = unpatched(store, size)["seconds"]
+        lines = [f"Latent {size[0]} × {size[1]}, N = {size[0] * size[1]}:", ""]
+        lines += ["| method | s a forward | speed-up | " + " | ".join(f"t={t}" for t in TIMESTEPS)
+                  + " | mean | worst | picture | retrieved |"]  # fmt: skip
+        lines += ["|---|" + "---:|" * (len(TIMESTEPS) + 6)]
+        for row in rows:
+            cells = [row["method"], f"{row['seconds']:.3f}", f"{base / row['seconds']:.2f}x"]
+            cells += [_thousandths(statistics.fmean(case)) for case in row["deviation"]]
+            cells += [f"**{_thousandths(mean(row))}**", _thousandths(worst(row))]
+            cells += [_thousandths(row["picture_deviation"]) if "retrieved" in row else ""]
+            cells += [f"{row['retrieved'] * row['pictures']:.0f}/{row['pictures']}" if "retrieved" in row else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _thousandths(x: float) -> str:
+    return f"{x:.4f}".lstrip("0") if x else "0"
+
+
+def plot(store: Store, size: tuple[int, int], file: Path) -> None:
+    """Deviation against seconds; what lies on the frontier is joined by the grey steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in store.rows if row["size"] == list(size) and row["method"] != "unpatched"]
+    base = unpatched(store, size)["seconds"]
+    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    for i, family in enumerate(families):
+        points = sorted((row["seconds"], mean(row), row["method"]) for row in rows if row["family"] == family)
+        style = (
+            {"marker": "*", "markersize": 13} if family.startswith("corrected") else {"marker": "o", "markersize": 6}
+        )
+        axes.plot(*zip(*[p[:2] for p in points], strict=True), **style, color=f"C{i % 10}", alpha=0.85, label=family)
+        for x, y, name in points:
+            axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.axvline(base, color="grey", linewidth=0.8, linestyle=":", label="unpatched")
+    axes.set_yscale("log")
+    axes.set_xlabel("seconds a forward (two rows)")
+    axes.set_ylabel("relative deviation from the unpatched model, mean over t")
+    axes.set_title(f"Embedded model, latent {size[0]} × {size[1]}: lower left is better")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+QUICK = ("unpatched", "tomesd .5", "grid 4×4", "K/V pooled 2×2", "K/V pooled 4×4")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for the results (docs/fidelity; with --quick out/fidelity)")
+    parser.add_argument("--quick", action="store_true", help="few methods, one size, no pictures")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="methods whose names contain one of these")
+    parser.add_argument("--sizes", nargs="+", metavar="HxW", help="latents, e.g. 64x64 64x96")
+    parser.add_argument("--samples", type=int, default=8, help="pictures at each timestep (8)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
+    parser.add_argument("--pictures", type=int, default=10, help="final pictures a method (10)")
+    args = parser.parse_args(arguments)
+
+    from agentsd.embedded import load
+    from agentsd.embedded.model import WEIGHTS
+
+    chosen = methods()
+    if args.only:
+        chosen = [m for m in chosen if m.name == "unpatched" or any(part in m.name for part in args.only)]
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes] if args.sizes else list(SIZES)
+    if args.quick:
+        chosen = [m for m in chosen if m.name in QUICK or m.family.startswith("corrected")]
+        args.samples, args.rounds, args.pictures, sizes = 2, 3, 0, [(64, 64)]
+    folder = args.out or Path("out/fidelity" if args.quick else "docs/fidelity")
+    pipe = load()
+    run(pipe, folder, chosen, sizes=sizes, samples=args.samples, rounds=args.rounds, prompts=args.pictures,
+        key=_digest(WEIGHTS / "model.safetensors"))  # fmt: skip
+    print((folder / "table.md").read_text())
+    print(f"written to {folder}/")
+
+
+def _digest(file: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main()
