@@ -56,19 +56,20 @@ def _checked_number(name: str, value: Any, meta: Mapping[str, Any]) -> float | i
     allowed = f"{'a whole number' if whole else 'a number'} from {meta['low']} to {meta['high']}"
     if meta.get("optional"):
         allowed += ", or None"
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _reject(name, value, allowed)
+    if not meta["low"] <= value <= meta["high"]:  # which NaN is not
         raise _reject(name, value, allowed)
     if whole and value != int(value):
-        raise _reject(name, value, allowed)
-    if not meta["low"] <= value <= meta["high"]:
         raise _reject(name, value, allowed)
     return int(value) if whole else float(value)
 
 
 def _checked_choice(name: str, value: Any, meta: Mapping[str, Any]) -> Any:
+    # True == 1, but nobody who writes max_downsample=True means 1
+    number = isinstance(value, Real) and not isinstance(value, bool)
     for choice in meta["choices"]:
-        # True == 1, but nobody who writes max_downsample=True means 1
-        if type(value) is type(choice) and value == choice:
+        if (number if isinstance(choice, int) else type(value) is type(choice)) and value == choice:
             return choice
     raise _reject(name, value, "one of " + ", ".join(repr(c) for c in meta["choices"]))
 
@@ -101,6 +102,8 @@ class Stage:
         object.__setattr__(self, "until", until)
         if self.settings is not None and not isinstance(self.settings, Mapping):
             raise _reject("settings", self.settings, "a mapping of settings, or None to leave the model untouched")
+        if self.settings is not None:
+            object.__setattr__(self, "settings", dict(self.settings))  # ours alone: checked once, then never changed
 
     def __hash__(self) -> int:
         return hash((self.until, None if self.settings is None else tuple(sorted(self.settings.items()))))
@@ -199,13 +202,13 @@ def _checked_stages(stages: Any) -> tuple[Stage, ...]:
     allowed = "a sequence of agentsd.Stage with increasing `until`"
     if isinstance(stages, (str, Stage, Mapping)) or not hasattr(stages, "__iter__"):
         raise _reject("stages", stages, allowed)
-    stages = tuple(stages)
-    if not all(isinstance(stage, Stage) for stage in stages):
+    checked = tuple(stages)
+    if not all(isinstance(stage, Stage) for stage in checked):
         raise _reject("stages", stages, allowed)
-    ends = [stage.until for stage in stages]
+    ends = [stage.until for stage in checked]
     if any(b <= a for a, b in pairwise(ends)):
         raise _reject("stages", stages, allowed)
-    return stages
+    return checked
 
 
 def check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -233,11 +236,15 @@ def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None =
         since: fraction done at which they begin, 0–1; before that the model is left untouched.
         after: settings for the rest, such as `agentsd.TOKEN_MERGING`; None leaves the rest untouched.
     """
+    use = Stage(until)
+    since = _checked_number("since", since, {"kind": "float", "low": 0.0, "high": 1.0})
+    if since >= use.until:
+        raise _reject("since", since, f"below until, which is {use.until}")
     stages = [Stage(since, None)] if since else []
-    stages.append(Stage(until))
-    if until < 1:
+    stages.append(use)
+    if use.until < 1:
         stages.append(Stage(1.0, after))
-    return _checked_stages(stages)
+    return tuple(stages)
 
 
 def paper_stages() -> tuple[Stage, ...]:
