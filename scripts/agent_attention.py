@@ -13,7 +13,7 @@ if Path(agentsd.__file__).resolve().parents[1] != Path(__file__).resolve().paren
         f"first. Disable that extension in the Extensions tab, then restart the WebUI."
     )
 
-from agentsd.webui import compat, infotext, panel, session, xyz
+from agentsd.webui import compat, infotext, panel, readout, session, xyz
 from agentsd.webui.settings import NAMES
 from agentsd.webui.status import STATUS
 
@@ -48,6 +48,7 @@ def on_app_started(demo, app):
     for built in _panels:
         built.tidy()
     app.add_api_route("/agent-attention/status", status, methods=["GET"])
+    app.add_api_route("/agent-attention/readout", lambda: readout.page_data(compat.loaded_unet()), methods=["GET"])
 
 
 def status():

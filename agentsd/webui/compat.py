@@ -25,6 +25,11 @@ def current_unet() -> nn.Module | None:
         return None
 
 
+def loaded_unet() -> nn.Module | None:
+    """The same; None where no checkpoint is loaded yet. Loads none."""
+    return None if getattr(sd_models.model_data, "sd_model", None) is None else current_unet()
+
+
 def first_downsample(unet: nn.Module) -> int:
     """How far down the U-Net its largest self-attention layers are: 1 in SD 1 and 2, 2 in SDXL."""
     return min((site.downsample for site in find_sites(unet) if site.downsample), default=1)
@@ -32,7 +37,7 @@ def first_downsample(unet: nn.Module) -> int:
 
 def current_first_downsample() -> int | None:
     """The same for the checkpoint in use; None where none is loaded. Loads none."""
-    unet = None if getattr(sd_models.model_data, "sd_model", None) is None else current_unet()
+    unet = loaded_unet()
     return None if unet is None else first_downsample(unet)
 
 

@@ -1,0 +1,49 @@
+"""What the page needs to know to say what the settings do: asked for once, and again when the model changes.
+
+Imports neither gradio nor the WebUI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from agentsd.config import TOKEN_MERGING, AgentConfig
+from agentsd.costs import Layout, layouts
+from agentsd.layout import layout_of
+
+from .settings import DEFAULTS, MERGING, SETTINGS
+
+# Reading a layout walks over every module of the U-Net.
+_LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+
+
+def page_data(unet: nn.Module | None) -> dict[str, Any]:
+    """The tables and the model, in JSON's types.
+
+    Args:
+        unet: the U-Net in use; None where no model is loaded.
+    """
+    return {
+        "layouts": {name: layout.to_dict() for name, layout in layouts().items()},
+        "config": {**asdict(AgentConfig()), "stages": []},
+        "after": {MERGING: dict(TOKEN_MERGING)},
+        "rows": [_row(row) for row in SETTINGS],
+        "labels": {row.name: row.label for row in SETTINGS},
+        "defaults": dict(DEFAULTS),
+        "model": None if unet is None else {"layout": _layout(unet).to_dict(), "notes": []},
+    }
+
+
+def _row(row: Any) -> Mapping[str, Any]:
+    return {"name": row.name, "kind": row.kind, "low": row.low, "high": row.high, "choices": list(row.choices)}
+
+
+def _layout(unet: nn.Module) -> Layout:
+    if unet not in _LAYOUTS:
+        _LAYOUTS[unet] = layout_of(unet)
+    return _LAYOUTS[unet]
