@@ -182,15 +182,11 @@ class AgentAttention(nn.Module):
 
 
 def _agent_grid(agents: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(agents, int):
-        side = int(max(agents, 0) ** 0.5 + 0.5)
-        if side < 1 or side * side != agents:
-            raise ValueError(f"agents must be a square number or (rows, columns), got {agents}")
-        return side, side
-    rows, columns = agents
-    if rows < 1 or columns < 1:
-        raise ValueError(f"agents must have at least one row and one column, got {agents}")
-    return rows, columns
+    side = int(max(agents, 0) ** 0.5 + 0.5) if isinstance(agents, int) else 0
+    grid = (side, side) if side * side == agents else agents
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+        raise ValueError(f"agents must be a positive square number or (rows, columns), got {agents!r}")
+    return grid[0], grid[1]
 
 
 def _grid_size(tokens: int, size: tuple[int, int] | None) -> tuple[int, int]:
