@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -49,26 +50,28 @@ class ForwardSeam:
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
         self._names = _positional_names(type(attn).forward)
-        self._previous = attn.__dict__.get("forward")
+        self._previous: Callable[..., Tensor] | None = None
         self._forward: Callable[..., Tensor] | None = None
-        self._handler: Handler | None = None
 
     def install(self, handler: Handler) -> None:
         """Send every call to `handler`."""
-        self._handler = handler
+        attn, previous = self.attn, self.attn.__dict__.get("forward")
+
+        def original(*args: Any, **kwargs: Any) -> Tensor:
+            return type(attn).forward(attn, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            if self._handler is None:  # removed, but somebody kept a reference to this function
-                return self._original(*args, **kwargs)
-            return self._handler(self._read(args, kwargs))
+            if self._forward is not forward:  # removed, but somebody kept a reference to this function
+                return original(*args, **kwargs)
+            return handler(self._read(original, args, kwargs))
 
-        self._forward = forward
-        self.attn.forward = forward
+        self._previous, self._forward = previous, forward
+        attn.forward = forward
 
     def remove(self) -> None:
         """Put back what was there. What others have put on top of us since stays, and no longer meets us."""
-        self._handler = None
-        if self.attn.__dict__.get("forward") is not self._forward:
+        ours, self._forward = self._forward, None
+        if ours is None or self.attn.__dict__.get("forward") is not ours:
             return
         if self._previous is None:
             del self.attn.forward
@@ -78,21 +81,16 @@ class ForwardSeam:
     def project_out(self, x: Tensor) -> Tensor:
         return self.attn.to_out(x)
 
-    def _original(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._previous is not None:
-            return self._previous(*args, **kwargs)
-        return type(self.attn).forward(self.attn, *args, **kwargs)
-
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _read(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         given = dict(zip(self._names, args, strict=False), **kwargs)
         given.update({f"argument {i}": value for i, value in enumerate(args[len(self._names) :])})
         x, context, mask = (given.pop(name, None) for name in (self._names[0], "context", "mask"))
 
         def proceed(tokens: Tensor | None = None) -> Tensor:
             if tokens is None:
-                return self._original(*args, **kwargs)
+                return original(*args, **kwargs)
             rest = given if context is None else {"context": tokens, **given}
-            return self._original(tokens, **rest)
+            return original(tokens, **rest)
 
         extras = {name: value for name, value in given.items() if _says_something(value) and name not in self._HARMLESS}
         return Call(x, context, mask, extras, proceed)
@@ -110,11 +108,13 @@ class ProcessorSeam:
 
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
-        self._previous = attn.processor
+        self._previous = _host_processor(attn)
         self._processor: _Processor | None = None
 
     def install(self, handler: Handler) -> None:
         """Send every call to `handler`."""
+        if isinstance(self._previous, nn.Module):
+            return  # its weights would leave the module tree, out of reach of to() and of state_dict()
         self._processor = _Processor(self._previous, handler)
         self.attn.set_processor(self._processor)
 
@@ -124,7 +124,7 @@ class ProcessorSeam:
             return
         self._processor.handler = None
         if self.attn.processor is self._processor:
-            self.attn.set_processor(self._previous)
+            self.attn.set_processor(self._processor.previous)
 
     def project_out(self, x: Tensor) -> Tensor:
         for module in self.attn.to_out:
@@ -133,31 +133,45 @@ class ProcessorSeam:
 
 
 class _Processor:
-    """A diffusers attention processor that asks a handler first."""
+    """A diffusers attention processor that asks a handler first.
+
+    Whoever asks is told the class and the parameters of the processor underneath: diffusers chooses by the class (and
+    makes a new one of it when an IP-Adapter is loaded), and passes only the arguments that `__call__` names.
+    """
+
+    _NAMES = ("encoder_hidden_states", "attention_mask", "temb")
 
     def __init__(self, previous: Callable[..., Tensor], handler: Handler | None) -> None:
         self.previous, self.handler = previous, handler
+        self.__call__ = wraps(previous.__call__)(partial(type(self).__call__, self))
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    @property
+    def __class__(self) -> type:
+        return self.previous.__class__
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(self._NAMES, args, strict=False), **kwargs)
+        given.update({f"argument {i}": value for i, value in enumerate(args[len(self._NAMES) :])})
+        context, mask = (given.pop(name, None) for name in self._NAMES[:2])
+
         def proceed(tokens: Tensor | None = None) -> Tensor:
-            context = encoder_hidden_states if tokens is None or encoder_hidden_states is None else tokens
-            tokens = hidden_states if tokens is None else tokens
-            return self.previous(attn, tokens, context, attention_mask, temb, *args, **kwargs)
+            if tokens is None:
+                return self.previous(attn, hidden_states, *args, **kwargs)
+            rest = given if context is None else {"encoder_hidden_states": tokens, **given}
+            return self.previous(attn, tokens, **rest)
 
         if self.handler is None:
             return proceed()
-        extras = {name: value for name, value in {"temb": temb, **kwargs}.items() if _says_something(value)}
-        extras.update({f"argument {i}": value for i, value in enumerate(args)})
-        return self.handler(Call(hidden_states, encoder_hidden_states, attention_mask, extras, proceed))
+        extras = {name: value for name, value in given.items() if _says_something(value)}
+        return self.handler(Call(hidden_states, context, mask, extras, proceed))
+
+
+def _host_processor(attn: nn.Module) -> Any:
+    """The processor of a diffusers attention, without those of ours that were removed but are kept by others."""
+    processor = attn.processor
+    while type(processor) is _Processor and processor.handler is None:
+        processor = processor.previous
+    return processor
 
 
 def _says_something(value: Any) -> bool:
@@ -278,7 +292,22 @@ def _is_diffusers(attn: nn.Module) -> bool:
     return hasattr(attn, "processor") and hasattr(attn, "set_processor")
 
 
+# The processors that compute plain attention, each by another kernel.
+_PLAIN_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+)
+
+
 def _obstacle(attn: nn.Module) -> str:
+    processor = type(_host_processor(attn)).__name__ if _is_diffusers(attn) else None
+    if processor is not None and processor not in _PLAIN_PROCESSORS:
+        return f"its attention processor is {processor}"
     for name in ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
         if getattr(attn, name, None) is not None:
             return f"its attention has {name}"

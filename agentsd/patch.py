@@ -186,6 +186,7 @@ class _Layer:
         self.size: tuple[int, int] | None = None
         self.todo: LayerPlan | None = None
         self.plan: Plan | None = None
+        self.met = False
 
     def install(self) -> Iterator[Any]:
         """Install this block's hooks; yields their handles one by one, so that none is lost if a later one fails."""
@@ -217,6 +218,7 @@ class _Layer:
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.todo = self.plan = None
+        self.met = False
         moment = self.patch.moment
         x = first_tensor(args, kwargs, "x", "hidden_states")
         if moment.config is None or self.size is None or moment.latent is None:
@@ -235,6 +237,8 @@ class _Layer:
 
     def _drop_plan(self, module: nn.Module, args: Any, output: Any) -> None:
         self.plan = None
+        if self.todo is not None and self.todo.action != "untouched" and not self.met:
+            self.patch.note(self.site.obstacle or "something else answers self-attention in its place")
 
     def _merge_around(self, module: nn.Module, switch: str) -> Iterator[Any]:
         def merged(x: Any) -> Clusters | None:
@@ -260,6 +264,7 @@ class _Layer:
     # Self-attention
 
     def _attention(self, call: Call) -> Tensor:
+        self.met = True
         reason = self._why_not(call)
         if reason is not None:
             if reason:
