@@ -16,8 +16,8 @@ from agentsd.config import SettingError
 from . import compat, infotext, settings
 from .status import STATUS, PassReport
 
-# On the host's processing object: this generation, and what an XYZ cell changes in its settings
-_GENERATION, XYZ = "_agent_attention", "_agent_attention_xyz"
+# On the host's processing object: this generation
+_GENERATION = "_agent_attention"
 
 
 @dataclass
@@ -51,7 +51,7 @@ def before_process(p: Any) -> None:
 def process(p: Any, args: Sequence[Any]) -> None:
     """Read the settings and write the infotext. With a bad value the image is made unpatched, and says why."""
     try:
-        values = settings.from_args(args, getattr(p, XYZ, None))
+        values = settings.from_args(args, getattr(p, settings.XYZ, None))
         for hires in (False, True):
             settings.to_config(values, hires=hires)
     except SettingError as error:

@@ -5,7 +5,6 @@ Imports neither gradio nor the WebUI.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -16,6 +15,9 @@ from agentsd.config import LIMITS, TOKEN_MERGING, AgentConfig, SettingError, che
 AUTO = "auto"
 NOTHING, MERGING = "nothing", "token merging"
 BOTH, FIRST, HIRES = "both", "first", "hires"
+
+# Attribute of the host's processing object: the settings that an XYZ plot's cell changes, by name
+XYZ = "_agent_attention_xyz"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Row:
         raise SettingError(f"{self.name} must be one of {', '.join(map(repr, self.choices))}, got {value!r}")
 
     def _number(self, value: Any) -> float | int:
-        real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        # a NaN is in no range
         if real and self.low <= value <= self.high and not (self.whole and value != int(value)):
             return int(value) if self.whole else float(value)
         what = "a whole number" if self.whole else "a number"

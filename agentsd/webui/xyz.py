@@ -1,12 +1,11 @@
-"""Axes of the X/Y/Z plot, made from the table of settings."""
+"""Axes of the X/Y/Z plot, made from the table of settings. Imports no WebUI: the plot's module is handed in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .session import XYZ
-from .settings import SETTINGS, Row
+from .settings import SETTINGS, XYZ, Row
 
 PREFIX = "[Agent Attention] "
 

@@ -1,0 +1,326 @@
+"""The table of settings, the infotext and the XYZ axes, without a WebUI."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentsd import TOKEN_MERGING, AgentConfig, SettingError
+from agentsd.config import LIMITS
+from agentsd.webui import infotext, xyz
+from agentsd.webui.settings import BY_NAME, DEFAULTS, NAMES, SETTINGS, XYZ, check, from_args, to_config
+
+# How the WebUI takes an infotext apart, as documented by its format: "key: value" pairs, quoted where needed
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def values_of(row):
+    """Any value that a control of this row can have."""
+    if row.kind == "flag":
+        return st.booleans()
+    if row.kind == "choice":
+        return st.sampled_from(row.choices)
+    if row.whole:
+        return st.integers(int(row.low), int(row.high))
+    return st.floats(row.low, row.high)
+
+
+def settings_of(**fixed):
+    return st.fixed_dictionaries(
+        {**{row.name: values_of(row) for row in SETTINGS}, **{k: st.just(fixed[k]) for k in fixed}}
+    )
+
+
+# The table
+
+
+def test_nothing_drifts_from_the_core():
+    """Every setting of the core is in the table, with the core's limits, or made of rows that are."""
+    made_of_others = {"attn_precision": "fp32", "stages": "until"}
+    for name, limits in LIMITS.items():
+        row = BY_NAME[made_of_others.get(name, name)]
+        if name in made_of_others or name == "max_downsample":
+            continue
+        if limits["kind"] == "choice":
+            assert row.choices == tuple(map(str, limits["choices"]))
+        elif limits["kind"] == "bool":
+            assert row.kind == "flag"
+        elif name not in ("max_agents", "seed"):
+            assert (row.low, row.high) == (limits["low"], limits["high"])
+
+
+def test_labels_and_names_are_unique():
+    assert len({row.label for row in SETTINGS}) == len(SETTINGS)
+    assert len(BY_NAME) == len(SETTINGS)
+
+
+@pytest.mark.parametrize("row", SETTINGS, ids=NAMES)
+def test_row_is_complete(row):
+    assert row.info.endswith(".")
+    assert row.checked(row.default) == row.default
+    assert type(row.checked(row.default)) is type(row.default)
+
+
+def test_the_api_order_is_a_contract():
+    assert NAMES[:23] == (
+        "enabled", "ratio", "agent_ratio", "k_scale2", "k_shortcut", "fp32", "agent_source", "method", "since", "until",
+        "hires_until", "after", "passes", "max_downsample", "min_tokens", "max_agents", "sx", "sy", "use_rand",
+        "merge_attn", "merge_crossattn", "merge_mlp", "seed",
+    )  # fmt: skip
+
+
+def test_imports_neither_gradio_nor_the_webui():
+    code = "import sys, agentsd.webui.settings, agentsd.webui.infotext, agentsd.webui.xyz, agentsd.webui.status as s; "
+    code += "print(sorted({'gradio', 'modules'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Values
+
+
+@given(settings_of())
+def test_canonical_values_stay_as_they_are(values):
+    assert check(values) == values
+
+
+def test_a_cleared_field_is_the_default():
+    assert check(dict.fromkeys(NAMES)) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "canonical"),
+    [("ratio", 0, 0.0), ("sx", 3.0, 3), ("max_downsample", 2, "2"), ("max_agents", 64.0, 64), ("until", 1, 1.0)],
+)
+def test_what_a_browser_makes_of_a_value(name, given, canonical):
+    found = check({name: given})[name]
+    assert found == canonical
+    assert type(found) is type(canonical)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ratio", -1),
+        ("ratio", 1.2),
+        ("ratio", float("nan")),
+        ("ratio", "0.4"),
+        ("ratio", True),
+        ("ratio", [0.4]),
+        ("sx", 0),
+        ("sx", 2.5),
+        pytest.param("sx", 10**400, id="huge"),
+        ("agent_source", "tokens"),
+        ("max_downsample", 3),
+        ("max_downsample", True),
+        ("use_rand", "False"),
+        ("use_rand", 1),
+        ("until", 0),
+        ("enabled", "on"),
+    ],
+)
+def test_bad_value_is_named(name, value):
+    with pytest.raises(SettingError, match=rf"^{name} must be .*got"):
+        check({name: value})
+
+
+def test_unknown_name_is_named():
+    with pytest.raises(SettingError, match=r"unknown setting rato=0\.4 \(did you mean ratio\?\)"):
+        check({"rato": 0.4})
+
+
+# The API's forms
+
+
+@given(settings_of(enabled=True))
+def test_list_and_dictionary_mean_the_same(values):
+    assert from_args([values[name] for name in NAMES]) == from_args([values]) == values
+
+
+@given(settings_of(enabled=True), st.integers(1, len(NAMES)))
+def test_short_list_keeps_the_defaults(values, n):
+    head = {name: values[name] for name in NAMES[:n]}
+    assert from_args(list(head.values())) == {**DEFAULTS, **head}
+
+
+def test_dictionary_switches_on_and_arguments_go_on_after_it():
+    assert from_args([{}])["enabled"] is True
+    assert from_args([{"enabled": False}])["enabled"] is False
+    assert from_args([{"k_scale2": 0.5}, 0.4])["ratio"] == 0.4
+    assert from_args([{"ratio": 0.3}, 0.4])["ratio"] == 0.3
+
+
+def test_no_arguments_are_the_defaults():
+    assert from_args([]) == DEFAULTS
+
+
+def test_off_looks_at_nothing_else():
+    assert from_args([False, "abc"]) == DEFAULTS
+
+
+def test_an_xyz_cell_counts_more_than_the_arguments():
+    assert from_args([False, 0.2], {"enabled": True, "ratio": 0.4})["ratio"] == 0.4
+    assert from_args([True, 0.2], {"enabled": False}) == DEFAULTS
+
+
+# The core's config
+
+
+def on(**values):
+    return check({"enabled": True, **values})
+
+
+def test_panel_defaults():
+    config = to_config(on())
+    assert (config.agent_source, config.ratio, config.agent_ratio, config.max_downsample) == ("grid", 0.0, 0.95, 1)
+    assert config.at(0.59).agent_source == "grid"
+    assert config.at(0.61) is None
+    assert to_config(on(), hires=True).stages == ()
+
+
+def test_off_leaves_the_pass_alone():
+    assert to_config(check({})) is None
+
+
+@pytest.mark.parametrize(("passes", "first", "hires"), [("both", 1, 1), ("first", 1, 0), ("hires", 0, 1)])
+def test_passes(passes, first, hires):
+    found = [to_config(on(passes=passes), hires=h) is not None for h in (False, True)]
+    assert found == [bool(first), bool(hires)]
+
+
+def test_auto_is_the_models_first_level():
+    assert to_config(on(), first_downsample=2).max_downsample == 2
+    assert to_config(on(max_downsample="4"), first_downsample=2).max_downsample == 4
+
+
+def test_fp32_and_no_limit():
+    assert to_config(on(fp32=True)).attn_precision == "fp32"
+    assert to_config(on()).attn_precision is None
+    assert to_config(on()).max_agents is None
+    assert to_config(on(max_agents=64)).max_agents == 64
+
+
+def test_from_until_and_afterwards():
+    config = to_config(on(since=0.2, until=0.5, after="token merging"))
+    assert config.at(0.1) is None
+    assert config.at(0.3).agent_source == "grid"
+    assert config.at(0.7) == AgentConfig(**{**plain(config), **TOKEN_MERGING})
+
+
+def plain(config):
+    return {name: getattr(config, name) for name in LIMITS if name != "stages"}
+
+
+@pytest.mark.parametrize(("hires", "name"), [(False, "until"), (True, "hires_until")])
+def test_until_must_be_above_from(hires, name):
+    with pytest.raises(SettingError, match=rf"^{name} must be above since \(0\.5\), got 0\.5"):
+        to_config(on(**{"since": 0.5, name: 0.5}), hires=hires)
+
+
+@given(settings_of(enabled=True), st.booleans(), st.sampled_from([1, 2]))
+def test_the_table_allows_what_the_core_allows(values, hires, first):
+    """A config comes of all values that the controls can have; only from and until can exclude each other."""
+    try:
+        config = to_config(values, hires=hires, first_downsample=first)
+    except SettingError:
+        assert values["since"] >= values["hires_until" if hires else "until"]
+        return
+    assert (config is None) == (values["passes"] == ("first" if hires else "hires"))
+
+
+# Infotext
+
+
+@given(settings_of(enabled=True))
+def test_infotext_round_trip(values):
+    text = f"a cat\nSteps: 4, Sampler: Euler a, {infotext.KEY}: {infotext.write(values)}, Version: v1.10.1"
+    parsed = dict(PAIR.findall(text.splitlines()[-1]))
+    assert {row.name: infotext.reader(row.name)(parsed) for row in SETTINGS} == values
+
+
+def test_infotext_names_the_main_settings_even_at_their_defaults():
+    assert infotext.write(on()) == (
+        "ratio=0.0; agent_ratio=0.95; k_scale2=0.3; k_shortcut=0.075; agent_source=grid; until=0.6"
+    )
+
+
+def test_infotext_keys_have_no_full_stop():
+    assert "." not in infotext.KEY + infotext.NOTE
+
+
+def test_infotext_without_us_switches_off_and_changes_nothing_else():
+    found = {name: infotext.reader(name)({"Steps": "4"}) for name in NAMES}
+    assert found == {**dict.fromkeys(NAMES), "enabled": False}
+
+
+def test_infotext_of_another_version_is_read_as_far_as_it_goes():
+    found = infotext.read("ratio=0.4; brand_new=7; sx=99; ; nonsense")
+    assert found == {**DEFAULTS, "enabled": True, "ratio": 0.4}
+
+
+def test_readers_are_shared_by_both_tabs():
+    assert infotext.reader("ratio") is infotext.reader("ratio")
+
+
+# XYZ axes
+
+
+def grid():
+    def option(label, type, apply, confirm=None, choices=None):
+        return SimpleNamespace(label=label, type=type, apply=apply, confirm=confirm, choices=choices)
+
+    return SimpleNamespace(axis_options=[], AxisOption=option)
+
+
+def test_an_axis_for_every_setting_once():
+    plot = grid()
+    xyz.register([plot])
+    xyz.register([plot])
+    labels = [option.label for option in plot.axis_options]
+    assert len(labels) == len(set(labels)) == len(SETTINGS)
+
+
+@given(settings_of(enabled=True))
+def test_axes_set_values_from_the_plots_text(values):
+    plot = grid()
+    xyz.register([plot])
+    p = SimpleNamespace()
+    for option, row in zip(plot.axis_options, SETTINGS, strict=True):
+        typed = str(values[row.name])
+        option.apply(p, option.type(typed), [])
+    assert from_args([False], getattr(p, XYZ)) == values
+
+
+def test_an_axis_switches_on_and_cells_are_separate():
+    plot = grid()
+    xyz.register([plot])
+    axes = {option.label: option for option in plot.axis_options}
+    p = SimpleNamespace(**{XYZ: {}})
+    cell = SimpleNamespace(**vars(p))
+    axes["[Agent Attention] Ratio"].apply(cell, 0.4, [])
+    assert from_args([False], getattr(cell, XYZ))["enabled"] is True
+    assert getattr(p, XYZ) == {}
+
+
+def test_the_switchs_axis_can_switch_off():
+    plot = grid()
+    xyz.register([plot])
+    p = SimpleNamespace()
+    for option in plot.axis_options[1:2] + plot.axis_options[:1]:
+        option.apply(p, "False" if option.type is str else 0.4, [])
+    assert from_args([True], getattr(p, XYZ))["enabled"] is False
+
+
+@pytest.mark.parametrize(("label", "value"), [("Ratio", 1.2), ("Agent source", "tokens"), ("Random partition", "no")])
+def test_a_bad_value_is_refused_before_the_plot_starts(label, value):
+    plot = grid()
+    xyz.register([plot])
+    option = next(o for o in plot.axis_options if o.label.endswith(label))
+    with pytest.raises(SettingError):
+        option.confirm(None, [value])

@@ -1,0 +1,268 @@
+"""A WebUI checkout under test: install the extension in it, start it, talk to its HTTP API, stop it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PRODUCT = ("agentsd", "scripts", "javascript", "install.py", "metadata.ini", "style.css")
+PROBE = "/agent-attention-probe"
+NAME = "agent attention"
+
+COMMON_FLAGS = [
+    "--skip-python-version-check",
+    "--skip-torch-cuda-test",
+    "--skip-version-check",
+    "--no-hashing",
+    "--do-not-download-clip",
+    "--no-download-sd-model",
+    "--api",
+]
+FLAGS = {
+    "a1111": ["--no-half", "--no-half-vae", "--use-cpu", "all"],
+    "forge": ["--always-cpu", "--all-in-fp32", "--skip-install", "--attention-pytorch"],
+}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "OMP_WAIT_POLICY": "passive",
+    "CUDA_VISIBLE_DEVICES": "",
+    "IGNORE_CMD_ARGS_ERRORS": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+DEFAULTS = {
+    "prompt": "a cat",
+    "negative_prompt": "bad",
+    "steps": 4,
+    "width": 128,
+    "height": 128,
+    "seed": 1,
+    "sampler_name": "Euler a",
+    "cfg_scale": 7,
+    "save_images": False,
+}
+OPTIONS = {"show_progress_type": "Approx cheap", "sd_checkpoints_limit": 1}
+# A user's own defaults: other values than ours, and whole numbers where ours have a fraction
+USER_DEFAULTS = {
+    "customscript/agent_attention.py/txt2img/Ratio/value": 0,
+    "customscript/agent_attention.py/txt2img/Until/value": 1,
+    "customscript/agent_attention.py/txt2img/k_scale2/value": 1,
+    "customscript/agent_attention.py/txt2img/Random partition/value": False,
+    "customscript/agent_attention.py/txt2img/Merge MLP/value": True,
+    "customscript/agent_attention.py/txt2img/Agent source/value": "similarity",
+    "customscript/agent_attention.py/txt2img/Maximum agents/value": 77,
+}
+
+
+@dataclass
+class Result:
+    """What an API call made."""
+
+    images: list[Image.Image]
+    info: dict[str, Any]
+
+    @property
+    def pixels(self) -> list[bytes]:
+        return [image.convert("RGB").tobytes() for image in self.images]
+
+    @property
+    def infotext(self) -> str:
+        return self.info["infotexts"][0]
+
+
+def image_to_base64(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Host:
+    """One WebUI checkout.
+
+    Args:
+        root: its folder.
+        kind: "a1111" or "forge": which flags it is started with.
+        checkpoint: file name of the checkpoint to start with.
+    """
+
+    def __init__(self, root: Path, kind: str, checkpoint: str) -> None:
+        self.root, self.kind, self.checkpoint = root, kind, checkpoint
+        self.port = free_port()
+        self.log = root / "agent-attention-tests.log"
+        self._process: subprocess.Popen | None = None
+        self._saved: dict[Path, bytes | None] = {}
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    # Life
+
+    def install(self) -> None:
+        """Copy the extension and the probe into the checkout, and give its user defaults that are hard to live with."""
+        for name in ("config.json", "ui-config.json"):
+            path = self.root / name
+            self._saved[path] = path.read_bytes() if path.exists() else None
+        (self.root / "ui-config.json").write_text(json.dumps(USER_DEFAULTS))
+        target = self._fresh("sd-webui-agent-attention")
+        target.mkdir(parents=True)
+        for part in filter(Path.exists, (REPOSITORY / name for name in PRODUCT)):
+            if part.is_dir():
+                shutil.copytree(part, target / part.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(part, target)
+        shutil.copytree(Path(__file__).parent / "probe", self._fresh("agent-attention-probe"))
+
+    def _fresh(self, name: str) -> Path:
+        path = self.root / "extensions" / name
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def uninstall(self) -> None:
+        """Take out what `install` put in."""
+        self._fresh("sd-webui-agent-attention")
+        self._fresh("agent-attention-probe")
+        for path, content in self._saved.items():
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.write_bytes(content)
+
+    def start(self, timeout: float = 300) -> None:
+        python = next(
+            filter(Path.exists, (self.root / "venv/bin/python", self.root / ".venv/bin/python")), sys.executable
+        )
+        checkpoint = self.root / "models/Stable-diffusion" / self.checkpoint
+        flags = [*COMMON_FLAGS, *FLAGS[self.kind], "--port", str(self.port), "--ckpt", str(checkpoint)]
+        flags += os.environ.get("AGENTSD_WEBUI_FLAGS", "").split()
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(python), "launch.py", *flags],
+                cwd=self.root,
+                env={**os.environ, **OFFLINE},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.wait(timeout)
+        self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": self.checkpoint})
+
+    def wait(self, timeout: float = 300) -> None:
+        """Wait until the server answers."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if self._process is not None and self._process.poll() is not None:
+                raise RuntimeError(f"the WebUI ended:\n{self.console()[-3000:]}")
+            try:
+                self.call("/sdapi/v1/options", timeout=5)
+                return
+            except (OSError, urllib.error.URLError, RuntimeError):
+                time.sleep(0.5)
+        raise RuntimeError(f"the WebUI did not answer within {timeout} s:\n{self.console()[-3000:]}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            # its own session: launch.py may have started children
+            os.killpg(self._process.pid, signal.SIGTERM)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait(10)
+            self._process = None
+
+    def console(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    # API
+
+    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with self._opener.open(request, timeout=timeout) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{error.code}: {error.read()[:2000].decode(errors='replace')}") from None
+
+    def txt2img(self, agents: list[Any] | None = None, **body: Any) -> Result:
+        """Make images; `agents` are the extension's arguments."""
+        return self._generate("txt2img", agents, body)
+
+    def img2img(self, image: Image.Image, agents: list[Any] | None = None, **body: Any) -> Result:
+        return self._generate("img2img", agents, {"init_images": [image_to_base64(image)], **body})
+
+    def _generate(self, what: str, agents: list[Any] | None, body: dict[str, Any]) -> Result:
+        body = {**DEFAULTS, **body}
+        if self.kind == "forge" and body.get("enable_hr"):
+            # Forge's own API fails or changes the scale without these
+            body = {"hr_additional_modules": ["Use same choices"], "hr_cfg": body["cfg_scale"], **body}
+        if agents is not None:
+            body["alwayson_scripts"] = {**body.get("alwayson_scripts", {}), NAME: {"args": agents}}
+        answer = self.call(f"/sdapi/v1/{what}", body)
+        images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in answer["images"]]
+        return Result(images, json.loads(answer["info"]))
+
+    def status(self) -> dict[str, Any]:
+        """What the extension tells of its last run."""
+        return self.call("/agent-attention/status")
+
+    def state(self) -> dict[str, Any]:
+        """What the U-Net's modules look like."""
+        return self.call(PROBE + "/state")
+
+    def arm(self, action: str, **when: Any) -> None:
+        """Have the probe act at the `step`-th call of a pass."""
+        self.call(PROBE + "/arm", {"action": action, **when})
+
+    @contextmanager
+    def interference(self, **what: bool) -> Iterator[None]:
+        """Another extension's ways with the U-Net."""
+        self.call(PROBE + "/interfere", what)
+        try:
+            yield
+        finally:
+            self.call(PROBE + "/interfere", dict.fromkeys(what, False))
+
+    @contextmanager
+    def options(self, **options: Any) -> Iterator[None]:
+        """Settings of the WebUI for a while. Its own override_settings would leave some behind."""
+        current = self.call("/sdapi/v1/options")
+        self.call("/sdapi/v1/options", options)
+        try:
+            yield
+        finally:
+            self.call("/sdapi/v1/options", {name: current[name] for name in options})
+
+    def reload_ui(self) -> None:
+        """Settings → Reload UI."""
+        self.call(PROBE + "/reload-ui", {})
+        time.sleep(2)
+        self.wait()

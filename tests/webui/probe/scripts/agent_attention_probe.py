@@ -1,0 +1,138 @@
+"""A WebUI extension for tests: fails, interrupts or nests on demand, and tells what the U-Net's modules look like."""
+
+import hashlib
+from types import MethodType
+
+from fastapi import Body
+from modules import processing, script_callbacks, scripts, sd_models, shared
+
+ARMED = {}
+SEEN = {"calls": 0, "hires": False}
+PREFIX = "/agent-attention-probe"
+
+
+def unet():
+    model = shared.sd_model
+    if hasattr(model, "forge_objects"):
+        return model.forge_objects.unet.model.diffusion_model
+    return model.model.diffusion_model
+
+
+def blocks():
+    return [m for m in unet().modules() if any(c.__name__ == "BasicTransformerBlock" for c in type(m).__mro__)]
+
+
+def describe(module):
+    """What a patch could have left on a module: its class, forwards of its own, its hooks."""
+    hooks = [len(v) for k, v in sorted(vars(module).items()) if "hook" in k and isinstance(v, dict)]
+    return type(module).__qualname__, sorted(k for k in vars(module) if "forward" in k), hooks
+
+
+class Probe(scripts.Script):
+    def title(self):
+        return "Agent Attention probe"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def process_before_every_sampling(self, p, *args, **kwargs):
+        SEEN.update(calls=0, hires=bool(getattr(p, "is_hr_pass", False)))
+
+    def postprocess_image(self, p, pp, *args):
+        if ARMED.get("action") == "nest":
+            ARMED.clear()
+            nested = processing.StableDiffusionProcessingImg2Img(
+                sd_model=p.sd_model, init_images=[pp.image], prompt=p.prompt, steps=p.steps, width=p.width,
+                height=p.height, seed=1, sampler_name=p.sampler_name, denoising_strength=0.5,
+                do_not_save_samples=True, do_not_save_grid=True,
+            )  # fmt: skip
+            nested.scripts, nested.script_args = p.scripts, p.script_args
+            processing.process_images(nested)
+
+
+def fail(module, args):
+    raise RuntimeError("probe: forced failure inside the U-Net")
+
+
+def on_cfg_denoiser(params):
+    SEEN["calls"] += 1
+    if ARMED.get("action") == "nest" or (ARMED.get("step"), ARMED.get("hires", False)) != (
+        SEEN["calls"],
+        SEEN["hires"],
+    ):
+        return
+    action = ARMED.pop("action", None)
+    ARMED.clear()
+    if action == "raise":
+        handle = unet().register_forward_pre_hook(lambda module, args: (handle.remove(), fail(module, args)))
+    elif action == "interrupt":
+        shared.state.interrupt()
+    elif action == "skip":
+        shared.state.skip()
+    elif action == "stop":
+        shared.state.stop_generating()
+
+
+def extend_context(block, x, context=None, **kwargs):
+    """A block's forward as a reference control has it: self-attention over the tokens and a bank of more tokens."""
+    n = block.norm1(x)
+    x = block.attn1(n, context=__import__("torch").cat([n, n.flip(1)], dim=1)) + x
+    x = block.attn2(block.norm2(x), context=context) + x
+    return block.ff(block.norm3(x)) + x
+
+
+class OtherUnet:
+    """A SdUnet that answers in the U-Net's place, by calling it."""
+
+    def forward(self, x, timesteps, context, *args, **kwargs):
+        from modules import sd_unet
+
+        sd_unet.current_unet = None
+        try:
+            return unet()(x, timesteps, context, *args, **kwargs)
+        finally:
+            sd_unet.current_unet = self
+
+
+def on_app_started(demo, app):
+    @app.post(PREFIX + "/arm")
+    def arm(body: dict = Body({})):  # noqa: B008
+        ARMED.clear()
+        ARMED.update(body)
+
+    @app.get(PREFIX + "/state")
+    def state():
+        described = [(name, *describe(module)) for name, module in unet().named_modules()]
+        return {
+            "armed": ARMED,
+            "tree": hashlib.sha256(repr(described).encode()).hexdigest(),
+            "hooks": sum(sum(hooks) for *_, hooks in described),
+            "own_forwards": sum("forward" in vars(block.attn1) for block in blocks()),
+            "model": shared.sd_model.sd_checkpoint_info.name,
+            "loaded": len(getattr(sd_models.model_data, "loaded_sd_models", [])),
+        }
+
+    @app.post(PREFIX + "/interfere")
+    def interfere(body: dict = Body({})):  # noqa: B008
+        for block in blocks():
+            block.__dict__.pop("_forward", None)
+            if body.get("blocks"):
+                block._forward = MethodType(extend_context, block)
+        if "sd_unet" in body:
+            from modules import sd_unet
+
+            sd_unet.current_unet = OtherUnet() if body["sd_unet"] else None
+
+    @app.post(PREFIX + "/reload-ui")
+    def reload_ui():
+        shared.state.request_restart()
+
+    @app.get(PREFIX + "/axes")
+    def axes():
+        data = next(d for d in scripts.scripts_data if d.script_class.__module__ in ("xyz_grid.py", "scripts.xyz_grid"))
+        options = data.module.axis_options
+        return [option.label for option in options if not getattr(option, "is_img2img", False)]
+
+
+script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
+script_callbacks.on_app_started(on_app_started)

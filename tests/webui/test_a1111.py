@@ -1,0 +1,432 @@
+"""The extension in a real AUTOMATIC1111 WebUI, through its HTTP API."""
+
+from __future__ import annotations
+
+import pytest
+from host import Host, Result
+from PIL import Image, ImageDraw
+
+from agentsd.webui import infotext
+from agentsd.webui.settings import DEFAULTS, SETTINGS, check
+
+HIRES = {
+    "enable_hr": True,
+    "hr_scale": 2,
+    "hr_upscaler": "Latent",
+    "denoising_strength": 0.6,
+    "width": 128,
+    "height": 128,
+}
+TINY = {"width": 64, "height": 64, "steps": 1}
+ON = [True]
+
+
+@pytest.fixture(scope="module")
+def plain(a1111: Host) -> Result:
+    """The first plain image; what any test leaves behind shows in the plain images after it."""
+    return a1111.txt2img()
+
+
+@pytest.fixture
+def leaves_no_trace(a1111: Host, plain: Result):
+    """Afterwards the plain image is what it was at first, pixel for pixel, and so are the U-Net's modules."""
+    before = a1111.state()
+    yield
+    assert a1111.txt2img().pixels == plain.pixels
+    after = a1111.state()
+    assert (after["tree"], after["model"]) == (before["tree"], before["model"])
+
+
+def use_checkpoint(host: Host, name: str) -> None:
+    host.call("/sdapi/v1/options", {"sd_model_checkpoint": f"{name}.safetensors"})
+
+
+def entry(result: Result) -> dict:
+    """The settings that the image's infotext names."""
+    return infotext.read(result.info["extra_generation_params"][infotext.KEY])
+
+
+def inpainting() -> dict:
+    mask = Image.new("L", (128, 128))
+    ImageDraw.Draw(mask).ellipse((32, 32, 96, 96), fill=255)
+    from host import image_to_base64
+
+    return {"mask": image_to_base64(mask), "denoising_strength": 0.9, "inpainting_fill": 1}
+
+
+# On, off, and the same again
+
+
+@pytest.mark.parametrize("checkpoint", ["tinysd1", "tinysd2v", "tinysdxl"])
+def test_on_differs_repeats_and_goes(a1111: Host, checkpoint: str):
+    use_checkpoint(a1111, checkpoint)
+    try:
+        plain, before = a1111.txt2img(), a1111.state()
+        on, again = a1111.txt2img(ON), a1111.txt2img(ON)
+        status = a1111.status()
+        assert on.pixels != plain.pixels
+        assert on.pixels == again.pixels
+        assert a1111.txt2img().pixels == plain.pixels
+        assert a1111.state()["tree"] == before["tree"]
+        assert status["passes"][0]["calls"]["agents"] > 0
+        assert status["first_downsample"] == (2 if checkpoint == "tinysdxl" else 1)
+    finally:
+        use_checkpoint(a1111, "tinysd1")
+
+
+def test_off_writes_nothing(a1111: Host, plain: Result):
+    assert infotext.KEY not in plain.infotext
+    assert a1111.txt2img([False, 0.4]).infotext == plain.infotext
+    assert a1111.status()["text"] == ""
+
+
+SCENARIOS = {
+    "hires fix": HIRES,
+    "hires checkpoint": {**HIRES, "hr_checkpoint_name": "tinysd1b.safetensors"},
+    "refiner": {"refiner_checkpoint": "tinysd1b.safetensors", "refiner_switch_at": 0.5},
+    "batch count and size": {"batch_size": 2, "n_iter": 2, "steps": 2},
+    "520 × 328": {"width": 520, "height": 328, "steps": 2},
+    "Heun": {"sampler_name": "Heun"},
+    "DPM++ SDE": {"sampler_name": "DPM++ SDE"},
+    "DDIM": {"sampler_name": "DDIM"},
+    "UniPC": {"sampler_name": "UniPC"},
+    "NGMS": {"s_min_uncond": 15.0},
+    "AND prompts": {"prompt": "a cat AND a dog :0.7 AND a bird"},
+    "a long prompt": {"prompt": "a cat, " * 40},
+    "LoRA": {"prompt": "a cat <lora:tinylora:1>"},
+    "hypernetwork": {"prompt": "a cat <hypernet:tinyhn:1>"},
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario(a1111: Host, leaves_no_trace, scenario: str):
+    body = SCENARIOS[scenario]
+    off = a1111.txt2img(**body)
+    on = a1111.txt2img([{"until": 1}], **body)
+    status = a1111.status()
+    assert all(a != b for a, b in zip(on.pixels, off.pixels, strict=True))
+    assert a1111.txt2img([{"until": 1}], **body).pixels == on.pixels
+    assert status["notes"] == []
+    assert all(one["calls"]["agents"] > 0 for one in status["passes"])
+    assert a1111.txt2img(**body).pixels == off.pixels
+
+
+def test_both_passes_are_told(a1111: Host):
+    a1111.txt2img(ON, **HIRES)
+    passes = a1111.status()["passes"]
+    assert [(one["hires"], one["latent"]) for one in passes] == [(False, [16, 16]), (True, [32, 32])]
+
+
+@pytest.mark.parametrize(("passes", "patched"), [("first", [False]), ("hires", [True]), ("both", [False, True])])
+def test_passes(a1111: Host, passes: str, patched: list[bool]):
+    a1111.txt2img([{"passes": passes}], **HIRES)
+    assert [one["hires"] for one in a1111.status()["passes"]] == patched
+
+
+def test_an_image_does_not_depend_on_its_batch(a1111: Host):
+    settings = [{"agent_source": "similarity", "ratio": 0.4, "until": 1}]
+    batch = a1111.txt2img(settings, batch_size=2, n_iter=1, steps=2, seed=5)
+    alone = a1111.txt2img(settings, steps=2, seed=6)
+    second = batch.images[-1].convert("RGB").tobytes()  # a grid comes first
+    off = sum(abs(a - b) > 8 for a, b in zip(second, alone.pixels[0], strict=True))
+    assert off < len(second) / 50
+
+
+def test_refiner_is_patched_when_it_takes_over(a1111: Host, leaves_no_trace):
+    with a1111.options(sd_checkpoints_limit=2):
+        body = SCENARIOS["refiner"]
+        off, on = a1111.txt2img(**body), a1111.txt2img([{"until": 1}], **body)
+        report = a1111.status()["passes"][0]
+        assert report["models"] == 2
+        assert report["calls"]["agents"] == 4 * 5
+        assert on.pixels != off.pixels
+        # only the refiner's part
+        late = a1111.txt2img([{"since": 0.6, "until": 1}], **body)
+        assert late.pixels != off.pixels
+        assert a1111.txt2img(**body).pixels == off.pixels
+
+
+def test_refiner_of_another_layout(a1111: Host, leaves_no_trace):
+    body = {"refiner_checkpoint": "tinysd2v.safetensors", "refiner_switch_at": 0.5}
+    off = a1111.txt2img(**body)
+    assert a1111.txt2img([{"until": 1}], **body).pixels != off.pixels
+    assert a1111.status()["passes"][0]["models"] == 2
+    assert a1111.txt2img(**body).pixels == off.pixels
+
+
+def test_two_checkpoints_kept_loaded(a1111: Host, leaves_no_trace):
+    with a1111.options(sd_checkpoints_limit=2):
+        use_checkpoint(a1111, "tinysd1b")
+        other = a1111.txt2img()
+        assert a1111.txt2img(ON).pixels != other.pixels
+        use_checkpoint(a1111, "tinysd1")
+        a1111.txt2img(ON)
+        use_checkpoint(a1111, "tinysd1b")
+        assert a1111.state()["loaded"] == 2
+        assert a1111.txt2img().pixels == other.pixels
+        use_checkpoint(a1111, "tinysd1")
+
+
+def test_checkpoint_switched_after_a_run(a1111: Host, leaves_no_trace):
+    use_checkpoint(a1111, "tinysd1b")
+    other = a1111.txt2img()
+    use_checkpoint(a1111, "tinysd1")
+    a1111.txt2img(ON)
+    use_checkpoint(a1111, "tinysd1b")
+    assert a1111.txt2img().pixels == other.pixels
+    use_checkpoint(a1111, "tinysd1")
+
+
+@pytest.mark.parametrize("body", [{"denoising_strength": 0.9}, inpainting()], ids=["img2img", "inpainting"])
+def test_img2img(a1111: Host, leaves_no_trace, plain: Result, body: dict):
+    off = a1111.img2img(plain.images[0], **body)
+    on = a1111.img2img(plain.images[0], [{"until": 1}], **body)
+    assert on.pixels != off.pixels
+    assert a1111.status()["passes"][0]["calls"]["agents"] > 0
+    assert a1111.img2img(plain.images[0], **body).pixels == off.pixels
+
+
+def test_skip_early_cond(a1111: Host, leaves_no_trace):
+    with a1111.options(skip_early_cond=0.5):
+        off = a1111.txt2img()
+        assert a1111.txt2img([{"until": 1}]).pixels != off.pixels
+        assert a1111.status()["notes"] == []
+
+
+@pytest.mark.parametrize("option", [{"batch_cond_uncond": False}, {"pad_cond_uncond": True}, {"upcast_attn": True}])
+def test_options_of_the_host(a1111: Host, leaves_no_trace, option: dict):
+    with a1111.options(**option):
+        off = a1111.txt2img()
+        assert a1111.txt2img([{"until": 1}]).pixels != off.pixels
+        assert a1111.status()["passes"][0]["calls"]["agents"] > 0
+
+
+def test_nested_generation(a1111: Host, leaves_no_trace):
+    """A second generation inside the first one's callbacks, with the same script arguments."""
+    expected = a1111.txt2img(ON, n_iter=2)
+    a1111.arm("nest")
+    nested = a1111.txt2img(ON, n_iter=2)
+    assert nested.pixels == expected.pixels
+    assert entry(nested) == entry(expected)
+
+
+# Every way out
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("hires", [False, True], ids=["first pass", "hires pass"])
+@pytest.mark.parametrize("action", ["raise", "interrupt", "skip", "stop"])
+def test_ways_out(a1111: Host, leaves_no_trace, action: str, hires: bool, step: int):
+    a1111.arm(action, step=step, hires=hires)
+    body = HIRES if hires else {}
+    if action == "raise":
+        with pytest.raises(RuntimeError, match="forced failure"):
+            a1111.txt2img([{"until": 1}], **body)
+    else:
+        a1111.txt2img([{"until": 1}], **body)
+    assert a1111.state()["armed"] == {}, "the probe has not acted"
+
+
+def test_exception_in_img2img(a1111: Host, leaves_no_trace, plain: Result):
+    a1111.arm("raise", step=2)
+    with pytest.raises(RuntimeError, match="forced failure"):
+        a1111.img2img(plain.images[0], [{"until": 1}], denoising_strength=0.9)
+
+
+def test_interrupt_in_img2img(a1111: Host, leaves_no_trace, plain: Result):
+    a1111.arm("interrupt", step=2)
+    a1111.img2img(plain.images[0], [{"until": 1}], denoising_strength=0.9)
+    assert a1111.state()["armed"] == {}, "the probe has not acted"
+
+
+# API
+
+
+BAD = {
+    "ratio": [True, -1],
+    "too large": [True, 1.2],
+    "text": [True, "abc"],
+    "a list": [True, [0.4]],
+    "switch": ["yes"],
+    "zero cell": [{"sx": 0}],
+    "fraction of a cell": [{"sx": 2.5}],
+    "unknown choice": [{"agent_source": "tokens"}],
+    "unknown name": [{"rato": 0.4}],
+    "nothing between": [{"since": 0.7}],
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values(a1111: Host, leaves_no_trace, plain: Result, case: str):
+    bad = a1111.txt2img(BAD[case])
+    assert bad.pixels == plain.pixels
+    reason = bad.info["extra_generation_params"][infotext.NOTE]
+    assert infotext.KEY not in bad.info["extra_generation_params"]
+    assert infotext.NOTE in bad.infotext
+    assert a1111.status()["error"] in reason
+    assert a1111.status()["error"] in a1111.console()
+
+
+def test_list_short_list_and_dictionary_are_the_same(a1111: Host):
+    values = check({"enabled": True, "ratio": 0.4, "agent_ratio": 0.9})
+    short = a1111.txt2img([True, 0.4, 0.9])
+    assert a1111.txt2img(list(values.values())).pixels == short.pixels
+    named = a1111.txt2img([{"ratio": 0.4, "agent_ratio": 0.9}])
+    assert named.pixels == short.pixels
+    assert entry(named) == entry(short) == values
+
+
+def other_value(row):
+    """A value that is not the default."""
+    if row.kind == "flag":
+        return not row.default
+    if row.kind == "choice":
+        return next(choice for choice in row.choices if choice != row.default)
+    if row.kind == "number":
+        return 1234
+    return {"since": 0.13, "sx": 3, "sy": 5}.get(row.name, 0.25)
+
+
+CHANGED = {row.name: other_value(row) for row in SETTINGS if row.name != "enabled"}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_infotext_restores_each_setting(a1111: Host, name: str):
+    """Also where the user's own default is a whole number or False."""
+    made = a1111.txt2img([{name: CHANGED[name]}], **TINY)
+    assert entry(made) == {**DEFAULTS, "enabled": True, name: CHANGED[name]}
+    restored = a1111.txt2img(infotext=made.infotext, width=64, height=64, steps=1)
+    assert entry(restored) == entry(made)
+
+
+def test_infotext_restores_everything_at_once_and_the_image(a1111: Host):
+    changed = {**CHANGED, "min_tokens": 0, "max_agents": 100, "passes": "both", "max_downsample": "2", "until": 0.9}
+    made = a1111.txt2img([changed])
+    restored = a1111.txt2img(infotext=made.infotext)
+    assert entry(restored) == {**changed, "enabled": True}
+    assert restored.pixels == made.pixels
+
+
+def test_infotext_without_us_switches_off(a1111: Host, plain: Result):
+    restored = a1111.txt2img([True], infotext=plain.infotext)
+    assert infotext.KEY in restored.infotext, "the request's own arguments count more"
+    assert infotext.KEY not in a1111.txt2img(infotext=plain.infotext).infotext
+
+
+def test_other_entries_of_the_infotext_stay(a1111: Host):
+    made = a1111.txt2img(ON, s_min_uncond=15.0)
+    assert "NGMS" in made.infotext
+    assert infotext.KEY in made.infotext
+
+
+# X/Y/Z plot
+
+
+def xyz(host: Host, x: tuple[str, str], y: tuple[str, str], **body) -> Result:
+    labels = host.call("/agent-attention-probe/axes")
+    types = [[labels.index(label), values, []] for label, values in (x, y, ("Nothing", ""))]
+    arguments = [part for axis in types for part in axis]
+    arguments += [False, True, False, False, False, False, False, 0, True]
+    return host.txt2img(script_name="x/y/z plot", script_args=arguments, **body)
+
+
+def test_axes_appear_once(a1111: Host):
+    labels = [x for x in a1111.call("/agent-attention-probe/axes") if x.startswith("[Agent Attention]")]
+    assert len(labels) == len(set(labels)) == len(SETTINGS)
+
+
+def test_2_by_2_plot_has_four_right_cells(a1111: Host, leaves_no_trace):
+    plot = xyz(a1111, ("[Agent Attention] Ratio", "0, 0.4"), ("[Agent Attention] Agent source", "grid, similarity"))
+    cells = list(zip(plot.pixels[1:], plot.info["infotexts"][1:], strict=True))
+    wanted = [{"ratio": r, "agent_source": s} for s in ("grid", "similarity") for r in (0.0, 0.4)]
+    assert len(cells) == 4
+    assert len({pixels for pixels, _ in cells}) == 4
+    for (pixels, text), settings in zip(cells, wanted, strict=True):
+        alone = a1111.txt2img([settings])
+        assert pixels == alone.pixels[0]
+        assert infotext.KEY + ": " + infotext.write(entry(alone)) in text
+
+
+def test_a_cell_that_is_off_among_cells_that_are_on(a1111: Host, plain: Result):
+    plot = xyz(a1111, ("[Agent Attention] Enabled", "True, False, True"), ("Nothing", ""))
+    texts = plot.info["infotexts"][1:]
+    assert [infotext.KEY in text for text in texts] == [True, False, True]
+    assert plot.pixels[2] == plain.pixels[0]
+    assert plot.pixels[1] == plot.pixels[3] != plain.pixels[0]
+
+
+def test_every_axis(a1111: Host):
+    """Each axis sets its own setting, whatever its type; all at 64², one step."""
+    for row in SETTINGS:
+        if row.name == "enabled":
+            continue
+        value = CHANGED[row.name]
+        plot = xyz(a1111, (f"[Agent Attention] {row.label}", str(value)), ("Nothing", ""), **TINY)
+        assert infotext.read(plot.infotext.split(f"{infotext.KEY}: ")[1].split(",")[0])[row.name] == value
+
+
+# Others that work on the same layers
+
+
+STANDS_DOWN = {
+    "token merging": ({"token_merging_ratio": 0.5}, "token merging"),
+    "HyperTile": ({"hypertile_enable_unet": True, "hypertile_max_tile_unet": 64}, "HyperTile"),
+}
+
+
+@pytest.mark.parametrize("case", STANDS_DOWN)
+def test_stands_down_for_what_the_host_has(a1111: Host, case: str):
+    options, reason = STANDS_DOWN[case]
+    before = a1111.txt2img()
+    with a1111.options(**options):
+        off = a1111.txt2img()
+        on = a1111.txt2img(ON)
+        a1111.txt2img(ON)
+        assert off.pixels != before.pixels, "the option does nothing"
+        assert on.pixels == off.pixels
+        assert reason in on.info["extra_generation_params"][infotext.NOTE]
+        assert infotext.KEY not in on.info["extra_generation_params"]
+        assert reason in a1111.status()["text"]
+    said = [line for line in a1111.console().splitlines() if "[Agent Attention]" in line and reason in line]
+    assert len(said) == 1
+    assert a1111.txt2img().pixels == before.pixels
+    assert a1111.txt2img(ON).pixels != before.pixels
+
+
+def test_token_merging_of_the_hires_pass_only(a1111: Host, leaves_no_trace):
+    with a1111.options(token_merging_ratio_hr=0.5):
+        made = a1111.txt2img(ON, **HIRES)
+        first, hires = a1111.status()["passes"]
+    assert first["calls"]["agents"] > 0
+    assert hires["obstacles"]
+    assert not hires["calls"]
+    assert infotext.KEY in made.infotext
+    assert infotext.NOTE in made.infotext
+
+
+def test_stands_down_for_another_unet(a1111: Host, leaves_no_trace, plain: Result):
+    with a1111.interference(sd_unet=True):
+        assert a1111.txt2img(ON).pixels == plain.pixels
+        assert "SD Unet" in a1111.status()["text"]
+
+
+def test_leaves_a_foreign_context_to_the_host(a1111: Host, leaves_no_trace):
+    """A block's forward on the instance, whose self-attention sees more tokens than its own."""
+    with a1111.interference(blocks=True):
+        off = a1111.txt2img()
+        assert a1111.txt2img([{"until": 1}]).pixels == off.pixels
+        notes = " ".join(a1111.status()["notes"])
+    assert "replaces transformer blocks" in notes
+    assert "a context of its own" in notes
+
+
+# Reload UI: the last test, since it starts the scripts anew
+
+
+def test_reload_ui(a1111: Host, leaves_no_trace):
+    on = a1111.txt2img(ON)
+    axes = a1111.call("/agent-attention-probe/axes")
+    a1111.reload_ui()
+    assert a1111.txt2img(ON).pixels == on.pixels
+    assert a1111.call("/agent-attention-probe/axes") == axes
+    assert a1111.txt2img(infotext=on.infotext).pixels == on.pixels
