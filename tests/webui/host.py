@@ -61,7 +61,8 @@ DEFAULTS = {
     "cfg_scale": 7,
     "save_images": False,
 }
-OPTIONS = {"show_progress_type": "Approx cheap", "sd_checkpoints_limit": 1}
+# Kept checkpoints save time; tests about switching them ask for fewer
+OPTIONS = {"show_progress_type": "Approx cheap", "sd_checkpoints_limit": 4}
 # A user's own defaults: other values than ours, and whole numbers where ours have a fraction
 USER_DEFAULTS = {
     "customscript/agent_attention.py/txt2img/Ratio/value": 0,
@@ -181,7 +182,7 @@ class Host:
             if self._process is not None and self._process.poll() is not None:
                 raise RuntimeError(f"the WebUI ended:\n{self.console()[-3000:]}")
             try:
-                self.call("/sdapi/v1/options", timeout=5)
+                self.state()  # the host's own routes answer before its API is ready
                 return
             except (OSError, urllib.error.URLError, RuntimeError):
                 time.sleep(0.5)

@@ -132,12 +132,14 @@ def test_an_image_does_not_depend_on_its_batch(a1111: Host):
     assert off < len(second) / 50
 
 
-def test_refiner_is_patched_when_it_takes_over(a1111: Host, leaves_no_trace):
-    with a1111.options(sd_checkpoints_limit=2):
+@pytest.mark.parametrize("kept", [1, 2])
+def test_refiner_is_patched_when_it_takes_over(a1111: Host, leaves_no_trace, kept: int):
+    """Also where the host loads its weights into the U-Net of the first model."""
+    with a1111.options(sd_checkpoints_limit=kept):
         body = SCENARIOS["refiner"]
         off, on = a1111.txt2img(**body), a1111.txt2img([{"until": 1}], **body)
         report = a1111.status()["passes"][0]
-        assert report["models"] == 2
+        assert report["models"] == kept
         assert report["calls"]["agents"] == 4 * 5
         assert on.pixels != off.pixels
         # only the refiner's part

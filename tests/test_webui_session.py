@@ -1,0 +1,312 @@
+"""The life of a patch, on real LDM blocks and a host made of nothing but the calls that the WebUI makes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from blocks import as_model, golden_unet, inputs, run
+
+import agentsd.webui
+from agentsd import get_patch
+from agentsd.webui import infotext
+
+ON = {"until": 1.0}
+
+
+class Sampler:
+    """What the WebUI's sampler is to us: `launch_sampling` runs the steps."""
+
+    def launch_sampling(self, steps, func):
+        return func()
+
+
+class Processing:
+    """What the WebUI's processing object is to us."""
+
+    def __init__(self, **more):
+        self.extra_generation_params = {"Other extension": "here"}
+        self.comments, self.sampler, self.is_hr_pass = [], Sampler(), False
+        vars(self).update(more)
+
+    def comment(self, text):
+        self.comments.append(text)
+
+    def get_token_merging_ratio(self, for_hr=False):
+        return 0
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The WebUI's modules, as far as we import them, around a small U-Net."""
+    parts = ("call_queue", "devices", "scripts", "shared", "sd_models", "sd_unet", "ui_components")
+    names = ("modules", *(f"modules.{part}" for part in parts))
+    fake = {name: ModuleType(name) for name in names}
+    for name, module in fake.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        if "." in name:
+            setattr(fake["modules"], name.split(".")[1], module)
+    fake["modules.scripts"].scripts_data = []
+    fake["modules.ui_components"].InputAccordion = object
+    fake["modules.sd_unet"].current_unet = None
+    fake["modules.call_queue"].queue_lock = threading.Lock()
+    shared = fake["modules.shared"]
+    shared.opts, shared.loaded_hypernetworks = SimpleNamespace(), []
+    shared.sd_model = as_model(golden_unet())
+    _forget_ours()
+    session = importlib.import_module("agentsd.webui.session")
+    yield SimpleNamespace(session=session, shared=shared, sd_unet=fake["modules.sd_unet"])
+    _forget_ours()
+
+
+def _forget_ours():
+    """They keep the host's modules that they were imported with."""
+    for name in ("compat", "session"):
+        sys.modules.pop(f"agentsd.webui.{name}", None)
+        vars(agentsd.webui).pop(name, None)
+
+
+@pytest.fixture
+def unet(host):
+    return host.shared.sd_model.model.diffusion_model
+
+
+def generate(host, settings=ON, p=None, steps=None, passes=(False,)):
+    """A generation as the host makes it; the outputs of its model calls."""
+    p, made = p or Processing(), []
+
+    def step():
+        host.session.before_model_call()
+        made.append(run(host.shared.sd_model.model.diffusion_model, inputs()))
+
+    args = [settings] if settings is not None else [False]
+    host.session.before_process(p)
+    host.session.process(p, args)
+    for hires in passes:
+        p.is_hr_pass, p.sampler = hires, Sampler()
+        host.session.before_sampling(p)
+        p.sampler.launch_sampling(1, steps or step)
+    return made
+
+
+def state(unet):
+    """What a patch could leave behind."""
+    return [
+        (name, type(module), sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in unet.named_modules()
+    ]
+
+
+def test_patched_during_the_pass_and_not_a_moment_longer(host, unet):
+    before, plain = state(unet), run(unet, inputs())
+    p = Processing()
+    (made,) = generate(host, p=p)
+    assert not torch.equal(made, plain)
+    assert state(unet) == before
+    assert vars(p.sampler) == {}
+    assert torch.equal(run(unet, inputs()), plain)
+    assert p.extra_generation_params["Other extension"] == "here"
+    assert infotext.read(p.extra_generation_params[infotext.KEY])["until"] == 1.0
+
+
+def test_off_does_nothing(host, unet):
+    p = Processing()
+    (made,) = generate(host, None, p)
+    assert torch.equal(made, run(unet, inputs()))
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
+def test_whatever_ends_the_pass(host, unet, error):
+    before = state(unet)
+
+    def fail():
+        host.session.before_model_call()
+        assert get_patch(unet) is not None
+        raise error
+
+    p = Processing()
+    with pytest.raises(error):
+        generate(host, p=p, steps=fail)
+    assert state(unet) == before
+    assert vars(p.sampler) == {}
+
+
+def test_bad_value_is_told_and_the_image_made_without_us(host, unet):
+    p = Processing()
+    (made,) = generate(host, {"ratio": 7}, p)
+    assert torch.equal(made, run(unet, inputs()))
+    assert "ratio must be a number from 0.0 to 0.99, got 7" in p.extra_generation_params[infotext.NOTE]
+    assert "ratio" in p.comments[0]
+    assert infotext.KEY not in p.extra_generation_params
+
+
+def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):
+    plain = run(unet, inputs())
+    monkeypatch.setattr(host.session, "patch_unet", lambda *a: 1 / 0)
+    (made,) = generate(host)
+    assert torch.equal(made, plain)
+    assert "ZeroDivisionError" in host.session.STATUS.text()
+
+
+def test_model_without_blocks_costs_no_image(host):
+    host.shared.sd_model = as_model(torch.nn.Linear(1, 1))
+    assert generate(host, steps=lambda: None) == []
+
+
+def test_two_passes_have_their_own_settings(host):
+    p = Processing()
+    generate(host, {"until": 0.4, "hires_until": 1.0}, p, passes=(False, True))
+    first, hires = host.session.STATUS.as_dict()["passes"]
+    assert not first["calls"].get("agents")
+    assert hires["calls"]["agents"] > 0
+
+
+def test_announced_twice_patched_once(host, unet):
+    """Forge announces a hires pass twice, with the same sampler."""
+    p = Processing()
+    host.session.before_process(p)
+    host.session.process(p, [ON])
+    host.session.before_sampling(p)
+    host.session.before_sampling(p)
+    p.sampler.launch_sampling(1, lambda: run(unet, inputs()))
+    assert vars(p.sampler) == {}
+    assert len(host.session.STATUS.passes) == 1
+
+
+def test_another_wrapper_of_the_sampler_stays(host, unet):
+    """Somebody wraps launch_sampling before us, somebody else after us: both are called, neither is taken out."""
+    p, seen = Processing(), []
+
+    def wrap(name, launch):
+        return lambda *args: (seen.append(name), launch(*args))[1]
+
+    p.sampler.launch_sampling = inner = wrap("inner", p.sampler.launch_sampling)
+    host.session.before_process(p)
+    host.session.process(p, [ON])
+    host.session.before_sampling(p)
+    ours = p.sampler.launch_sampling
+    p.sampler.launch_sampling = outer = wrap("outer", ours)
+    p.sampler.launch_sampling(1, lambda: run(unet, inputs()))
+    assert seen == ["outer", "inner"]
+    assert p.sampler.launch_sampling is outer
+    p.sampler.launch_sampling = ours
+    ours.unwrap()
+    assert p.sampler.launch_sampling is inner
+    assert get_patch(unet) is None
+
+
+def test_refiner_is_followed_and_both_are_cleaned(host, unet):
+    other = golden_unet()
+    before = state(unet), state(other)
+
+    def steps():
+        host.session.before_model_call()
+        assert get_patch(unet) is not None
+        host.shared.sd_model = as_model(other)
+        host.session.before_model_call()
+        assert get_patch(other) is not None
+        assert get_patch(unet) is None
+        run(other, inputs())
+
+    generate(host, steps=steps)
+    assert (state(unet), state(other)) == before
+    assert host.session.STATUS.as_dict()["passes"][0]["models"] == 2
+
+
+def test_nested_generation_leaves_the_outer_one_patched(host, unet):
+    outer, before = [], state(unet)
+
+    def steps():
+        host.session.before_model_call()
+        outer.append(run(unet, inputs()))
+        generate(host, {"until": 1.0, "agent_ratio": 0.9})
+        host.session.before_model_call()
+        outer.append(run(unet, inputs()))
+
+    p = Processing()
+    generate(host, p=p, steps=steps)
+    assert torch.equal(outer[0], outer[1])
+    assert state(unet) == before
+    assert infotext.read(p.extra_generation_params[infotext.KEY])["agent_ratio"] == 0.95
+
+
+def test_nested_plain_generation_is_plain(host, unet):
+    plain, made = run(unet, inputs()), []
+    generate(host, steps=lambda: made.extend(generate(host, None)))
+    assert torch.equal(made[0], plain)
+
+
+def test_leftovers_of_another_thread_are_cleaned(host, unet):
+    """A thread that was lost in the middle of a pass."""
+    before, held = state(unet), []
+
+    def lose():
+        generation = host.session.Generation(host.session.settings.check({"enabled": True, **ON}))
+        held.append(host.session.sampling_pass(Processing(), generation, False))
+        held[0].__enter__()
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    thread.join()
+    assert get_patch(unet) is not None
+    host.session.before_process(Processing())
+    assert state(unet) == before
+
+
+OBSTACLES = {
+    "SD Unet": lambda host: setattr(host.sd_unet, "current_unet", object()),
+    "token merging": lambda host: setattr(Processing, "get_token_merging_ratio", lambda self, for_hr=False: 0.5),
+    "HyperTile": lambda host: setattr(host.shared.opts, "hypertile_enable_unet", True),
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_stands_down_and_says_so_once(host, unet, capsys, caplog, monkeypatch, reason):
+    monkeypatch.setattr(Processing, "get_token_merging_ratio", Processing.get_token_merging_ratio)
+    OBSTACLES[reason](host)
+    p = Processing()
+    host.session.STATUS._said.clear()
+    for _ in range(2):
+        (made,) = generate(host, p=p)
+    assert torch.equal(made, run(unet, inputs()))
+    assert (capsys.readouterr().out + caplog.text).count(reason) == 1
+    assert reason in host.session.STATUS.text()
+    assert reason in p.extra_generation_params[infotext.NOTE]
+    assert infotext.KEY not in p.extra_generation_params
+
+
+def test_hypernetworks_reach_the_keys_and_values(host, unet, monkeypatch):
+    """With a hypernetwork that silences keys and values, agents see only zeros, as the host's attention would."""
+    module = ModuleType("modules.hypernetworks.hypernetwork")
+    module.apply_hypernetworks = lambda loaded, context, layer=None: (context * 0, context * 0)
+    monkeypatch.setitem(sys.modules, "modules.hypernetworks", ModuleType("modules.hypernetworks"))
+    monkeypatch.setitem(sys.modules, "modules.hypernetworks.hypernetwork", module)
+    (without,) = generate(host)
+    host.shared.loaded_hypernetworks = ["one"]
+    (made,) = generate(host)
+    assert not torch.allclose(made, without)
+
+
+def test_upcast_of_the_host(host, unet):
+    host.shared.opts.upcast_attn = True
+    configs = []
+
+    def steps():
+        host.session.before_model_call()
+        configs.append(get_patch(unet).config)
+
+    generate(host, steps=steps)
+    assert configs[0].attn_precision == "fp32"
+
+
+def test_an_xyz_cell_does_not_inherit_the_infotext_of_the_one_before(host):
+    """The plot's cells share one dictionary of the host's."""
+    shared = {"Other extension": "here"}
+    generate(host, p=Processing(extra_generation_params=shared))
+    generate(host, None, Processing(extra_generation_params=shared))
+    assert shared == {"Other extension": "here"}
