@@ -72,6 +72,8 @@ def before_sampling(p: Any) -> None:
     hires = bool(getattr(p, "is_hr_pass", False))
     if generation is not None and settings.to_config(generation.values, hires=hires) is not None:
         wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires))
+    elif _running:  # an image without us, made in the middle of one with us
+        wrap_sampling(p.sampler, lambda: under_way(Pass({}, PassReport(hires, obstacles=["it is off"]))))
 
 
 def before_model_call() -> None:
@@ -119,15 +121,26 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
 def sampling_pass(p: Any, generation: Generation, hires: bool) -> Iterator[None]:
     """Patch the U-Net in use, and one that takes over from it; take both back however the pass ends."""
     current = Pass(generation.values, PassReport(hires, obstacles=list(compat.obstacles(p, hires))))
+    try:
+        with under_way(current):
+            yield
+    finally:
+        STATUS.add(current.report)
+        generation.reports.append(current.report)
+        _write_infotext(p, generation.entries())
+
+
+@contextmanager
+def under_way(current: Pass) -> Iterator[None]:
+    """Make `current` the pass under way. Passes around it lose their patch, and get it back at their next step."""
+    for outer in _running:
+        outer.suspend()
     _running.append(current)
     try:
         current.follow(compat.current_unet())
         yield
     finally:
         current.close()
-        STATUS.add(current.report)
-        generation.reports.append(current.report)
-        _write_infotext(p, generation.entries())
 
 
 class Pass:
@@ -138,12 +151,13 @@ class Pass:
         self.thread = threading.get_ident()
         self._patch: Patch | None = None
         self._unet: nn.Module | None = None
+        self._models: set[int] = set()
 
     def follow(self, unet: nn.Module | None) -> None:
         """Have the patch on `unet`, and only there. Never raises: the image is made without us instead."""
         if self.report.obstacles or unet is self._unet:
             return
-        self._release()
+        self.suspend()
         self._unet = unet
         try:
             if unet is not None:
@@ -153,7 +167,7 @@ class Pass:
 
     def close(self) -> None:
         """Take the patch back. Doing it again changes nothing."""
-        self._release()
+        self.suspend()
         if self in _running:
             _running.remove(self)
 
@@ -164,13 +178,16 @@ class Pass:
             config = replace(config, attn_precision="fp32")
         if compat.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
+        self._models.add(id(unet))
         return patch_unet(unet, config, compat.kv_context())
 
-    def _release(self) -> None:
+    def suspend(self) -> None:
+        """Take the patch back until `follow` is called again."""
         patch, self._patch, self._unet = self._patch, None, None
         if patch is not None:
             try:
                 self.report.add(patch, self.values["since"])
+                self.report.models = len(self._models)
             finally:
                 patch.remove()
 
