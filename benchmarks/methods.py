@@ -1,0 +1,200 @@
+"""What is compared: each method puts something on a U-Net and takes it off again."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import agentsd
+from agentsd.hosts import Call, find_sites
+
+Install = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: its key on the command line.
+        label: what the table calls it.
+        install: a context manager: on the U-Net within it, off after it.
+        limit: the limit that it is measured against; empty where it has none.
+        calls: U-Net calls that one measurement is the mean of, where not all calls cost the same.
+        naive: whether it keeps an N × N matrix in memory.
+    """
+
+    name: str
+    label: str
+    install: Install
+    limit: str = ""
+    calls: int = 1
+    naive: bool = False
+
+
+@contextmanager
+def _nothing(unet: nn.Module) -> Iterator[None]:
+    yield
+
+
+def _ours(**settings: Any) -> Install:
+    @contextmanager
+    def install(unet: nn.Module) -> Iterator[None]:
+        with agentsd.patched(unet, **settings):
+            yield
+
+    return install
+
+
+def _by_handler(make: Callable[[nn.Module, Any], Callable[[Call], Tensor]], max_downsample: int = 8) -> Install:
+    """Put a function of our own in the place of each self-attention down to a level."""
+
+    @contextmanager
+    def install(unet: nn.Module) -> Iterator[None]:
+        seams = []
+        try:
+            for site in find_sites(unet):
+                if site.downsample is not None and site.downsample <= max_downsample:
+                    seam = site.seam()
+                    seam.install(make(site.block.attn1, seam))
+                    seams.append(seam)
+            yield
+        finally:
+            for seam in seams:
+                seam.remove()
+
+    return install
+
+
+def _limit(attn: nn.Module, seam: Any) -> Callable[[Call], Tensor]:
+    """The four projections and nothing between them: out = to_out(to_v(x)), with to_q and to_k computed."""
+
+    def handler(call: Call) -> Tensor:
+        attn.to_q(call.x)
+        attn.to_k(call.x)
+        return seam.project_out(attn.to_v(call.x))
+
+    return handler
+
+
+def _naive(attn: nn.Module, seam: Any) -> Callable[[Call], Tensor]:
+    """softmax(Q Kᵀ) V as three operations."""
+
+    def handler(call: Call) -> Tensor:
+        q, k, v = (
+            to(call.x).unflatten(-1, (attn.heads, -1)).transpose(1, 2).flatten(0, 1)
+            for to in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        weights = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+        out = weights.softmax(dim=-1) @ v
+        return seam.project_out(out.unflatten(0, (-1, attn.heads)).transpose(1, 2).flatten(2))
+
+    return handler
+
+
+def _foreign(package: Any, **settings: Any) -> Install:
+    """A package with apply_patch and remove_patch; whatever it leaves behind is cleared away."""
+
+    @contextmanager
+    def install(unet: nn.Module) -> Iterator[None]:
+        before = {module: (module.__class__, set(module.__dict__)) for module in unet.modules()}
+        # the packages tell a diffusers model by its class, and look for an LDM model's U-Net at this place
+        model = unet if hasattr(unet, "down_blocks") else _LatentDiffusion(unet)
+        try:
+            package.apply_patch(model, **settings)
+            yield
+        finally:
+            package.remove_patch(model)
+            for module, (cls, names) in before.items():
+                module.__class__ = cls
+                for name in set(module.__dict__) - names:
+                    delattr(module, name)
+
+    return install
+
+
+class _LatentDiffusion(nn.Module):
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.diffusion_model = unet
+
+
+def _tomesd(ratio: float) -> Install:
+    def install(unet: nn.Module) -> Any:
+        import tomesd
+
+        return _foreign(tomesd, ratio=ratio)(unet)
+
+    return install
+
+
+def peer(folder: Path, settings: dict[str, Any], name: str) -> Method:
+    """A method from a folder that is a Python package with apply_patch and remove_patch.
+
+    Raises:
+        ValueError: the folder holds no such package.
+    """
+    init = folder / "__init__.py"
+    if not init.is_file():
+        raise ValueError(f"--peer must be the folder of a Python package, got {folder}")
+    spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(folder)])
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[name] = package
+    spec.loader.exec_module(package)
+    for function in ("apply_patch", "remove_patch"):
+        if not hasattr(package, function):
+            raise ValueError(f"--peer must be a package with {function}, {folder} has none")
+    said = ", ".join(f"{k} {v}" for k, v in settings.items())
+    return Method(
+        f"peer:{folder.name}", f"peer {folder.name} {said}".strip(), _foreign(package, **settings), naive=True
+    )
+
+
+# Grid agents of queries that are not merged.
+GRID: dict[str, Any] = {"ratio": 0.0, "agent_source": "grid"}
+# agent_ratio for cells of 8 × 8 and of 4 × 4 tokens.
+CELL_8, CELL_4 = 1 - 1 / 64, 1 - 1 / 16
+# a stage that never holds: installed, and idle
+NEVER = (agentsd.Stage(1.0, None),)
+
+
+def _grid(agent_ratio: float, **settings: Any) -> Install:
+    return _ours(**GRID, agent_ratio=agent_ratio, **settings)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("sdpa", "SDPA, unpatched", _nothing),
+        Method("limit", "limit: nothing between the projections", _by_handler(_limit, 1)),
+        Method("limit2", "limit, two levels", _by_handler(_limit, 2)),
+        Method("limit4", "limit, three levels", _by_handler(_limit, 4)),
+        Method("naive", "naive attention", _by_handler(_naive), naive=True),
+        Method("idle", "patch installed, stage inactive", _grid(CELL_8, stages=NEVER)),
+        Method("grid8", "grid agents, 8 × 8 cells", _grid(CELL_8), "limit"),
+        Method("grid4", "grid agents, 4 × 4 cells", _grid(CELL_4), "limit"),
+        Method("grid8d2", "grid agents, 8 × 8 cells, two levels", _grid(CELL_8, max_downsample=2), "limit2"),
+        Method("grid4d2", "grid agents, 4 × 4 cells, two levels", _grid(CELL_4, max_downsample=2), "limit2"),
+        Method("grid8d4", "grid agents, 8 × 8 cells, three levels", _grid(CELL_8, max_downsample=4), "limit4"),
+        Method("grid64", "grid agents, at most 64", _grid(CELL_8, max_agents=64), "limit"),
+        Method("grid256", "grid agents, at most 256", _grid(CELL_4, max_agents=256), "limit"),
+        Method("paper", "AgentSD's settings (similarity, .4, .95, 4 × 4)", _ours(), "limit"),
+        Method("similarity", "similarity agents, .95, 4 × 4, queries kept", _ours(ratio=0.0), "limit"),
+        Method("merge.3", "token merging .3 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.3}), "limit"),
+        Method("merge.5", "token merging .5 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.5}), "limit"),
+        Method("pool2", "keys and values pooled 2 × 2", _ours(method="pool", ratio=0.0, sx=2, sy=2), "limit"),
+        Method("pool4", "keys and values pooled 4 × 4", _ours(method="pool", ratio=0.0, sx=4, sy=4), "limit"),
+        Method("tomesd.3", "tomesd .3", _tomesd(0.3)),
+        Method("tomesd.4", "tomesd .4", _tomesd(0.4)),
+        Method("tomesd.5", "tomesd .5", _tomesd(0.5)),
+    )
+}

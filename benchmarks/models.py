@@ -1,0 +1,164 @@
+"""U-Nets of the layouts that people use, with random weights: speed does not depend on what they have learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROMPT_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A U-Net as it is published.
+
+    Attributes:
+        name: its key on the command line.
+        label: what people call it.
+        context: width of a prompt token.
+        build: makes the module, without weights worth anything.
+        heads: heads of self-attention at the first level that has one.
+        width: channels there.
+        downsample: how far down that level is.
+    """
+
+    name: str
+    label: str
+    context: int
+    build: Callable[[], nn.Module]
+    heads: int
+    width: int
+    downsample: int = 1
+
+
+def _ldm(**settings: Any) -> nn.Module:
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return UNetModel(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        attention_resolutions=[4, 2, 1],
+        num_res_blocks=2,
+        channel_mult=[1, 2, 4, 4],
+        use_spatial_transformer=True,
+        transformer_depth=1,
+        use_checkpoint=False,
+        legacy=False,
+        **settings,
+    )
+
+
+def _sdxl() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+_SD15 = partial(_ldm, num_heads=8, context_dim=768)
+_SD21 = partial(_ldm, num_head_channels=64, context_dim=1024, use_linear_in_transformer=True)
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("sd15", "SD 1.5", 768, _SD15, 8, 320),
+        Layout("sd21", "SD 2.1", 1024, _SD21, 5, 320),
+        Layout("sdxl", "SDXL", 2048, _sdxl, 10, 640, 2),
+    )
+}
+
+
+def sdpa_forward(self: nn.Module, x: Tensor, context: Tensor | None = None, mask: Any = None) -> Tensor:
+    """LDM's CrossAttention by PyTorch's fused kernel: what the WebUI puts in its place, and our baseline."""
+    context = x if context is None else context
+    q, k, v = (
+        t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+    )
+    return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def build(layout: Layout, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The U-Net of a layout with random weights, ready for inference."""
+    with torch.device("meta"):
+        unet = layout.build()
+    unet = unet.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for module in unet.modules():
+        _adapt(module, dtype)
+    fill(unet)
+    return unet
+
+
+def _adapt(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make LDM's modules run in any dtype with the fused kernel, as a host does."""
+    if type(module).__module__.startswith("ldm."):
+        if type(module).__name__ == "CrossAttention":
+            type(module).forward = sdpa_forward
+        elif type(module).__name__ == "GroupNorm32":
+            module.forward = partial(nn.GroupNorm.forward, module)
+        elif type(module).__name__ == "UNetModel":
+            module.dtype = dtype
+            module.time_embed.register_forward_pre_hook(lambda embed, args: (args[0].to(dtype),))
+
+
+@torch.no_grad()
+def fill(unet: nn.Module) -> None:
+    """Weights that keep activations in range: norms near 1, matrices with variance 1 / fan-in."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2**20, generator=generator)
+    for p in unet.parameters():
+        if p.dim() < 2:
+            p.fill_(0.0 if p.numel() == 1 else 0.02)
+            continue
+        fan_in = p[0].numel()
+        flat = p.view(-1)
+        pool = (noise / fan_in**0.5).to(p.device, p.dtype)
+        for i in range(0, flat.numel(), pool.numel()):
+            flat[i : i + pool.numel()] = pool[: flat.numel() - i]
+    for module in unet.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
+            module.weight.fill_(1.0)
+
+
+def inputs(
+    layout: Layout, size: tuple[int, int], batch: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments of one call of the U-Net for an image of `size` = (height, width) pixels."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    x, context = noise(batch, 4, size[0] // 8, size[1] // 8), noise(batch, PROMPT_TOKENS, layout.context)
+    if layout.name == "sdxl":
+        ids = torch.tensor([[*size, 0, 0, *size]] * batch, device=device, dtype=dtype)
+        extra = {"text_embeds": noise(batch, 1280), "time_ids": ids}
+        return {"sample": x, "encoder_hidden_states": context, "added_cond_kwargs": extra}
+    return {"x": x, "context": context}
+
+
+def call(unet: nn.Module, given: dict[str, Any], timestep: float) -> Tensor:
+    """One forward of the U-Net at a timestep, the same for each row of the batch."""
+    x = given.get("x", given.get("sample"))
+    t = torch.full((x.shape[0],), timestep, device=x.device)
+    rest = {name: value for name, value in given.items() if name not in ("x", "sample")}
+    return unet(x, t, **rest) if "x" in given else unet(x, t, **rest, return_dict=False)[0]

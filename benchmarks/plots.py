@@ -1,0 +1,63 @@
+"""The results as plots."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def draw(out: dict[str, Any], stem: Path) -> None:
+    """STEM-LAYOUT-speedup.png for each layout with more than one size, and STEM-cost.png."""
+    by_layout: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for case in out["cases"]:
+        by_layout[case["layout"]].append(case)
+    for layout, cases in by_layout.items():
+        if len({tuple(case["size"]) for case in cases}) > 1:
+            _speedup(cases, stem.with_name(f"{stem.name}-{layout}-speedup.png"))
+    if out["layer"]:
+        _cost(out["layer"], stem.with_name(f"{stem.name}-cost.png"))
+
+
+def _axes(title: str, x: str, y: str) -> Any:
+    _, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(True, which="major", alpha=0.3)
+    return axes
+
+
+def _save(axes: Any, path: Path) -> None:
+    axes.legend(fontsize="small")
+    axes.figure.savefig(path, dpi=120)
+    plt.close(axes.figure)
+
+
+def _speedup(cases: list[dict[str, Any]], path: Path) -> None:
+    """Speed-up over the side of the image, with the limit as a dashed line."""
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for case in cases:
+        side = (case["size"][0] * case["size"][1]) ** 0.5
+        for result in case["results"].values():
+            if result["speedup"] is not None:
+                lines[result["label"]].append((side, result["speedup"]))
+    axes = _axes("One U-Net forward against unpatched SDPA", "side of the image, pixels", "speed-up")
+    for label, points in lines.items():
+        limit = label.startswith("limit")
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, "k--" if limit else "o-", label=label, linewidth=1.5 if limit else 1.2, markersize=4)
+    _save(axes, path)
+
+
+def _cost(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time of one layer over its tokens, both logarithmic."""
+    axes = _axes("One self-attention layer, projections included", "tokens", "milliseconds")
+    axes.set(xscale="log", yscale="log")
+    for label in dict.fromkeys(row["label"] for row in rows):
+        points = sorted((row["tokens"], 1e3 * row["seconds"]) for row in rows if row["label"] == label)
+        axes.plot(*zip(*points, strict=True), "k--" if label == "limit" else "o-", label=label, markersize=4)
+    _save(axes, path)

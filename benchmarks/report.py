@@ -1,0 +1,58 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def markdown(out: dict[str, Any]) -> str:
+    """A table for each case, and what was left out."""
+    return "\n".join(
+        [*_machine(out["machine"]), *_cases(out["cases"]), *_layer(out["layer"]), *_skipped(out["skipped"])]
+    )
+
+
+def _machine(machine: dict[str, Any]) -> list[str]:
+    threads = f"{machine['threads']} threads" if machine["device"] == "cpu" else ""
+    told = [machine["processor"] if machine["device"] == "cpu" else machine["device"], threads]
+    told += [f"PyTorch {machine['torch']}", f"revision {machine['revision']}", machine["date"]]
+    return ["; ".join(filter(None, told)) + ".", ""]
+
+
+def _cases(cases: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for case in cases:
+        rounds = "1 round" if case["rounds"] == 1 else f"medians of {case['rounds']} interleaved rounds"
+        lines += [f"**{case['case']}** ({rounds})", ""]
+        lines += [
+            "| method | s per forward | speed-up | captured | TFLOP | beyond the limit, MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [_row(result) for result in case["results"].values()]
+        lines.append("")
+    return lines
+
+
+def _row(result: dict[str, Any]) -> str:
+    speedup = "–" if result["speedup"] is None else f"{result['speedup']:.2f}×"
+    captured = "–" if result["captured"] is None else f"{100 * result['captured']:.1f} %"
+    extra = "–" if "bytes_over_limit" not in result else f"{result['bytes_over_limit'] / 2**20:.0f}"
+    cells = (result["label"], f"{result['seconds']:.3g}", speedup, captured, f"{result['flops'] / 1e12:.2f}", extra)
+    return "| " + " | ".join(cells) + " |"
+
+
+def _layer(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    tokens = sorted({row["tokens"] for row in rows})
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    found = {(row["label"], row["tokens"]): f"{1e3 * row['seconds']:.3g}" for row in rows}
+    lines = ["**One self-attention layer** (8 heads of 40, batch 2, projections included), milliseconds", ""]
+    lines += ["| tokens | " + " | ".join(map(str, tokens)) + " |", "|---" * (len(tokens) + 1) + "|"]
+    lines += ["| " + " | ".join([label, *(found.get((label, n), "–") for n in tokens)]) + " |" for label in labels]
+    return [*lines, ""]
+
+
+def _skipped(skipped: list[dict[str, str]]) -> list[str]:
+    lines = [f"- {s['method']} at {s['case']}: {s['reason']}" for s in skipped]
+    return ["Skipped:", "", *lines, ""] if lines else []
