@@ -52,25 +52,17 @@ class ForwardSeam:
         self._names = _positional_names(type(attn).forward)
         self._previous: Callable[..., Tensor] | None = None
         self._forward: Callable[..., Tensor] | None = None
+        self._handler: Handler | None = None
 
     def install(self, handler: Handler) -> None:
-        """Send every call to `handler`."""
-        attn, previous = self.attn, self.attn.__dict__.get("forward")
-
-        def original(*args: Any, **kwargs: Any) -> Tensor:
-            return type(attn).forward(attn, *args, **kwargs) if previous is None else previous(*args, **kwargs)
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            if self._forward is not forward:  # removed, but somebody kept a reference to this function
-                return original(*args, **kwargs)
-            return handler(self._read(original, args, kwargs))
-
-        self._previous, self._forward = previous, forward
-        attn.forward = forward
+        """Send every call to `handler`; once in the life of a seam."""
+        self._handler, self._previous = handler, self.attn.__dict__.get("forward")
+        # a bound method and not a closure: a deep copy of the model then gets a seam of its own
+        self._forward = self.attn.forward = self._answer
 
     def remove(self) -> None:
         """Put back what was there. What others have put on top of us since stays, and no longer meets us."""
-        ours, self._forward = self._forward, None
+        ours, self._forward, self._handler = self._forward, None, None
         if ours is None or self.attn.__dict__.get("forward") is not ours:
             return
         if self._previous is None:
@@ -81,16 +73,26 @@ class ForwardSeam:
     def project_out(self, x: Tensor) -> Tensor:
         return self.attn.to_out(x)
 
-    def _read(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._handler is None:  # removed, but somebody kept a reference to this method
+            return self._original(*args, **kwargs)
+        return self._handler(self._read(args, kwargs))
+
+    def _original(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        return type(self.attn).forward(self.attn, *args, **kwargs)
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         given = dict(zip(self._names, args, strict=False), **kwargs)
         given.update({f"argument {i}": value for i, value in enumerate(args[len(self._names) :])})
         x, context, mask = (given.pop(name, None) for name in (self._names[0], "context", "mask"))
 
         def proceed(tokens: Tensor | None = None) -> Tensor:
             if tokens is None:
-                return original(*args, **kwargs)
+                return self._original(*args, **kwargs)
             rest = given if context is None else {"context": tokens, **given}
-            return original(tokens, **rest)
+            return self._original(tokens, **rest)
 
         extras = {name: value for name, value in given.items() if _says_something(value) and name not in self._HARMLESS}
         return Call(x, context, mask, extras, proceed)

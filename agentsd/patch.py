@@ -7,7 +7,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import add_scaled, agent_attention, join_heads, lost_by_pooling, pool_tokens, split_heads
-from .config import SETTINGS, AgentConfig, LayerPlan, Stage, check_names, plan_layer
+from .config import MAX_TIMESTEP, SETTINGS, AgentConfig, LayerPlan, Stage, check_names, plan_layer
 from .hosts import (
     Call,
     Site,
@@ -32,9 +32,6 @@ log = logging.getLogger("agentsd")
 
 Model = TypeVar("Model")
 KVContext = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
-
-# A weak key: a model that is dropped takes its patch along.
-_PATCHES: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,10 +95,13 @@ class Patch:
         return bool(self._handles)
 
     def install(self) -> None:
-        """Install hooks and replace the self-attentions; all or nothing."""
+        """Install hooks and replace the self-attentions, all or nothing. A patch that is there already is removed."""
         unet = self._unet()
         if unet is None or self.active:
             return
+        old = _patch_on(unet)
+        if old is not None:
+            old.remove()
         try:
             self._handles.append(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
             for layer in self._layers:
@@ -117,9 +117,6 @@ class Patch:
         self._handles.clear()
         for layer in self._layers:
             layer.remove()
-        unet = self._unet()
-        if unet is not None and _PATCHES.get(unet) is self:
-            del _PATCHES[unet]
 
     def report(self) -> list[LayerReport]:
         """What was done to each block so far, in the order of the U-Net."""
@@ -158,10 +155,11 @@ class Patch:
 
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         t = read_timestep(args, kwargs) if self.config.stages or self.config.use_rand else None
-        config = self.config.at(None if t is None else 1 - t / 1000)
+        # the quotient of whole numbers, which is the very float of `until`; 1 − t / 1000 is not
+        config = self.config.at(None if t is None else (MAX_TIMESTEP - t) / MAX_TIMESTEP)
         self.moment = _Moment(config, read_size(args, kwargs), t)
-        if self.config.stages and (t is None or not 0 <= t <= 1000):
-            self.note(f"the U-Net was given timestep {t}, and stages need one from 0 to 1000")
+        if self.config.stages and (t is None or not 0 <= t <= MAX_TIMESTEP):
+            self.note(f"the U-Net was given timestep {t}, and stages need one from 0 to {MAX_TIMESTEP}")
         for layer in self._layers:
             layer.forget()
 
@@ -170,17 +168,11 @@ class _Layer:
     """One block under the patch."""
 
     def __init__(self, patch: Patch, site: Site) -> None:
-        self._patch = weakref.ref(patch)
+        self.patch = patch
         self.site = site
         self.calls: Counter[str] = Counter()
         self.forget()
         self._seam = site.seam()
-
-    @property
-    def patch(self) -> Patch:
-        patch = self._patch()
-        assert patch is not None  # the hooks that lead here are the patch's own
-        return patch
 
     def forget(self) -> None:
         self.size: tuple[int, int] | None = None
@@ -191,13 +183,14 @@ class _Layer:
     def install(self) -> Iterator[Any]:
         """Install this block's hooks; yields their handles one by one, so that none is lost if a later one fails."""
         block, configs = self.site.block, self.patch.config.every_stage()
+        self._seam = self.site.seam()
         yield self.site.parent.register_forward_pre_hook(self._see_image, with_kwargs=True)
         yield block.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
         yield block.register_forward_hook(self._drop_plan)
         if any(config.merge_crossattn for config in configs) and getattr(block, "attn2", None) is not None:
-            yield from self._merge_around(block.attn2, "merge_crossattn")
+            yield from _MergeAround(self, "merge_crossattn").install(block.attn2)
         if any(config.merge_mlp for config in configs):
-            yield from self._merge_around(block.ff, "merge_mlp")
+            yield from _MergeAround(self, "merge_mlp").install(block.ff)
         if any(config.merge_attn for config in configs):
             self._seam.install(self._attention)
 
@@ -236,30 +229,10 @@ class _Layer:
         return config.merge_crossattn or config.merge_mlp or self.todo.action in ("agents", "merge")
 
     def _drop_plan(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.plan = None
+        if not torch.is_grad_enabled():  # gradient checkpointing may compute the inside of the block once more
+            self.plan = None
         if self.todo is not None and self.todo.action != "untouched" and not self.met:
             self.patch.note(self.site.obstacle or "something else answers self-attention in its place")
-
-    def _merge_around(self, module: nn.Module, switch: str) -> Iterator[Any]:
-        def merged(x: Any) -> Clusters | None:
-            config = self.patch.moment.config
-            if config is None or not getattr(config, switch) or self.plan is None or not isinstance(x, Tensor):
-                return None
-            return self.plan.merged if x.shape[:2] == self.plan.shape else None
-
-        pending: list[Clusters | None] = []
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            clusters = merged(args[0]) if args else None
-            pending[:] = [clusters]
-            return None if clusters is None else ((clusters.merge(args[0]), *args[1:]), kwargs)
-
-        def after(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            clusters = pending.pop() if pending else None
-            return None if clusters is None else clusters.unmerge(output)
-
-        yield module.register_forward_pre_hook(before, with_kwargs=True)
-        yield module.register_forward_hook(after)
 
     # Self-attention
 
@@ -364,8 +337,42 @@ class _Layer:
         if config.attn_precision is None:
             return step(config, *tensors)
         dtype = tensors[0].dtype
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with _no_autocast(tensors[0].device.type):
             return step(config, *(None if t is None else t.float() for t in tensors)).to(dtype)
+
+
+class _MergeAround:
+    """Hooks that merge the tokens in front of cross-attention or the feed-forward layer, and unmerge them behind it."""
+
+    def __init__(self, layer: _Layer, switch: str) -> None:
+        self.layer, self.switch = layer, switch
+        self.pending: Clusters | None = None
+
+    def install(self, module: nn.Module) -> Iterator[Any]:
+        yield module.register_forward_pre_hook(self._before, with_kwargs=True)
+        yield module.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.pending = self._clusters(args[0]) if args else None
+        return None if self.pending is None else ((self.pending.merge(args[0]), *args[1:]), kwargs)
+
+    def _after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        clusters, self.pending = self.pending, None
+        return None if clusters is None else clusters.unmerge(output)
+
+    def _clusters(self, x: Any) -> Clusters | None:
+        config, plan = self.layer.patch.moment.config, self.layer.plan
+        if config is None or not getattr(config, self.switch) or plan is None or not isinstance(x, Tensor):
+            return None
+        return plan.merged if x.dim() == 3 and x.shape[:2] == plan.shape else None
+
+
+def _no_autocast(device_type: str) -> Any:
+    """A `with` block without autocast, also on devices that have none, where torch.autocast may raise."""
+    try:
+        return torch.autocast(device_type, enabled=False)
+    except RuntimeError:
+        return nullcontext()
 
 
 def _downsample(latent: tuple[int, int], size: tuple[int, int]) -> int:
@@ -420,19 +427,21 @@ def apply_patch(
 
 def patch_unet(unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None) -> Patch:
     """Patch a U-Net with a config, replacing a patch that is there already; see `Patch` for the arguments."""
-    old = _PATCHES.get(unet)
-    if old is not None:
-        old.remove()
-    patch = Patch(unet, config, kv_context)
+    patch = Patch(unet, config, kv_context)  # which may raise, before anything is touched
     patch.install()
-    _PATCHES[unet] = patch
     return patch
+
+
+def _patch_on(unet: nn.Module) -> Patch | None:
+    """The patch on a U-Net. The U-Net owns it by its hook: both go together, and a deep copy has a copy of its own."""
+    owners = (getattr(hook, "__self__", None) for hook in unet._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Patch)), None)
 
 
 def get_patch(model: Any) -> Patch | None:
     """The patch that is on the model, if any."""
     try:
-        return _PATCHES.get(find_unet(model))
+        return _patch_on(find_unet(model))
     except UnsupportedModelError:
         return None
 
