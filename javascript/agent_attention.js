@@ -179,7 +179,7 @@
 
     // ---- The sentences ----
 
-    const percent = (share) => `${Math.round(share * 100)} %`;
+    const percent = (share) => `${Math.round(share * 100)}\u00a0%`; // a line must not break there
 
     const layerWords = ({plan, count}) => {
         const layers = `in ${count} ${count === 1 ? "layer" : "layers"}`;
@@ -289,7 +289,29 @@
         return `${hint[0].toUpperCase()}${hint.slice(1)}.${change}`;
     };
 
-    const pure = {planLayer, estimate, shareOfRun, configOf, hiresSize, hostObstacle, summary, hintSentence};
+    // ---- Presets: agentsd/webui/presets.py ----
+
+    const presetOf = (values, data) => {
+        const fits = (preset) => Object.entries(preset).every(([name, value]) => values[name] === value);
+        const found = Object.entries(data.presets).find(([, preset]) => fits(preset));
+        return found ? found[0] : data.custom;
+    };
+
+    // ---- Measurements: agentsd/webui/measure.py ----
+
+    const MEBIBYTE = 2 ** 20;
+
+    const measuredRow = ({width, height, hires, before, after, peak_before: from, peak_after: to, distance}) => [
+        `${hires ? "Hires " : ""}${width}×${height}`,
+        `${Math.round(before)} ms`,
+        `${Math.round(after)} ms`,
+        `${(before / after).toFixed(2)}×`,
+        from === null || to === null ? "–" : `${Math.round(from / MEBIBYTE)} → ${Math.round(to / MEBIBYTE)} MiB`,
+        `${(100 * distance).toFixed(1)}\u00a0%`,
+    ];
+    const MEASURED_HEAD = ["Size", "Without", "With", "Speed-up", "Peak memory", "Output differs"];
+
+    const pure = {presetOf, measuredRow, planLayer, estimate, shareOfRun, configOf, hiresSize, hostObstacle, summary, hintSentence};
 
     // ---- The page ----
 
@@ -297,6 +319,7 @@
     const ROUTE = "./agent-attention";
     const POLL_MS = 250; // sliders that the host moves by itself (paste, swap, presets) tell nobody
     const MODEL_RETRY_MS = 5000;
+    const MEASURE_POLL_MS = 400;
 
     const find = (selector) => gradioApp().querySelector(selector);
     const numberIn = (id) => Number(find(`#${id} input[type=number]`)?.value ?? NaN);
@@ -316,6 +339,12 @@
         const field = find(`#${id} input[type=number]`);
         const value = field && field.value !== "" ? Number(field.value) : NaN;
         return value >= row.low && value <= row.high ? value : undefined;
+    };
+
+    // All controls as far as they can be read; `known` fills in for fields that are being edited.
+    const readControls = (tab, data, known) => {
+        const found = data.rows.map((row) => [row.name, readControl(tab, row) ?? known[row.name]]);
+        return Object.fromEntries(found);
     };
 
     // Size of an img2img pass: the sliders', or what "Resize by" makes of the image.
@@ -358,8 +387,22 @@
         target.setAttribute("role", "status");
     };
 
-    const getJson = async (name) => {
-        const answer = await fetch(`${ROUTE}/${name}`);
+    const table = (head, rows) => {
+        const made = document.createElement("table");
+        for (const [i, cells] of [head, ...rows].entries()) {
+            const line = made.insertRow();
+            for (const text of cells) {
+                const cell = document.createElement(i ? "td" : "th");
+                cell.textContent = text;
+                line.append(cell);
+            }
+        }
+        return made;
+    };
+
+    const ask = async (name, method = "GET", body = undefined) => {
+        const headers = body ? {"Content-Type": "application/json"} : {};
+        const answer = await fetch(`${ROUTE}/${name}`, {method, headers, body: body && JSON.stringify(body)});
         if (!answer.ok) throw new Error(`${name}: ${answer.status}`);
         return answer.json();
     };
@@ -368,36 +411,99 @@
     const makeReadout = () => {
         const stopped = new AbortController();
         const last = {}; // what each line was last made from
+        const loaded = {}, wanted = {}; // tabs that have been seen, and presets that are to be filled in
         let data = null, asked = -Infinity, generating = false, checkpoint;
 
         const learn = async () => {
             asked = Date.now();
-            data = await getJson("readout").catch(() => data);
+            data = await ask("readout").catch(() => data);
+        };
+
+        const layoutNow = () => (data.model ? data.model.layout : data.layouts["SD 1"]);
+
+        // The preset's control says what the others are, whoever has set them.
+        const showPreset = (tab, values) => {
+            const field = find(`#${panelId(tab, "preset")} input`);
+            if (!field || field === document.activeElement) return;
+            if (!loaded[tab]) {
+                loaded[tab] = true;
+                wanted[tab] = options().agent_attention_preset;
+            }
+            if (wanted[tab] in data.presets || field.value !== presetOf(values, data)) {
+                find(`#${panelId(tab, "sync")}`).click();
+            }
+        };
+
+        // Handlers of gradio: [preset, every control but "enabled"] in, the same out.
+        const choose = (tab, [preset, ...values]) => {
+            const chosen = data && data.presets[preset];
+            const names = data ? data.rows.map((row) => row.name).filter((name) => name !== "enabled") : [];
+            return [preset, ...values.map((value, i) => (chosen && names[i] in chosen ? chosen[names[i]] : value))];
+        };
+        const sync = (tab, [preset, ...values]) => {
+            const name = wanted[tab];
+            wanted[tab] = undefined;
+            if (data && name in data.presets) return choose(tab, [name, ...values]);
+            return [data ? presetOf(readControls(tab, data, data.defaults), data) : preset, ...values];
+        };
+
+        const fillMeasured = (tab, text, rows) => {
+            const element = find(`#${panelId(tab, "measured")}`);
+            const target = element.querySelector(".prose") || element;
+            const line = document.createElement("div");
+            line.textContent = text;
+            line.setAttribute("role", "status");
+            target.replaceChildren(line, ...(rows.length ? [table(MEASURED_HEAD, rows)] : []));
+        };
+
+        const measure = async (tab) => {
+            const values = readControls(tab, data, (last[tab] && last[tab].values) || data.defaults);
+            const passes = passesOf(tab, layoutNow()).map(({width, height, start, hires}) => ({width, height, start, hires}));
+            const {error} = await ask("measure", "POST", {values, passes});
+            if (error) {
+                fillMeasured(tab, error, []);
+                return;
+            }
+            for (let state = {state: "running"}; state.state === "running" && !stopped.signal.aborted;) {
+                await new Promise((done) => setTimeout(done, MEASURE_POLL_MS));
+                state = await ask("measure");
+                const text = state.state === "running" ? `Measuring: ${percent(state.progress)}` : state.text;
+                fillMeasured(tab, text, state.outcomes.map(measuredRow));
+            }
+        };
+
+        const press = ({target}) => {
+            for (const tab of TABS) {
+                if (target.closest(`#${panelId(tab, "measure")}`) && data) {
+                    measure(tab).catch((error) => fillMeasured(tab, `Measuring failed: ${error.message}`, []));
+                }
+                if (target.closest(`#${panelId(tab, "measure_cancel")}`)) ask("measure", "DELETE").catch(() => {});
+            }
         };
 
         const showSummary = (tab) => {
             const element = find(`#${panelId(tab, "summary")}`);
             if (!data || !isShown(element)) return;
-            const fresh = Object.fromEntries(data.rows.map((row) => [row.name, readControl(tab, row)]));
-            const known = (last[tab] && last[tab].values) || data.defaults;
-            const values = Object.fromEntries(data.rows.map(({name}) => [name, fresh[name] ?? known[name]]));
-            const layout = data.model ? data.model.layout : data.layouts["SD 1"];
-            const passes = passesOf(tab, layout);
+            const values = readControls(tab, data, (last[tab] && last[tab].values) || data.defaults);
+            showPreset(tab, values);
+            const passes = passesOf(tab, layoutNow());
             const key = JSON.stringify([values, passes, data.model && data.model.notes]);
             if (!passes.length || (last[tab] && last[tab].key === key)) return;
             last[tab] = {key, values};
             const lines = summary(values, passes, data).map((words) => ({text: words.text, hint: hintSentence(words, data)}));
             if (!data.model) lines.push({text: "No model is loaded yet: figures are those of SD 1."});
-            for (const note of data.model ? data.model.notes : []) lines.push({text: "", hint: hintSentence(note, data)});
+            const notes = data.model ? data.model.notes.filter((note) => !values[note.unless]) : [];
+            for (const note of notes) lines.push({text: "", hint: hintSentence(note, data)});
             fill(element, lines);
         };
 
         const showStatus = async () => {
-            const status = await getJson("status").catch(() => null);
+            const status = await ask("status").catch(() => null);
             if (!status || stopped.signal.aborted) return;
             for (const tab of TABS) {
                 const element = find(`#${panelId(tab, "status")}`);
-                if (element) fill(element, status.text ? [{text: status.text}] : []);
+                const wanted = status.text && options().agent_attention_status_line !== false;
+                if (element) fill(element, wanted ? [{text: status.text}] : []);
             }
         };
 
@@ -427,8 +533,11 @@
 
         const timer = setInterval(tick, POLL_MS);
         document.addEventListener("input", () => requestAnimationFrame(tick), {signal: stopped.signal});
+        document.addEventListener("click", press, {signal: stopped.signal});
         showStatus();
         return {
+            choose,
+            sync,
             stop: () => {
                 clearInterval(timer);
                 stopped.abort();

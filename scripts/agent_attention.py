@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modules import script_callbacks, scripts
+from modules import script_callbacks, scripts, shared
 
 import agentsd
 
@@ -13,9 +13,8 @@ if Path(agentsd.__file__).resolve().parents[1] != Path(__file__).resolve().paren
         f"first. Disable that extension in the Extensions tab, then restart the WebUI."
     )
 
-from agentsd.webui import compat, infotext, panel, readout, session, xyz
+from agentsd.webui import compat, infotext, options, panel, routes, session, xyz
 from agentsd.webui.settings import NAMES
-from agentsd.webui.status import STATUS
 
 _panels: list[panel.Panel] = []
 
@@ -47,14 +46,10 @@ class AgentAttentionScript(scripts.Script):
 def on_app_started(demo, app):
     for built in _panels:
         built.tidy()
-    app.add_api_route("/agent-attention/status", status, methods=["GET"])
-    app.add_api_route("/agent-attention/readout", lambda: readout.page_data(compat.loaded_unet()), methods=["GET"])
-
-
-def status():
-    return {**STATUS.as_dict(), "first_downsample": compat.current_first_downsample()}
+    routes.add(app)
 
 
 script_callbacks.on_cfg_denoiser(lambda params: session.before_model_call())
 script_callbacks.on_before_ui(lambda: xyz.register(compat.xyz_grids()))
+script_callbacks.on_ui_settings(lambda: options.register(shared.opts, shared.OptionInfo))
 script_callbacks.on_app_started(on_app_started)

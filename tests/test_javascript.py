@@ -105,9 +105,8 @@ def say(given: dict, *passes: dict, layout: str = "SD 1") -> list[dict]:
 def test_what_happens_is_said_with_tokens_agents_layers_and_flops():
     [said] = say({"agent_source": "grid", "ratio": 0.0, "agent_ratio": 0.95, "until": 1.0, "min_tokens": 0})
     share = estimate(layouts()["SD 1"], AgentConfig(agent_source="grid", ratio=0.0, agent_ratio=0.95), 64, 64).share
-    assert said[
-        "text"
-    ] == f"512×512: 4096 tokens → 256 agents in 5 layers; {share:.0%} of the U-Net's FLOPs left".replace("%", " %")
+    left = f"{share:.0%}".replace("%", "\u00a0%")
+    assert said["text"] == f"512×512: 4096 tokens → 256 agents in 5 layers; {left} of the U-Net's FLOPs left"
     assert (said["acts"], said["sentence"]) == (True, "")
 
 
@@ -133,8 +132,8 @@ def test_a_hires_pass_has_a_line_of_its_own():
         ),
         ({"max_downsample": "1"}, {}, "SDXL", "attention starts at level 2", "Layers down to"),
         ({}, {"obstacle": ["HyperTile is on", "Settings → HyperTile"]}, "SD 1", "HyperTile is on", "HyperTile"),
-        ({"until": 0.6}, {"start": 0.7}, "SD 1", "70 % of the diffusion is done", "Until"),
-        ({"hires_until": 0.4}, {"start": 0.5, "hires": True}, "SD 1", "agents end at 40 %", "Until, hires pass"),
+        ({"until": 0.6}, {"start": 0.7}, "SD 1", "70\u00a0% of the diffusion is done", "Until"),
+        ({"hires_until": 0.4}, {"start": 0.5, "hires": True}, "SD 1", "agents end at 40\u00a0%", "Until, hires pass"),
         ({"since": 0.7, "until": 0.6}, {}, "SD 1", "begin at 0.7 and end at 0.6", "From"),
         ({"merge_attn": False}, {}, "SD 1", "self-attention is left out", "Merge self-attention"),
         ({"method": "pool", "sx": 1, "sy": 1}, {}, "SD 1", "1 × 1", "Cell width"),

@@ -6,13 +6,17 @@ The only file that imports the WebUI, apart from the script itself. Whatever a h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from modules import scripts, sd_models, shared
 from modules.ui_components import InputAccordion
 from torch import Tensor, nn
 
 from agentsd.hosts import UnsupportedModelError, find_sites, find_unet
+
+from .measure import Busy
 
 __all__ = ["InputAccordion", "current_unet", "first_downsample", "kv_context", "obstacles", "upcasts", "xyz_grids"]
 
@@ -68,6 +72,43 @@ def obstacles(p: Any, hires: bool) -> Iterator[str]:
 def replaced_blocks(unet: nn.Module) -> bool:
     """Whether another extension has put a forward of its own on a transformer block (ControlNet's reference, say)."""
     return any({"forward", "_forward"} & vars(site.block).keys() for site in find_sites(unet))
+
+
+def is_sd2() -> bool:
+    """Whether the checkpoint in use is an SD 2.x."""
+    return bool(getattr(sd_models.model_data.sd_model, "is_sd2", False))
+
+
+@contextmanager
+def model_at_rest() -> Iterator[tuple[nn.Module, Any]]:
+    """The U-Net in use and its `kv_context`, for running it while nothing is generated.
+
+    Raises:
+        Busy: something is being generated, or there is no model.
+    """
+    from modules import devices
+    from modules.call_queue import queue_lock
+
+    unet = loaded_unet()
+    if unet is None:
+        raise Busy("No Stable Diffusion model is loaded.")
+    if not queue_lock.acquire(blocking=False):
+        raise Busy("An image is being generated: try again when it is done.")
+    try:
+        _bring_to_device()
+        with torch.no_grad(), devices.autocast():
+            yield unet, kv_context()
+    finally:
+        queue_lock.release()
+
+
+def _bring_to_device() -> None:
+    """Forge keeps the U-Net on the CPU until it is sampled with."""
+    objects = getattr(shared.sd_model, "forge_objects", None)
+    if objects is not None:
+        from backend import memory_management
+
+        memory_management.load_model_gpu(objects.unet)
 
 
 def xyz_grids() -> list[Any]:

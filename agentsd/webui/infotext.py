@@ -11,6 +11,7 @@ from typing import Any
 
 from agentsd.config import SettingError
 
+from . import legacy
 from .settings import BY_NAME, DEFAULTS, SETTINGS
 
 KEY = "Agent Attention"
@@ -44,14 +45,16 @@ def read(entry: str) -> dict[str, Any]:
 def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
     """A function from the host's parsed infotext to the control's value; None leaves the control as it is.
 
-    An image that was made without us switches the extension off and changes nothing else. There is one function for
+    An image of the older extension counts as ours. One that was made without either switches the extension off and
+    changes nothing else. There is one function for
     each name, so that the host can match the controls of two tabs by it.
     """
 
     def value(params: Mapping[str, Any]) -> Any:
         entry = params.get(KEY)
-        if name == "enabled":
-            return entry is not None
-        return None if entry is None else read(str(entry))[name]
+        values = legacy.read(params) if entry is None else read(str(entry))
+        if values is None:
+            return False if name == "enabled" else None
+        return values[name]
 
     return value

@@ -10,7 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from .settings import BY_NAME, SETTINGS, Row
+from .presets import CUSTOM, PRESETS, preset_of
+from .settings import BY_NAME, DEFAULTS, SETTINGS, Row
 
 # Controls that share a line, by their group's number
 _LINES = (
@@ -69,12 +70,50 @@ def build(tab: str, accordion: Callable[..., AbstractContextManager]) -> Panel:
     enabled = BY_NAME["enabled"]
     with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:
         controls = {"enabled": switch}
+        preset, sync = _preset(tab)
         summary = gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
         controls.update(_lines(tab, [row for row in SETTINGS if not row.folded and row is not enabled]))
         with gr.Accordion("More settings", open=False, elem_id=element_id(tab, "more")):
             controls.update(_lines(tab, [row for row in SETTINGS if row.folded]))
+        _measure(tab)
         status = gr.HTML("", elem_id=element_id(tab, "status"), elem_classes=["agent-attention-status"])
+    _connect(tab, preset, sync, [controls[row.name] for row in SETTINGS if row is not enabled])
     return Panel({row.name: controls[row.name] for row in SETTINGS}, summary, status)
+
+
+def _preset(tab: str) -> tuple[Any, Any]:
+    """The choice of a preset, and a hidden button by which the page sets it."""
+    preset = gr.Dropdown(
+        choices=[*PRESETS, CUSTOM],
+        value=preset_of(DEFAULTS),
+        label="Preset",
+        info="Settings by intention. Changing one of them makes it Custom.",
+        elem_id=element_id(tab, "preset"),
+    )
+    sync = gr.Button("", elem_id=element_id(tab, "sync"), elem_classes=["agent-attention-hidden"])
+    # what it shows follows from the other controls: nothing to save
+    preset.do_not_save_to_config = sync.do_not_save_to_config = True
+    return preset, sync
+
+
+def _connect(tab: str, preset: Any, sync: Any, controls: list[Any]) -> None:
+    """Have the page's script fill the controls; the server is not asked."""
+    for listen, call in ((preset.input, "choose"), (sync.click, "sync")):
+        code = f"(...values) => agentAttentionReadout.{call}('{tab}', values)"
+        listen(fn=None, inputs=[preset, *controls], outputs=[preset, *controls], **{_JS: code})
+
+
+# gradio 4 has renamed it
+_JS = "_js" if gr.__version__.startswith("3.") else "js"
+
+
+def _measure(tab: str) -> None:
+    """Buttons and table of a measurement, which the page's script brings to life."""
+    with gr.Accordion("Measure", open=False, elem_id=element_id(tab, "measuring")):
+        with gr.Row():
+            gr.Button("Measure at this size", elem_id=element_id(tab, "measure"))
+            gr.Button("Cancel measuring", elem_id=element_id(tab, "measure_cancel"), interactive=True)
+        gr.HTML("", elem_id=element_id(tab, "measured"), elem_classes=["agent-attention-measured"])
 
 
 def _lines(tab: str, rows: list[Row]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from agentsd import Patch, patch_unet
+from agentsd import AgentConfig, Patch, patch_unet
 from agentsd.config import SettingError
 
 from . import compat, infotext, settings
+from .lastrun import StepClock, changed
 from .status import STATUS, PassReport
 
 # On the host's processing object: this generation
@@ -79,7 +80,7 @@ def before_sampling(p: Any) -> None:
 def before_model_call() -> None:
     """Follow a refiner that has taken over since the last step."""
     if _running:
-        _running[-1].follow(compat.current_unet())
+        _running[-1].next_call(compat.current_unet())
 
 
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
@@ -143,12 +144,21 @@ def under_way(current: Pass) -> Iterator[None]:
         current.close()
 
 
+def config_on(unet: nn.Module, values: Mapping[str, Any], *, hires: bool) -> AgentConfig | None:
+    """The config of a pass that is sampled with `unet`; None where that pass is to be left alone."""
+    config = settings.to_config(values, hires=hires, first_downsample=compat.first_downsample(unet))
+    if config is None or not compat.upcasts():
+        return config
+    return replace(config, attn_precision="fp32")
+
+
 class Pass:
     """The patch during one sampling pass."""
 
     def __init__(self, values: Mapping[str, Any], report: PassReport) -> None:
         self.values, self.report = values, report
         self.thread = threading.get_ident()
+        self._clock = StepClock()
         self._patch: Patch | None = None
         self._unet: nn.Module | None = None
         self._models: set[int] = set()
@@ -165,21 +175,29 @@ class Pass:
         except Exception as error:
             self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
 
+    def next_call(self, unet: nn.Module | None) -> None:
+        """The U-Net is about to be called: `unet`, which a refiner may have put in the other's place."""
+        self._lap()
+        self.follow(unet)
+
     def close(self) -> None:
         """Take the patch back. Doing it again changes nothing."""
+        if self in _running:
+            self._lap()
+            self.report.pace = self._clock.pace()
         self.suspend()
         if self in _running:
             _running.remove(self)
 
     def _patched(self, unet: nn.Module) -> Patch:
-        level = compat.first_downsample(unet)
-        config = settings.to_config(self.values, hires=self.report.hires, first_downsample=level)
-        if compat.upcasts():
-            config = replace(config, attn_precision="fp32")
+        config = config_on(unet, self.values, hires=self.report.hires)
         if compat.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
         self._models.add(id(unet))
         return patch_unet(unet, config, compat.kv_context())
+
+    def _lap(self) -> None:
+        self._clock.lap(0 if self._patch is None else sum(changed(layer.calls) for layer in self._patch.report()))
 
     def suspend(self) -> None:
         """Take the patch back until `follow` is called again."""

@@ -5,12 +5,17 @@ Imports neither gradio nor the WebUI.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from agentsd import Patch
+
+from .lastrun import Pace, changed
+
+log = logging.getLogger("agentsd.webui")
 
 
 @dataclass
@@ -21,11 +26,13 @@ class PassReport:
         hires: whether it was the hires pass.
         latent: (height, width) of the latent; None before the first call of the U-Net.
         calls: number of self-attention calls by what was done: "agents", "merge", "pool", "untouched" …
-        layers: the different plans of the layers that were changed: action, tokens, queries and agents.
+        layers: the different plans of the layers that were changed: action, tokens, queries and agents, and the
+            number ("count") of layers with that plan.
         idle: why the layers that could have been changed were not meant to be.
         obstacles: why the whole pass was left to the host.
         notes: why single calls were left to the host, with their number.
         models: number of U-Nets that were patched; 2 where a refiner took over.
+        pace: how fast its steps were.
     """
 
     hires: bool
@@ -36,6 +43,7 @@ class PassReport:
     obstacles: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     models: int = 0
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def name(self) -> str:
@@ -56,12 +64,19 @@ class PassReport:
             if plan.action == "untouched":
                 _append_new(self.idle, plan.reason)
             else:
-                sizes = {"tokens": plan.tokens, "queries": plan.queries, "agents": plan.agents}
-                _append_new(self.layers, {"action": plan.action, **sizes})
+                self._count_layer({"tokens": plan.tokens, "queries": plan.queries, "agents": plan.agents}, plan.action)
+
+    def _count_layer(self, sizes: Mapping[str, int], action: str) -> None:
+        plan = {"action": action, **sizes}
+        for layer in self.layers:
+            if plan.items() <= layer.items():
+                layer["count"] += 1
+                return
+        self.layers.append({**plan, "count": 1})
 
     def changed(self) -> int:
         """Number of self-attention calls that were changed."""
-        return sum(n for action, n in self.calls.items() if action != "untouched")
+        return changed(self.calls)
 
     def sentence(self) -> str:
         """The pass in one sentence."""
@@ -69,12 +84,23 @@ class PassReport:
             return f"{self.name}: not applied, {' and '.join(self.obstacles)}"
         size = "" if self.latent is None else f", {self.latent[1] * 8}×{self.latent[0] * 8}"
         if self.changed():
-            what = "; ".join(_layer_words(**layer) for layer in self.layers)
-            return f"{self.name}{size}: {what}; {self.changed()} of {sum(self.calls.values())} self-attention calls"
+            what = ", ".join(_layer_words(**layer) for layer in self.layers)
+            pace = self.pace.words()
+            return f"{self.name}{size}: {what}; {self._calls_in_words()}" + (f"; {pace}" if pace else "")
         why = "; ".join(self.idle) or "the U-Net was not called"
         if self.layers:
             why = "no step lay between From and Until"
         return f"{self.name}{size}: nothing to do, {why}"
+
+    def _calls_in_words(self) -> str:
+        """Such as "40 calls with agents, 88 untouched"."""
+        words = {"agents": "with agents", "merge": "merged", "pool": "pooled", "untouched": "untouched"}
+        found = [f"{n} {words.get(action, action)}" for action, n in sorted(self.calls.items(), key=_changed_first)]
+        return "calls: " + ", ".join(found)
+
+
+def _changed_first(item: tuple[str, int]) -> bool:
+    return item[0] == "untouched"
 
 
 def _append_new(where: list[Any], what: Any) -> None:
@@ -82,11 +108,12 @@ def _append_new(where: list[Any], what: Any) -> None:
         where.append(what)
 
 
-def _layer_words(action: str, tokens: int, queries: int, agents: int) -> str:
+def _layer_words(action: str, tokens: int, queries: int, agents: int, count: int) -> str:
+    where = f"in {count} layer{'' if count == 1 else 's'}"
     if action == "merge":
-        return f"{tokens} tokens merged to {queries}"
+        return f"{tokens} tokens → {queries} merged {where}"
     kind = "pooled keys" if action == "pool" else "agents"
-    return f"{tokens} tokens → {agents} {kind}"
+    return f"{tokens} tokens → {agents} {kind} {where}"
 
 
 class Status:
@@ -113,6 +140,8 @@ class Status:
     def add(self, report: PassReport) -> None:
         """A pass has ended."""
         self.passes.append(report)
+        if report.changed():
+            log.info(report.sentence())
         for reason in (*report.obstacles, *report.notes):
             self.say(f"stands down: {reason}")
 
@@ -153,6 +182,7 @@ class Status:
                     "calls": dict(report.calls),
                     "layers": report.layers,
                     "models": report.models,
+                    "pace": asdict(report.pace),
                     "obstacles": report.obstacles,
                     "notes": dict(report.notes),
                 }

@@ -1,0 +1,63 @@
+"""Reading the infotext of the older extension sd-webui-agentattention ("AgAt …" keys).
+
+Imports neither gradio nor the WebUI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agentsd.config import SettingError
+
+from .settings import BY_NAME, DEFAULTS, FIRST, HIRES, MERGING, NOTHING
+
+SWITCH = "AgAt Active"
+# The older extension's key is "AgAt Apply to Hires. Fix Only"; the host's parser can't see past the full stop.
+_HIRES_ONLY = ("AgAt Apply to Hires. Fix Only", "Fix Only")
+_SAME = {
+    "ratio": "AgAt First Pass Ratio",
+    "agent_ratio": "AgAt First Pass Agent Ratio",
+    "sx": "AgAt First Pass sx",
+    "sy": "AgAt First Pass sy",
+    "max_downsample": "AgAt Max Downsample",
+    "fp32": "AgAt Use FP32 Precision",
+}
+
+
+def read(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Our settings for an image that was made with the older extension; None for any other image.
+
+    It patches either the first pass or the hires pass, changes at "Second Pass Step", and knows no k_scale2 and
+    k_shortcut. Its second settings become our token merging, whatever their values. What cannot be read is at our
+    default.
+    """
+    if str(params.get(SWITCH)) != "True":
+        return None
+    hires_only = any(str(params.get(key)) == "True" for key in _HIRES_ONLY)
+    second = str(params.get("AgAt Use Second Pass")) == "True"
+    values = {**DEFAULTS, "enabled": True, "agent_source": "similarity", "passes": HIRES if hires_only else FIRST}
+    for name, key in _SAME.items():
+        _take(values, name, params.get(key))
+    _take(values, "hires_until" if hires_only else "until", _end(params, hires_only))
+    return {**values, "after": MERGING if second else NOTHING}
+
+
+def _take(values: dict[str, Any], name: str, text: Any) -> None:
+    if text is None:
+        return
+    try:
+        values[name] = BY_NAME[name].parsed(str(text))
+    except SettingError:
+        return
+
+
+def _end(params: Mapping[str, Any], hires: bool) -> float | None:
+    """The part of the diffusion that is done at the older extension's "Second Pass Step"."""
+    try:
+        steps = float((hires and params.get("Hires steps")) or params["Steps"])
+        part = min(1.0, float(params["AgAt Second Pass Step"]) / steps)
+        start = 1.0 - float(params.get("Denoising strength", 1.0)) if hires else 0.0
+    except (KeyError, ValueError, ZeroDivisionError):
+        return None
+    return max(BY_NAME["until"].low, round(start + (1.0 - start) * part, 2))

@@ -1,0 +1,53 @@
+"""Settings chosen by intention. The page offers them and says which one the controls stand for.
+
+Imports neither gradio nor the WebUI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from .settings import BY_NAME, DEFAULTS, HIRES, MERGING, NAMES
+
+CUSTOM = "Custom"
+# The machine's, the model's and the user's own affairs: no preset touches them, and none is told by them
+KEPT = ("enabled", "fp32", "min_tokens", "seed")
+
+# The one place for the presets' values, as differences from the panel's defaults. They follow the deviation of the
+# U-Net's output and the time of a forward pass, both in docs/fidelity.md and docs/performance.md.
+_DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
+    # Grid agents over 4 × 4 cells while the image is mostly noise
+    "Fast": {},
+    # Keys and values averaged over 2 × 2 cells: the smallest deviation at every timestep
+    "Faithful": {"method": "pool", "sx": 2, "sy": 2, "k_shortcut": 0.0, "until": 1.0},
+    # AgentSD: 40 % of the steps with agents, the rest with token merging (Han et al., ECCV 2024, section 5). A hires
+    # pass at denoising strength 0.5 has 40 % of its own steps behind it where 70 % of the diffusion are done.
+    "Paper": {
+        "ratio": 0.4,
+        "agent_source": "similarity",
+        "until": 0.4,
+        "hires_until": 0.7,
+        "after": MERGING,
+    },
+    "Hires only": {"passes": HIRES},
+    # SDXL has no attention at full resolution: its largest layers are at level 2, and most of it at level 4
+    "SDXL": {"max_downsample": "4"},
+}
+
+
+def _complete(differences: Mapping[str, Any]) -> Mapping[str, Any]:
+    values = {**DEFAULTS, **{name: BY_NAME[name].checked(value) for name, value in differences.items()}}
+    return MappingProxyType({name: values[name] for name in NAMES if name not in KEPT})
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {name: _complete(given) for name, given in _DIFFERENCES.items()}
+
+
+def preset_of(values: Mapping[str, Any]) -> str:
+    """The preset that these settings are, or CUSTOM."""
+    for name, preset in PRESETS.items():
+        if all(values[setting] == value for setting, value in preset.items()):
+            return name
+    return CUSTOM
