@@ -1,0 +1,334 @@
+"""Make the small checkpoints that the tests use, with random weights, in an AUTOMATIC1111 WebUI checkout.
+
+Run with the WebUI's own Python, after its first start: venv/bin/python …/make_checkpoints.py WEBUI_FOLDER
+
+Writes tinysd1, tinysd1b, tinysd2v and tinysdxl to models/Stable-diffusion, each with its YAML, a LoRA, a hypernetwork,
+WEBUI_FOLDER/clip-tiny, and two small text towers beside open_clip's own. Layers that training starts at zero are not
+zero here, so that attention reaches the image. Nothing is downloaded: the tokenizer comes from open_clip's own file.
+"""
+
+# ruff: noqa: E402 - the WebUI's repositories must be on the path first
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(sys.argv[1]).resolve()
+REPOSITORIES = ROOT / "repositories"
+sys.path[:0] = [str(REPOSITORIES / "stable-diffusion-stability-ai"), str(REPOSITORIES / "generative-models")]
+
+import open_clip
+import torch
+from ldm.models.autoencoder import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+CLIP = ROOT / "clip-tiny"
+CHECKPOINTS = ROOT / "models/Stable-diffusion"
+VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+COMMON = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 64,
+    "num_res_blocks": 2,
+    "use_spatial_transformer": True,
+    "use_checkpoint": False,
+    "legacy": False,
+}
+SMALL_VAE = [("ch: 128", "ch: 32")]
+
+
+def write_clip() -> None:
+    """A CLIP of SD 1's width with a narrow MLP; its vocabulary is the one in open_clip's archive."""
+    from open_clip.tokenizer import bytes_to_unicode
+
+    archive = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(archive.read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    letters = list(bytes_to_unicode().values())
+    words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    CLIP.mkdir(exist_ok=True)
+    marks = {"bos_token": words[-2], "eos_token": words[-1], "pad_token": words[-1], "unk_token": words[-1]}
+    files = {
+        "vocab.json": {word: i for i, word in enumerate(words)},
+        "special_tokens_map.json": marks,
+        "tokenizer_config.json": {
+            **marks,
+            "model_max_length": 77,
+            "do_lower_case": True,
+            "errors": "replace",
+            "add_prefix_space": False,
+            "tokenizer_class": "CLIPTokenizer",
+        },
+        "config.json": {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 77,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "projection_dim": 768,
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+            "pad_token_id": 1,
+            "torch_dtype": "float32",
+        },
+    }
+    for name, content in files.items():
+        (CLIP / name).write_text(json.dumps(content))
+    (CLIP / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(merge) + "\n" for merge in merges))
+
+
+# Weights
+
+
+@torch.no_grad()
+def fill_unet(unet: nn.Module, context: int, vector: int | None = None) -> nn.Module:
+    """Random weights that keep the variance, sharp enough attention, and an output of unit deviation."""
+    generator = torch.Generator().manual_seed(1234)
+    for name, m in unet.named_modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv1d)):
+            gain = 1.5 if name.endswith(("to_q", "to_k")) else 1.0
+            gain *= 0.6 if name.endswith("proj_out") or ".out_layers." in name else 1.0
+            _randomise(m.weight, generator, gain)
+            if m.bias is not None:
+                m.bias.copy_(torch.randn(m.bias.shape, generator=generator) * 0.02)
+    _randomise(unet.out[-1].weight, generator)
+    torch.manual_seed(7)
+    x, t, c = torch.randn(2, 4, 64, 64), torch.tensor([500, 500]), torch.randn(2, 77, context)
+    out = unet(x, t, c, **({} if vector is None else {"y": torch.randn(2, vector)}))
+    unet.out[-1].weight.div_(out.std())
+    unet.out[-1].bias.zero_()
+    return unet
+
+
+def _randomise(weight: torch.Tensor, generator: torch.Generator, gain: float = 1.0) -> None:
+    weight.copy_(torch.randn(weight.shape, generator=generator) * gain / math.sqrt(weight[0].numel()))
+
+
+@torch.no_grad()
+def vae() -> nn.Module:
+    model = AutoencoderKL(ddconfig=VAE, lossconfig={"target": "torch.nn.Identity"}, embed_dim=4).eval()
+    generator = torch.Generator().manual_seed(4321)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            _randomise(m.weight, generator)
+            if m.bias is not None:
+                m.bias.zero_()
+    torch.manual_seed(8)
+    model.decoder.conv_out.weight.mul_(0.4 / model.decode(torch.randn(1, 4, 32, 32)).std())
+    return model
+
+
+@torch.no_grad()
+def fill_text(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(99)
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            _randomise(m.weight, generator)
+            if m.bias is not None:
+                m.bias.zero_()
+        elif isinstance(m, nn.Embedding):
+            m.weight.copy_(torch.randn(m.weight.shape, generator=generator) * 0.5)
+    return model
+
+
+@torch.no_grad()
+def other_weights(model: nn.Module) -> nn.Module:
+    """As random as before: each matrix with its rows in reverse."""
+    for p in model.parameters():
+        if p.dim() >= 2:
+            p.copy_(p.flip(0).clone())
+    return model
+
+
+def open_clip_text(name: str, width: int, heads: int, layers: int) -> nn.Module:
+    """A small text tower, put beside open_clip's own so that the WebUI finds it by its name."""
+    vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": heads, "layers": layers}
+    folder = Path(open_clip.__file__).parent / "model_configs"
+    (folder / f"{name}.json").write_text(json.dumps({"embed_dim": width, "vision_cfg": vision, "text_cfg": text}))
+    importlib.reload(open_clip.factory)
+    model, _, _ = open_clip.factory.create_model_and_transforms(name, device="cpu", pretrained=None)
+    del model.visual
+    return fill_text(model)
+
+
+# Files
+
+
+def save(name: str, parts: dict[str, nn.Module], template: Path, changes: list[tuple[str, str]], end: str = "") -> None:
+    """A checkpoint in half precision, and the YAML that says how it is built."""
+    state = {
+        prefix + key: (value.half() if value.dtype == torch.float32 else value).contiguous().clone()
+        for prefix, model in parts.items()
+        for key, value in model.state_dict().items()
+        if not key.endswith("embeddings.position_ids")
+    }
+    if name != "tinysdxl":  # sgm computes its own
+        betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
+        state["alphas_cumprod"] = torch.cumprod(1 - betas, 0).float()
+    save_file(state, CHECKPOINTS / f"{name}.safetensors", metadata={"format": "pt"})
+    text = template.read_text()
+    for old, new in [("model_channels: 320", "model_channels: 64"), *SMALL_VAE, *changes]:
+        assert old in text, f"{template} has no {old!r}"
+        text = text.replace(old, new)
+    text = re.sub(r"num_res_blocks: 2(\s+attn_resolutions)", r"num_res_blocks: 1\1", text)
+    (CHECKPOINTS / f"{name}.yaml").write_text(text.rstrip() + "\n" + end)
+    print(CHECKPOINTS / f"{name}.safetensors")
+
+
+def sd1(name: str, change=lambda model: model) -> None:
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    layout = {"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_heads": 2}
+    unet = UNetModel(image_size=32, transformer_depth=1, context_dim=768, **layout, **COMMON).eval()
+    text = fill_text(CLIPTextModel(CLIPTextConfig.from_pretrained(CLIP)).eval())
+    parts = {
+        "model.diffusion_model.": change(fill_unet(unet, 768)),
+        "first_stage_model.": vae(),
+        "cond_stage_model.transformer.": change(text),
+    }
+    end = f"      params:\n        version: {CLIP}\n"
+    save(name, parts, ROOT / "configs/v1-inference.yaml", [("num_heads: 8", "num_heads: 2")], end)
+
+
+def sd2v() -> None:
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    layout = {"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_head_channels": 32}
+    layout["use_linear_in_transformer"] = True
+    unet = UNetModel(image_size=32, transformer_depth=1, context_dim=1024, **layout, **COMMON).eval()
+    parts = {
+        "model.diffusion_model.": fill_unet(unet, 1024),
+        "first_stage_model.": vae(),
+        "cond_stage_model.model.": open_clip_text("ViT-tinyH-webui", 1024, 16, 3),
+    }
+    changes = [
+        ("num_head_channels: 64", "num_head_channels: 32"),
+        ("        freeze: True\n", "        freeze: True\n        arch: ViT-tinyH-webui\n"),
+    ]
+    template = REPOSITORIES / "stable-diffusion-stability-ai/configs/stable-diffusion/v2-inference-v.yaml"
+    save("tinysd2v", parts, template, changes)
+
+
+def sdxl() -> None:
+    from sgm.modules.diffusionmodules.openaimodel import UNetModel
+
+    layout = {"attention_resolutions": [4, 2], "channel_mult": [1, 2, 4], "num_head_channels": 32}
+    layout |= {"transformer_depth": [1, 2, 4], "use_linear_in_transformer": True}
+    layout |= {"adm_in_channels": 2816, "num_classes": "sequential", "spatial_transformer_attn_type": "softmax"}
+    unet = UNetModel(context_dim=2048, **layout, **COMMON).eval()
+    parts = {
+        "model.diffusion_model.": fill_unet(unet, 2048, vector=2816),
+        "first_stage_model.": vae(),
+        "conditioner.embedders.0.transformer.": fill_text(CLIPTextModel(CLIPTextConfig.from_pretrained(CLIP)).eval()),
+        "conditioner.embedders.1.model.": open_clip_text("ViT-tinyG-webui", 1280, 20, 2),
+    }
+    layer = "layer: hidden\n              layer_idx: 11"
+    changes = [
+        ("num_head_channels: 64", "num_head_channels: 32"),
+        ("transformer_depth: [1, 2, 10]", "transformer_depth: [1, 2, 4]"),
+        ("arch: ViT-bigG-14", "arch: ViT-tinyG-webui"),
+        ("spatial_transformer_attn_type: softmax-xformers", "spatial_transformer_attn_type: softmax"),
+        (layer, f"{layer}\n              version: {CLIP}"),
+    ]
+    save("tinysdxl", parts, REPOSITORIES / "generative-models/configs/inference/sd_xl_base.yaml", changes)
+
+
+def lora(rank: int = 4) -> None:
+    """A LoRA on all attention projections of tinysd1."""
+    generator, state = torch.Generator().manual_seed(5), {}
+    pattern = re.compile(
+        r"model\.diffusion_model\.(input|middle|output)_blocks?\.(\d+)\.(?:1\.)?transformer_blocks\.0\.(attn[12])\."
+        r"(to_q|to_k|to_v|to_out\.0)\.weight$"
+    )
+    for key, weight in load_file(CHECKPOINTS / "tinysd1.safetensors").items():
+        found = pattern.match(key)
+        if not found:
+            continue
+        n = int(found[2])
+        where = {
+            "input": f"down_blocks_{(n - 1) // 3}_attentions_{(n - 1) % 3}",
+            "middle": "mid_block_attentions_0",
+            "output": f"up_blocks_{n // 3}_attentions_{n % 3}",
+        }[found[1]]
+        name = f"lora_unet_{where}_transformer_blocks_0_{found[3]}_{found[4].replace('.', '_')}"
+        rows, columns = weight.shape
+        state[f"{name}.lora_down.weight"] = torch.randn(rank, columns, generator=generator) / columns**0.5
+        state[f"{name}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * (0.5 / rank**0.5)
+        state[f"{name}.alpha"] = torch.tensor(float(rank))
+    folder = ROOT / "models/Lora"
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1", "ss_output_name": "tinylora"}
+    halves = {key: value.half().contiguous() for key, value in state.items()}
+    save_file(halves, folder / "tinylora.safetensors", metadata=about)
+
+
+def hypernetwork() -> None:
+    """A hypernetwork for tinysd1's self-attention (64, 128, 256 channels) and cross-attention (768)."""
+    generator = torch.Generator().manual_seed(6)
+
+    def random(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * (0.4 / columns**0.5)
+
+    def layers(dim: int) -> dict[str, torch.Tensor]:
+        return {
+            "linear.0.weight": random(2 * dim, dim),
+            "linear.0.bias": torch.zeros(2 * dim),
+            "linear.1.weight": random(dim, 2 * dim),
+            "linear.1.bias": torch.zeros(dim),
+        }
+
+    state = {dim: (layers(dim), layers(dim)) for dim in (64, 128, 256, 768)}
+    about = {
+        "step": 1,
+        "name": "tinyhn",
+        "layer_structure": [1, 2, 1],
+        "activation_func": "linear",
+        "is_layer_norm": False,
+        "weight_initialization": "Normal",
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        "activate_output": False,
+        "use_dropout": False,
+        "dropout_structure": [0, 0, 0],
+        "last_layer_dropout": False,
+    }
+    folder = ROOT / "models/hypernetworks"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({**state, **about}, folder / "tinyhn.pt")
+
+
+if __name__ == "__main__":
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    write_clip()
+    sd1("tinysd1")
+    sd1("tinysd1b", other_weights)
+    sd2v()
+    sdxl()
+    lora()
+    hypernetwork()

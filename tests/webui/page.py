@@ -1,0 +1,94 @@
+"""The WebUI's page in headless Chromium: what a person does with the panel."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentsd.webui.panel import element_id
+from agentsd.webui.settings import BY_NAME, NAMES
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+SECONDS = 1000
+
+
+class Panel:
+    """The extension's panel in one tab of the page."""
+
+    def __init__(self, page: Any, tab: str = "txt2img") -> None:
+        self.page, self.tab = page, tab
+
+    def _at(self, name: str = "", inner: str = "") -> Any:
+        return self.page.locator(f"#{element_id(self.tab, name)} {inner}".strip()).first
+
+    def open(self) -> None:
+        """Tick the box, which opens the panel, and unfold the rest."""
+        self.switch(True)
+        if not self._at("seed").is_visible():
+            self._at("more", ".label-wrap").click()
+        self._at("seed").wait_for(state="visible")
+
+    def switch(self, on: bool) -> None:
+        if self.get("enabled") is not on:
+            self.page.locator(f"#{element_id(self.tab)} > .label-wrap").click()
+        self.page.wait_for_timeout(300)
+
+    def set(self, name: str, value: Any) -> None:
+        """Do what a person does to give a control this value."""
+        kind = BY_NAME[name].kind
+        if kind == "flag":
+            self._at(name, "input[type=checkbox]").set_checked(value)
+        elif kind == "choice":
+            field = self._at(name, "input")
+            field.click()
+            self.page.locator(f"#{element_id(self.tab, name)} li, ul.options li").filter(has_text=value).first.click()
+        else:
+            field = self._at(name, "input[type=number]")
+            field.fill(str(value))
+            field.blur()
+
+    def get(self, name: str) -> Any:
+        """What a control shows, as its setting's canonical value."""
+        row = BY_NAME[name]
+        if name == "enabled":
+            return self.page.locator(f"#{element_id(self.tab)}-visible-checkbox").is_checked()
+        if row.kind == "flag":
+            return self._at(name, "input[type=checkbox]").is_checked()
+        if row.kind == "choice":
+            return row.checked(self._at(name, "input").input_value())
+        return row.parsed(self._at(name, "input[type=number]").input_value())
+
+    def values(self) -> dict[str, Any]:
+        return {name: self.get(name) for name in NAMES}
+
+    def text(self, name: str) -> str:
+        """The words of "summary" or "status"."""
+        return self._at(name).inner_text()
+
+
+@contextmanager
+def browser(url: str, **context: Any) -> Iterator[Any]:
+    """A page of the WebUI; afterwards none of our lines may have failed in it."""
+    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync.sync_playwright() as playwright:
+        if path is None and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip("no Chromium is installed")
+        running = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        page = running.new_page(viewport={"width": 1400, "height": 1300}, **context)
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        try:
+            page.goto(url, wait_until="domcontentloaded", timeout=120 * SECONDS)
+            page.wait_for_selector("#txt2img_prompt textarea", timeout=120 * SECONDS)
+            page.wait_for_selector(f"#{element_id('txt2img')}-visible-checkbox", state="attached", timeout=60 * SECONDS)
+            page.wait_for_timeout(2 * SECONDS)
+            yield page
+            assert not [error for error in errors if "gent" in error]
+        finally:
+            running.close()

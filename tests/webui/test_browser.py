@@ -1,0 +1,173 @@
+"""The panel in a real AUTOMATIC1111 WebUI's page, in headless Chromium: filled in, generated from, read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host import USER_DEFAULTS, Host
+from page import SECONDS, Panel, browser
+
+from agentsd.webui import infotext
+from agentsd.webui.settings import BY_NAME, DEFAULTS, SETTINGS
+
+CHANGED: dict[str, Any] = {
+    "enabled": True,
+    "ratio": 0.4,
+    "agent_ratio": 0.9,
+    "k_scale2": 0.5,
+    "k_shortcut": 0.1,
+    "fp32": True,
+    "agent_source": "similarity",
+    "method": "agent",
+    "since": 0.1,
+    "until": 0.85,
+    "hires_until": 0.95,
+    "after": "token merging",
+    "passes": "first",
+    "max_downsample": "2",
+    "min_tokens": 16,
+    "max_agents": 99,
+    "sx": 3,
+    "sy": 5,
+    "use_rand": False,
+    "merge_attn": True,
+    "merge_crossattn": True,
+    "merge_mlp": True,
+    "seed": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def page(a1111: Host):
+    with browser(a1111.url) as page:
+        yield page
+
+
+@pytest.fixture
+def panel(page) -> Panel:
+    return Panel(page)
+
+
+def generate(page, tab: str = "txt2img") -> str:
+    """Press Generate; the infotext under the image."""
+    told = f"document.querySelector('#html_info_{tab}').innerText.includes('Steps:')"
+    page.locator(f"#{tab}_generate").click()
+    page.wait_for_timeout(SECONDS)
+    page.locator(f"#{tab}_interrupt").wait_for(state="hidden", timeout=300 * SECONDS)
+    page.wait_for_function(told, timeout=60 * SECONDS)
+    return page.locator(f"#html_info_{tab}").inner_text()
+
+
+def paste(page, text: str) -> None:
+    """Put an infotext into the prompt and press the arrow under it."""
+    page.locator("#txt2img_prompt textarea").fill(text)
+    page.wait_for_timeout(300)
+    page.locator("#txt2img_tools #paste").click()
+    page.wait_for_timeout(3 * SECONDS)
+
+
+def number(page, element: str, value: int) -> None:
+    field = page.locator(f"#{element} input[type=number]").first
+    field.fill(str(value))
+    field.blur()
+
+
+def test_starts_with_the_users_own_defaults(panel: Panel):
+    panel.open()
+    own = {key.split("/")[3]: value for key, value in USER_DEFAULTS.items()}
+    wanted = {row.name: row.checked(own.get(row.label, row.default)) for row in SETTINGS}
+    assert panel.values() == {**wanted, "enabled": True}
+
+
+def test_filled_in_generated_from_and_read_back(a1111: Host, page, panel: Panel):
+    panel.open()
+    for name, value in CHANGED.items():
+        if name != "enabled":
+            panel.set(name, value)
+    for element, value in {"txt2img_width": 128, "txt2img_height": 128, "txt2img_steps": 4}.items():
+        number(page, element, value)
+    text = generate(page)
+    entry = text.split(f"{infotext.KEY}: ")[1].split(",")[0]
+    assert infotext.read(entry) == CHANGED
+    # the same through the API
+    made = a1111.txt2img([CHANGED], prompt="", negative_prompt="", seed=int(text.split("Seed: ")[1].split(",")[0]),
+                         sampler_name=text.split("Sampler: ")[1].split(",")[0])  # fmt: skip
+    assert f"{infotext.KEY}: {entry}" in made.infotext
+    # read back into a page at the user's defaults
+    page.reload(wait_until="domcontentloaded")
+    page.wait_for_selector("#txt2img_prompt textarea", timeout=60 * SECONDS)
+    page.wait_for_timeout(3 * SECONDS)
+    assert panel.get("enabled") is False
+    paste(page, "a cat\n" + text.splitlines()[-1])
+    panel.open()
+    assert panel.values() == CHANGED
+
+
+def test_an_image_at_the_tables_defaults_undoes_the_users_own(a1111: Host, page, panel: Panel):
+    made = a1111.txt2img([True], width=64, height=64, steps=1)
+    paste(page, made.infotext)
+    panel.open()
+    assert panel.values() == {**DEFAULTS, "enabled": True}
+
+
+def test_an_image_made_without_us_unticks_the_box_and_keeps_the_rest(a1111: Host, page, panel: Panel):
+    panel.open()
+    before = panel.values()
+    paste(page, a1111.txt2img(width=64, height=64, steps=1).infotext)
+    assert panel.get("enabled") is False
+    panel.switch(True)
+    assert panel.values() == before
+
+
+def test_png_info_sends_to_txt2img(a1111: Host, page, panel: Panel, tmp_path: Path):
+    made = a1111.txt2img([CHANGED], width=64, height=64, steps=1)
+    file = tmp_path / "made.png"
+    file.write_bytes(_with_infotext(made))
+    page.get_by_role("tab", name="PNG Info").click()
+    page.locator("#pnginfo_image input[type=file]").set_input_files(str(file))
+    page.wait_for_timeout(3 * SECONDS)
+    page.locator("#tab_pnginfo #txt2img_tab").click()
+    page.wait_for_timeout(3 * SECONDS)
+    panel.open()
+    assert panel.values() == CHANGED
+
+
+def _with_infotext(made) -> bytes:
+    import io
+
+    from PIL.PngImagePlugin import PngInfo
+
+    data, out = PngInfo(), io.BytesIO()
+    data.add_text("parameters", made.infotext)
+    made.images[0].save(out, "PNG", pnginfo=data)
+    return out.getvalue()
+
+
+def test_off_in_the_page_is_off(page, panel: Panel):
+    panel.switch(False)
+    for element, value in {"txt2img_width": 64, "txt2img_height": 64, "txt2img_steps": 1}.items():
+        number(page, element, value)
+    assert infotext.KEY not in generate(page)
+
+
+def test_the_status_line_tells_of_the_last_run(page, panel: Panel):
+    panel.open()
+    panel.set("ratio", 0.0)
+    for element, value in {"txt2img_width": 128, "txt2img_height": 128, "txt2img_steps": 2}.items():
+        number(page, element, value)
+    generate(page)
+    page.wait_for_function(
+        "document.querySelector('#txt2img_agent_attention_status').innerText.includes('agents')", timeout=20 * SECONDS
+    )
+    assert "128×128" in panel.text("status")
+
+
+def test_the_panel_is_in_img2img_too(page):
+    page.locator("#tabs").get_by_role("tab", name="img2img", exact=True).first.click()
+    panel = Panel(page, "img2img")
+    panel.open()
+    # no defaults of the user's own there
+    assert panel.values() == {**DEFAULTS, "enabled": True}
+    assert BY_NAME["ratio"].label in page.locator("#img2img_agent_attention").inner_text()
