@@ -131,6 +131,9 @@ class AgentConfig:
         min_tokens: leave layers with fewer tokens than this alone, 0–2²⁴.
         max_agents: at most so many agent tokens, 1–2²⁴; None for no limit.
         seed: seed of the partition, 0–2⁶³−1.
+        share_match: match tokens once for all blocks of one size in a call of the U-Net, in the first of them.
+        reuse_match: fraction of the diffusion for which a block's clusters are used again before its tokens are
+            matched anew, 0–1; 0 matches in every call. Assumes that a falling timestep means the same image.
         stages: parts of the diffusion with settings of their own; empty means one set of settings throughout.
 
     Raises:
@@ -154,6 +157,8 @@ class AgentConfig:
     min_tokens: int = _integer(0, 0, 2**24)
     max_agents: int | None = _integer(None, 1, 2**24, optional=True)
     seed: int = _integer(0, 0, 2**63 - 1)
+    share_match: bool = _flag(False)
+    reuse_match: float = _number(0.0, 0.0, 1.0)
     stages: tuple[Stage, ...] = field(default=(), metadata={"kind": "stages"})
 
     def __post_init__(self) -> None:

@@ -61,6 +61,19 @@ class _Moment:
     partitions: dict[Any, Partition] = field(default_factory=dict)
 
 
+def _still_holds(made: _Moment, now: _Moment, config: AgentConfig) -> bool:
+    """Whether clusters made then may be used now.
+
+    A later call must be at a smaller timestep: at the same one it may be the other half of cond and uncond, or the
+    beginning of another image.
+    """
+    if made is now:
+        return config.share_match
+    if made.timestep is None or now.timestep is None:
+        return False
+    return 0 < (made.timestep - now.timestep) / MAX_TIMESTEP < config.reuse_match
+
+
 class Patch:
     """Agent attention on one U-Net. Made by `apply_patch`; `remove` takes it back.
 
@@ -83,6 +96,7 @@ class Patch:
         self.kv_context = kv_context
         self.notes: Counter[str] = Counter()
         self.moment = _Moment()
+        self._kept: dict[Any, tuple[_Moment, Plan]] = {}
         self._unet = weakref.ref(unet)
         self._layers = [_Layer(self, site) for site in find_sites(unet)]
         self._handles: list[Any] = []
@@ -115,6 +129,7 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._kept.clear()
         for layer in self._layers:
             layer.remove()
 
@@ -153,15 +168,33 @@ class Patch:
             self.moment.partitions[key] = partition(height, width, config.sx, config.sy, seed).to(device)
         return self.moment.partitions[key]
 
+    def match(self, name: str, x: Tensor, size: tuple[int, int], r: int, agent_r: int) -> Plan:
+        """The plan of the block `name` for its tokens x; one that is kept where the settings allow it."""
+        moment, config = self.moment, self.moment.config
+        key = ("" if config.share_match else name, x.shape[:2], size, x.device, r, agent_r, config.sx, config.sy)
+        made, plan = self._kept.get(key, (None, None))
+        if made is not None and _still_holds(made, moment, config):
+            return plan
+        plan = match(x, self.partition(config, *size, x.device), r, agent_r)
+        if config.share_match or config.reuse_match:
+            self._kept[key] = moment, plan
+        return plan
+
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        t = read_timestep(args, kwargs) if self.config.stages or self.config.use_rand else None
+        t = read_timestep(args, kwargs) if self._needs_timestep() else None
         # the quotient of whole numbers, which is the very float of `until`; 1 − t / 1000 is not
         config = self.config.at(None if t is None else (MAX_TIMESTEP - t) / MAX_TIMESTEP)
         self.moment = _Moment(config, read_size(args, kwargs), t)
+        if config is None or not config.reuse_match:
+            self._kept.clear()
         if self.config.stages and (t is None or not 0 <= t <= MAX_TIMESTEP):
             self.note(f"the U-Net was given timestep {t}, and stages need one from 0 to {MAX_TIMESTEP}")
         for layer in self._layers:
             layer.forget()
+
+    def _needs_timestep(self) -> bool:
+        configs = self.config.every_stage()
+        return bool(self.config.stages) or any(config.use_rand or config.reuse_match for config in configs)
 
 
 class _Layer:
@@ -222,8 +255,8 @@ class _Layer:
         self.todo = plan_layer(moment.config, *self.size, _downsample(moment.latent, self.size))
         r = self.todo.r if self._merges(moment.config) else 0
         if r or self.todo.agent_r:
-            part = self.patch.partition(moment.config, *self.size, x.device)
-            self.plan = self._safely(lambda: match(x, part, r, self.todo.agent_r), lambda: None)
+            agent_r = self.todo.agent_r
+            self.plan = self._safely(lambda: self.patch.match(self.site.name, x, self.size, r, agent_r), lambda: None)
 
     def _merges(self, config: AgentConfig) -> bool:
         return config.merge_crossattn or config.merge_mlp or self.todo.action in ("agents", "merge")
@@ -403,6 +436,8 @@ def apply_patch(
     min_tokens: int = _DEFAULTS.min_tokens,
     max_agents: int | None = _DEFAULTS.max_agents,
     seed: int = _DEFAULTS.seed,
+    share_match: bool = _DEFAULTS.share_match,
+    reuse_match: float = _DEFAULTS.reuse_match,
     stages: Sequence[Stage] = _DEFAULTS.stages,
     **unknown: Any,
 ) -> Model:
