@@ -63,7 +63,7 @@ class ForwardSeam:
     def remove(self) -> None:
         """Put back what was there. What others have put on top of us since stays, and no longer meets us."""
         ours, self._forward, self._handler = self._forward, None, None
-        if ours is None or self.attn.__dict__.get("forward") is not ours:
+        if ours is None or self.attn.__dict__.get("forward") != ours:  # equal, not the same, in a deep copy
             return
         if self._previous is None:
             del self.attn.forward

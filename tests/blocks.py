@@ -34,20 +34,21 @@ _COMMON = {
 
 def golden_unet() -> nn.Module:
     """The U-Net of the golden outputs: attention at levels 0 and 1 (latents of even sides)."""
-    return _initialised(attention_resolutions=[1, 2], channel_mult=[1, 2])
+    return initialised(attention_resolutions=[1, 2], channel_mult=[1, 2])
 
 
 def flat_unet() -> nn.Module:
     """One level of 32 channels: takes a latent of any height and width."""
-    return _initialised(attention_resolutions=[1], channel_mult=[1])
+    return initialised(attention_resolutions=[1], channel_mult=[1])
 
 
 def sdxl_like_unet() -> nn.Module:
     """No attention at level 0, as in SDXL: levels 1 and 2 have it (latents of sides that 4 divides)."""
-    return _initialised(attention_resolutions=[2, 4], channel_mult=[1, 1, 2])
+    return initialised(attention_resolutions=[2, 4], channel_mult=[1, 1, 2])
 
 
-def _initialised(**layout: Any) -> nn.Module:
+def initialised(**layout: Any) -> nn.Module:
+    """A U-Net of this layout with the golden outputs' kind of weights."""
     unet = openaimodel.UNetModel(**_COMMON, **layout).eval()
     generator = torch.Generator().manual_seed(1234)
     with torch.no_grad():
