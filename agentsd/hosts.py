@@ -286,6 +286,11 @@ def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
             d //= 2 if getattr(stage, "upsamplers", None) else 1
 
 
+def first_downsample(unet: nn.Module) -> int:
+    """How far down the U-Net its largest self-attention layers are: 1 in SD 1 and 2, 2 in SDXL."""
+    return min((site.downsample for site in find_sites(unet) if site.downsample), default=1)
+
+
 def _has(stage: nn.Module, class_name: str) -> bool:
     return any(type(module).__name__ == class_name for module in stage.modules())
 

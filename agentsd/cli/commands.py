@@ -1,0 +1,208 @@
+"""generate, compare and sweep."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..hosts import first_downsample
+from .distance import Distance, distance
+from .files import OUTPUTS, fresh, save_picture, save_table, slug
+from .models import Model, Request, open_model
+from .options import ROWS, config_of
+from .runs import Run, draw, infotext_of, record, warm_up
+from .sheets import AMPLIFIED, difference, enlarged, sheet
+
+SIDE = 256  # small pictures are shown at about this size
+
+
+def opened(args: argparse.Namespace) -> tuple[Model, Request]:
+    """The model and the picture that a command line asks for."""
+    logging.getLogger("agentsd").setLevel(logging.WARNING)  # what the patch has to say is printed below
+    model = open_model(args.model, download=args.download, config=args.config, device=args.device, dtype=args.dtype)
+    request = Request(args.prompt, args.seed, args.steps, args.guidance, args.negative, args.size)
+    return model, model.complete(request)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Draw one picture."""
+    model, request = opened(args)
+    values = None if args.off else args.settings
+    config = None if args.off else config_of(values, first_downsample(model.unet))
+    run = draw(model, request, config, request.prompt, args.quiet)
+    made = record(model, request, values, seconds=round(run.seconds, 3), unet_seconds=round(run.unet_seconds, 3))
+    path = Path(args.out) if args.out else fresh(f"{slug(request.prompt)}-seed{request.seed}")
+    save_picture(path, enlarged(run.picture, SIDE), made, infotext_of(made))
+    print(f"{path}: {run.timings()}")
+    say_what_was_done(run, config is not None)
+
+
+def say_what_was_done(run: Run, patched: bool) -> None:
+    """What agent attention did in a run, in a line; and why it stood down where it did."""
+    if not patched:
+        print("agent attention: off")
+        return
+    acted = {name: count for name, count in run.actions.items() if name != "untouched" and count}
+    total = sum(run.actions.values())
+    done = ", ".join(f"{name} in {count}" for name, count in acted.items()) or "nothing"
+    print(f"agent attention: {done} of {total} self-attentions")
+    for reason, count in run.notes.items():
+        print(f"  left to the model {count} times: {reason}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Draw a picture both ways."""
+    model, request = opened(args)
+    config = config_of(args.settings, first_downsample(model.unet))
+    warm_up(model, request, [None, config], args.quiet)
+    plain = draw(model, request, None, "without", args.quiet)
+    ours = draw(model, request, config, "with", args.quiet)
+    apart = distance(plain.picture, ours.picture)
+    made = record(
+        model,
+        request,
+        args.settings,
+        seconds={"without": round(plain.seconds, 3), "with": round(ours.seconds, 3)},
+        distance=as_record(apart),
+    )
+    pictures = [plain.picture, ours.picture, difference(plain.picture, ours.picture)]
+    page = sheet(
+        [[enlarged(picture, SIDE) for picture in pictures]],
+        columns=["without", "with agent attention", f"difference × {AMPLIFIED}"],
+        captions=[[f"{plain.seconds:.2f} s", f"{ours.seconds:.2f} s, {speed(plain, ours)}", str(apart)]],
+        title=f"{request.prompt}, seed {request.seed}, {request.steps} steps",
+    )
+    path = Path(args.out) if args.out else fresh(f"compare-{slug(request.prompt)}-seed{request.seed}")
+    save_picture(path, page, made, infotext_of(made))
+    print_table(
+        ["", "seconds", "U-Net seconds", "speed", "distance"],
+        [
+            ["without", f"{plain.seconds:.2f}", f"{plain.unet_seconds:.2f}", "1.00x", ""],
+            ["with", f"{ours.seconds:.2f}", f"{ours.unet_seconds:.2f}", speed(plain, ours), str(apart)],
+        ],
+    )
+    say_what_was_done(ours, True)
+    print(path)
+
+
+def speed(plain: Run, ours: Run) -> str:
+    """How many times as fast as the unpatched run, as a whole."""
+    return f"{plain.seconds / ours.seconds:.2f}x"
+
+
+def as_record(apart: Distance) -> dict[str, float | None]:
+    """A distance for JSON and CSV, which know no infinity: equal pictures have no PSNR."""
+    psnr = round(apart.psnr, 3) if apart.rmse else None
+    return {"rmse": round(apart.rmse, 4), "psnr": psnr, "ssim": None if apart.ssim is None else round(apart.ssim, 5)}
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with aligned columns, those of numbers to the right."""
+    table = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    right = [all(text[:1].isdigit() or text in ("", "–") for text in column) for column in zip(*rows, strict=True)]
+    for row in table:
+        cells = zip(row, widths, right, strict=True)
+        print("  ".join(text.rjust(width) if number else text.ljust(width) for text, width, number in cells).rstrip())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a sweep."""
+
+    values: dict[str, Any]
+    run: Run
+    apart: Distance
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Draw a picture for each combination of two settings' values."""
+    model, request = opened(args)
+    folder = Path(args.out) if args.out else fresh(f"sweep-{slug(request.prompt)}-seed{request.seed}", suffix="")
+    (x, columns), (y, lines) = args.x, args.y or ("", (None,))
+    below = first_downsample(model.unet)
+    warm_up(model, request, [None, config_of(args.settings, below)], args.quiet)
+    plain = draw(model, request, None, "without", args.quiet)
+    _save(folder / "without.png", model, request, None, plain)
+    cells: list[list[Cell]] = []
+    for i, line in enumerate(lines):
+        cells.append([])
+        for j, column in enumerate(columns):
+            values = {**args.settings, x: column, **({y: line} if y else {})}
+            label = ", ".join(f"{name} {value}" for name, value in [(x, column), (y, line)] if name)
+            run = draw(model, request, config_of(values, below), label, args.quiet)
+            cell = Cell(values, run, distance(plain.picture, run.picture))
+            cells[i].append(cell)
+            _save(folder / f"{i + 1:02}-{j + 1:02}.png", model, request, values, run, cell.apart)
+            # after every cell, so that an interrupted sweep keeps what it has measured
+            _save_csv(folder / "sweep.csv", x, y, plain, cells)
+    _save_grid(folder / "sweep.png", model, request, args, plain, cells)
+    print_table(
+        [x, *([y] if y else []), "seconds", "speed", "distance"],
+        [
+            [*_where(cell, x, y), f"{cell.run.seconds:.2f}", speed(plain, cell.run), str(cell.apart)]
+            for cell in _flat(cells)
+        ],
+    )
+    print(f"without: {plain.seconds:.2f} s")
+    print(f"{folder / 'sweep.png'}, {folder / 'sweep.csv'}")
+
+
+def _flat(cells: list[list[Cell]]) -> list[Cell]:
+    return [cell for row in cells for cell in row]
+
+
+def _where(cell: Cell, x: str, y: str) -> list[str]:
+    return [ROWS[name].text(cell.values[name]) for name in (x, y) if name]
+
+
+def _save(path: Path, model: Model, request: Request, values: Any, run: Run, apart: Distance | None = None) -> None:
+    more = {} if apart is None else {"distance": as_record(apart)}
+    made = record(model, request, values, seconds=round(run.seconds, 3), **more)
+    save_picture(path, enlarged(run.picture, SIDE), made, infotext_of(made))
+
+
+def _save_csv(path: Path, x: str, y: str, plain: Run, cells: list[list[Cell]]) -> None:
+    names = [name for name in (x, y) if name]
+    header = [*names, "seconds", "unet_seconds", "speed", "rmse", "psnr", "ssim"]
+    rows: list[list[Any]] = [
+        ["without"] * len(names) + [round(plain.seconds, 4), round(plain.unet_seconds, 4), 1, 0, "", 1]
+    ]
+    for cell in _flat(cells):
+        times = [round(cell.run.seconds, 4), round(cell.run.unet_seconds, 4)]
+        apart = ["" if value is None else value for value in as_record(cell.apart).values()]
+        rows.append([*_where(cell, x, y), *times, round(plain.seconds / cell.run.seconds, 3), *apart])
+    save_table(path, header, rows)
+
+
+def _save_grid(
+    path: Path, model: Model, request: Request, args: argparse.Namespace, plain: Run, cells: list[list[Cell]]
+) -> None:
+    (x, columns), (y, lines) = args.x, args.y or ("", (None,))
+    first = [enlarged(plain.picture, SIDE)] + [None] * (len(lines) - 1)
+    pictures = [[first[i], *(enlarged(cell.run.picture, SIDE) for cell in row)] for i, row in enumerate(cells)]
+    captions = [
+        [f"{plain.seconds:.2f} s" if i == 0 else "", *(_caption(plain, cell) for cell in row)]
+        for i, row in enumerate(cells)
+    ]
+    page = sheet(
+        pictures,
+        columns=["without", *(f"{x} = {ROWS[x].text(value)}" for value in columns)],
+        labels=[f"{y} = {ROWS[y].text(value)}" for value in lines] if y else (),
+        captions=captions,
+        title=f"{request.prompt}, seed {request.seed}, {request.steps} steps, {model.name}",
+    )
+    axes = {x: list(columns), **({y: list(lines)} if y else {})}
+    made = record(model, request, args.settings, sweep=axes)
+    save_picture(path, page, made, infotext_of(made))
+
+
+def _caption(plain: Run, cell: Cell) -> str:
+    return f"{cell.run.seconds:.2f} s, {speed(plain, cell.run)}\n{cell.apart}"
+
+
+__all__ = ["OUTPUTS", "compare", "generate", "opened", "sweep"]

@@ -1,0 +1,87 @@
+"""demo: a contact sheet of the embedded model's pictures with and without agent attention."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from statistics import mean
+
+from ..hosts import first_downsample
+from .commands import SIDE, as_record, print_table, speed
+from .distance import distance
+from .files import save_picture, save_table
+from .models import Request, open_model
+from .options import config_of
+from .runs import draw, record, warm_up
+from .sheets import AMPLIFIED, difference, enlarged, sheet
+
+# Recognisable at a glance, and different from each other in shape and colour
+FAVOURITES = ("red apple", "hamburger", "sunglasses face", "tiger", "rose", "american football", "octopus", "rocket")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Draw some of the embedded model's prompts both ways; write a sheet and a table; print the table."""
+    logging.getLogger("agentsd").setLevel(logging.WARNING)
+    model = open_model("embedded")
+    config = config_of(args.settings, first_downsample(model.unet))
+    prompts = choose(model.pipe.prompts, args.prompts)
+    requests = [model.complete(Request(prompt, args.seed, args.steps)) for prompt in prompts]
+    warm_up(model, requests[0], [None, config], args.quiet)
+    results = []
+    for request in requests:
+        plain = draw(model, request, None, f"{request.prompt}, without", args.quiet)
+        ours = draw(model, request, config, f"{request.prompt}, with", args.quiet)
+        results.append((request.prompt, plain, ours, distance(plain.picture, ours.picture)))
+
+    folder = Path(args.out)
+    rows = [[plain.picture, ours.picture, difference(plain.picture, ours.picture)] for _, plain, ours, _ in results]
+    page = sheet(
+        [[enlarged(picture, SIDE // 2) for row in pair for picture in row] for pair in _in_pairs(rows)],
+        columns=["without", "with agent attention", f"difference × {AMPLIFIED}"] * min(2, len(rows)),
+        captions=[
+            [text for prompt, plain, ours, apart in pair for text in (prompt, speed(plain, ours), str(apart))]
+            for pair in _in_pairs(results)
+        ],
+        title=f"Agent attention on the embedded model: {args.steps} steps, seed {args.seed}",
+    )
+    made = record(model, requests[0], args.settings, prompts=list(prompts))
+    image = save_picture(folder / "demo.png", page, made)
+    table = save_table(
+        folder / "demo.csv",
+        ["prompt", "seconds without", "seconds with", "speed", "rmse", "psnr", "ssim"],
+        [
+            [
+                prompt,
+                *(round(run.seconds, 4) for run in (plain, ours)),
+                round(plain.seconds / ours.seconds, 3),
+                *("" if value is None else value for value in as_record(apart).values()),
+            ]
+            for prompt, plain, ours, apart in results
+        ],
+    )
+    _print(results)
+    print(f"\nThe pictures: {image.resolve()}\nThe table:    {table.resolve()}")
+    print("Try it yourself, with the panel of the WebUI: make playground")
+
+
+def choose(prompts: list[str], count: int) -> list[str]:
+    """So many of the model's prompts: favourites that it knows first, then evenly from the rest."""
+    first = [prompt for prompt in FAVOURITES if prompt in prompts][:count]
+    rest = [prompt for prompt in prompts if prompt not in first]
+    more = min(count, len(prompts)) - len(first)
+    return first + [rest[i * len(rest) // more] for i in range(more)]
+
+
+def _in_pairs(items: list) -> list[list]:
+    return [items[i : i + 2] for i in range(0, len(items), 2)]
+
+
+def _print(results: list) -> None:
+    rows = [
+        [prompt, f"{plain.seconds:.2f}", f"{ours.seconds:.2f}", speed(plain, ours), str(apart)]
+        for prompt, plain, ours, apart in results
+    ]
+    seconds = [mean(run.seconds for run in runs) for runs in zip(*((p, o) for _, p, o, _ in results), strict=True)]
+    rows.append(["mean", *(f"{s:.2f}" for s in seconds), f"{seconds[0] / seconds[1]:.2f}x", ""])
+    print_table(["prompt", "seconds without", "seconds with", "speed", "distance"], rows)

@@ -1,0 +1,156 @@
+"""Drawing a picture, with or without a patch, and what there is to say of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import __version__
+from ..config import AgentConfig
+from ..patch import get_patch, patch_unet, remove_patch
+from ..webui import infotext
+from .models import Model, Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Run:
+    """One picture.
+
+    Attributes:
+        picture: the picture.
+        seconds: the whole time: text encoder, U-Net, sampler and decoder.
+        unet_seconds: the U-Net's part of it.
+        calls: number of the U-Net's calls.
+        actions: number of self-attentions by what was done there: "agents", "merge", "pool", "untouched".
+        notes: reasons for which self-attentions were left to the model, with their number.
+    """
+
+    picture: Image
+    seconds: float
+    unet_seconds: float
+    calls: int
+    actions: Mapping[str, int]
+    notes: Mapping[str, int]
+
+    def timings(self) -> str:
+        return f"{self.seconds:.2f} s, {self.unet_seconds:.2f} s of it in {self.calls} calls of the U-Net"
+
+
+class Stopwatch:
+    """Measures a module's calls while the `with` block runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.seconds, self.calls = module, 0.0, 0
+
+    def __enter__(self) -> Stopwatch:
+        self._handles = [
+            self.module.register_forward_pre_hook(self._start),
+            self.module.register_forward_hook(self._stop),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self._began = _now()
+
+    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.seconds += _now() - self._began
+        self.calls += 1
+
+
+def _now() -> float:
+    """The time when everything that a GPU was given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def draw(model: Model, request: Request, config: AgentConfig | None, label: str, quiet: bool = False) -> Run:
+    """Draw a complete request with the patch that `config` asks for; None: unpatched."""
+    with _patch(model.unet, config), _bar(label, request.steps, quiet) as bar, Stopwatch(model.unet) as watch:
+        began = _now()
+        picture = model.draw(request, bar.update)
+        seconds = _now() - began
+        patch = get_patch(model.unet)
+        actions: Counter[str] = Counter()
+        for layer in patch.report() if patch else ():
+            actions.update(layer.calls)
+        notes = dict(patch.notes) if patch else {}
+    return Run(picture, seconds, watch.seconds, watch.calls, dict(actions), notes)
+
+
+@contextmanager
+def _patch(unet: nn.Module, config: AgentConfig | None) -> Iterator[None]:
+    if config is not None:
+        patch_unet(unet, config)
+    try:
+        yield
+    finally:
+        remove_patch(unet)
+
+
+def _bar(label: str, steps: int, quiet: bool) -> Any:
+    return nullcontext(_Silent()) if quiet else tqdm(total=steps, desc=label, unit="step", leave=False)
+
+
+class _Silent:
+    def update(self) -> None:
+        """Show nothing."""
+
+
+def warm_up(model: Model, request: Request, configs: list[AgentConfig | None], quiet: bool = False) -> None:
+    """One step each, so that what happens only once (memory, kernels) is not counted against the first."""
+    from dataclasses import replace
+
+    for config in configs:
+        draw(model, replace(request, steps=1), config, "warming up", quiet)
+
+
+def record(model: Model, request: Request, values: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
+    """What a picture's file says of how it was made; `values` are the settings, None where there was no patch."""
+    height, width = request.size
+    return {
+        "agentsd": __version__,
+        "model": model.name,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative,
+        "seed": request.seed,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "width": width,
+        "height": height,
+        "agent_attention": None if values is None else dict(values),
+        **more,
+    }
+
+
+def infotext_of(made: Mapping[str, Any]) -> str:
+    """A record as the WebUI writes it, for its "PNG Info" tab."""
+    lines = [made["prompt"]]
+    if made["negative_prompt"]:
+        lines.append(f"Negative prompt: {made['negative_prompt']}")
+    parts = {
+        "Steps": made["steps"],
+        "CFG scale": made["guidance"],
+        "Seed": made["seed"],
+        "Size": f"{made['width']}x{made['height']}",
+    }
+    if made["agent_attention"] is not None:
+        parts[infotext.KEY] = infotext.write(made["agent_attention"])
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in parts.items())])

@@ -1,0 +1,76 @@
+"""Sheets of labelled pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .distance import pixels
+
+GAP, FONT_SIZE, LINE = 12, 15, 20
+INK, PAPER = (24, 24, 27), (255, 255, 255)
+AMPLIFIED = 4
+
+
+def difference(a: Image.Image, b: Image.Image) -> Image.Image:
+    """|a − b|, amplified 4 times: black where the pictures are equal."""
+    return Image.fromarray(np.clip(AMPLIFIED * np.abs(pixels(a) - pixels(b)), 0, 255).astype(np.uint8))
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    *,
+    columns: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    title: str = "",
+) -> Image.Image:
+    """Pictures in rows and columns.
+
+    Args:
+        rows: pictures of one size, row by row; None leaves a cell empty.
+        columns: a heading for each column.
+        labels: a label for each row, left of it.
+        captions: a text under each picture; lines are divided by line breaks.
+        title: a line above it all.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    width, height = max((p.size for row in rows for p in row if p is not None), default=(1, 1))
+    left = GAP + max((int(font.getlength(label)) + GAP for label in labels), default=0)
+    below = LINE * max((text.count("\n") + 1 for row in captions for text in row if text), default=0)
+    widest = max((int(font.getlength(t)) for t in _texts(columns, captions)), default=0)
+    step_x, step_y = max(width, widest) + GAP, height + below + GAP
+    top = GAP + LINE * bool(title) + LINE * bool(columns)
+    across = max(len(row) for row in rows)
+    total = max(left + across * step_x, 2 * GAP + int(font.getlength(title)))
+    page = Image.new("RGB", (total, top + len(rows) * step_y), PAPER)
+    draw = ImageDraw.Draw(page)
+
+    def put(x: int, y: int, text: str) -> None:
+        draw.multiline_text((x, y), text, INK, font, spacing=LINE - FONT_SIZE)
+
+    put(GAP, GAP // 2, title)
+    for j, heading in enumerate(columns):
+        put(left + j * step_x, top - LINE, heading)
+    for i, row in enumerate(rows):
+        y = top + i * step_y
+        if i < len(labels):
+            put(GAP, y + height // 2 - LINE // 2, labels[i])
+        for j, picture in enumerate(row):
+            if picture is not None:
+                page.paste(picture.convert("RGB"), (left + j * step_x, y))
+            if i < len(captions) and j < len(captions[i]):
+                put(left + j * step_x, y + height + 2, captions[i][j])
+    return page
+
+
+def _texts(columns: Sequence[str], captions: Sequence[Sequence[str]]) -> list[str]:
+    return [*columns, *(line for row in captions for text in row for line in text.split("\n"))]
+
+
+def enlarged(picture: Image.Image, side: int) -> Image.Image:
+    """The picture, enlarged by a whole number so that its longer side comes near `side` pixels; never smaller."""
+    factor = max(1, round(side / max(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
