@@ -1,6 +1,7 @@
 """Agent attention for Stable Diffusion: faster self-attention without training."""
 
 from .attention import AgentAttention, AgentBias, agent_attention
+from .calibrate import Calibration, Timing, calibrate
 from .config import (
     TOKEN_MERGING,
     AgentConfig,
@@ -21,14 +22,17 @@ __all__ = [
     "AgentAttention",
     "AgentBias",
     "AgentConfig",
+    "Calibration",
     "LayerPlan",
     "LayerReport",
     "Patch",
     "SettingError",
     "Stage",
+    "Timing",
     "UnsupportedModelError",
     "agent_attention",
     "apply_patch",
+    "calibrate",
     "early",
     "get_patch",
     "paper_stages",

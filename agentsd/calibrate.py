@@ -1,0 +1,216 @@
+"""From how many tokens on agent attention is faster, measured on the machine that will run it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AgentConfig, SettingError
+from .hosts import Site, UnsupportedModelError, find_sites, find_unet
+from .patch import patch_unet
+
+SIZES = (256, 384, 512, 640, 768, 1024)
+MIN_SIDE, MAX_SIDE = 64, 8192
+# Agents of 4 × 4 tokens: the panel's.
+GRID = AgentConfig(ratio=0.0, agent_source="grid")
+# A layer counts as faster from here on: less than that is noise.
+_WORTH = 0.98
+# With so much gained no larger size needs a look: what is gained grows with the number of tokens.
+_CLEAR = 0.5
+_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One self-attention layer, timed both ways.
+
+    Attributes:
+        tokens: N, its number of tokens.
+        channels: C, the width of a token.
+        unpatched: seconds of one call as the host makes it.
+        patched: seconds of one call with the patch.
+    """
+
+    tokens: int
+    channels: int
+    unpatched: float
+    patched: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        min_tokens: the proposal for the setting of that name: from so many tokens on, each layer that was timed was
+            faster with the patch. One more than the largest layer where none was.
+        timings: what it rests on, by number of tokens.
+    """
+
+    min_tokens: int
+    timings: tuple[Timing, ...]
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    sizes: Iterable[int | tuple[int, int]] = SIZES,
+    *,
+    config: AgentConfig = GRID,
+    batch: int = 2,
+    seconds: float = 5.0,
+    dtype: torch.dtype | None = None,
+) -> Calibration:
+    """Time a model's own self-attention layers with and without the patch, and propose `min_tokens`.
+
+    Only single layers run, on random tokens, for a few seconds in all. The model is the same afterwards, patched or
+    not. Note that `min_tokens` changes the image: layers below it are left alone.
+
+    Args:
+        model: as for `apply_patch`.
+        sizes: image sizes in pixels: the side of a square or (height, width), from 64 to 8192.
+        config: the settings to time; their own `min_tokens` and stages are put aside.
+        batch: rows of the batch, at least 1; 2 for cond and uncond.
+        seconds: how long it may take, above 0. Sizes that would take longer are left out.
+        dtype: dtype of the tokens; None takes the weights'.
+
+    Raises:
+        SettingError: an argument is outside its range.
+        UnsupportedModelError: the model has no self-attention that could be patched.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise SettingError(f"batch must be a whole number from 1, got {batch!r}")
+    if not seconds > 0:
+        raise SettingError(f"seconds must be above 0, got {seconds!r}")
+    found = sorted({_checked_size(size) for size in sizes}, key=lambda size: size[0] * size[1])
+    if not found:
+        raise SettingError("sizes must name at least one size in pixels, got none")
+    timings: list[Timing] = []
+    layers = _distinct(find_sites(find_unet(model)), config.max_downsample)
+    if not layers:
+        raise UnsupportedModelError("none of the model's self-attentions can be patched")
+    for layer in layers:
+        timings += _time_layer(layer, found, _always(config), batch, seconds / len(layers), dtype)
+    return Calibration(_threshold(timings), tuple(sorted(timings, key=lambda t: (t.tokens, t.channels))))
+
+
+def _checked_size(size: Any) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in pair)
+    if len(pair) != 2 or not whole or not all(MIN_SIDE <= side <= MAX_SIDE for side in pair):
+        raise SettingError(
+            f"sizes must be sides or (height, width) in pixels from {MIN_SIDE} to {MAX_SIDE}, got {size!r}"
+        )
+    return pair
+
+
+def _always(config: AgentConfig) -> AgentConfig:
+    """These settings at any number of tokens, and at the level that a layer alone counts as."""
+    return replace(config, min_tokens=0, stages=(), max_downsample=1)
+
+
+def _distinct(sites: list[Site], max_downsample: int) -> list[Site]:
+    """One site of each kind (how far down, how wide), down to a level or to the first that has any, as SDXL's."""
+    usable = [site for site in sites if site.downsample is not None and not site.obstacle]
+    deepest = max(max_downsample, min((site.downsample for site in usable), default=1))
+    kinds = {(site.downsample, _channels(site)): site for site in usable if site.downsample <= deepest}
+    return list(kinds.values())
+
+
+def _channels(site: Site) -> int:
+    return site.block.attn1.to_q.in_features
+
+
+def _time_layer(
+    site: Site, sizes: list[tuple[int, int]], config: AgentConfig, batch: int, seconds: float, dtype: torch.dtype | None
+) -> list[Timing]:
+    """Time one layer at growing sizes, until the gain is clear or the time is up."""
+    parameter = next(site.block.attn1.parameters())
+    unit = 8 * (site.downsample or 1)
+    end, timings = time.perf_counter() + seconds, []
+    for height, width in sizes:
+        h, w = -(-height // unit), -(-width // unit)
+        if timings and _forecast(timings[-1], h * w) > end - time.perf_counter():
+            break
+        image = torch.randn(batch, h, w, _channels(site), device=parameter.device)
+        image = image.to(dtype or parameter.dtype).permute(0, 3, 1, 2)
+        timings.append(Timing(h * w, _channels(site), *_time_both(site, image, config, end)))
+        if timings[-1].patched < _CLEAR * timings[-1].unpatched:
+            break
+    return timings
+
+
+def _forecast(last: Timing, tokens: int) -> float:
+    """Seconds that two rounds at so many tokens may take."""
+    return 2 * (last.unpatched + last.patched) * (tokens / last.tokens) ** 2
+
+
+def _time_both(site: Site, image: Tensor, config: AgentConfig, end: float) -> tuple[float, float]:
+    """Seconds of a call without and with the patch: medians of interleaved rounds, at least one."""
+    alone = _Alone(site.block.attn1)
+    unpatched, patched = [], []
+    for turn in range(1 + _ROUNDS):
+        unpatched.append(_seconds(lambda: alone(image, 500.0), image.device))
+        patch = patch_unet(alone, config)
+        try:
+            patched.append(_seconds(lambda: alone(image, 500.0), image.device))
+        finally:
+            patch.remove()
+        if turn and time.perf_counter() > end:
+            break
+    return median(unpatched[1:]), median(patched[1:])  # the first is a warm-up
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def _threshold(timings: list[Timing]) -> int:
+    """The fewest tokens from which on no layer was slower."""
+    best = max((t.tokens for t in timings), default=0) + 1
+    for tokens in sorted({t.tokens for t in timings}, reverse=True):
+        if any(t.tokens == tokens and t.patched > _WORTH * t.unpatched for t in timings):
+            break
+        best = tokens
+    return best
+
+
+# A U-Net of nothing but one self-attention, so that the patch can be put on that alone. The classes are told by name.
+
+
+class BasicTransformerBlock(nn.Module):
+    def __init__(self, attn1: nn.Module) -> None:
+        super().__init__()
+        self.attn1 = attn1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn1(x)
+
+
+class _Image(nn.Module):
+    def __init__(self, attn1: nn.Module) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(attn1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transformer_blocks[0](x.flatten(2).transpose(1, 2))
+
+
+class _Alone(nn.Module):
+    def __init__(self, attn1: nn.Module) -> None:
+        super().__init__()
+        self.attention = _Image(attn1)
+
+    def forward(self, x: Tensor, timesteps: float) -> Tensor:
+        return self.attention(x)
