@@ -51,7 +51,8 @@ def kv_context() -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None:
         return None
     from modules.hypernetworks.hypernetwork import apply_hypernetworks
 
-    return lambda attn, x: apply_hypernetworks(shared.loaded_hypernetworks, x, attn)
+    # given the attention module as well, it would leave its networks on it as attributes
+    return lambda attn, x: apply_hypernetworks(shared.loaded_hypernetworks, x)
 
 
 def upcasts() -> bool:

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,28 +175,28 @@ class Host:
         self.wait(timeout)
         self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": self.checkpoint})
 
-    def wait(self, timeout: float = 300) -> None:
-        """Wait until the server answers."""
+    def wait(self, timeout: float = 300, starts: int = 1) -> None:
+        """Wait until the server has started so many times. A request before that would make its start fail."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             if self._process is not None and self._process.poll() is not None:
                 raise RuntimeError(f"the WebUI ended:\n{self.console()[-3000:]}")
-            try:
-                self.state()  # the host's own routes answer before its API is ready
+            if self.console().count("Startup time:") >= starts:
+                self.state()
                 return
-            except (OSError, urllib.error.URLError, RuntimeError):
-                time.sleep(0.5)
+            time.sleep(0.5)
         raise RuntimeError(f"the WebUI did not answer within {timeout} s:\n{self.console()[-3000:]}")
 
     def stop(self) -> None:
         if self._process is not None:
             # its own session: launch.py may have started children
-            os.killpg(self._process.pid, signal.SIGTERM)
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait(10)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
+                try:
+                    self._process.wait(10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                    self._process.wait(10)
             self._process = None
 
     def console(self) -> str:
@@ -264,6 +264,6 @@ class Host:
 
     def reload_ui(self) -> None:
         """Settings → Reload UI."""
+        starts = self.console().count("Startup time:")
         self.call(PROBE + "/reload-ui", {})
-        time.sleep(2)
-        self.wait()
+        self.wait(starts=starts + 1)

@@ -134,12 +134,12 @@ def test_an_image_does_not_depend_on_its_batch(a1111: Host):
 
 @pytest.mark.parametrize("kept", [1, 2])
 def test_refiner_is_patched_when_it_takes_over(a1111: Host, leaves_no_trace, kept: int):
-    """Also where the host loads its weights into the U-Net of the first model."""
     with a1111.options(sd_checkpoints_limit=kept):
         body = SCENARIOS["refiner"]
         off, on = a1111.txt2img(**body), a1111.txt2img([{"until": 1}], **body)
         report = a1111.status()["passes"][0]
-        assert report["models"] == kept
+        # where only one is kept, the host may load the refiner's weights into the first model's U-Net
+        assert report["models"] in {1: (1, 2), 2: (2,)}[kept]
         assert report["calls"]["agents"] == 4 * 5
         assert on.pixels != off.pixels
         # only the refiner's part
@@ -372,18 +372,22 @@ def test_every_axis(a1111: Host):
 
 STANDS_DOWN = {
     "token merging": ({"token_merging_ratio": 0.5}, "token merging"),
-    "HyperTile": ({"hypertile_enable_unet": True, "hypertile_max_tile_unet": 64}, "HyperTile"),
+    "HyperTile": (
+        {"hypertile_enable_unet": True, "hypertile_max_tile_unet": 64, "hypertile_swap_size_unet": 2},
+        "HyperTile",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", STANDS_DOWN)
 def test_stands_down_for_what_the_host_has(a1111: Host, case: str):
     options, reason = STANDS_DOWN[case]
-    before = a1111.txt2img()
+    size = {"width": 256, "height": 256, "steps": 2}  # HyperTile tiles nothing smaller
+    before = a1111.txt2img(**size)
     with a1111.options(**options):
-        off = a1111.txt2img()
-        on = a1111.txt2img(ON)
-        a1111.txt2img(ON)
+        off = a1111.txt2img(**size)
+        on = a1111.txt2img(ON, **size)
+        a1111.txt2img(ON, **size)
         assert off.pixels != before.pixels, "the option does nothing"
         assert on.pixels == off.pixels
         assert reason in on.info["extra_generation_params"][infotext.NOTE]
@@ -391,8 +395,8 @@ def test_stands_down_for_what_the_host_has(a1111: Host, case: str):
         assert reason in a1111.status()["text"]
     said = [line for line in a1111.console().splitlines() if "[Agent Attention]" in line and reason in line]
     assert len(said) == 1
-    assert a1111.txt2img().pixels == before.pixels
-    assert a1111.txt2img(ON).pixels != before.pixels
+    assert a1111.txt2img(**size).pixels == before.pixels
+    assert a1111.txt2img(ON, **size).pixels != before.pixels
 
 
 def test_token_merging_of_the_hires_pass_only(a1111: Host, leaves_no_trace):
