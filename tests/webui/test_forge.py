@@ -1,0 +1,107 @@
+"""A smoke test of the extension in a real Forge: it loads, changes the image, and leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+from host import Host, Result
+from page import Panel, browser
+
+from agentsd.webui import infotext
+from agentsd.webui.settings import DEFAULTS, SETTINGS
+
+HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+
+
+@pytest.fixture(scope="module")
+def plain(forge: Host) -> Result:
+    return forge.txt2img()
+
+
+@pytest.fixture
+def leaves_no_trace(forge: Host, plain: Result):
+    before = forge.state()
+    yield
+    assert forge.txt2img().pixels == plain.pixels
+    after = forge.state()
+    assert (after["tree"], after["model"]) == (before["tree"], before["model"])
+
+
+def test_on_differs_and_repeats(forge: Host, leaves_no_trace, plain: Result):
+    on = forge.txt2img([True])
+    assert forge.status()["passes"][0]["calls"]["agents"] > 0
+    assert on.pixels != plain.pixels
+    assert forge.txt2img([True]).pixels == on.pixels
+    assert infotext.KEY in on.infotext
+    assert infotext.KEY not in plain.infotext
+
+
+SCENARIOS = {
+    "hires fix": HIRES,
+    "LoRA": {"prompt": "a cat <lora:tinylora:1>"},
+    "520 × 328": {"width": 520, "height": 328, "steps": 2},
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario(forge: Host, leaves_no_trace, scenario: str):
+    body = SCENARIOS[scenario]
+    off, on = forge.txt2img(**body), forge.txt2img([{"until": 1}], **body)
+    assert on.pixels != off.pixels
+    passes = forge.status()["passes"]
+    assert [one["hires"] for one in passes] == ([False, True] if "enable_hr" in body else [False])
+    assert all(one["calls"]["agents"] > 0 for one in passes)
+    assert forge.txt2img(**body).pixels == off.pixels
+
+
+@pytest.mark.parametrize("hires", [False, True], ids=["first pass", "hires pass"])
+@pytest.mark.parametrize("action", ["raise", "interrupt"])
+def test_ways_out(forge: Host, leaves_no_trace, action: str, hires: bool):
+    forge.arm(action, step=2, hires=hires)
+    body = HIRES if hires else {}
+    if action == "raise":
+        with pytest.raises(RuntimeError, match="forced failure"):
+            forge.txt2img([{"until": 1}], **body)
+    else:
+        forge.txt2img([{"until": 1}], **body)
+    assert forge.state()["armed"] == {}, "the probe has not acted"
+
+
+def test_bad_value(forge: Host, leaves_no_trace, plain: Result):
+    bad = forge.txt2img([True, 7])
+    assert bad.pixels == plain.pixels
+    assert "ratio" in bad.info["extra_generation_params"][infotext.NOTE]
+
+
+def test_infotext_restores(forge: Host):
+    made = forge.txt2img([{"ratio": 0.4, "use_rand": False, "agent_source": "similarity", "until": 0.9}])
+    restored = forge.txt2img(infotext=made.infotext)
+    assert restored.pixels == made.pixels
+    key = infotext.KEY
+    assert restored.info["extra_generation_params"][key] == made.info["extra_generation_params"][key]
+
+
+def test_axes_appear_once(forge: Host):
+    labels = [x for x in forge.call("/agent-attention-probe/axes") if x.startswith("[Agent Attention]")]
+    assert len(labels) == len(set(labels)) == len(SETTINGS)
+
+
+def test_sdxl(forge: Host):
+    forge.call("/sdapi/v1/options", {"sd_model_checkpoint": "tinysdxl.safetensors"})
+    try:
+        off, on = forge.txt2img(), forge.txt2img([{"until": 1}])
+        assert on.pixels != off.pixels
+        assert forge.status()["first_downsample"] == 2
+        assert forge.txt2img().pixels == off.pixels
+    finally:
+        forge.call("/sdapi/v1/options", {"sd_model_checkpoint": "tinysd1.safetensors"})
+
+
+def test_panel(forge: Host):
+    with browser(forge.url) as page:
+        panel = Panel(page, "img2img")
+        page.locator("#tabs").get_by_role("tab", name="Img2img", exact=True).first.click()
+        panel.open()
+        assert panel.values() == {**DEFAULTS, "enabled": True}
+        panel.set("ratio", 0.4)
+        panel.set("agent_source", "similarity")
+        assert (panel.get("ratio"), panel.get("agent_source")) == (0.4, "similarity")
