@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,6 +109,25 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def actions(patch: Any) -> list[str]:
     """What the patch did to each block in the last call, in the order of the U-Net."""
     return ["untouched" if layer.plan is None else layer.plan.action for layer in patch.report()]
+
+
+def _computes(dtype: torch.dtype) -> bool:
+    try:
+        torch.randn(1, 4, 8, 8).to(dtype) @ torch.randn(8, 8).to(dtype)
+        F.scaled_dot_product_attention(*[torch.randn(1, 2, 4, 8).to(dtype)] * 3)
+        F.layer_norm(torch.randn(2, 8).to(dtype), (8,), torch.ones(8).to(dtype))
+        F.conv2d(torch.randn(1, 4, 4, 4).to(dtype), torch.randn(4, 4, 1, 1).to(dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
+HALVES = [
+    pytest.param(
+        dtype, marks=pytest.mark.skipif(not _computes(dtype), reason=f"this PyTorch computes no {dtype} on the CPU")
+    )
+    for dtype in (torch.bfloat16, torch.float16)
+]
 
 
 class Recorder(TorchDispatchMode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks import Recorder, attention_calls, blocks_of, flat_unet, inputs, run
+from blocks import HALVES, Recorder, attention_calls, blocks_of, flat_unet, inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import cells, heads, softmax, tokens_of
@@ -117,7 +117,7 @@ class TestSmallParts:
         x = torch.randn(1, 7 * 10, 4)
         torch.testing.assert_close(pool_tokens(x, 7, 10, (4, 4)), cells(7, 10, 4) @ x, **CLOSE)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", HALVES)
     @pytest.mark.parametrize("h", [8, 7])
     def test_pooling_in_half_precision(self, dtype, h):
         x = torch.randn(1, h * 8, 4)

@@ -18,6 +18,7 @@ import tomesd
 import torch
 import torch.nn.functional as F
 from blocks import (
+    HALVES,
     Recorder,
     actions,
     as_model,
@@ -909,25 +910,6 @@ class TestTomesd:
         assert torch.equal(run(unet, EXAMPLE), plain)
 
 
-def supports(dtype) -> bool:
-    try:
-        torch.randn(1, 4, 8, 8).to(dtype) @ torch.randn(8, 8).to(dtype)
-        F.scaled_dot_product_attention(*[torch.randn(1, 2, 4, 8).to(dtype)] * 3)
-        nn.functional.layer_norm(torch.randn(2, 8).to(dtype), (8,), torch.ones(8).to(dtype))
-        F.conv2d(torch.randn(1, 4, 4, 4).to(dtype), torch.randn(4, 4, 1, 1).to(dtype))
-    except RuntimeError:
-        return False
-    return True
-
-
-HALVES = [
-    pytest.param(
-        dtype, marks=pytest.mark.skipif(not supports(dtype), reason=f"this PyTorch computes no {dtype} on the CPU")
-    )
-    for dtype in (torch.bfloat16, torch.float16)
-]
-
-
 class TestPrecision:
     @pytest.fixture(autouse=True)
     def _host_precision(self, monkeypatch):
@@ -974,13 +956,13 @@ class TestPrecision:
         assert (out - expected).square().mean().sqrt() < 0.3 * (plain - expected).square().mean().sqrt()
 
     @agent_kinds
-    @pytest.mark.skipif(not supports(torch.float16), reason="this PyTorch computes no float16 on the CPU")
-    def test_fp32_where_float16_would_overflow(self, unet, kw):
+    @pytest.mark.parametrize("dtype", HALVES[1:])
+    def test_fp32_where_float16_would_overflow(self, unet, kw, dtype):
         with torch.no_grad():
             for block in (blocks_of(unet)[0], *blocks_of(unet)[5:]):  # level 0, where attention is ours
                 block.attn1.to_q.weight.mul_(300)
                 block.attn1.to_k.weight.mul_(300)
-        self.halve(unet, torch.float16)
+        self.halve(unet, dtype)
         attn = blocks_of(unet)[0].attn1
         with attention_calls(attn) as seen:
             out = patched_output(unet, EXAMPLE, attn_precision="fp32", **kw)
