@@ -45,6 +45,13 @@
         return {action: "pool", tokens: N, queries: N, agents: n, cell: [config.sy, config.sx], r, agent_r: 0, reason: ""};
     };
 
+    const planCorrected = (config, height, width, r) => {
+        const N = height * width;
+        const {n, cell} = agentsWanted({...config, agent_source: "grid"}, height, width);
+        if (2 * n >= N) return untouched(N, r, `2 × ${n} agents are not below ${N} queries`);
+        return {action: "corrected", tokens: N, queries: N, agents: n, cell, r, agent_r: 0, reason: ""};
+    };
+
     const planLayer = (config, height, width, downsample) => {
         const N = height * width;
         if (downsample > config.max_downsample) {
@@ -55,6 +62,7 @@
         const r = nDst ? Math.min(Math.trunc(N * config.ratio), N - nDst) : 0;
         if (!config.merge_attn) return untouched(N, r, "merge_attn is off");
         if (config.method === "pool") return planPool(config, height, width, r);
+        if (config.method === "corrected") return planCorrected(config, height, width, r);
         const {n, cell, agentR} = agentsWanted(config, height, width);
         if (2 * n < N - r) {
             return {action: "agents", tokens: N, queries: N - r, agents: n, cell, r, agent_r: agentR, reason: ""};
@@ -66,12 +74,22 @@
     // ---- Arithmetic: agentsd/costs.py ----
 
     const PROMPT_TOKENS = 77;
+    const FIT_STEPS = 5;
 
-    const selfAttentionFlops = (C, plan) => {
+    const sampled = (plan, height, width) => {
+        if (plan.action !== "corrected") return 0;
+        const along = (side, length) => Math.ceil((length - Math.floor((Math.min(side, length) - 1) / 2)) / side);
+        return along(plan.cell[0], height) * along(plan.cell[1], width);
+    };
+
+    const selfAttentionFlops = (C, plan, m) => {
         const {tokens: N, queries: M, agents: n} = plan;
         if (plan.action === "agents") return 8 * M * C * C + (plan.r ? 2 * n * C * C : 0) + 8 * n * M * C;
         if (plan.action === "merge") return 8 * M * C * C + 4 * M * M * C;
         if (plan.action === "pool") return 8 * N * C * C + 4 * N * n * C;
+        if (plan.action === "corrected") {
+            return 8 * N * C * C + 4 * m * N * C + (4 + 4 * FIT_STEPS) * m * n * C + 4 * N * n * C;
+        }
         return 8 * N * C * C + 4 * N * N * C;
     };
 
@@ -79,7 +97,7 @@
         const N = plan.tokens;
         const cross = config && config.merge_crossattn ? N - plan.r : N;
         const feed = config && config.merge_mlp ? N - plan.r : N;
-        let total = selfAttentionFlops(C, plan);
+        let total = selfAttentionFlops(C, plan, sampled(plan, height, width));
         total += 4 * cross * C * C + 4 * PROMPT_TOKENS * cross * C;
         total += 24 * feed * C * C;
         const merges = config && (config.merge_crossattn || config.merge_mlp || ["agents", "merge"].includes(plan.action));
@@ -184,7 +202,7 @@
     const layerWords = ({plan, count}) => {
         const layers = `in ${count} ${count === 1 ? "layer" : "layers"}`;
         if (plan.action === "merge") return `${plan.tokens} tokens → ${plan.queries} merged ${layers}`;
-        const kind = plan.action === "pool" ? "pooled keys" : plan.agents === 1 ? "agent" : "agents";
+        const kind = {pool: "pooled keys", corrected: "corrected agents"}[plan.action] || "agents";
         const merged = plan.action === "agents" && plan.r ? ` (${plan.queries} queries)` : "";
         return `${plan.tokens} tokens → ${plan.agents} ${kind}${merged} ${layers}`;
     };
@@ -208,9 +226,10 @@
     };
 
     const tooManyAgents = (config, {height, width, plan}) => {
-        const {n} = agentsWanted(config, height, width);
+        const grid = config.method === "corrected" || config.agent_source === "grid";
+        const {n} = agentsWanted({...config, agent_source: grid ? "grid" : "similarity"}, height, width);
         const reason = `${n} agents are too many for ${plan.queries} queries (fewer than half are needed)`;
-        const capped = config.agent_source !== "grid" && n === destinations(config, height, width);
+        const capped = !grid && n === destinations(config, height, width);
         const controls = capped ? ["sx", "sy"] : ["agent_ratio"];
         return [reason, plan.r ? [...controls, "ratio"] : controls];
     };
@@ -450,13 +469,27 @@
             return [data ? presetOf(readControls(tab, data, data.defaults), data) : preset, ...values];
         };
 
-        const fillMeasured = (tab, text, rows) => {
+        // A button that puts the proposed threshold into its control.
+        const proposal = (tab, minTokens) => {
+            const button = document.createElement("button");
+            button.className = "lg secondary gradio-button";
+            button.textContent = `Set ${data.labels.min_tokens} to ${minTokens}`;
+            button.addEventListener("click", () => {
+                const field = find(`#${panelId(tab, "min_tokens")} input[type=number]`);
+                field.value = minTokens;
+                field.dispatchEvent(new Event("input", {bubbles: true}));
+            });
+            return button;
+        };
+
+        const fillMeasured = (tab, text, rows, minTokens = null) => {
             const element = find(`#${panelId(tab, "measured")}`);
             const target = element.querySelector(".prose") || element;
             const line = document.createElement("div");
             line.textContent = text;
             line.setAttribute("role", "status");
-            target.replaceChildren(line, ...(rows.length ? [table(MEASURED_HEAD, rows)] : []));
+            const more = minTokens === null ? [] : [proposal(tab, minTokens)];
+            target.replaceChildren(line, ...(rows.length ? [table(MEASURED_HEAD, rows)] : []), ...more);
         };
 
         const measure = async (tab) => {
@@ -471,7 +504,7 @@
                 await new Promise((done) => setTimeout(done, MEASURE_POLL_MS));
                 state = await ask("measure");
                 const text = state.state === "running" ? `Measuring: ${percent(state.progress)}` : state.text;
-                fillMeasured(tab, text, state.outcomes.map(measuredRow));
+                fillMeasured(tab, text, state.outcomes.map(measuredRow), state.min_tokens);
             }
         };
 

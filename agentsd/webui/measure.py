@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from agentsd import AgentConfig, patch_unet
+from agentsd.calibrate import calibrate
 from agentsd.config import MAX_TIMESTEP
 from agentsd.hosts import find_sites
 
@@ -25,6 +26,7 @@ log = logging.getLogger("agentsd.webui")
 
 ROUNDS = 3  # pairs of forwards, without and with, after one of each to warm up
 ROWS = 2  # cond and uncond
+CALIBRATION_SECONDS = 3.0
 PROMPT_TOKENS = 77
 
 
@@ -181,13 +183,16 @@ def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, int
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None, output
 
 
+_IDLE: dict[str, Any] = {"state": "idle", "progress": 0.0, "text": "", "outcomes": [], "min_tokens": None}
+
+
 class Job:
     """The one measurement that may be under way, in a thread of its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._cancel = threading.Event()
-        self._state: dict[str, Any] = {"state": "idle", "progress": 0.0, "text": "", "outcomes": []}
+        self._state: dict[str, Any] = {**_IDLE, "outcomes": []}
 
     def start(self, todo: list[Task], model: Callable[[], AbstractContextManager[tuple[nn.Module, Any]]]) -> str:
         """Begin; returns why not, or "".
@@ -202,7 +207,7 @@ class Job:
             if self._state["state"] == "running":
                 return "A measurement is running."
             self._cancel.clear()
-            self._state = {"state": "running", "progress": 0.0, "text": "", "outcomes": []}
+            self._state = {**_IDLE, "state": "running", "outcomes": []}
         threading.Thread(target=self._run, args=(todo, model), daemon=True, name="agent attention measure").start()
         return ""
 
@@ -211,7 +216,10 @@ class Job:
         self._cancel.set()
 
     def as_dict(self) -> dict[str, Any]:
-        """State ("idle", "running", "done", "cancelled", "busy" or "failed"), progress 0–1, text and outcomes."""
+        """State ("idle", "running", "done", "cancelled", "busy" or "failed"), progress 0–1, text, outcomes, min_tokens.
+
+        "min_tokens" is the proposed threshold, None before there is one.
+        """
         return dict(self._state)
 
     def _run(self, todo: list[Task], model: Callable[[], AbstractContextManager]) -> None:
@@ -232,7 +240,10 @@ class Job:
             outcome = measure(unet, task, lambda: next(ticks), kv_context)
             log.info("measured %s", outcome.sentence())
             self._state["outcomes"].append(asdict(outcome))
-        self._state.update(state="done", progress=1.0)
+        found = calibrate(unet, config=todo[0].config, batch=ROWS, seconds=CALIBRATION_SECONDS).min_tokens
+        log.info("on this machine layers of %d tokens and more are faster with these settings", found)
+        text = f"Layers of {found} tokens and more are faster with these settings on this machine."
+        self._state.update(state="done", progress=1.0, min_tokens=found, text=text)
 
     def _ticks(self, total: int) -> Iterator[None]:
         for i in range(total):

@@ -112,7 +112,7 @@ def _layer_words(action: str, tokens: int, queries: int, agents: int, count: int
     where = f"in {count} layer{'' if count == 1 else 's'}"
     if action == "merge":
         return f"{tokens} tokens → {queries} merged {where}"
-    kind = "pooled keys" if action == "pool" else "agents"
+    kind = {"pool": "pooled keys", "corrected": "corrected agents"}.get(action, "agents")
     return f"{tokens} tokens → {agents} {kind} {where}"
 
 

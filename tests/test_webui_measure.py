@@ -1,0 +1,133 @@
+"""Measuring the U-Net from the panel: on a real LDM U-Net, without a WebUI."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from blocks import golden_unet
+
+from agentsd import get_patch
+from agentsd.webui import measure, settings
+
+GRID = {"agent_source": "grid", "until": 1.0}
+HERE = {"width": 128, "height": 64, "hires": False, "start": 0.0}
+
+
+@pytest.fixture
+def unet():
+    return golden_unet()
+
+
+def to_config(values, hires):
+    return settings.to_config(values, hires=hires)
+
+
+def todo(values=None, *passes):
+    return measure.tasks(settings.check(values or GRID), passes or (HERE,), to_config)
+
+
+@contextmanager
+def at_rest(unet):
+    with torch.no_grad():
+        yield unet, None
+
+
+def finished(job, seconds=60.0):
+    end = time.monotonic() + seconds
+    while job.as_dict()["state"] == "running" and time.monotonic() < end:
+        time.sleep(0.02)
+    return job.as_dict()
+
+
+def test_a_task_for_each_pass_in_which_agents_act():
+    hires = {"width": 256, "height": 128, "hires": True, "start": 0.5}
+    first, second = todo({"until": 0.6}, HERE, hires)
+    assert (first.width, first.height, first.hires, first.done) == (128, 64, False, 0.3)
+    assert (second.hires, second.done) == (True, 0.75)
+    assert not todo({"passes": "hires"}, HERE)
+    assert not todo({"until": 0.6}, {**HERE, "start": 0.7})
+    assert todo({"enabled": False}, HERE), "what is switched off can be measured"
+
+
+def test_the_outputs_are_compared_and_the_unet_is_left_as_it_was(unet):
+    before = {name: set(vars(module)) for name, module in unet.named_modules()}
+    [task] = todo()
+    ticks = []
+    with torch.no_grad():
+        outcome = measure.measure(unet, task, lambda: ticks.append(1))
+    assert len(ticks) == 2 * (measure.ROUNDS + 1)
+    assert outcome.before > 0
+    assert outcome.after > 0
+    assert 0 < outcome.distance < 1
+    assert outcome.peak_before is None, "a CPU does not tell"
+    assert get_patch(unet) is None
+    assert {name: set(vars(module)) for name, module in unet.named_modules()} == before
+
+
+def test_settings_that_change_nothing_have_no_distance(unet):
+    with torch.no_grad():
+        assert measure.measure(unet, todo({"min_tokens": 9999, **GRID})[0], lambda: None).distance == 0
+
+
+def test_a_job_tells_its_progress_its_outcome_and_a_threshold(unet):
+    job = measure.Job()
+    assert job.start(todo(), lambda: at_rest(unet)) == ""
+    told = finished(job)
+    assert (told["state"], told["progress"]) == ("done", 1.0)
+    assert [outcome["width"] for outcome in told["outcomes"]] == [128]
+    assert told["min_tokens"] >= 0
+    assert get_patch(unet) is None
+
+
+def test_a_job_can_be_cancelled_and_is_the_only_one(unet):
+    job, reached, go = measure.Job(), threading.Event(), threading.Event()
+
+    @contextmanager
+    def slow():
+        reached.set()
+        go.wait(30)
+        with at_rest(unet) as model:
+            yield model
+
+    assert job.start(todo(), slow) == ""
+    assert reached.wait(30)
+    assert "is running" in job.start(todo(), slow)
+    job.cancel()
+    go.set()
+    told = finished(job)
+    assert told["state"] == "cancelled"
+    assert not told["outcomes"]
+    assert get_patch(unet) is None
+
+
+def test_a_job_refuses_while_the_model_is_in_use():
+    @contextmanager
+    def in_use():
+        raise measure.Busy("An image is being generated")
+        yield
+
+    job = measure.Job()
+    job.start(todo(), in_use)
+    told = finished(job)
+    assert (told["state"], told["text"]) == ("busy", "An image is being generated")
+
+
+def test_a_job_that_fails_says_so(unet):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no memory left")
+
+    unet.forward = broken
+    job = measure.Job()
+    job.start(todo(), lambda: at_rest(unet))
+    told = finished(job)
+    assert told["state"] == "failed"
+    assert "no memory left" in told["text"]
+    assert get_patch(unet) is None
+
+
+def test_nothing_to_measure_is_said():
+    assert "no pass is changed" in measure.Job().start([], None)
