@@ -121,7 +121,8 @@ class AgentConfig:
         agent_ratio: share of the tokens merged away to make the agent tokens, 0–0.99; 0 means no agents.
         k_scale2: exponent of the broadcast's scale, (d^-½)^k_scale2, 0–2. Smaller is sharper.
         k_shortcut: weight of V added to the output, 0–1. With method "pool": weight of what pooling V lost.
-        attn_precision: None, or "fp32" to compute attention in float32 whatever the weights are.
+        attn_precision: None, or "fp32" to compute attention in float32 whatever the weights are. Attention that is only
+            merged stays the host's, and so does its precision.
         use_rand: draw the partition's destination tokens at random instead of each cell's first one.
         merge_attn: act on self-attention at all.
         merge_crossattn: merge the tokens of cross-attention by `ratio` too.
@@ -129,7 +130,8 @@ class AgentConfig:
         agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
         method: "agent" (agent attention), or "pool" (keys and values averaged over sx × sy cells).
         min_tokens: leave layers with fewer tokens than this alone, 0–2²⁴.
-        max_agents: at most so many agent tokens, 1–2²⁴; None for no limit.
+        max_agents: at most so many agent tokens, 1–2²⁴; None for no limit. Similarity agents are never fewer than the
+            partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
         seed: seed of the partition, 0–2⁶³−1.
         share_match: match tokens once for all blocks of one size in a call of the U-Net, in the first of them.
         reuse_match: fraction of the diffusion for which a block's clusters are used again before its tokens are
