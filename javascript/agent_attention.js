@@ -322,8 +322,8 @@
 
     const measuredRow = ({width, height, hires, before, after, peak_before: from, peak_after: to, distance}) => [
         `${hires ? "Hires " : ""}${width}×${height}`,
-        `${Math.round(before)} ms`,
-        `${Math.round(after)} ms`,
+        `${Math.round(before)}\u00a0ms`,
+        `${Math.round(after)}\u00a0ms`,
         `${(before / after).toFixed(2)}×`,
         from === null || to === null ? "–" : `${Math.round(from / MEBIBYTE)} → ${Math.round(to / MEBIBYTE)} MiB`,
         `${(100 * distance).toFixed(1)}\u00a0%`,
@@ -347,10 +347,11 @@
     const panelId = (tab, name = "") => `${tab}_agent_attention${name && "_" + name}`;
     const options = () => (typeof opts === "undefined" ? {} : opts);
 
-    // The value of one control; undefined while a field is being edited and holds none.
+    // The value of one control; undefined while a field is being edited and holds none, and where gradio 6 has not drawn
+    // what is folded.
     const readControl = (tab, row) => {
         const id = row.name === "enabled" ? `${panelId(tab)}-checkbox` : panelId(tab, row.name);
-        if (row.kind === "flag") return isChecked(id);
+        if (row.kind === "flag") return find(`#${id}`) ? isChecked(id) : undefined;
         if (row.kind === "choice") {
             const text = find(`#${id} input`)?.value;
             return row.choices.includes(text) ? text : undefined;
@@ -472,7 +473,6 @@
         // A button that puts the proposed threshold into its control.
         const proposal = (tab, minTokens) => {
             const button = document.createElement("button");
-            button.className = "lg secondary gradio-button";
             button.textContent = `Set ${data.labels.min_tokens} to ${minTokens}`;
             button.addEventListener("click", () => {
                 const field = find(`#${panelId(tab, "min_tokens")} input[type=number]`);

@@ -16,6 +16,7 @@ from agentsd import Patch
 from .lastrun import Pace, changed
 
 log = logging.getLogger("agentsd.webui")
+_PLAN = ("action", "tokens", "queries", "agents")
 
 
 @dataclass
@@ -60,19 +61,14 @@ class PassReport:
             self._add_plans(plan for _, plan in patch.explain(*self.latent, done) if plan is not None)
 
     def _add_plans(self, plans: Iterable[Any]) -> None:
+        counts: Counter[tuple] = Counter()
         for plan in plans:
             if plan.action == "untouched":
                 _append_new(self.idle, plan.reason)
             else:
-                self._count_layer({"tokens": plan.tokens, "queries": plan.queries, "agents": plan.agents}, plan.action)
-
-    def _count_layer(self, sizes: Mapping[str, int], action: str) -> None:
-        plan = {"action": action, **sizes}
-        for layer in self.layers:
-            if plan.items() <= layer.items():
-                layer["count"] += 1
-                return
-        self.layers.append({**plan, "count": 1})
+                counts[plan.action, plan.tokens, plan.queries, plan.agents] += 1
+        for plan, count in counts.items():  # a refiner's layers are not the model's once more
+            _append_new(self.layers, {**dict(zip(_PLAN, plan, strict=True)), "count": count})
 
     def changed(self) -> int:
         """Number of self-attention calls that were changed."""

@@ -52,6 +52,13 @@ class Panel:
             field.fill(str(value))
             field.blur()
 
+    def choose(self, preset: str) -> None:
+        """Choose a preset."""
+        self._at("preset", "input").click()
+        options = f"#{element_id(self.tab, 'preset')} li, ul.options li"
+        self.page.locator(options).filter(has_text=preset).first.click()
+        self.page.wait_for_timeout(700)
+
     def get(self, name: str) -> Any:
         """What a control shows, as its setting's canonical value."""
         row = BY_NAME[name]

@@ -1,0 +1,100 @@
+"""The Measure button on a real AUTOMATIC1111 WebUI."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from host import Host
+from page import SECONDS, Panel, browser
+
+from agentsd.webui.panel import element_id
+
+ROUTE = "/agent-attention/measure"
+ON = {"until": 1.0}
+PASS = {"width": 128, "height": 128, "hires": False, "start": 0.0}
+
+
+def finished(host: Host, seconds: float = 120.0) -> dict:
+    end = time.monotonic() + seconds
+    while host.call(ROUTE)["state"] == "running" and time.monotonic() < end:
+        time.sleep(0.2)
+    return host.call(ROUTE)
+
+
+def test_it_measures_and_leaves_no_trace(a1111: Host):
+    before = a1111.txt2img()
+    assert a1111.call(ROUTE, {"values": ON, "passes": [PASS]})["error"] == ""
+    told = finished(a1111)
+    assert told["state"] == "done", told["text"]
+    [outcome] = told["outcomes"]
+    assert outcome["before"] > 0
+    assert outcome["after"] > 0
+    assert 0 < outcome["distance"] < 1
+    assert told["min_tokens"] >= 0
+    assert a1111.txt2img().pixels == before.pixels
+    assert "measured 128×128" in a1111.console()
+
+
+def test_it_refuses_while_an_image_is_made(a1111: Host):
+    making = threading.Thread(target=lambda: a1111.txt2img(width=256, height=256, steps=20))
+    making.start()
+    try:
+        end = time.monotonic() + 30
+        while a1111.call("/sdapi/v1/progress?skip_current_image=true")["progress"] == 0 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert a1111.call(ROUTE, {"values": ON, "passes": [PASS]})["error"] == ""
+        told = finished(a1111)
+    finally:
+        making.join()
+    assert told["state"] == "busy"
+    assert "being generated" in told["text"]
+
+
+@pytest.mark.parametrize(
+    ("values", "passes", "reason"),
+    [
+        ({"ratio": -1}, [PASS], "ratio"),
+        ({"until": 0.5}, [{**PASS, "start": 0.7}], "no pass is changed"),
+        ({}, [{"width": 128}], "hires"),
+    ],
+)
+def test_a_bad_request_is_answered_with_the_reason(a1111: Host, values, passes, reason):
+    assert reason in a1111.call(ROUTE, {"values": values, "passes": passes})["error"]
+
+
+def test_in_the_page_with_progress_a_table_and_the_threshold(a1111: Host):
+    with browser(a1111.url) as page:
+        panel = Panel(page)
+        panel.open()
+        panel.choose("Fast")
+        for element in ("txt2img_width", "txt2img_height"):
+            page.locator(f"#{element} input[type=number]").fill("128")
+        page.locator(f"#{element_id('txt2img', 'measuring')} > .label-wrap").click()
+        page.locator(f"#{element_id('txt2img', 'measure')}").click()
+        table = page.locator(f"#{element_id('txt2img', 'measured')} table").first
+        table.wait_for(timeout=120 * SECONDS)
+        assert "128×128" in table.inner_text()
+        button = page.get_by_role("button", name="Set Minimum tokens to")
+        button.click(timeout=60 * SECONDS)
+        proposed = int(button.inner_text().split()[-1])
+        assert panel.get("min_tokens") == proposed
+
+
+def test_in_the_page_it_can_be_cancelled(a1111: Host):
+    with browser(a1111.url) as page:
+        panel = Panel(page)
+        panel.open()
+        for element in ("txt2img_width", "txt2img_height"):
+            page.locator(f"#{element} input[type=number]").fill("512")
+        page.locator(f"#{element_id('txt2img', 'measuring')} > .label-wrap").click()
+        page.locator(f"#{element_id('txt2img', 'measure')}").click()
+        page.wait_for_function(
+            f"document.getElementById('{element_id('txt2img', 'measured')}').innerText.includes('Measuring')"
+        )
+        page.locator(f"#{element_id('txt2img', 'measure_cancel')}").click()
+        page.wait_for_function(
+            f"document.getElementById('{element_id('txt2img', 'measured')}').innerText.includes('Cancelled')",
+            timeout=60 * SECONDS,
+        )

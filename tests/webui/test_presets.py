@@ -1,0 +1,108 @@
+"""Presets in the page of a real AUTOMATIC1111 WebUI, and the settings page."""
+
+from __future__ import annotations
+
+import pytest
+from host import Host
+from page import SECONDS, Panel, browser
+
+from agentsd.webui.panel import element_id
+from agentsd.webui.presets import CUSTOM, KEPT, PRESETS
+from agentsd.webui.settings import BY_NAME, DEFAULTS
+
+OLDER = (
+    "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, AgAt Active: True, AgAt Use Second Pass: "
+    "True, AgAt Second Pass Step: 8, AgAt First Pass sx: 3, AgAt First Pass sy: 4, AgAt First Pass Ratio: 0.3, AgAt "
+    "First Pass Agent Ratio: 0.9, AgAt Use FP32 Precision: True, AgAt Max Downsample: 2, AgAt Apply to Hires. Fix "
+    "Only: False, Version: v1.10.1"
+)
+
+
+@pytest.fixture(scope="module")
+def page(a1111: Host):
+    with browser(a1111.url) as page:
+        yield page
+
+
+@pytest.fixture
+def panel(page) -> Panel:
+    panel = Panel(page)
+    panel.open()
+    return panel
+
+
+def shows(page, name: str) -> None:
+    """Wait until the preset's control says `name`."""
+    page.wait_for_function(
+        "([id, name]) => document.querySelector(`#${id} input`).value === name",
+        arg=[element_id("txt2img", "preset"), name],
+        timeout=30 * SECONDS,
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_the_controls_and_keeps_the_users_own(page, panel: Panel, name: str):
+    panel.set("seed", 5)
+    panel.set("fp32", True)
+    own = {setting: value for setting, value in panel.values().items() if setting in KEPT}
+    panel.choose(name)
+    assert panel.values() == {**PRESETS[name], **own}
+    shows(page, name)
+
+
+def test_touching_a_control_makes_it_custom_and_back(page, panel: Panel):
+    panel.choose("Fast")
+    panel.set("k_scale2", 0.7)
+    shows(page, CUSTOM)
+    panel.set("k_scale2", PRESETS["Fast"]["k_scale2"])
+    shows(page, "Fast")
+    panel.set("merge_mlp", True)
+    shows(page, CUSTOM)
+
+
+def test_custom_changes_nothing(page, panel: Panel):
+    panel.choose("Paper")
+    before = panel.values()
+    panel.choose(CUSTOM)
+    assert panel.values() == before
+
+
+def test_the_older_extensions_infotext_fills_our_controls(page, panel: Panel):
+    panel.choose("Fast")
+    page.locator("#txt2img_prompt textarea").fill(OLDER)
+    page.wait_for_timeout(300)
+    page.locator("#txt2img_tools #paste").click()
+    page.wait_for_timeout(3 * SECONDS)
+    found = panel.values()
+    wanted = {"ratio": 0.3, "agent_ratio": 0.9, "sx": 3, "sy": 4, "until": 0.4, "fp32": True, "passes": "first"}
+    wanted |= {"agent_source": "similarity", "after": "token merging", "max_downsample": "2", "enabled": True}
+    assert found == {**DEFAULTS, **wanted}
+    shows(page, CUSTOM)
+
+
+def test_the_settings_page_chooses_a_preset_and_hides_the_status_line(a1111: Host, page):
+    with a1111.options(agent_attention_preset="Paper", agent_attention_status_line=False):
+        a1111.txt2img([True], width=64, height=64, steps=1)
+        page.reload(wait_until="domcontentloaded")
+        page.wait_for_selector("#txt2img_prompt textarea", timeout=60 * SECONDS)
+        page.wait_for_timeout(3 * SECONDS)
+        panel = Panel(page)
+        panel.open()
+        shows(page, "Paper")
+        assert panel.get("agent_source") == "similarity"
+        assert panel.text("status").strip() == ""
+
+
+def test_sd2_suggests_32_bits(a1111: Host, page):
+    with a1111.options(sd_model_checkpoint="tinysd2v.safetensors"):
+        page.reload(wait_until="domcontentloaded")
+        page.wait_for_selector("#txt2img_prompt textarea", timeout=60 * SECONDS)
+        page.wait_for_timeout(3 * SECONDS)
+        panel = Panel(page)
+        panel.open()
+        panel.set("fp32", False)
+        summary = element_id("txt2img", "summary")
+        advice = f"document.getElementById('{summary}').innerText.includes('“{BY_NAME['fp32'].label}”')"
+        page.wait_for_function(advice, timeout=20 * SECONDS)
+        panel.set("fp32", True)
+        page.wait_for_function(f"!{advice}", timeout=30 * SECONDS)
