@@ -82,7 +82,7 @@ def _links(tokens: Tensor, dst: Sequence[int]) -> list[tuple[int, int]]:
     """(source, its most similar destination), the most similar pair first."""
     if not dst:
         return []
-    unit = tokens / tokens.norm(dim=-1, keepdim=True)
+    unit = (tokens / tokens.norm(dim=-1, keepdim=True)).detach()
     links = []
     for src in sorted(set(range(len(tokens))) - set(dst)):
         similarity = unit[dst] @ unit[src]
