@@ -266,7 +266,9 @@
         return found.share > 1 ? ["this costs more than it saves", ["agent_ratio"]] : ["", []];
     };
 
-    // One pass in words: {text, hint, controls, acts}. `start` is the fraction of the diffusion done when it begins.
+    const milliseconds = ({before, after}) => `${Math.round(before)} → ${Math.round(after)}\u00a0ms a U-Net call`;
+
+    // One pass in words: {text, hint, controls, acts}. `measured` is what Measure found for it, if it did; `start` is the fraction of the diffusion done when it begins.
     const passWords = (values, pass, data) => {
         const {hires, width, height, start, layout, obstacle} = pass;
         const size = `${hires ? "Hires " : ""}${width}×${height}`;
@@ -288,7 +290,8 @@
         const [hint, controls] = advice(part, part.found, own, own ? "" : end);
         const run = shareOfRun(layout, config, rows, columns, start);
         const over = config.stages.length ? `, ${percent(run)} over the whole pass` : "";
-        return {text: `${size}: ${describe(part.found)}${over}`, hint, controls, acts: true};
+        const timed = pass.measured ? `; measured: ${milliseconds(pass.measured)}` : "";
+        return {text: `${size}: ${describe(part.found)}${over}${timed}`, hint, controls, acts: true};
     };
 
     // The panel's summary: one entry for each pass; a pass that the user left out is not worth one, unless no other is.
@@ -431,6 +434,7 @@
     const makeReadout = () => {
         const stopped = new AbortController();
         const last = {}; // what each line was last made from
+        const measured = {}; // what was measured, by settings and size
         const loaded = {}, wanted = {}; // tabs that have been seen, and presets that are to be filled in
         let data = null, asked = -Infinity, generating = false, checkpoint;
 
@@ -438,6 +442,11 @@
             asked = Date.now();
             data = await ask("readout").catch(() => data);
         };
+
+        // What a measurement holds for: the settings, the size, and the model.
+        const timingKey = ({enabled, ...values}, {width, height, hires}) => (
+            JSON.stringify([values, width, height, hires, options().sd_model_checkpoint])
+        );
 
         const layoutNow = () => (data.model ? data.model.layout : data.layouts["SD 1"]);
 
@@ -505,6 +514,7 @@
                 state = await ask("measure");
                 const text = state.state === "running" ? `Measuring: ${percent(state.progress)}` : state.text;
                 fillMeasured(tab, text, state.outcomes.map(measuredRow), state.min_tokens);
+                for (const outcome of state.outcomes) measured[timingKey(values, outcome)] = outcome;
             }
         };
 
@@ -522,7 +532,8 @@
             if (!data || !isShown(element)) return;
             const values = readControls(tab, data, (last[tab] && last[tab].values) || data.defaults);
             showPreset(tab, values);
-            const passes = passesOf(tab, layoutNow());
+            const found = passesOf(tab, layoutNow());
+            const passes = found.map((pass) => ({...pass, measured: measured[timingKey(values, pass)]}));
             const key = JSON.stringify([values, passes, data.model && data.model.notes]);
             if (!passes.length || (last[tab] && last[tab].key === key)) return;
             last[tab] = {key, values};

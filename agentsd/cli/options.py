@@ -140,7 +140,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=_whole("seed", 0, 2**63 - 1), default=0, help="seed of the pictures (default: 0)")
     _quiet(sub)
     _settings(sub)
+
+    sub = _command(subs, "playground", _playground, "open a page with the panel of the WebUI, on this machine only", "")
+    sub.add_argument("--port", type=_whole("port", 0, 65535), default=7860, help="port (default: 7860, or a free one)")
+    sub.add_argument("--open", action="store_true", help="open it in the browser")
     return parser
+
+
+def _playground(args: argparse.Namespace) -> None:
+    from ..playground import serve
+
+    serve(args.port, args.open)
 
 
 _MODEL_HELP = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..config import AgentConfig
-from ..patch import get_patch, patch_unet, remove_patch
+from ..patch import Patch, get_patch, patch_unet, remove_patch
 from ..webui import infotext
 from .models import Model, Request
 
@@ -81,17 +81,37 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def draw(model: Model, request: Request, config: AgentConfig | None, label: str, quiet: bool = False) -> Run:
-    """Draw a complete request with the patch that `config` asks for; None: unpatched."""
+def draw(
+    model: Model,
+    request: Request,
+    config: AgentConfig | None,
+    label: str,
+    quiet: bool = False,
+    step: Callable[[], Any] | None = None,
+    before_removal: Callable[[Patch], Any] | None = None,
+) -> Run:
+    """Draw a picture.
+
+    Args:
+        model: the model.
+        request: what to draw, complete.
+        config: the settings; None: unpatched.
+        label: what the progress bar says.
+        quiet: show no progress bar.
+        step: called after each sampling step; what it raises ends the drawing.
+        before_removal: given the patch, if there is one, when the picture is done.
+    """
     with _patch(model.unet, config), _bar(label, request.steps, quiet) as bar, Stopwatch(model.unet) as watch:
         began = _now()
-        picture = model.draw(request, bar.update)
+        picture = model.draw(request, lambda: (bar.update(), step and step()))
         seconds = _now() - began
         patch = get_patch(model.unet)
         actions: Counter[str] = Counter()
         for layer in patch.report() if patch else ():
             actions.update(layer.calls)
         notes = dict(patch.notes) if patch else {}
+        if patch and before_removal:
+            before_removal(patch)
     return Run(picture, seconds, watch.seconds, watch.calls, dict(actions), notes)
 
 
@@ -116,8 +136,6 @@ class _Silent:
 
 def warm_up(model: Model, request: Request, configs: list[AgentConfig | None], quiet: bool = False) -> None:
     """One step each, so that what happens only once (memory, kernels) is not counted against the first."""
-    from dataclasses import replace
-
     for config in configs:
         draw(model, replace(request, steps=1), config, "warming up", quiet)
 

@@ -1,0 +1,345 @@
+"""A local page with the panel of the WebUI, the embedded model, and a slider between before and after.
+
+It is served to this machine only, and the page may load nothing from elsewhere: the server says so in a header that
+browsers enforce.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import webbrowser
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# before gradio is imported: it reads this once
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+from .cli.errors import CommandError
+from .cli.models import Model, Request, open_model
+
+try:
+    import gradio as gr
+    import uvicorn
+    from fastapi import Body, FastAPI
+except ImportError as error:
+    raise CommandError(f"the playground needs {error.name}: pip install 'agentsd[diffusers]' gradio") from error
+
+import torch
+from torch import Tensor, nn
+
+from .cli.distance import distance
+from .cli.runs import Run, draw
+from .cli.sheets import enlarged
+from .config import SettingError
+from .hosts import first_downsample
+from .patch import Patch
+from .webui import measure, panel, readout, settings
+from .webui.status import STATUS, PassReport
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HOST = "127.0.0.1"
+TAB = "txt2img"  # the panel's script looks for the WebUI's elements
+SCALE = 8  # pixels shown to a position of the latent, as in Stable Diffusion
+ROUTES = "/agent-attention"
+_FILES = Path(__file__).resolve().parents[1]
+# Everything from this server, but for what gradio's page writes into itself.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; worker-src 'self' blob:; "
+    "frame-ancestors 'none'"
+)
+
+
+class Stopped(Exception):
+    """The user has pressed Stop."""
+
+
+class Playground:
+    """What the page's controls do.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.in_use = threading.Lock()
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """End the drawing after the step that is under way."""
+        self._stop.set()
+
+    def draw(
+        self, prompt: str, seed: float, steps: float, width: float, height: float, *values: Any, progress: Any = None
+    ) -> tuple[tuple[Image, Image] | None, str, str]:
+        """Draw a picture without and with agent attention.
+
+        Args:
+            prompt: the prompt.
+            seed: seed of the initial noise.
+            steps: sampling steps.
+            width: of the picture as it is shown, in pixels.
+            height: of the picture as it is shown, in pixels.
+            *values: the panel's settings, in the table's order.
+            progress: called with (step, steps) and the label.
+
+        Returns:
+            The pictures, or None where there are none; the table of timings, or what went wrong, as HTML; and the
+            panel's status line.
+        """
+        self._stop.clear()
+        try:
+            size = (int(height) // SCALE, int(width) // SCALE)
+            request = self.model.complete(Request(prompt.strip(), int(seed or 0), int(steps), size=size))
+            config = settings.to_config(settings.from_args(values), first_downsample=first_downsample(self.model.unet))
+            with self.in_use:
+                return self._draw_both(request, config, progress or (lambda *given, **named: None))
+        except Stopped:
+            return None, _message("Stopped."), ""
+        except (CommandError, SettingError) as error:
+            return None, _message(str(error)), ""
+
+    def _draw_both(self, request: Request, config: Any, progress: Any) -> tuple[tuple[Image, Image], str, str]:
+        STATUS.begin(config is not None)
+        report = PassReport(hires=False)
+
+        def one(label: str, config: Any) -> Run:
+            done = iter(range(1, request.steps + 1))
+
+            def step() -> None:
+                progress((next(done), request.steps), desc=label)
+                if self._stop.is_set():
+                    raise Stopped
+
+            return draw(self.model, request, config, label, True, step, lambda patch: _tell(report, patch))
+
+        plain = one("without", None)
+        ours = one("with agent attention", config) if config is not None else None
+        if ours is not None:
+            STATUS.add(report)
+        pictures = (_shown(plain.picture), _shown((ours or plain).picture))
+        return pictures, _timings(plain, ours), f"<div>{escape(STATUS.text())}</div>"
+
+    @contextmanager
+    def at_rest(self) -> Iterator[tuple[nn.Module, None]]:
+        """Hold the model for a measurement: its U-Net, called as the WebUI's.
+
+        Raises:
+            measure.Busy: it is drawing.
+        """
+        if not self.in_use.acquire(blocking=False):
+            raise measure.Busy("The model is drawing: measure when it is done.")
+        try:
+            with torch.no_grad():
+                yield _AsWebUI(self.model.unet), None
+        finally:
+            self.in_use.release()
+
+    def add_routes(self, app: FastAPI) -> None:
+        """The routes that the panel's script asks, as in the WebUI."""
+
+        def begin(values: dict = Body(...), passes: list = Body(...)) -> dict[str, str]:  # noqa: B008
+            below = first_downsample(self.model.unet)
+            try:
+                checked = settings.check(values)
+                todo = measure.tasks(
+                    checked, passes, lambda v, hires: settings.to_config(v, hires=hires, first_downsample=below)
+                )
+            except (SettingError, KeyError, TypeError, ValueError) as error:
+                return {"error": str(error)}
+            return {"error": measure.JOB.start(todo, self.at_rest)}
+
+        app.add_api_route(f"{ROUTES}/readout", lambda: readout.page_data(self.model.unet), methods=["GET"])
+        app.add_api_route(f"{ROUTES}/status", STATUS.as_dict, methods=["GET"])
+        app.add_api_route(f"{ROUTES}/measure", measure.JOB.as_dict, methods=["GET"])
+        app.add_api_route(f"{ROUTES}/measure", begin, methods=["POST"])
+        app.add_api_route(f"{ROUTES}/measure", measure.JOB.cancel, methods=["DELETE"])
+
+
+class _AsWebUI(nn.Module):
+    """A diffusers U-Net that is called as LDM's, and answers with a tensor."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        return self.unet(x, timesteps, context).sample
+
+
+def _tell(report: PassReport, patch: Patch) -> None:
+    report.add(patch, 0.0)
+
+
+def _shown(picture: Image) -> Image:
+    return enlarged(picture, SCALE * max(picture.size))
+
+
+def _message(text: str) -> str:
+    return f'<p role="alert">{escape(text)}</p>'
+
+
+def _timings(plain: Run, ours: Run | None) -> str:
+    """Seconds and distance as a table."""
+    rows = [("without", plain, "1.00×", "")]
+    if ours is not None:
+        apart = str(distance(plain.picture, ours.picture))
+        rows.append(("with", ours, f"{plain.seconds / ours.seconds:.2f}×", apart))
+    head = "".join(f"<th>{text}</th>" for text in ("", "seconds", "U-Net seconds", "speed", "difference"))
+    lines = "".join(
+        f"<tr><td>{name}</td><td>{run.seconds:.2f}</td><td>{run.unet_seconds:.2f}</td><td>{speed}</td>"
+        f"<td>{escape(apart)}</td></tr>"
+        for name, run, speed, apart in rows
+    )
+    off = "" if ours is not None else "<p>With these settings agent attention is off: both pictures are the same.</p>"
+    return f"<table><tr>{head}</tr>{lines}</table>{off}"
+
+
+@contextmanager
+def _accordion(value: bool, label: str, elem_id: str) -> Iterator[Any]:
+    """The WebUI's InputAccordion: an accordion with a checkbox of its own."""
+    with gr.Accordion(label, open=True, elem_id=elem_id):
+        # on, unlike in the WebUI: who comes here wants to see what it does
+        yield gr.Checkbox(True, label="On", container=False, elem_id=f"{elem_id}-checkbox")
+
+
+def build(playground: Playground) -> gr.Blocks:
+    """The page."""
+    prompts = getattr(getattr(playground.model, "pipe", None), "prompts", [])
+    with gr.Blocks(title="Agent attention", analytics_enabled=False) as page:
+        gr.Markdown(
+            "# Agent attention\nThe same picture, without and with agent attention. The model is a small one that "
+            f"comes along; its pictures are shown {SCALE} times as large as it draws them, so that a size has as many "
+            "tokens as in Stable Diffusion."
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=380):
+                prompt = gr.Dropdown(
+                    prompts,
+                    value=prompts[0] if prompts else "",
+                    label="Prompt",
+                    info="One of these, or words of them in another order.",
+                    allow_custom_value=True,
+                    elem_id=f"{TAB}_prompt",
+                )
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, elem_id=f"{TAB}_seed")
+                    steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id=f"{TAB}_steps")
+                with gr.Row():
+                    width = gr.Slider(256, 1024, 512, step=64, label="Width", elem_id=f"{TAB}_width")
+                    height = gr.Slider(256, 1024, 512, step=64, label="Height", elem_id=f"{TAB}_height")
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary", elem_id=f"{TAB}_generate")
+                    stop = gr.Button("Stop", elem_id="playground_stop")
+                built = panel.build(TAB, _accordion)
+            with gr.Column(scale=3, min_width=420):
+                pictures = gr.ImageSlider(
+                    type="pil",
+                    format="png",
+                    label="Left: without. Right: with agent attention.",
+                    elem_id="playground_pictures",
+                    max_height=1024,
+                )
+                timings = gr.HTML("", elem_id="playground_timings")
+
+        def drawn(*given: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, str, str]:  # noqa: B008
+            return playground.draw(*given, progress=progress)
+
+        inputs = [prompt, seed, steps, width, height, *built.controls.values()]
+        go.click(drawn, inputs, [pictures, timings, built.status], show_progress_on=[pictures], concurrency_limit=1)
+        stop.click(playground.stop, queue=False, concurrency_limit=None)
+    return page
+
+
+def _own_files() -> dict[str, Any]:
+    """The extension's script and style, where they are: in a checkout, not in an installed package."""
+    script, style = _FILES / "javascript" / "agent_attention.js", _FILES / "style.css"
+    if not script.is_file():
+        return {}
+    # the names that the WebUI gives its scripts
+    host = "<script>function gradioApp() { return document; }</script>"
+    # the panel's controls are there once gradio has drawn the page: the script looks for them again and again
+    return {
+        "head": f"{host}<script>{script.read_text(encoding='utf-8')}</script>",
+        "css": style.read_text(encoding="utf-8") + _STYLE,
+    }
+
+
+# gradio 6 squeezes a slider's description beside its number
+_STYLE = """
+#playground_timings table { width: 100%; border-collapse: collapse; }
+#playground_timings :is(th, td) { padding: 4px 8px; text-align: right; }
+#playground_timings :is(th, td):is(:first-child, :last-child) { text-align: left; }
+#txt2img_agent_attention .head { display: grid; grid-template-columns: 1fr auto; }
+#txt2img_agent_attention .head label { display: contents; }
+#txt2img_agent_attention .head .info-text { grid-row: 2; grid-column: 1 / -1; }
+"""
+
+
+class _Header:
+    """Adds the content security policy to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        async def sent(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+
+def make_app(model: Model) -> FastAPI:
+    """The page and its routes as an application."""
+    playground = Playground(model)
+    app = FastAPI(openapi_url=None)
+    playground.add_routes(app)
+    app.add_middleware(_Header)
+    return gr.mount_gradio_app(
+        app,
+        build(playground),
+        path="",
+        server_name=HOST,
+        footer_links=[],
+        enable_monitoring=False,
+        ssr_mode=False,
+        **_own_files(),
+    )
+
+
+def serve(port: int = 7860, browser: bool = False) -> None:
+    """Serve the page to this machine until Ctrl-C.
+
+    Args:
+        port: the port; another is taken if it is in use. 0 for any.
+        browser: open the page.
+    """
+    app = make_app(open_model("embedded"))
+    with _listening(port) as listener:
+        url = f"http://{HOST}:{listener.getsockname()[1]}"
+        print(f"The playground is at {url} (Ctrl-C ends it)", flush=True)
+        if browser:
+            webbrowser.open(url)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server.run(sockets=[listener])
+
+
+@contextmanager
+def _listening(port: int) -> Iterator[socket.socket]:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError:
+            listener.bind((HOST, 0))
+        yield listener

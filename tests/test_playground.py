@@ -1,0 +1,213 @@
+"""The playground in a browser, with a model of random weights."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("gradio", minversion="6", reason="needs gradio 6")
+uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn")
+
+from diffusers import DDIMScheduler  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+from tiny_pipelines import tiny_unet  # noqa: E402
+
+from agentsd import embedded, get_patch, playground  # noqa: E402
+from agentsd.cli.models import EmbeddedModel  # noqa: E402
+from agentsd.embedded import model as embedded_model  # noqa: E402
+from agentsd.webui.settings import DEFAULTS, SETTINGS  # noqa: E402
+
+PROMPTS = ["red apple", "banana"]
+ON = {**DEFAULTS, "enabled": True, "until": 1.0}
+WAIT = 120_000  # milliseconds; a busy machine is slow to draw a page
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    text = embedded_model.TextEncoder(embedded_model.vocabulary_of(PROMPTS), 8, 32)
+    norm = {"mean": [0.5] * 4, "std": [0.3] * 4}
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    return EmbeddedModel(embedded.EmbeddedPipeline(tiny_unet(), scheduler, text, PROMPTS, norm))
+
+
+def draw(model, prompt="red apple", **changes):
+    values = {**ON, **changes}
+    return playground.Playground(model).draw(prompt, 3, 2, 256, 256, *(values[row.name] for row in SETTINGS))
+
+
+def test_before_and_after_are_the_models_pictures(model):
+    (before, after), timings, status = draw(model)
+    assert before.size == after.size == (256, 256)
+    expected = model.pipe("red apple", seed=3, steps=2, height=32, width=32)[0]
+    assert before.tobytes() == playground._shown(expected).tobytes()
+    assert before.tobytes() != after.tobytes()
+    assert "PSNR" in timings
+    assert "1024 tokens → 64 agents in 3 layers" in status
+    assert get_patch(model.unet) is None
+
+
+@pytest.mark.parametrize("changes", [{"enabled": False}, {"passes": "hires"}])
+def test_switched_off_both_pictures_are_the_same(model, changes):
+    (before, after), timings, status = draw(model, **changes)
+    assert before.tobytes() == after.tobytes()
+    assert "agent attention is off" in timings
+    assert status == "<div></div>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [("<b>aple", {}, "does not know the word"), ("banana", {"since": 0.9, "until": 0.5}, "until must be above since")],
+)
+def test_what_is_wrong_is_told_in_words(model, prompt, changes, message):
+    pictures, told, _ = draw(model, prompt, **changes)
+    assert pictures is None
+    assert message in told
+    assert "<b>" not in told
+
+
+def test_stop_ends_the_drawing(model):
+    page = playground.Playground(model)
+    pictures, told, _ = page.draw(
+        "banana", 0, 50, 256, 256, *(ON[row.name] for row in SETTINGS), progress=lambda *given, **named: page.stop()
+    )
+    assert pictures is None
+    assert "Stopped" in told
+    assert get_patch(model.unet) is None
+
+
+def test_the_routes_of_the_panels_script_answer(model):
+    client = TestClient(playground.make_app(model))
+    data = client.get("/agent-attention/readout").json()
+    assert [row["name"] for row in data["rows"]] == [row.name for row in SETTINGS]
+    assert sum(group["count"] for group in data["model"]["layout"]["blocks"]) == 7
+    assert client.get("/agent-attention/status").json()["run"] >= 0
+    task = {"width": 128, "height": 128, "hires": False, "start": 0.0}
+    assert client.post("/agent-attention/measure", json={"values": ON, "passes": [task]}).json() == {"error": ""}
+    deadline = time.monotonic() + 60
+    while (state := client.get("/agent-attention/measure").json())["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert state["state"] == "done", state["text"]
+    assert state["outcomes"][0]["distance"] > 0
+    wrong = client.post("/agent-attention/measure", json={"values": {"ratio": 5}, "passes": []}).json()
+    assert "ratio must be a number" in wrong["error"]
+
+
+def test_every_answer_forbids_to_load_anything_from_elsewhere(model):
+    client = TestClient(playground.make_app(model))
+    for path in ("/", "/agent-attention/status", "/nowhere"):
+        assert client.get(path).headers["content-security-policy"] == playground.POLICY
+    assert not re.search(r"https?:", playground.POLICY)
+
+
+def test_it_listens_on_this_machine_only():
+    with playground._listening(0) as listener:
+        host, port = listener.getsockname()
+        assert host == "127.0.0.1"
+        listener.listen()
+        with playground._listening(port) as second:
+            assert second.getsockname()[1] != port, "a port that is taken is passed over"
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    with playground._listening(0) as listener:
+        server = uvicorn.Server(uvicorn.Config(playground.make_app(model), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(10)
+
+
+def _chromium() -> str | None:
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if _chromium() is None:
+        pytest.skip("needs Chromium (Debian's package chromium)")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=_chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    page = browser.new_page(viewport={"width": 1400, "height": 1400})
+    page.set_default_timeout(WAIT)
+    page.problems, page.asked = [], []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda line: page.problems.append(line.text) if line.type == "error" else None)
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(url)
+    page.wait_for_function("document.querySelector('#txt2img_agent_attention_summary')?.innerText.includes('agents')")
+    yield page
+    page.close()
+
+
+def fill(page, name: str, value) -> None:
+    field = f"#txt2img_{name} input[type=number]"
+    page.fill(field, str(value))
+    page.press(field, "Enter")
+
+
+def generate(page) -> str:
+    page.click("#txt2img_generate")
+    page.wait_for_selector("#playground_timings table, #playground_timings [role=alert]")
+    return page.inner_text("#playground_timings")
+
+
+def test_a_picture_is_drawn_both_ways_in_the_browser(page, url):
+    assert "512×512: 4096 tokens → 256 agents in 3 layers" in page.inner_text("#txt2img_agent_attention_summary")
+    for name, value in (("width", 256), ("height", 256), ("steps", 2), ("agent_attention_agent_ratio", 0.75)):
+        fill(page, name, value)
+    page.wait_for_function(
+        "document.querySelector('#txt2img_agent_attention_summary').innerText.includes('1024 tokens → 256 agents')"
+    )
+    timings = generate(page)
+    assert "without" in timings
+    assert "PSNR" in timings
+    assert "1024 tokens → 256 agents in 3 layers" in page.inner_text("#txt2img_agent_attention_status")
+    page.wait_for_function("document.querySelectorAll('#playground_pictures img').length >= 2")
+    sizes = page.evaluate(
+        "Promise.all([...document.querySelectorAll('#playground_pictures img')].map(async i =>"
+        " (await i.decode(), [i.naturalWidth, i.naturalHeight])))"
+    )
+    assert sizes[:2] == [[256, 256], [256, 256]]
+    assert page.problems == []
+    assert [asked for asked in page.asked if not asked.startswith((url, "data:", "blob:"))] == []
+
+
+def test_the_panel_is_that_of_the_webui(page):
+    assert page.input_value("#txt2img_agent_attention_preset input") == "Fast"
+    page.click("#txt2img_agent_attention_more button")
+    for row in SETTINGS:
+        if row.name != "enabled":
+            page.wait_for_selector(f"#txt2img_agent_attention_{row.name}")
+    page.uncheck("#txt2img_agent_attention_merge_attn input")
+    page.wait_for_function(
+        "document.querySelector('#txt2img_agent_attention_summary').innerText.includes('nothing happens')"
+    )
+
+
+def test_switching_it_off_is_seen(page):
+    for name, value in (("width", 256), ("height", 256), ("steps", 2)):
+        fill(page, name, value)
+    page.uncheck("#txt2img_agent_attention-checkbox input")
+    assert "agent attention is off" in generate(page)
