@@ -110,6 +110,11 @@ def test_what_happens_is_said_with_tokens_agents_layers_and_flops():
     assert (said["acts"], said["sentence"]) == (True, "")
 
 
+def test_times_are_told_once_they_are_measured():
+    [said] = say({"min_tokens": 0}, {"measured": {"before": 412.4, "after": 330.6}})
+    assert said["text"].endswith("; measured: 412 → 331\u00a0ms a U-Net call")
+
+
 def test_a_hires_pass_has_a_line_of_its_own():
     hires = {"width": 1024, "height": 1536, "start": 0.5, "hires": True}
     first, second = say({"min_tokens": 0}, {}, hires)
