@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import webbrowser
 from collections.abc import Iterator, Mapping
@@ -343,3 +344,9 @@ def _listening(port: int) -> Iterator[socket.socket]:
         except OSError:
             listener.bind((HOST, 0))
         yield listener
+
+
+if __name__ == "__main__":
+    from agentsd.cli import main
+
+    sys.exit(main(["playground", *sys.argv[1:]]))
