@@ -57,7 +57,7 @@ def generate(page, tab: str = "txt2img") -> str:
     page.wait_for_timeout(SECONDS)
     page.locator(f"#{tab}_interrupt").wait_for(state="hidden", timeout=300 * SECONDS)
     page.wait_for_function(told, timeout=60 * SECONDS)
-    return page.locator(f"#html_info_{tab}").inner_text()
+    return page.locator(f"#html_info_{tab}").first.inner_text()
 
 
 def paste(page, text: str) -> None:
@@ -125,7 +125,7 @@ def test_png_info_sends_to_txt2img(a1111: Host, page, panel: Panel, tmp_path: Pa
     made = a1111.txt2img([CHANGED], width=64, height=64, steps=1)
     file = tmp_path / "made.png"
     file.write_bytes(_with_infotext(made))
-    page.get_by_role("tab", name="PNG Info").click()
+    page.locator("#tabs button", has_text="PNG Info").first.click()
     page.locator("#pnginfo_image input[type=file]").set_input_files(str(file))
     page.wait_for_timeout(3 * SECONDS)
     page.locator("#tab_pnginfo #txt2img_tab").click()
@@ -165,7 +165,7 @@ def test_the_status_line_tells_of_the_last_run(page, panel: Panel):
 
 
 def test_the_panel_is_in_img2img_too(page):
-    page.locator("#tabs").get_by_role("tab", name="img2img", exact=True).first.click()
+    page.locator("#tabs button", has_text="img2img").first.click()
     panel = Panel(page, "img2img")
     panel.open()
     # no defaults of the user's own there

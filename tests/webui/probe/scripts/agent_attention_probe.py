@@ -3,6 +3,7 @@
 import hashlib
 from types import MethodType
 
+import torch
 from fastapi import Body
 from modules import processing, script_callbacks, scripts, sd_models, shared
 
@@ -12,10 +13,11 @@ PREFIX = "/agent-attention-probe"
 
 
 def unet():
+    """The U-Net in use; an empty module where Forge has not loaded its first model."""
     model = shared.sd_model
     if hasattr(model, "forge_objects"):
         return model.forge_objects.unet.model.diffusion_model
-    return model.model.diffusion_model
+    return model.model.diffusion_model if hasattr(model, "model") else torch.nn.Module()
 
 
 def blocks():
@@ -76,7 +78,7 @@ def on_cfg_denoiser(params):
 def extend_context(block, x, context=None, **kwargs):
     """A block's forward as a reference control has it: self-attention over the tokens and a bank of more tokens."""
     n = block.norm1(x)
-    x = block.attn1(n, context=__import__("torch").cat([n, n.flip(1)], dim=1)) + x
+    x = block.attn1(n, context=torch.cat([n, n.flip(1)], dim=1)) + x
     x = block.attn2(block.norm2(x), context=context) + x
     return block.ff(block.norm3(x)) + x
 
@@ -108,7 +110,7 @@ def on_app_started(demo, app):
             "tree": hashlib.sha256(repr(described).encode()).hexdigest(),
             "hooks": sum(sum(hooks) for *_, hooks in described),
             "own_forwards": sum("forward" in vars(block.attn1) for block in blocks()),
-            "model": shared.sd_model.sd_checkpoint_info.name,
+            "model": getattr(getattr(shared.sd_model, "sd_checkpoint_info", None), "name", None),
             "loaded": len(getattr(sd_models.model_data, "loaded_sd_models", [])),
         }
 
