@@ -87,7 +87,7 @@ def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
 
 
 def test_img2img_counts_its_denoising_strength(page):
-    page.locator("#tabs").get_by_role("tab", name="img2img", exact=True).first.click()
+    page.locator("#tabs button", has_text="img2img").first.click()
     panel = Panel(page, "img2img")
     panel.open()
     panel.choose("Fast")
@@ -96,7 +96,7 @@ def test_img2img_counts_its_denoising_strength(page):
     assert said(page, "640×512: 5120 tokens → 320 agents", "img2img")
     number(page, "img2img_denoising_strength", 0.3)
     assert "Change “Until”" in said(page, "70\u00a0% of the diffusion is done", "img2img")
-    page.locator("#tabs").get_by_role("tab", name="txt2img", exact=True).first.click()
+    page.locator("#tabs button", has_text="txt2img").first.click()
 
 
 def test_no_slider_asks_the_server(page, panel: Panel):
@@ -131,6 +131,10 @@ def test_the_hosts_own_options_are_told(a1111: Host, page, panel: Panel):
 
 def reload(page) -> None:
     page.reload(wait_until="domcontentloaded")
+    wait_for_panel(page)
+
+
+def wait_for_panel(page) -> None:
     page.wait_for_selector("#txt2img_prompt textarea", timeout=60 * SECONDS)
     page.wait_for_selector(f"#{element_id('txt2img')}-visible-checkbox", state="attached", timeout=60 * SECONDS)
     page.wait_for_timeout(3 * SECONDS)
@@ -138,19 +142,22 @@ def reload(page) -> None:
 
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_overflows(a1111: Host, width: int, theme: str):
-    with browser(f"{a1111.url}/?__theme={theme}") as page:
-        page.set_viewport_size({"width": width, "height": 1000})
-        panel = Panel(page)
-        panel.open()
-        said(page, "tokens")
-        wide = page.evaluate(
+def test_nothing_overflows(a1111: Host, page, width: int, theme: str):
+    other = page.context.browser.new_page(viewport={"width": width, "height": 1000})
+    try:
+        other.goto(f"{a1111.url}/?__theme={theme}", wait_until="domcontentloaded", timeout=120 * SECONDS)
+        wait_for_panel(other)
+        Panel(other).open()
+        said(other, "tokens")
+        wide = other.evaluate(
             """id => [...document.querySelectorAll(`#${id}, #${id} *`)].filter(e => e.offsetParent
             && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.id || e.className)""",
             element_id("txt2img"),
         )
         assert not wide
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        other.close()
 
 
 def test_the_keyboard_reaches_every_control(page, panel: Panel):
