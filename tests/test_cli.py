@@ -89,6 +89,7 @@ def test_every_setting_of_the_panel_is_an_option():
     assert args.settings.items() >= {**DEFAULTS, "enabled": True}.items()
     beyond = {name: value for name, value in args.settings.items() if name not in DEFAULTS}
     assert replace(to_config(check({"enabled": True})), **beyond) == options.config_of(args.settings)
+    assert all(row.info for row in options.ROWS.values())
     core = set(LIMITS) - {"stages", "attn_precision"}  # since, until and after; fp32
     assert core | set(DEFAULTS) - {"enabled", "hires_until", "passes"} == set(options.ROWS)
 

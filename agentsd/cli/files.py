@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -68,9 +69,6 @@ def save_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
     """Save a CSV file, UTF-8."""
 
     def write(file: IO[bytes]) -> None:
-        # newline: csv writes its own line ends
-        import io
-
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         csv.writer(text).writerows([header, *rows])
         text.flush()

@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import cleandoc
 from typing import Any
 
 from .. import __version__
@@ -22,15 +23,15 @@ _KINDS = {"bool": "flag", "int": "number", "float": "slider", "choice": "choice"
 def _row_of(name: str) -> Row:
     """A row for a setting of the core that the panel does not show."""
     limits, default = LIMITS[name], getattr(_CORE, name)
-    lines = re.findall(rf"^ *{name}: (.*)$", AgentConfig.__doc__ or "", re.MULTILINE)
+    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", cleandoc(AgentConfig.__doc__ or ""), re.MULTILINE)
+    info = " ".join(found[1].split()) if found else ""
     ends = {end: limits[end] for end in ("low", "high") if end in limits}
     choices = tuple(str(choice) for choice in limits.get("choices", ()))
     step = 0.01 if limits["kind"] == "float" else 1
-    text = "".join(lines[:1]).capitalize()
     return Row(
         name,
         name,
-        text,
+        info[:1].upper() + info[1:],
         str(default) if choices else default,
         _KINDS[limits["kind"]],
         step=step,

@@ -14,7 +14,7 @@ from modules import scripts, sd_models, shared
 from modules.ui_components import InputAccordion
 from torch import Tensor, nn
 
-from agentsd.hosts import UnsupportedModelError, find_sites, find_unet
+from agentsd.hosts import UnsupportedModelError, find_sites, find_unet, first_downsample
 
 from .measure import Busy
 
@@ -32,11 +32,6 @@ def current_unet() -> nn.Module | None:
 def loaded_unet() -> nn.Module | None:
     """The same; None where no checkpoint is loaded yet. Loads none."""
     return None if getattr(sd_models.model_data, "sd_model", None) is None else current_unet()
-
-
-def first_downsample(unet: nn.Module) -> int:
-    """How far down the U-Net its largest self-attention layers are: 1 in SD 1 and 2, 2 in SDXL."""
-    return min((site.downsample for site in find_sites(unet) if site.downsample), default=1)
 
 
 def current_first_downsample() -> int | None:
