@@ -72,7 +72,7 @@ def compare(args: argparse.Namespace) -> None:
     pictures = [plain.picture, ours.picture, difference(plain.picture, ours.picture)]
     page = sheet(
         [[enlarged(picture, SIDE) for picture in pictures]],
-        columns=["without", "with agent attention", f"difference × {AMPLIFIED}"],
+        columns=["without", "with agent attention", f"difference, {AMPLIFIED}x"],
         captions=[[f"{plain.seconds:.2f} s", f"{ours.seconds:.2f} s, {speed(plain, ours)}", str(apart)]],
         title=f"{request.prompt}, seed {request.seed}, {request.steps} steps",
     )

@@ -38,7 +38,7 @@ def demo(args: argparse.Namespace) -> None:
     rows = [[plain.picture, ours.picture, difference(plain.picture, ours.picture)] for _, plain, ours, _ in results]
     page = sheet(
         [[enlarged(picture, SIDE // 2) for row in pair for picture in row] for pair in _in_pairs(rows)],
-        columns=["without", "with agent attention", f"difference × {AMPLIFIED}"] * min(2, len(rows)),
+        columns=["without", "with agent attention", f"difference, {AMPLIFIED}x"] * min(2, len(rows)),
         captions=[
             [text for prompt, plain, ours, apart in pair for text in (prompt, speed(plain, ours), str(apart))]
             for pair in _in_pairs(results)
