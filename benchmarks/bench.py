@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -41,15 +42,18 @@ MAIN = (
     "grid4",
     "similarity",
     "paper",
+    "reuse",
     "pool2",
-    "pool4",
     "tomesd.3",
     "tomesd.4",
     "tomesd.5",
 )
-FEW = ("sdpa", "limit", "grid8", "grid4", "paper", "pool2", "tomesd.4", "tomesd.5")
-ONE = ("limit", "grid8", "grid256")
-DEEP = ("sdpa", "limit2", "grid8d2", "grid4d2", "limit4", "grid8d4", "tomesd.5")
+FEW = ("sdpa", "limit", "grid8", "grid4", "paper", "tomesd.4")
+DEEP = ("sdpa", "limit2", "grid8d2")
+# Timesteps of consecutive calls, as in 20 steps.
+STEP = 50
+# A limit that saves less than this share of the time is lost in the noise, and so is what is captured of it.
+NOISE = 0.02
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Case:
     methods: tuple[str, ...]
     batch: int = 2
     dtype: str = "bfloat16"
-    rounds: int = 10
+    rounds: int = 10  # 0: the call that warms up and counts is the only one, which is enough where it takes a minute
 
     @property
     def name(self) -> str:
@@ -71,11 +75,10 @@ class Case:
 
 def _preset_readme() -> list[Case]:
     return [
-        Case("sd15", (512, 512), MAIN),
-        Case("sd15", (768, 768), FEW, rounds=4),
-        Case("sd15", (1024, 1024), FEW, rounds=2),
-        Case("sd15", (2048, 2048), ONE, rounds=1),
-        Case("sdxl", (1024, 1024), DEEP, rounds=2),
+        Case("sd15", (512, 512), MAIN, rounds=2),
+        Case("sd15", (1024, 1024), FEW, rounds=0),
+        Case("sd15", (768, 768), FEW, rounds=0),
+        Case("sdxl", (1024, 1024), DEEP, rounds=0),
     ]
 
 
@@ -93,6 +96,16 @@ class Machine:
     device: torch.device
     flops_per_second: float = 0.0
     skipped: list[dict[str, str]] = field(default_factory=list)
+    deadline: float = math.inf
+
+    def time_left(self) -> float:
+        """Seconds until the program has to end."""
+        return self.deadline - time.monotonic()
+
+    def skip(self, case: str, method: str, reason: str) -> None:
+        """Remember, and say, what is left out."""
+        self.skipped.append({"case": case, "method": method, "reason": reason})
+        tqdm.write(f"skipped: {method} at {case}: {reason}")
 
     def sync(self) -> None:
         if self.device.type in ("cuda", "mps"):
@@ -189,7 +202,21 @@ def out_of_reach(method: Method, layout: Layout, case: Case, machine: Machine, p
     seconds = estimate_flops(layout, case.size, case.batch) / machine.flops_per_second
     if unpatched and seconds > patience:
         return f"would take about {seconds:.0f} s a call, more than --patience {patience:.0f}"
+    if seconds / 2 > machine.time_left():
+        return f"{machine.time_left():.0f} s are left of --minutes"
     return ""
+
+
+def out_of_time(case: Case, machine: Machine) -> bool:
+    """Whether even one call of each method would not fit in what is left of --minutes; says so."""
+    flops = estimate_flops(LAYOUTS[case.layout], case.size, case.batch)
+    seconds = len(case.methods) * flops / machine.flops_per_second
+    if seconds < machine.time_left():
+        return False
+    machine.skip(
+        case.name, "all", f"would take about {seconds:.0f} s, {machine.time_left():.0f} s are left of --minutes"
+    )
+    return True
 
 
 def measure_case(case: Case, unet: Any, machine: Machine, methods: dict[str, Method], options: Any, bar: tqdm) -> dict:
@@ -203,31 +230,42 @@ def measure_case(case: Case, unet: Any, machine: Machine, methods: dict[str, Met
             reason, results[name] = _warm_up(methods[name], unet, given, machine, bar)
         if reason:
             results.pop(name, None)
-            machine.skipped.append({"case": case.name, "method": name, "reason": reason})
-            tqdm.write(f"skipped: {name} at {case.name}: {reason}")
-    slowest = max((r["warm_up"] for r in results.values()), default=0.0)
-    rounds = max(1, min(case.rounds, int(options.budget / max(1e-9, slowest * max(1, len(results))))))
+            machine.skip(case.name, name, reason)
+    once = sum(r["warm_up"] * methods[name].calls for name, r in results.items())
+    affordable = int(min(options.budget, machine.time_left()) / max(1e-9, once))
+    rounds = min(case.rounds, affordable) or 1
+    if min(case.rounds, affordable) < 1:
+        for result in results.values():
+            result["times"] = [result["warm_up"]]
+    else:
+        _rounds(case, unet, given, machine, methods, results, rounds, bar)
+    summarise(results, methods)
+    about = {"layout": case.layout, "size": case.size, "batch": case.batch, "dtype": case.dtype, "rounds": rounds}
+    return {"case": case.name, **about, "results": results}
+
+
+def _rounds(
+    case: Case,
+    unet: Any,
+    given: dict,
+    machine: Machine,
+    methods: dict[str, Method],
+    results: dict[str, dict[str, Any]],
+    rounds: int,
+    bar: tqdm,
+) -> None:
+    names = list(results)
     for i in range(rounds):
-        names = list(results)
         for name in names[i % len(names) :] + names[: i % len(names)]:
             bar.set_postfix_str(f"{case.name}: round {i + 1}/{rounds}, {name}")
-            results[name]["times"].append(_time(methods[name], unet, given, machine, i))
+            results[name]["times"].append(_time(methods[name], unet, given, machine))
             bar.update()
-    summarise(results, methods)
-    return {
-        "case": case.name,
-        "layout": case.layout,
-        "size": case.size,
-        "batch": case.batch,
-        "dtype": case.dtype,
-        "rounds": rounds,
-        "results": results,
-    }
 
 
 def _warm_up(method: Method, unet: Any, given: dict, machine: Machine, bar: tqdm) -> tuple[str, dict[str, Any]]:
     bar.set_postfix_str(f"warm-up, {method.name}")
     try:
+        bar.update()
         with method.install(unet):
             start = time.perf_counter()
             counted = meter.count(lambda: call(unet, given, 500.0))
@@ -240,13 +278,13 @@ def _warm_up(method: Method, unet: Any, given: dict, machine: Machine, bar: tqdm
     return "", {"label": method.label, "warm_up": seconds, **counted, "times": []}
 
 
-def _time(method: Method, unet: Any, given: dict, machine: Machine, turn: int) -> float:
+def _time(method: Method, unet: Any, given: dict, machine: Machine) -> float:
     """Seconds per call, the mean of as many calls as the method's cost takes to repeat."""
     with method.install(unet):
         machine.sync()
         start = time.perf_counter()
         for i in range(method.calls):
-            call(unet, given, 999.0 - 7 * (turn * method.calls + i) % 900)
+            call(unet, given, 999.0 - STEP * i)
         machine.sync()
         return (time.perf_counter() - start) / method.calls
 
@@ -262,7 +300,8 @@ def summarise(results: dict[str, dict[str, Any]], methods: dict[str, Method]) ->
         result["captured"] = None
         if base and limit:
             saved = zip(base, times, limit["times"], strict=True)
-            result["captured"] = median((b - t) / (b - least) for b, t, least in saved if b > least)
+            shares = [(b - t) / (b - least) for b, t, least in saved if b - least > NOISE * b]
+            result["captured"] = median(shares) if shares else None
         if limit:
             result["bytes_over_limit"] = result["bytes"] - limit["bytes"]
 
@@ -273,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     machine = Machine(choose_device(options.device))
+    if options.minutes:
+        machine.deadline = time.monotonic() + 60 * options.minutes
     methods = dict(METHODS)
     for method in options.peers:
         methods[method.name] = method
@@ -286,10 +327,15 @@ def main(argv: list[str] | None = None) -> int:
         "skipped": machine.skipped,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    total = sum(len(c.methods) * c.rounds for c in cases)
+    total = sum(len(c.methods) * (1 + c.rounds) for c in cases)
     loaded: tuple[Any, Any] = (None, None)
+    if options.layer:
+        out["layer"] = measure_layer(machine, DTYPES[cases[0].dtype], options.tokens, options.patience)
+        write(out, options)
     with torch.inference_mode(), tqdm(total=total, unit="call") as bar:
         for case in cases:
+            if out_of_time(case, machine):
+                continue
             key = (case.layout, case.dtype)
             if loaded[0] != key:
                 loaded = (None, None)  # let go of the last U-Net before the next is made
@@ -297,12 +343,8 @@ def main(argv: list[str] | None = None) -> int:
                 loaded = (key, build(LAYOUTS[case.layout], machine.device, DTYPES[case.dtype]))
             before = bar.n
             out["cases"].append(measure_case(case, loaded[1], machine, methods, options, bar))
-            bar.update(before + len(case.methods) * case.rounds - bar.n)
+            bar.update(before + len(case.methods) * (1 + case.rounds) - bar.n)
             write(out, options)
-    loaded = (None, None)
-    if options.layer:
-        out["layer"] = measure_layer(machine, DTYPES[cases[0].dtype], options.tokens, options.patience)
-    write(out, options)
     print(report.markdown(out))
     return 0
 
@@ -320,8 +362,10 @@ def choose_cases(options: Any, methods: dict[str, Method]) -> list[Case]:
     """The preset's cases, or those that the arguments name."""
     if options.preset and not options.sizes:
         cases = PRESETS[options.preset]()
+        # the first case is the one that has time for peers
+        cases[0] = replace(cases[0], methods=cases[0].methods + tuple(m.name for m in options.peers))
         if options.dtype:
-            cases = [Case(c.layout, c.size, c.methods, c.batch, options.dtype, c.rounds) for c in cases]
+            cases = [replace(c, dtype=options.dtype) for c in cases]
         return cases
     chosen = options.methods or list(MAIN)
     chosen += [m.name for m in options.peers if m.name not in chosen]
@@ -350,6 +394,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=_positive, default=10, help="rounds at most (default 10); presets have their own")
     add("--budget", type=float, default=170.0, help="seconds to spend on one case's rounds (default 170); cuts rounds")
     add("--patience", type=float, default=120.0, help="skip what would take more seconds a call (default 120)")
+    add("--minutes", type=float, help="end after about so many minutes, leaving out what does not fit")
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's)")
     add("--device", default="auto", help="auto (CUDA, MPS or CPU, whichever is there), or a device (default auto)")
     add(

@@ -17,9 +17,11 @@ from agentsd.config import AgentConfig, plan_layer
 from agentsd.merging import match, partition
 
 WIDTH, HEADS, BATCH = 320, 8, 2
-# images of 256², 512², 768², 1024², 1536² and 2048²
-TOKENS = (1024, 4096, 9216, 16384, 36864, 65536)
+# images of 256², 512², 768², 1024² and 2048²
+TOKENS = (1024, 4096, 9216, 16384, 65536)
 ROUNDS = 5
+# Above so many tokens one round has to do.
+MANY = 10_000
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -92,33 +94,56 @@ def steps(side: int) -> dict[str, Step]:
 
 
 def measure_layer(machine: Any, dtype: torch.dtype, tokens: list[int], patience: float) -> list[dict[str, Any]]:
-    """Median seconds of each method for each number of tokens; `patience` is for a whole point of one method."""
+    """Median seconds of each method for each number of tokens; a method is dropped where it takes patience / 8."""
     layer = Layer().to(machine.device, dtype)
     rows: list[dict[str, Any]] = []
-    last: dict[str, tuple[int, float]] = {}
+    last: dict[str, dict[str, Any]] = {}
     for n in tqdm(sorted(tokens), desc="one layer", unit="size"):
         side = round(n**0.5)
         x = torch.randn(BATCH, side * side, WIDTH, device=machine.device).to(dtype)
+        active = {}
         for label, step in steps(side).items():
-            n_last, t_last = last.get(label, (n, 0.0))
-            expected = t_last * (side * side / n_last) ** 2
-            scores = 2 * BATCH * HEADS * side**4 * dtype.itemsize if label == "naive" else 0
-            if expected > patience / 4 or scores > 0.5 * machine.available_memory():
-                machine.skipped.append({"case": f"one layer, {n} tokens", "method": label, "reason": "out of reach"})
-                continue
-            times = _times(lambda step=step, x=x: layer(x, step), machine, 1 if expected > patience / 20 else ROUNDS)
-            last[label] = side * side, median(times)
-            rows.append({"tokens": side * side, "label": label, "seconds": median(times), "times": times})
+            reason = _out_of_reach(label, side * side, dtype, last.get(label), machine, patience / 8)
+            if reason:
+                machine.skip(f"one layer, {side * side} tokens", label, reason)
+            else:
+                active[label] = step
+        times = _interleaved(layer, x, active, machine, ROUNDS if n <= MANY else 1)
+        for label, seconds in times.items():
+            last[label] = {"tokens": side * side, "label": label, "seconds": median(seconds), "times": seconds}
+            rows.append(last[label])
+        _captured(rows, side * side)
     return rows
 
 
-def _times(run: Callable[[], Any], machine: Any, rounds: int) -> list[float]:
-    times = []
+def _out_of_reach(
+    label: str, tokens: int, dtype: torch.dtype, last: dict[str, Any] | None, machine: Any, patience: float
+) -> str:
+    expected = last["seconds"] * (tokens / last["tokens"]) ** 2 if last else 0.0
+    scores = 2 * BATCH * HEADS * tokens**2 * dtype.itemsize if label == "naive" else 0
+    if scores > 0.3 * machine.available_memory():
+        return f"needs {scores / 2**30:.0f} GiB for its scores"
+    return f"would take up to {expected:.0f} s a call" if expected > patience else ""
+
+
+def _interleaved(layer: Layer, x: Tensor, active: dict[str, Step], machine: Any, rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {label: [] for label in active}
     with torch.inference_mode():
-        for _ in range(rounds + (rounds > 1)):
-            machine.sync()
-            start = time.perf_counter()
-            run()
-            machine.sync()
-            times.append(time.perf_counter() - start)
-    return times[1:] if rounds > 1 else times  # the first is a warm-up
+        for _ in range(rounds + 1):
+            for label, step in active.items():
+                machine.sync()
+                start = time.perf_counter()
+                layer(x, step)
+                machine.sync()
+                times[label].append(time.perf_counter() - start)
+    return {label: seconds[1:] for label, seconds in times.items()}  # the first is a warm-up
+
+
+def _captured(rows: list[dict[str, Any]], tokens: int) -> None:
+    """(t_sdpa − t) / (t_sdpa − t_limit) of each round, their median."""
+    here = {row["label"]: row for row in rows if row["tokens"] == tokens}
+    if "SDPA" not in here:
+        return
+    for row in here.values():
+        rounds = zip(here["SDPA"]["times"], row["times"], here["limit"]["times"], strict=True)
+        row["captured"] = median((b - t) / (b - least) for b, t, least in rounds)

@@ -188,6 +188,13 @@ METHODS = {
         Method("grid64", "grid agents, at most 64", _grid(CELL_8, max_agents=64), "limit"),
         Method("grid256", "grid agents, at most 256", _grid(CELL_4, max_agents=256), "limit"),
         Method("paper", "AgentSD's settings (similarity, .4, .95, 4 × 4)", _ours(), "limit"),
+        Method(
+            "reuse",
+            "AgentSD's settings, clusters shared, and reused in every second call",
+            _ours(share_match=True, reuse_match=0.1),
+            "limit",
+            calls=2,
+        ),
         Method("similarity", "similarity agents, .95, 4 × 4, queries kept", _ours(ratio=0.0), "limit"),
         Method("merge.3", "token merging .3 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.3}), "limit"),
         Method("merge.5", "token merging .5 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.5}), "limit"),

@@ -46,11 +46,17 @@ def _layer(rows: list[dict[str, Any]]) -> list[str]:
         return []
     tokens = sorted({row["tokens"] for row in rows})
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    found = {(row["label"], row["tokens"]): f"{1e3 * row['seconds']:.3g}" for row in rows}
-    lines = ["**One self-attention layer** (8 heads of 40, batch 2, projections included), milliseconds", ""]
+    found = {(row["label"], row["tokens"]): _cell(row) for row in rows}
+    lines = ["**One self-attention layer** (8 heads of 40, batch 2, projections included), milliseconds (captured)", ""]
     lines += ["| tokens | " + " | ".join(map(str, tokens)) + " |", "|---" * (len(tokens) + 1) + "|"]
     lines += ["| " + " | ".join([label, *(found.get((label, n), "–") for n in tokens)]) + " |" for label in labels]
     return [*lines, ""]
+
+
+def _cell(row: dict[str, Any]) -> str:
+    seconds = f"{1e3 * row['seconds']:.3g}"
+    plain = row["label"] in ("SDPA", "limit") or "captured" not in row
+    return seconds if plain else f"{seconds} ({100 * row['captured']:.1f} %)"
 
 
 def _skipped(skipped: list[dict[str, str]]) -> list[str]:
