@@ -138,7 +138,7 @@ class Machine:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "system": platform.platform(),
+            "system": platform.system(),
             "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
             "revision": _revision(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     machine.probe(DTYPES[cases[0].dtype])
     out = {
         "machine": machine.describe(),
-        "arguments": sys.argv[1:],
+        "preset": options.preset,
         "cases": [],
         "layer": [],
         "skipped": machine.skipped,
