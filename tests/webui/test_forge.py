@@ -74,7 +74,8 @@ def test_bad_value(forge: Host, leaves_no_trace, plain: Result):
 
 def test_infotext_restores(forge: Host):
     made = forge.txt2img([{"ratio": 0.4, "use_rand": False, "agent_source": "similarity", "until": 0.9}])
-    restored = forge.txt2img(infotext=made.infotext)
+    # without this field Forge's own API fails on any infotext
+    restored = forge.txt2img(infotext=made.infotext, hr_additional_modules=["Use same choices"])
     assert restored.pixels == made.pixels
     key = infotext.KEY
     assert restored.info["extra_generation_params"][key] == made.info["extra_generation_params"][key]

@@ -26,6 +26,7 @@ def panel(page) -> Panel:
     panel = Panel(page)
     panel.open()
     panel.choose("Fast")
+    panel.set("min_tokens", 0)
     size(page, 512, 512)
     hires(page, False)
     return panel
@@ -80,7 +81,7 @@ def test_the_hires_pass_has_a_line(page, panel: Panel):
 
 def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
     panel.set("min_tokens", 5000)
-    assert "Change “Minimum tokens”" in said(page, "the size is too small")
+    assert "Change “Minimum tokens”" in said(page, "size is too small")
     panel.set("min_tokens", 0)
     panel.set("agent_ratio", 0.2)
     assert "Change “Agent ratio”" in said(page, "agents are too many")
