@@ -5,6 +5,9 @@ Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -38,6 +41,103 @@ def agent_attention(
     scale = q.shape[-1] ** -0.5
     v_a = F.scaled_dot_product_attention(a, k, v, attn_mask=bias1, scale=scale)
     return F.scaled_dot_product_attention(q, a, v_a, attn_mask=bias2, scale=scale**k_scale2)
+
+
+# Steps of the fit, and how far fitted values may exceed what they are fitted from.
+FIT_STEPS = 5
+FIT_GROWTH = 16.0
+
+
+def corrected_attention(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, k_bar: Tensor, v_bar: Tensor, *, steps: int = FIT_STEPS
+) -> Tensor:
+    """Attention to pooled keys whose values are fitted, so that at the agents it is full attention.
+
+        V_A = σ(A Kᵀ · d^-½) V                 agent aggregation
+        W   = σ(A K̄ᵀ · d^-½)
+        Y   ≈ argmin ‖W Y − V_A‖, from Y = V̄
+        O   = σ(Q K̄ᵀ · d^-½) Y                 agent broadcast, corrected
+
+    Without the fit (Y = V̄) this is attention to pooled keys and values. With an exact one it is the Nyström
+    approximation σ(Q K̄ᵀ) W⁺ σ(A Kᵀ) V (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902), whose inverse is
+    what agent attention leaves out. W is close to singular: a few steps of the fit recover what carries weight and
+    leave alone what would only be amplified.
+
+    Args:
+        q: queries (B, H, N, d).
+        k: keys (B, H, M, d).
+        v: values (B, H, M, d).
+        a: agent tokens (B, H, m, d), queries too.
+        k_bar: pooled keys (B, H, n, d).
+        v_bar: values pooled alike (B, H, n, d).
+        steps: steps of the fit, at least 0.
+
+    Returns:
+        (B, H, N, d). The m × n matrix W and the fit are float32 whatever the tensors are. A row of the batch and head
+        whose fit is not finite, or grows out of proportion, uses V̄: attention to pooled keys and values.
+    """
+    v_a = F.scaled_dot_product_attention(a, k, v)
+    with _autocast_off(q):
+        y = _fitted(a.float(), k_bar.float(), v_a.float(), v_bar.float(), steps).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k_bar, y)
+
+
+def _fitted(a: Tensor, k_bar: Tensor, v_a: Tensor, v_bar: Tensor, steps: int) -> Tensor:
+    w = (a @ k_bar.mT * a.shape[-1] ** -0.5).softmax(dim=-1)
+    y = fit_values(w, v_a, v_bar, steps)
+    # A comparison with NaN is false. Decided on the device: nothing waits for it.
+    sound = _largest(y) <= FIT_GROWTH * torch.maximum(_largest(v_a), _largest(v_bar))
+    return torch.where(sound, y, v_bar)
+
+
+def fit_values(w: Tensor, v_a: Tensor, y: Tensor, steps: int) -> Tensor:
+    """Take `steps` conjugate directions of ‖W Y − V_A‖² from Y, for every column (channel) by itself.
+
+    The directions are those of conjugate gradients on the least-squares problem (CGLS). Each image W p is made
+    orthogonal to all earlier ones: left to the recursion, rounding errors grow a thousandfold within six steps, and
+    the picture would depend on the batch. The residual never grows, whatever W is. Products only: no factorisation,
+    and nothing that waits for the device.
+
+    Args:
+        w: (..., m, n).
+        v_a: (..., m, d).
+        y: (..., n, d), the start.
+        steps: at least 0.
+
+    Returns:
+        The fitted values (..., n, d).
+    """
+    residual, taken = v_a - w @ y, []
+    for _ in range(steps):
+        p = w.mT @ residual
+        image = w @ p
+        before = _dot(image, image)
+        for other, other_image in taken:
+            overlap = _dot(image, other_image)
+            p, image = p - overlap * other, image - overlap * other_image
+        square = _dot(image, image)
+        # a direction that is rounding errors only is none: the column is solved, or W can do no more for it
+        fresh = square > 1e-8 * before
+        length = torch.where(fresh, square, 1.0).rsqrt() * fresh
+        p, image = p * length, image * length
+        gain = _dot(image, residual)
+        y, residual = torch.addcmul(y, gain, p), torch.addcmul(residual, gain, image, value=-1)
+        taken.append((p, image))
+    return y
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dim=-2, keepdim=True)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().amax(dim=(-2, -1), keepdim=True)
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+    """A `with` block in which float32 stays float32; devices without autocast need none."""
+    known = x.device.type in ("cpu", "cuda", "xpu")
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
 def add_scaled(out: Tensor, v: Tensor, weight: float) -> Tensor:
@@ -74,6 +174,16 @@ def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Te
     image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     pooled = F.avg_pool2d(image, cell, ceil_mode=True, count_include_pad=False)
     return pooled.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def sample_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
+    """Take one token near the middle of each cell of the grid: a regular sample; shapes as in `pool_tokens`.
+
+    A cell cut short by the edge before its middle gives none.
+    """
+    sy, sx = (min(side, length) for side, length in zip(cell, (height, width), strict=True))
+    grid = x.unflatten(1, (height, width))
+    return grid[:, (sy - 1) // 2 :: cell[0], (sx - 1) // 2 :: cell[1]].flatten(1, 2)
 
 
 def lost_by_pooling(x: Tensor, pooled: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any
 
 AGENT_SOURCES = ("similarity", "grid")
-METHODS = ("agent", "pool")
+METHODS = ("agent", "pool", "corrected")
 PRECISIONS = (None, "fp32")
 DOWNSAMPLES = (1, 2, 4, 8)
 MAX_TIMESTEP = 1000
@@ -128,7 +128,9 @@ class AgentConfig:
         merge_crossattn: merge the tokens of cross-attention by `ratio` too.
         merge_mlp: merge the tokens of the feed-forward layer by `ratio` too.
         agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
-        method: "agent" (agent attention), or "pool" (keys and values averaged over sx × sy cells).
+        method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), or "corrected"
+            (attention to keys averaged over square cells, as many as grid agents; its values are fitted to full
+            attention at one query of each cell).
         min_tokens: leave layers with fewer tokens than this alone, 0–2²⁴.
         max_agents: at most so many agent tokens, 1–2²⁴; None for no limit. Similarity agents are never fewer than the
             partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
@@ -264,7 +266,7 @@ class LayerPlan:
     """What a config does to one transformer block of `height` × `width` tokens.
 
     Attributes:
-        action: what happens in self-attention: "agents", "merge", "pool" or "untouched".
+        action: what happens in self-attention: "agents", "merge", "pool", "corrected" or "untouched".
         tokens: N, the number of tokens of the layer.
         queries: number of queries that attention is computed for.
         agents: n, the number of agent tokens, or of pooled keys; 0 where neither is used.
@@ -329,10 +331,11 @@ def plan_layer(config: AgentConfig, height: int, width: int, downsample: int) ->
         return LayerPlan("untouched", N, N, r=r, reason="merge_attn is off")
     if config.method == "pool":
         return _plan_pool(config, height, width, r)
+    if config.method == "corrected":
+        return _plan_corrected(config, height, width, r)
     agent_r, cell = 0, None
     if config.agent_source == "grid":
-        s = grid_cell(config.agent_ratio, height, width, config.max_agents)
-        n, cell = _cells(height, s) * _cells(width, s), (s, s)
+        n, cell = _grid(config, height, width)
     else:
         agent_r = _similarity_agents(config, N, n_dst)
         n = N - agent_r
@@ -341,6 +344,19 @@ def plan_layer(config: AgentConfig, height: int, width: int, downsample: int) ->
     if r:
         return LayerPlan("merge", N, N - r, r=r)
     return LayerPlan("untouched", N, N, reason=f"2 × {n} agents are not below {N} queries")
+
+
+def _grid(config: AgentConfig, height: int, width: int) -> tuple[int, tuple[int, int]]:
+    s = grid_cell(config.agent_ratio, height, width, config.max_agents)
+    return _cells(height, s) * _cells(width, s), (s, s)
+
+
+def _plan_corrected(config: AgentConfig, height: int, width: int, r: int) -> LayerPlan:
+    N = height * width
+    n, cell = _grid(config, height, width)
+    if 2 * n < N:
+        return LayerPlan("corrected", N, N, n, cell, r)
+    return LayerPlan("untouched", N, N, r=r, reason=f"2 × {n} agents are not below {N} queries")
 
 
 def _plan_pool(config: AgentConfig, height: int, width: int, r: int) -> LayerPlan:

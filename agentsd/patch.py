@@ -14,7 +14,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attention import add_scaled, agent_attention, join_heads, lost_by_pooling, pool_tokens, split_heads
+from .attention import (
+    add_scaled,
+    agent_attention,
+    corrected_attention,
+    join_heads,
+    lost_by_pooling,
+    pool_tokens,
+    sample_tokens,
+    split_heads,
+)
 from .config import MAX_TIMESTEP, SETTINGS, AgentConfig, LayerPlan, Stage, check_names, plan_layer
 from .hosts import (
     Call,
@@ -42,7 +51,8 @@ class LayerReport:
         name: the block's name in the U-Net.
         size: (height, width) of its tokens in the last call; None before the first.
         plan: what was to be done there in the last call; None before the first or while the stage is untouched.
-        calls: number of self-attention calls by what was done: "agents", "merge", "pool" or "untouched".
+        calls: number of self-attention calls by what was done: "agents", "merge", "pool", "corrected" or
+            "untouched".
     """
 
     name: str
@@ -294,7 +304,7 @@ class _Layer:
             return "self-attention was given a context of its own"
         if call.x.dim() != 3 or call.x.shape[1] != self.todo.tokens:
             return f"self-attention got {tuple(call.x.shape)} where the layer has {self.todo.tokens} tokens"
-        clustered = self.todo.action != "pool" and (self.todo.r or self.todo.agent_r)
+        clustered = self.todo.action in ("agents", "merge") and (self.todo.r or self.todo.agent_r)
         if clustered and (self.plan is None or self.plan.shape != tuple(call.x.shape[:2])):
             return f"self-attention got {tuple(call.x.shape)}, which is not what the block was given"
         return None
@@ -314,6 +324,8 @@ class _Layer:
             return merged.unmerge(call.proceed(merged.merge(call.x)))
         if self.todo.action == "pool":
             return self._pooled(call.x, config)
+        if self.todo.action == "corrected":
+            return self._corrected(call.x, config)
         q, k, v, a = self._project(call.x, merged)
         out = self._precisely(config, (q, k, v, a), self._agent_step if a is not None else self._plain_step)
         out = self._seam.project_out(out)
@@ -364,6 +376,16 @@ class _Layer:
         if config.k_shortcut:
             out = add_scaled(out, lost_by_pooling(v, pooled, *self.size, cell), config.k_shortcut)
         return self._seam.project_out(out)
+
+    def _corrected(self, x: Tensor, config: AgentConfig) -> Tensor:
+        """All queries attend to pooled keys, whose values are fitted at a sample of the queries."""
+        q, k, v = self._qkv(x)
+        where = (*self.size, self.todo.cell)
+        few = sample_tokens(q, *where), pool_tokens(k, *where), pool_tokens(v, *where)
+        return self._seam.project_out(self._precisely(config, (q, k, v, *few), self._corrected_step))
+
+    def _corrected_step(self, config: AgentConfig, *tensors: Tensor) -> Tensor:
+        return join_heads(corrected_attention(*(split_heads(x, self.site.heads) for x in tensors)))
 
     def _precisely(self, config: AgentConfig, tensors: Sequence[Tensor | None], step: Callable[..., Tensor]) -> Tensor:
         """Take an attention step in the precision that was asked for; the result has the tensors' own."""

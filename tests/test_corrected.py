@@ -1,0 +1,258 @@
+"""Corrected agents: attention to pooled keys whose values are fitted to full attention at the agents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import Recorder, actions, blocks_of, flat_unet, golden_unet, inputs, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentsd import AgentConfig, early, get_patch, patch_unet, patched, plan_layer
+from agentsd.attention import corrected_attention, fit_values, pool_tokens, sample_tokens, split_heads
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CORRECTED = {"method": "corrected", "agent_ratio": 0.75, "ratio": 0.0}
+HEADS, CHANNELS = 2, 16
+
+
+def tokens(height: int, width: int, batch: int = 2, sharpness: float = 1.0, seed: int = 0):
+    """Queries, keys and values (B, N, C) that are smooth over the grid, as those of images are."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(3 * batch, CHANNELS, 4, 4, generator=generator)
+    fine = torch.randn(3 * batch, CHANNELS, height, width, generator=generator)
+    x = F.interpolate(coarse, (height, width), mode="bicubic") + 0.1 * fine
+    q, k, v = x.flatten(2).transpose(1, 2).chunk(3)
+    return q * sharpness, k * sharpness, v
+
+
+def parts(height: int, width: int, cell: tuple[int, int], **kwargs):
+    """The arguments of `corrected_attention`, split into heads."""
+    q, k, v = tokens(height, width, **kwargs)
+    where = (height, width, cell)
+    few = sample_tokens(q, *where), pool_tokens(k, *where), pool_tokens(v, *where)
+    return [split_heads(x, HEADS) for x in (q, k, v, *few)]
+
+
+def full(q, k, v, *_):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def deviation(out, expected):
+    return float((out - expected).norm() / expected.norm())
+
+
+class TestFormula:
+    def test_without_a_fit_it_is_attention_to_pooled_keys_and_values(self):
+        q, k, v, a, k_bar, v_bar = parts(16, 16, (4, 4))
+        out = corrected_attention(q, k, v, a, k_bar, v_bar, steps=0)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k_bar, v_bar), **CLOSE)
+
+    @pytest.mark.parametrize("steps", [0, 1, 6])
+    def test_with_cells_of_one_token_it_is_full_attention(self, steps):
+        given = parts(8, 6, (1, 1))
+        torch.testing.assert_close(corrected_attention(*given, steps=steps), full(*given), **CLOSE)
+
+    def test_it_converges_to_the_nystrom_approximation(self):
+        """σ(Q K̄ᵀ) W⁻¹ σ(A Kᵀ) V, where W is far from singular: each agent looks at a key of its own."""
+        generator = torch.Generator().manual_seed(1)
+        k_bar = 4 * torch.eye(8)[None, None] + 0.1 * torch.randn(1, 1, 8, 8, generator=generator)
+        q, k, v = (torch.randn(1, 1, 40, 8, generator=generator) for _ in range(3))
+        v_bar = torch.zeros(1, 1, 8, 8)
+        w = (k_bar @ k_bar.mT / 8**0.5).softmax(-1)
+        assert torch.linalg.cond(w) < 20
+        nystrom = (q @ k_bar.mT / 8**0.5).softmax(-1) @ torch.linalg.solve(w, full(k_bar, k, v))
+        out = corrected_attention(q, k, v, k_bar, k_bar, v_bar, steps=30)
+        torch.testing.assert_close(out, nystrom, rtol=1e-3, atol=1e-4)
+
+    def test_the_fit_brings_it_closer_to_full_attention(self):
+        given = parts(32, 32, (4, 4), sharpness=2.0)
+        errors = [deviation(corrected_attention(*given, steps=steps), full(*given)) for steps in (0, 2, 6)]
+        assert errors[2] < errors[1] < errors[0]
+        assert errors[2] < errors[0] / 2
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_close_to_single(self, dtype):
+        given = parts(16, 16, (4, 4), sharpness=2.0)
+        expected = corrected_attention(*given)
+        out = corrected_attention(*(x.to(dtype) for x in given))
+        assert out.dtype == dtype
+        assert deviation(out.float(), expected) < 0.02
+
+    def test_autocast_leaves_the_fit_in_single_precision(self):
+        given = [x.bfloat16() for x in parts(16, 16, (4, 4))]
+        expected = corrected_attention(*given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(corrected_attention(*given), expected)
+
+    def test_gradients_reach_every_input(self):
+        given = [x.requires_grad_() for x in (y.clone() for y in parts(8, 8, (4, 4)))]
+        corrected_attention(*given).square().sum().backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in given)
+
+
+def _singular(kind: str) -> torch.Tensor:
+    """Row-stochastic matrices that a plain inverse, or a plain iteration with W, fails on."""
+    n = 12
+    if kind == "shift":  # eigenvalues all round the unit circle: Y ← Y + V_A − W Y diverges
+        return torch.eye(n).roll(1, 0)
+    if kind == "one row":
+        return torch.full((n, n), 1 / n)
+    if kind == "unused key":
+        return torch.cat([torch.eye(n)[:, 1:], torch.zeros(n, 1)], 1)
+    if kind == "tall":
+        return torch.randn(3 * n, n).softmax(-1)
+    if kind == "wide":
+        return torch.randn(n // 3, n).softmax(-1)
+    return (0.01 * torch.randn(n, n)).softmax(-1)  # flat
+
+
+class TestFit:
+    @pytest.mark.parametrize("kind", ["shift", "one row", "unused key", "tall", "wide", "flat"])
+    def test_the_residual_never_grows(self, kind):
+        w = _singular(kind)
+        v_a, start = torch.randn(w.shape[0], 5), torch.randn(w.shape[1], 5)
+        residuals = torch.stack([(v_a - w @ fit_values(w, v_a, start, steps)).norm(dim=0) for steps in range(9)])
+        assert residuals.isfinite().all()
+        assert (residuals.diff(dim=0) <= 1e-5).all()
+
+    @pytest.mark.parametrize("kind", ["shift", "one row", "unused key", "tall", "wide", "flat"])
+    def test_what_is_solved_stays(self, kind):
+        w = _singular(kind)
+        start = torch.randn(w.shape[1], 5)
+        torch.testing.assert_close(fit_values(w, w @ start, start, 8), start, **CLOSE)
+
+    def test_a_rectangular_fit_is_the_least_squares_solution(self):
+        w, v_a = torch.randn(40, 6).softmax(-1), torch.randn(40, 3)
+        y = fit_values(w, v_a, torch.zeros(6, 3), 12)
+        torch.testing.assert_close(y, torch.linalg.lstsq(w, v_a).solution, rtol=1e-3, atol=1e-3)
+
+
+class TestFallback:
+    def crafted(self, angle: float):
+        """Two agents told apart by the keys, but by the pooled keys only as far as `angle` says."""
+        a = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        k, v = 50 * a, a.clone()
+        return [x[None] for x in (a, k, v, a, angle * a, torch.tensor([[0.25, 0.5], [0.25, 0.5]]))]
+
+    def test_a_head_whose_fit_runs_away_attends_to_pooled_values(self):
+        bad, good = self.crafted(0.01), self.crafted(1.0)
+        given = [torch.stack(pair, dim=1) for pair in zip(bad, good, strict=True)]
+        out = corrected_attention(*given)
+        q, _, _, _, k_bar, v_bar = given
+        pooled = F.scaled_dot_product_attention(q, k_bar, v_bar)
+        torch.testing.assert_close(out[:, 0], pooled[:, 0], **CLOSE)
+        assert deviation(out[:, 1], pooled[:, 1]) > 0.5
+
+    def test_a_row_that_is_not_finite_does_not_touch_the_others(self):
+        given = parts(8, 8, (4, 4))
+        expected = corrected_attention(*given)
+        given[2] = given[2].clone()
+        given[2][0, 0, 5] = torch.inf
+        out = corrected_attention(*given)
+        torch.testing.assert_close(out[1], expected[1])
+        torch.testing.assert_close(out[0, 1], expected[0, 1])
+        assert out.isfinite().all()  # its pooled values were finite
+
+    @given(seed=st.integers(0, 10**6), sharpness=st.sampled_from([0.01, 0.3, 1.0, 3.0, 10.0, 100.0]))
+    def test_nothing_grows_out_of_proportion(self, seed, sharpness):
+        given = parts(12, 12, (4, 4), sharpness=sharpness, seed=seed)
+        out = corrected_attention(*given)
+        assert out.isfinite().all()
+        assert out.abs().max() <= 16 * given[2].abs().max()
+
+
+class TestSample:
+    @pytest.mark.parametrize(("height", "width", "cell"), [(8, 8, 4), (9, 7, 4), (3, 10, 4), (1, 5, 2), (6, 6, 1)])
+    def test_every_token_is_one_of_its_cell(self, height, width, cell):
+        x = torch.arange(height * width).view(1, -1, 1)
+        taken = sample_tokens(x, height, width, (cell, cell)).flatten()
+        cells = [(int(i) // width // cell, int(i) % width // cell) for i in taken]
+        assert len(set(cells)) == len(cells) >= 1
+
+    def test_whole_cells_give_the_middle(self):
+        taken = sample_tokens(torch.arange(64).view(1, -1, 1), 8, 8, (4, 4)).flatten()
+        assert taken.tolist() == [9, 13, 41, 45]
+
+
+class TestPlan:
+    def test_as_many_keys_as_grid_agents(self):
+        config = AgentConfig(method="corrected", agent_ratio=1 - 1 / 16, ratio=0.4)
+        plan = plan_layer(config, 64, 96, 1)
+        assert (plan.action, plan.queries, plan.agents, plan.cell) == ("corrected", 6144, 384, (4, 4))
+
+    def test_max_agents_makes_the_cells_larger(self):
+        plan = plan_layer(AgentConfig(method="corrected", max_agents=256), 128, 128, 1)
+        assert (plan.agents, plan.cell) == (256, (8, 8))
+
+    def test_too_many_agents_leave_the_layer_untouched(self):
+        plan = plan_layer(AgentConfig(method="corrected", agent_ratio=0.0), 8, 8, 1)
+        assert (plan.action, plan.reason) == ("untouched", "2 × 64 agents are not below 64 queries")
+
+
+class TestPatch:
+    def test_it_is_used_and_closer_than_pooling_and_plain_agents(self):
+        unet, given = golden_unet(), inputs()
+        expected = run(unet, given)
+        outs = {}
+        for name, settings in {
+            "corrected": CORRECTED,
+            "pool": {**CORRECTED, "method": "pool", "sx": 2, "sy": 2, "k_shortcut": 0.0},
+            "agent": {**CORRECTED, "method": "agent", "agent_source": "grid"},
+        }.items():
+            patch = patch_unet(unet, AgentConfig(**settings))
+            outs[name] = deviation(run(unet, given), expected)
+            assert not patch.notes
+            assert {"corrected": "corrected", "pool": "pool", "agent": "agents"}[name] in actions(patch)
+            patch.remove()
+        assert outs["corrected"] < outs["pool"] < outs["agent"]
+        assert torch.equal(run(unet, given), expected)
+
+    @given(height=st.integers(2, 13), width=st.integers(2, 13), batch=st.integers(1, 3))
+    def test_any_grid(self, height, width, batch):
+        unet = FLAT
+        with patched(unet, **CORRECTED):
+            out = run(unet, inputs(batch, height, width))
+            patch = get_patch(unet)
+            expected = plan_layer(patch.config, height, width, 1).action
+            assert set(actions(patch)) == {expected}
+            assert not patch.notes
+        assert out.isfinite().all()
+
+    def test_a_row_s_result_does_not_depend_on_the_others(self):
+        unet, (x, t, context) = golden_unet(), inputs(batch=3)
+        with patched(unet, **CORRECTED):
+            together = run(unet, (x, t, context))
+            alone = run(unet, (x[1:2], t[1:2], context[1:2]))
+        torch.testing.assert_close(together[1:2], alone, **CLOSE)
+
+    def test_no_matrix_of_tokens_by_tokens(self):
+        unet = flat_unet()
+        with patched(unet, **{**CORRECTED, "agent_ratio": 1 - 1 / 64}), Recorder() as seen:
+            run(unet, inputs(1, 48, 48))
+        assert not [shape for shape in seen.shapes if len(shape) > 1 and shape[-2] == shape[-1] == 48 * 48]
+        assert not any("linalg" in name or "inverse" in name for name in seen.ops)
+
+    def test_merging_of_the_feed_forward_layer_goes_on(self):
+        unet, given = golden_unet(), inputs()
+        with patched(unet, **{**CORRECTED, "ratio": 0.5, "merge_mlp": True, "sx": 2, "sy": 2}):
+            seen = []
+            handle = blocks_of(unet)[0].ff.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+            run(unet, given)
+            handle.remove()
+            assert "corrected" in actions(get_patch(unet))
+        assert seen == [128]
+
+    def test_stages(self):
+        unet, x = golden_unet(), inputs(t=[900, 900])
+        late = (x[0], torch.tensor([100, 100]), x[2])
+        config = AgentConfig(**CORRECTED, stages=early(0.5))
+        expected = run(unet, late)
+        patch = patch_unet(unet, config)
+        assert "corrected" in (run(unet, x), actions(patch))[1]
+        assert torch.equal(run(unet, late), expected)
+        patch.remove()
+
+
+FLAT = flat_unet()
