@@ -131,7 +131,7 @@ class Host:
         for name in ("config.json", "ui-config.json"):
             path = self.root / name
             self._saved[path] = path.read_bytes() if path.exists() else None
-        (self.root / "ui-config.json").write_text(json.dumps(USER_DEFAULTS))
+        (self.root / "ui-config.json").write_text(json.dumps(USER_DEFAULTS if self.kind == "a1111" else {}))
         target = self._fresh("sd-webui-agent-attention")
         target.mkdir(parents=True)
         for part in filter(Path.exists, (REPOSITORY / name for name in PRODUCT)):
