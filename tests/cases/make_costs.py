@@ -55,6 +55,9 @@ CONFIGS = {
     "nothing": {"merge_attn": False},
     "pool": {"method": "pool", "sx": 2, "sy": 2},
     "pool ragged": {"method": "pool", "sx": 5, "sy": 3, "merge_crossattn": True, "max_downsample": 8},
+    "corrected": {"method": "corrected", "stages": EARLY},
+    "corrected 8x8": {"method": "corrected", "agent_ratio": 0.98, "max_downsample": 8, "merge_mlp": True},
+    "corrected nothing": {"method": "corrected", "agent_ratio": 0.1},
     "pool nothing": {"method": "pool", "sx": 1, "sy": 1},
 }
 SIZES = {"SD 1": [(64, 64), (65, 41)], "SD 2": [(96, 96)], "SDXL": [(104, 152)]}
