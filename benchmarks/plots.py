@@ -25,14 +25,14 @@ def draw(out: dict[str, Any], stem: Path) -> None:
 
 
 def _axes(title: str, x: str, y: str) -> Any:
-    _, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    _, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(True, which="major", alpha=0.3)
     return axes
 
 
 def _save(axes: Any, path: Path) -> None:
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.figure.savefig(path, dpi=120)
     plt.close(axes.figure)
 
@@ -47,6 +47,8 @@ def _speedup(cases: list[dict[str, Any]], path: Path) -> None:
                 lines[result["label"]].append((side, result["speedup"]))
     axes = _axes("One U-Net forward against unpatched SDPA", "side of the image, pixels", "speed-up")
     for label, points in lines.items():
+        if len(points) == 1:
+            continue  # the table has it; a lone point only crowds the plot
         limit = label.startswith("limit")
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, "k--" if limit else "o-", label=label, linewidth=1.5 if limit else 1.2, markersize=4)
