@@ -54,7 +54,7 @@ def _layer(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    seconds = f"{1e3 * row['seconds']:.3g}"
+    seconds = f"{float(format(1e3 * row['seconds'], '.3g')):g}"  # three digits, no exponent
     plain = row["label"] in ("SDPA", "limit") or "captured" not in row
     return seconds if plain else f"{seconds} ({100 * row['captured']:.1f} %)"
 
