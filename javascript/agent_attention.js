@@ -463,19 +463,16 @@
             }
         };
 
-        // Handlers of gradio: [preset, every control but "enabled"] in, twice, since it appends the outputs' values to
-        // the inputs'; the same out, once.
-        const choose = (tab, given) => {
-            const [preset, ...values] = given.slice(0, given.length / 2);
+        // Handlers of gradio: [preset, every control but "enabled"] in, the same out.
+        const choose = (tab, [preset, ...values]) => {
             const chosen = data && data.presets[preset];
             const names = data ? data.rows.map((row) => row.name).filter((name) => name !== "enabled") : [];
             return [preset, ...values.map((value, i) => (chosen && names[i] in chosen ? chosen[names[i]] : value))];
         };
-        const sync = (tab, given) => {
+        const sync = (tab, [preset, ...values]) => {
             const name = wanted[tab];
             wanted[tab] = undefined;
-            if (data && name in data.presets) return choose(tab, [name, ...given.slice(1)]);
-            const [preset, ...values] = given.slice(0, given.length / 2);
+            if (data && name in data.presets) return choose(tab, [name, ...values]);
             return [data ? presetOf(readControls(tab, data, data.defaults), data) : preset, ...values];
         };
 

@@ -98,9 +98,11 @@ def _preset(tab: str) -> tuple[Any, Any]:
 
 def _connect(tab: str, preset: Any, sync: Any, controls: list[Any]) -> None:
     """Have the page's script fill the controls; the server is not asked."""
+    both = [preset, *controls]
     for listen, call in ((preset.input, "choose"), (sync.click, "sync")):
-        code = f"(...values) => agentAttentionReadout.{call}('{tab}', values)"
-        listen(fn=None, inputs=[preset, *controls], outputs=[preset, *controls], **{_JS: code})
+        # gradio appends the outputs' values to the inputs'
+        code = f"(...values) => agentAttentionReadout.{call}('{tab}', values.slice(0, {len(both)}))"
+        listen(fn=None, inputs=both, outputs=both, **{_JS: code})
 
 
 # gradio 4 has renamed it
