@@ -196,8 +196,8 @@ SETTINGS: tuple[Row, ...] = (
         "method",
         "choice",
         "Method",
-        "agent: agent attention. pool: keys and values averaged over cells of sx × sy tokens. corrected: as many pooled "
-        "keys as grid agents, their values fitted to full attention.",
+        "agent: agent attention. pool: keys and values averaged over cells of sx × sy tokens. corrected: as many "
+        "pooled keys as grid agents, their values fitted to full attention.",
         "agent",
     ),
     Row(
