@@ -91,8 +91,8 @@ def image(webui: WebUI, body: dict[str, Any], way: str, agents: dict[str, Any]) 
         return time.perf_counter() - start
 
 
-def measure(webui: WebUI, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Median seconds and speed-ups of each image, each way; the rounds are interleaved."""
+def measure(webui: WebUI, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Median seconds and speed-ups of each image, each way; the rounds are interleaved. Yields what there is so far."""
     rows: list[dict[str, Any]] = []
     kinds, ways = bodies(options), (OFF, HOST, OURS)
     with tqdm(total=len(kinds) * len(ways) * options.rounds, unit="image") as bar:
@@ -106,10 +106,20 @@ def measure(webui: WebUI, options: argparse.Namespace) -> list[dict[str, Any]]:
                     bar.update()
             for way in ways:
                 speedup = median(off / t for off, t in zip(times[OFF], times[way], strict=True))
-                rows.append(
-                    {"image": name, "way": way, "seconds": median(times[way]), "speedup": speedup, "times": times[way]}
-                )
-    return rows
+                result = {"seconds": median(times[way]), "speedup": speedup, "times": times[way]}
+                rows.append({"image": name, "way": way, **result})
+            yield rows
+
+
+def write(rows: list[dict[str, Any]], checkpoint: str, options: argparse.Namespace) -> str:
+    """Write the results, and return them as a table."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = {"checkpoint": checkpoint, "system": platform.system(), "rounds": options.rounds, "agents": options.agents}
+    out = {**about, "date": date, "rows": rows}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text(markdown(out), encoding="utf-8")
+    return markdown(out)
 
 
 def markdown(out: dict[str, Any]) -> str:
@@ -142,16 +152,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     webui = WebUI(options.url)
+    checkpoint = webui.call("/sdapi/v1/options")["sd_model_checkpoint"]
+    table = ""
     with webui.options(**{OPTIMIZATION: FUSED}):
-        rows = measure(webui, options)
-        checkpoint = webui.call("/sdapi/v1/options")["sd_model_checkpoint"]
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    about = {"checkpoint": checkpoint, "system": platform.system(), "rounds": options.rounds, "agents": options.agents}
-    out = {**about, "date": date, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    options.out.with_suffix(".md").write_text(markdown(out), encoding="utf-8")
-    print(markdown(out))
+        for rows in measure(webui, options):
+            table = write(rows, checkpoint, options)
+    print(table)
     return 0
 
 
