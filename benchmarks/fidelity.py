@@ -16,7 +16,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,10 +96,15 @@ def _pool(sy: int, sx: int, shortcut: float = 0.0, **settings: Any) -> AgentConf
     return AgentConfig(method="pool", sx=sx, sy=sy, ratio=0.0, k_shortcut=shortcut, **settings)
 
 
+def _corrected(ratio: float, **settings: Any) -> AgentConfig:
+    return AgentConfig(method="corrected", ratio=0.0, agent_ratio=ratio, **settings)
+
+
 def methods() -> list[Method]:
     """Everything that is compared; the unpatched model is the first."""
     grid = _agents("grid", 1 - 1 / 16)
     until_40 = {"stages": early(0.4)}
+    finer = {"stages": early(0.4, after={"agent_ratio": 1 - 1 / 16})}
     return [
         Method("unpatched", "unpatched", pictures=True, sizes=True),
         Method("tomesd .3", "tomesd", tomesd=0.3, sizes=True),
@@ -118,6 +123,11 @@ def methods() -> list[Method]:
         Method("K/V pooled 2×4", "K/V pooling", _pool(2, 4), sizes=True),
         Method("K/V pooled 4×4", "K/V pooling", _pool(4, 4), pictures=True, sizes=True),
         Method("K/V pooled 8×8", "K/V pooling", _pool(8, 8)),
+        Method("corrected 2×2", "corrected agents", _corrected(0.75)),
+        Method("corrected 4×4", "corrected agents", _corrected(1 - 1 / 16), pictures=True, sizes=True),
+        Method("corrected 8×8", "corrected agents", _corrected(1 - 1 / 64), pictures=True, sizes=True),
+        Method("corrected 8×8, then 4×4", "corrected agents, schedules", _corrected(1 - 1 / 64, **finer)),
+        Method("corrected 4×4, first 60 %", "corrected agents, schedules", _corrected(1 - 1 / 16, stages=early(0.6))),
         Method("K/V pooled 2×2, shortcut .075", "K/V pooling, shortcut", _pool(2, 2, 0.075)),
         Method("K/V pooled 4×4, shortcut .15", "K/V pooling, shortcut", _pool(4, 4, 0.15)),
     ]
@@ -176,7 +186,9 @@ def deviations(pipe: Any, method: Method, found: Sequence[Case]) -> list[list[fl
     return rows
 
 
-def seconds(pipe: Any, chosen: Sequence[Method], size: tuple[int, int], rounds: int) -> dict[str, float]:
+def seconds(
+    pipe: Any, chosen: Sequence[Method], size: tuple[int, int], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Median seconds of a forward of two rows by method, each round going through all methods.
 
     A schedule's is the mean over the steps of a picture.
@@ -191,9 +203,9 @@ def seconds(pipe: Any, chosen: Sequence[Method], size: tuple[int, int], rounds: 
         for key, part in single.items():
             with part.on(pipe.unet):
                 pipe.predict(x, 500, prompts)
-                start = time.perf_counter()
+                start = clock()
                 pipe.predict(x, 500, prompts)
-                runs[key].append(time.perf_counter() - start)
+                runs[key].append(clock() - start)
     median = {key: statistics.median(times[1:]) for key, times in runs.items()}
     return {
         name: sum(median[_key(part)] * steps for part, steps in found.items()) / len(timesteps)
@@ -268,6 +280,7 @@ def run(
     rounds: int = 7,
     prompts: int = 10,
     key: str = "",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Store:
     """Measure what is missing in `folder` and write everything.
 
@@ -276,10 +289,11 @@ def run(
         folder: where the results are, and go.
         chosen: the methods; the first is the unpatched model.
         sizes: (height, width) of the latents; pictures are made at the first.
-        samples: pictures at each timestep.
+        samples: pictures at each timestep at the first size; fewer at larger ones, at least 2.
         rounds: timed rounds.
         prompts: how many final pictures each method of the short list makes.
         key: names the weights and the run; results of another key are dropped.
+        clock: what seconds are read from.
     """
     about = {"key": f"{key} samples {samples} pictures {prompts}", **machine()}
     store = Store(folder, about)
@@ -287,12 +301,13 @@ def run(
     for size in sizes:
         here = [m for m in chosen if m.sizes or size == sizes[0]]
         missing = [m for m in here if "deviation" not in store.row(m, size)]
-        found = cases(pipe, size, samples) if missing else []
+        fewer = max(2, samples * sizes[0][0] * sizes[0][1] // (size[0] * size[1]))
+        found = cases(pipe, size, fewer) if missing else []
         for method in tqdm(missing, desc=f"deviation {size[0]}×{size[1]}"):
             store.row(method, size)["deviation"] = deviations(pipe, method, found)
             store.save()
         if any("seconds" not in store.row(m, size) for m in here):
-            for name, value in seconds(pipe, here, size, rounds).items():
+            for name, value in seconds(pipe, here, size, rounds, clock).items():
                 store.row(next(m for m in here if m.name == name), size)["seconds"] = value
             store.save()
     index = [i * len(pipe.prompts) // prompts for i in range(prompts)] if prompts else []
@@ -411,6 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=8, help="pictures at each timestep (8)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     parser.add_argument("--pictures", type=int, default=10, help="final pictures a method (10)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, seconds of CPU: for a machine that is not quiet"
+    )
     args = parser.parse_args(arguments)
 
     from agentsd.embedded import load
@@ -424,9 +442,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = [m for m in chosen if m.name in QUICK or m.family.startswith("corrected")]
         args.samples, args.rounds, args.pictures, sizes = 2, 3, 0, [(64, 64)]
     folder = args.out or Path("out/fidelity" if args.quick else "docs/fidelity")
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     pipe = load()
     run(pipe, folder, chosen, sizes=sizes, samples=args.samples, rounds=args.rounds, prompts=args.pictures,
-        key=_digest(WEIGHTS / "model.safetensors"))  # fmt: skip
+        clock=clock, key=f"{_digest(WEIGHTS / 'model.safetensors')} {clock.__name__}")  # fmt: skip
     print((folder / "table.md").read_text())
     print(f"written to {folder}/")
 
