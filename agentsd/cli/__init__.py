@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name. Returns the exit code."""
     # before anything imports the libraries that would ask: nothing is sent, and no model is looked up on line
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # their advice is for programmers
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     from .options import parse
 
     try:
