@@ -83,7 +83,7 @@ def _preset_readme() -> list[Case]:
 
 
 def _preset_quick() -> list[Case]:
-    return [Case("sd15", (512, 512), ("sdpa", "limit", "grid8", "grid4", "paper", "tomesd.5"), rounds=3)]
+    return [Case("sd15", (512, 512), ("sdpa", "limit", "grid8", "grid4", "paper", "tomesd.5"), rounds=2)]
 
 
 PRESETS = {"readme": _preset_readme, "quick": _preset_quick}
