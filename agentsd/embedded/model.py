@@ -1,0 +1,313 @@
+"""The embedded text-to-image model: a latent diffusion model of six million parameters.
+
+Its latents are pictures of 64x64 RGBA pixels, normalised channel by channel, so that level 0 of the U-Net has 4096
+tokens, as Stable Diffusion's has at 512x512.  Its text encoder is a table of word embeddings.  The noise schedule is
+Stable Diffusion's, rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891), with v-prediction.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from PIL.Image import Image
+
+WEIGHTS = Path(__file__).parent / "weights"
+SIZE = 64
+IGNORED = frozenset(["a", "an", "the", "of", "and", "with", "emoji", "picture", "photo", "image", "icon"])
+
+
+def read_json(name: str) -> Any:
+    """Read a JSON file of the weights folder."""
+    return json.loads((WEIGHTS / name).read_text(encoding="utf-8"))
+
+
+def words_of(prompt: str) -> list[str]:
+    """List the words of a prompt in lower case, without articles and the like."""
+    return [word for word in re.findall(r"[a-z0-9]+", prompt.lower()) if word not in IGNORED]
+
+
+def vocabulary_of(prompts: Sequence[str]) -> list[str]:
+    """List the words of all prompts in alphabetical order."""
+    return sorted({word for prompt in prompts for word in words_of(prompt)})
+
+
+def read_pictures() -> Tensor:
+    """Read the training pictures over white, with alpha as the fourth channel: (K, 4, 64, 64) in [0, 1]."""
+    import numpy as np
+    from PIL import Image
+
+    sheet = Image.open(WEIGHTS / "pictures.png").convert("RGBA")
+    white = Image.new("RGBA", sheet.size, "white")
+    white.alpha_composite(sheet)
+    rgba = np.concatenate([np.asarray(white)[..., :3], np.asarray(sheet)[..., 3:]], axis=-1)
+    x = torch.from_numpy(rgba).permute(2, 0, 1).float() / 255
+    x = x.unflatten(1, (-1, SIZE)).unflatten(3, (-1, SIZE)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    return x[: len(read_json("prompts.json"))].contiguous()
+
+
+class TextEncoder(nn.Module):
+    """Word embeddings plus position embeddings: prompts of at most ``tokens`` words -> (B, tokens, channels).
+
+    Token 0 pads; the empty prompt, all padding, is the unconditional one.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], tokens: int, channels: int):
+        super().__init__()
+        self.index = {word: k + 1 for k, word in enumerate(vocabulary)}
+        self.tokens = tokens
+        self.word = nn.Embedding(len(vocabulary) + 1, channels)
+        self.position = nn.Parameter(0.1 * torch.randn(tokens, channels))
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> word indices (B, tokens); ``ValueError`` for an unknown word or too many words."""
+        ids = torch.zeros(len(prompts), self.tokens, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            words = words_of(prompt)
+            for word in words:
+                if word not in self.index:
+                    raise ValueError(self._unknown(word, prompt))
+            if len(words) > self.tokens:
+                raise ValueError(
+                    f"the prompt {prompt!r} has {len(words)} words; the embedded model reads at most {self.tokens}"
+                )
+            ids[row, : len(words)] = torch.tensor([self.index[word] for word in words], dtype=torch.long)
+        return ids
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.word(ids) + self.position
+
+    def _unknown(self, word: str, prompt: str) -> str:
+        near = difflib.get_close_matches(word, self.index, 5, 0.6) or sorted(self.index)[:: len(self.index) // 12 or 1]
+        known = ", ".join(near)
+        return f"the embedded model does not know the word {word!r} (prompt {prompt!r}); it knows, for example: {known}"
+
+
+class Position(nn.Module):
+    """A learned projection of the position in the picture, to be added to features (B, C, h, w).
+
+    A U-Net learns positions from the zero padding of its convolutions alone, in time; this one is told.
+    """
+
+    def __init__(self, channels: int, waves: int = 4):
+        super().__init__()
+        self.waves = waves
+        self.project = nn.Linear(4 * waves, channels, bias=False)
+        nn.init.normal_(self.project.weight, std=0.05)
+
+    def forward(self, features: Tensor) -> Tensor:
+        h, w = features.shape[-2:]
+        y, x = self._waves(h, features), self._waves(w, features)
+        grid = torch.cat([y[:, None].expand(-1, w, -1), x[None].expand(h, -1, -1)], dim=-1)
+        return features + self.project(grid).permute(2, 0, 1).to(features.dtype)
+
+    def _waves(self, n: int, like: Tensor) -> Tensor:
+        place = (torch.arange(n, device=like.device) + 0.5) / n
+        angle = torch.pi * place[:, None] * torch.arange(1, self.waves + 1, device=like.device)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.project.weight.dtype)
+
+
+def build_unet(config: dict) -> UNet2DConditionModel:
+    """Build diffusers' U-Net, told the position before the first residual block of the deepest level and the way up."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(**config)
+    blocks = [unet.down_blocks[3], unet.mid_block, *unet.up_blocks[:3]]
+    unet.position = nn.ModuleList(Position(block.resnets[0].in_channels) for block in blocks)
+    for block, position in zip(blocks, unet.position, strict=True):
+        block.resnets[0].register_forward_pre_hook(lambda _, args, position=position: (position(args[0]), *args[1:]))
+    return unet
+
+
+class EmbeddedPipeline:
+    """Text to picture with the embedded model; see :func:`load`.
+
+    Attributes:
+        unet: the U-Net, to be patched as that of any diffusers pipeline.
+        scheduler: a DDIM scheduler with the training's noise schedule.
+        prompts: the 100 prompts of the training pictures, in the order of ``nearest``'s indices.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        text: TextEncoder,
+        prompts: list[str],
+        norm: dict[str, list[float]],
+    ):
+        self.unet, self.scheduler, self.prompts = unet, scheduler, prompts
+        self._text = text
+        self._mean = torch.tensor(norm["mean"]).view(1, -1, 1, 1)
+        self._std = torch.tensor(norm["std"]).view(1, -1, 1, 1)
+        self._pictures: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> context (B, L, C) of the U-Net; the empty prompt is the unconditional one.
+
+        Raises:
+            ValueError: a prompt has a word that the model does not know (the message names it), or too many words.
+        """
+        with torch.no_grad():
+            return self._text(self._text.tokenize(prompts).to(self.device))
+
+    def noise(self, seeds: Sequence[int], height: int = SIZE, width: int = SIZE) -> Tensor:
+        """Draw the initial latents (B, 4, height, width), each from its own seed, on the CPU."""
+        rows = [torch.randn(4, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def predict(self, latents: Tensor, t: int | Tensor, prompts: Sequence[str]) -> Tensor:
+        """Evaluate the U-Net once: latents (B, 4, h, w) at timestep t in [0, 999] -> velocity v (B, 4, h, w)."""
+        return self.unet(latents, t, self.encode(prompts)).sample
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int = 0,
+        steps: int = 20,
+        guidance: float = 3.0,
+        height: int = SIZE,
+        width: int = SIZE,
+        callback: Callable[[int, int], None] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Sample latents (B, 4, height, width) with DDIM, eta 0.
+
+        Args:
+            prompt: one prompt or B of them.
+            seed: seed of the first picture; picture k has seed + k, so it is the same picture in any batch.
+            steps: sampling steps, 1 to 1000.
+            guidance: classifier-free guidance scale; 1 evaluates the prompt only.
+            height: latent height, a multiple of 8, at least 16; the model was trained at 64.
+            width: latent width, likewise.
+            callback: called with (step, steps) after every step, from 1 on.
+            latents: initial noise (B, 4, height, width) in place of the seed's.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        _check(prompts, steps, guidance, height, width)
+        if latents is None:
+            latents = self.noise(range(seed, seed + len(prompts)), height, width)
+        elif latents.shape != (len(prompts), 4, height, width):
+            raise ValueError(f"latents {tuple(latents.shape)}, expected {(len(prompts), 4, height, width)}")
+        guided = guidance != 1
+        context = self.encode([""] * len(prompts) + prompts if guided else prompts)
+        x = latents.to(self.device, self.dtype)
+        self.scheduler.set_timesteps(steps, device=self.device)
+        for k, t in enumerate(self.scheduler.timesteps):
+            v = self.unet(torch.cat([x, x]) if guided else x, t, context).sample
+            if guided:
+                uncond, cond = v.chunk(2)
+                v = uncond + guidance * (cond - uncond)
+            x = self.scheduler.step(v, t, x).prev_sample
+            if callback is not None:
+                callback(k + 1, steps)
+        return x
+
+    def __call__(self, prompt: str | Sequence[str], *, scale: int = 1, **kwargs: Any) -> list[Image]:
+        """Sample and decode: :meth:`sample`'s arguments -> RGB pictures, enlarged ``scale`` times."""
+        return self.decode(self.sample(prompt, **kwargs), scale=scale)
+
+    def decode(self, latents: Tensor, *, scale: int = 1, alpha: bool = False) -> list[Image]:
+        """Latents (B, 4, h, w) -> B pictures of scale*h x scale*w pixels: RGB over white, or RGBA with ``alpha``."""
+        from PIL import Image
+
+        pixels = (self._pixels(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        pictures = [Image.fromarray(p[..., :3]) for p in pixels]
+        if alpha:
+            for picture, p in zip(pictures, pixels, strict=True):
+                picture.putalpha(Image.fromarray(p[..., 3]))
+        if scale == 1:
+            return pictures
+        return [p.resize((p.width * scale, p.height * scale), Image.Resampling.LANCZOS) for p in pictures]
+
+    def nearest(self, pictures: Tensor | Sequence[Image]) -> tuple[Tensor, Tensor]:
+        """Find the nearest training picture of each of B pictures or latents (B, 4, 64, 64).
+
+        Returns:
+            its index in ``prompts`` (B,), and the distance (B,): the root mean square difference of the RGB values in
+            [0, 1], over white, at 64x64 pixels.
+        """
+        x = self._pixels(pictures)[:, :3] if isinstance(pictures, Tensor) else _rgb(pictures)
+        distance = (
+            torch.cdist(x.flatten(1), self.pictures[:, :3].flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+            / x[0].numel() ** 0.5
+        )
+        best = distance.min(1)
+        return best.indices, best.values
+
+    @property
+    def pictures(self) -> Tensor:
+        """The training pictures (100, 4, 64, 64) in [0, 1]: RGB over white, and alpha."""
+        if self._pictures is None:
+            self._pictures = read_pictures()
+        return self._pictures
+
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 4, h, w) in [0, 1], as in ``pictures``, -> latents."""
+        return ((pictures - self._mean) / self._std).to(self.device, self.dtype)
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return (latents.float().cpu() * self._std + self._mean).clamp(0, 1)
+
+
+def _check(prompts: list[str], steps: int, guidance: float, height: int, width: int) -> None:
+    if not prompts:
+        raise ValueError("no prompt given")
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"steps {steps}, expected 1 to 1000")
+    if not guidance >= 0:
+        raise ValueError(f"guidance {guidance}, expected 0 or more")
+    for name, size in (("height", height), ("width", width)):
+        if size < 16 or size % 8:
+            raise ValueError(f"{name} {size}, expected a multiple of 8, at least 16")
+
+
+def _rgb(pictures: Sequence[Image]) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
+    small = [p.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX) for p in pictures]
+    return torch.stack([torch.from_numpy(np.array(p)) for p in small]).permute(0, 3, 1, 2).float() / 255
+
+
+def load(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> EmbeddedPipeline:
+    """Load the embedded model.
+
+    Raises:
+        ImportError: diffusers or safetensors is missing; the message says how to install them.
+    """
+    try:
+        from diffusers import DDIMScheduler
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"the embedded model needs {error.name}: pip install diffusers safetensors pillow") from error
+    config, prompts = read_json("config.json"), read_json("prompts.json")
+    state = load_file(WEIGHTS / "model.safetensors")
+    text = TextEncoder(read_json("vocabulary.json"), config["tokens"], config["unet"]["cross_attention_dim"])
+    with torch.device("meta"):
+        unet = build_unet(config["unet"])
+    for module, prefix in ((unet, "unet."), (text, "text.")):
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        module.load_state_dict(own, assign=True)
+        module.to(device, dtype).eval().requires_grad_(False)
+    return EmbeddedPipeline(unet, DDIMScheduler(**config["scheduler"]), text, prompts, config["latents"])

@@ -1,0 +1,103 @@
+"""The embedded model: it loads, knows its prompts, and makes the pictures they name."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers", reason="the embedded model needs diffusers")
+
+from PIL import Image  # noqa: E402
+
+from agentsd.embedded import load  # noqa: E402
+from agentsd.embedded.model import WEIGHTS  # noqa: E402
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load()
+
+
+def test_the_weights_fit_in_twelve_megabytes():
+    assert (WEIGHTS / "model.safetensors").stat().st_size <= 12_000_000
+
+
+def test_the_unet_has_4096_tokens_and_both_attentions_at_every_level(pipe):
+    seen = {"attn1": set(), "attn2": set()}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, kind=name[-5:]: seen[kind].add(args[0].shape[1]))
+        for name, module in pipe.unet.named_modules()
+        if name.endswith(("attn1", "attn2"))
+    ]
+    v = pipe.predict(pipe.noise([0]), 500, ["red apple"])
+    for handle in handles:
+        handle.remove()
+    assert v.shape == (1, 4, 64, 64)
+    assert seen == {"attn1": {4096, 1024, 256, 64}, "attn2": {4096, 1024, 256, 64}}
+
+
+def test_the_prompt_decides_the_colours(pipe):
+    noise = pipe.noise([0]).expand(3, -1, -1, -1)
+    latents = pipe.sample(["orange", "broccoli", "red apple"], latents=noise, steps=STEPS)
+    orange, broccoli, apple = (
+        torch.tensor(picture.resize((1, 1)).getpixel((0, 0))) for picture in pipe.decode(latents)
+    )
+    assert broccoli[1] > broccoli[0]  # green before red
+    assert apple[0] > apple[1] + 20
+    assert orange[0] > orange[2] + 20
+
+
+def test_the_training_pictures_are_their_own_nearest(pipe):
+    index, distance = pipe.nearest(pipe.latents_of(pipe.pictures))
+    assert index.tolist() == list(range(len(pipe.prompts)))
+    assert distance.max() < 1e-4
+    images = pipe.decode(pipe.latents_of(pipe.pictures[:3]), scale=4)
+    assert images[0].size == (256, 256)
+    assert pipe.nearest(images)[0].tolist() == [0, 1, 2]
+
+
+def test_the_same_seed_gives_the_same_picture_alone_and_in_a_batch(pipe):
+    alone = [pipe.sample(prompt, seed=5 + k, steps=2) for k, prompt in enumerate(["a banana", "the owl"])]
+    both = pipe.sample(["banana", "owl"], seed=5, steps=2)
+    torch.testing.assert_close(torch.cat(alone), both, atol=1e-3, rtol=1e-3)
+    assert torch.equal(both, pipe.sample(["banana", "owl"], seed=5, steps=2))
+    assert not torch.equal(both, pipe.sample(["banana", "owl"], seed=6, steps=2))
+
+
+def test_seed_latents_size_and_callback(pipe):
+    calls = []
+    noise = pipe.noise([3], 32, 48)
+    size = {"height": 32, "width": 48}
+    images = pipe("rocket", steps=2, **size, guidance=1, latents=noise, callback=lambda *a: calls.append(a))
+    assert [image.size for image in images] == [(48, 32)]
+    assert isinstance(images[0], Image.Image)
+    assert calls == [(1, 2), (2, 2)]
+    again = pipe("rocket", seed=3, steps=2, **size, guidance=1)
+    assert images[0].tobytes() == again[0].tobytes()
+
+
+def test_articles_and_case_do_not_matter_and_the_empty_prompt_is_unconditional(pipe):
+    assert torch.equal(pipe.encode(["A red apple!"]), pipe.encode(["red apple"]))
+    assert pipe.encode(["red apple", ""]).shape == (2, 8, 128)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("a purple hippo", "'purple'"), ("bananna", "banana"), ([], "no prompt"), ("red apple " * 5, "at most 8")],
+)
+def test_a_prompt_it_cannot_read_is_named(pipe, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(prompt, steps=1)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 1001}, {"guidance": -1}, {"height": 60}, {"width": 8}])
+def test_a_value_out_of_range_is_named(pipe, bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} {next(iter(bad.values()))}"):
+        pipe("banana", **bad)
+
+
+def test_latents_of_another_shape_are_refused(pipe):
+    with pytest.raises(ValueError, match="expected"):
+        pipe("banana", latents=torch.zeros(1, 4, 32, 32))
