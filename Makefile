@@ -51,4 +51,4 @@ bench-quick: $(READY) ## the same in under two minutes
 	$(PY) -m benchmarks.bench --quick
 
 clean: ## remove the environment and all output
-	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out outputs .pytest_cache .ruff_cache .hypothesis
