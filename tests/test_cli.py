@@ -494,7 +494,7 @@ def test_a_hub_id_comes_from_the_cache(folder, tmp_path):
     command = [sys.executable, "-m", "agentsd", "generate", "cat", "--model", "owner/tiny", "--steps", "2"]
     root = Path(agentsd.__file__).parents[1]
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(root)}
-    environment.pop("HF_HUB_OFFLINE")
+    environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
         [*command, "--seed", "5", "--off", "--out", "a.png"],
         env=environment,
@@ -505,7 +505,7 @@ def test_a_hub_id_comes_from_the_cache(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     apart = np.abs(pixels(Image.open("a.png")).astype(int) - theirs(tiny_sd()))
     assert apart.max() <= 2, "but for the rounding of another number of threads"
-    assert "2/2" in done.stderr, "a progress bar"
+    assert "/2 [" in done.stderr, "a progress bar of two steps; a fast machine draws only its beginning"
 
 
 def test_the_embedded_model_takes_no_negative_prompt(stand_in, capsys):
