@@ -14,7 +14,8 @@ def test_another_packages_name_is_told_and_nothing_is_loaded(monkeypatch, tmp_pa
     theirs = ModuleType("agentsd")
     theirs.__file__ = str(tmp_path / "other-extension" / "agentsd" / "__init__.py")
     host = ModuleType("modules")
-    host.script_callbacks, host.scripts = ModuleType("script_callbacks"), ModuleType("scripts")
+    for name in ("script_callbacks", "scripts", "shared"):
+        setattr(host, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "agentsd", theirs)
     monkeypatch.setitem(sys.modules, "modules", host)
     with pytest.raises(ImportError, match="Disable that extension") as raised:
