@@ -45,7 +45,7 @@ format: $(READY) ## let the linter rewrite the code
 	$(PY) -m ruff check --fix .
 
 bench: $(READY) ## the speed table and its plots
-	$(PY) -m benchmarks.bench --preset readme
+	$(PY) -m benchmarks.bench --preset readme --resume
 
 bench-quick: $(READY) ## the same in under two minutes
 	$(PY) -m benchmarks.bench --quick

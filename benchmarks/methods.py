@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import agentsd
-from agentsd.hosts import Call, find_sites
+from agentsd.hosts import Call, find_sites, first_downsample
+from agentsd.webui.settings import DEFAULTS, to_config
 
+# Gives a function that raises RuntimeError where the method has not done what it is measured for.
 Install = Callable[[nn.Module], Any]
 
 
@@ -40,25 +43,44 @@ class Method:
     naive: bool = False
 
 
+def _fine() -> None:
+    pass
+
+
 @contextmanager
-def _nothing(unet: nn.Module) -> Iterator[None]:
-    yield
+def _nothing(unet: nn.Module) -> Iterator[Callable[[], None]]:
+    yield _fine
+
+
+@contextmanager
+def _patched(unet: nn.Module, config: agentsd.AgentConfig) -> Iterator[Callable[[], None]]:
+    patch = agentsd.patch_unet(unet, config)
+
+    def check() -> None:
+        if patch.notes:
+            raise RuntimeError(f"the patch stood down: {', '.join(patch.notes)}")
+
+    try:
+        yield check
+    finally:
+        patch.remove()
 
 
 def _ours(**settings: Any) -> Install:
-    @contextmanager
-    def install(unet: nn.Module) -> Iterator[None]:
-        with agentsd.patched(unet, **settings):
-            yield
+    return partial(_patched, config=agentsd.AgentConfig(**settings))
 
-    return install
+
+def _panel(unet: nn.Module) -> Any:
+    """What the panel does once it is switched on."""
+    values = {**DEFAULTS, "enabled": True}
+    return _patched(unet, to_config(values, first_downsample=first_downsample(unet)))
 
 
 def _by_handler(make: Callable[[nn.Module, Any], Callable[[Call], Tensor]], max_downsample: int = 8) -> Install:
     """Put a function of our own in the place of each self-attention down to a level."""
 
     @contextmanager
-    def install(unet: nn.Module) -> Iterator[None]:
+    def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
         seams = []
         try:
             for site in find_sites(unet):
@@ -66,7 +88,7 @@ def _by_handler(make: Callable[[nn.Module, Any], Callable[[Call], Tensor]], max_
                     seam = site.seam()
                     seam.install(make(site.block.attn1, seam))
                     seams.append(seam)
-            yield
+            yield _fine
         finally:
             for seam in seams:
                 seam.remove()
@@ -104,13 +126,13 @@ def _foreign(package: Any, **settings: Any) -> Install:
     """A package with apply_patch and remove_patch; whatever it leaves behind is cleared away."""
 
     @contextmanager
-    def install(unet: nn.Module) -> Iterator[None]:
+    def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
         before = {module: (module.__class__, set(module.__dict__)) for module in unet.modules()}
         # the packages tell a diffusers model by its class, and look for an LDM model's U-Net at this place
         model = unet if hasattr(unet, "down_blocks") else _LatentDiffusion(unet)
         try:
             package.apply_patch(model, **settings)
-            yield
+            yield _fine
         finally:
             package.remove_patch(model)
             for module, (cls, names) in before.items():
@@ -159,8 +181,8 @@ def peer(folder: Path, settings: dict[str, Any], name: str) -> Method:
     )
 
 
-# Grid agents of queries that are not merged.
-GRID: dict[str, Any] = {"ratio": 0.0, "agent_source": "grid"}
+# No token is merged: no partition, and nobody has to wait for the device to tell the timestep.
+WHOLE: dict[str, Any] = {"ratio": 0.0, "use_rand": False}
 # agent_ratio for cells of 8 × 8 and of 4 × 4 tokens.
 CELL_8, CELL_4 = 1 - 1 / 64, 1 - 1 / 16
 # a stage that never holds: installed, and idle
@@ -168,7 +190,11 @@ NEVER = (agentsd.Stage(1.0, None),)
 
 
 def _grid(agent_ratio: float, **settings: Any) -> Install:
-    return _ours(**GRID, agent_ratio=agent_ratio, **settings)
+    return _ours(**WHOLE, agent_source="grid", agent_ratio=agent_ratio, **settings)
+
+
+def _corrected(agent_ratio: float) -> Install:
+    return _ours(**WHOLE, method="corrected", agent_ratio=agent_ratio)
 
 
 METHODS = {
@@ -178,6 +204,7 @@ METHODS = {
         Method("limit", "limit: nothing between the projections", _by_handler(_limit, 1)),
         Method("limit2", "limit, two levels", _by_handler(_limit, 2)),
         Method("limit4", "limit, three levels", _by_handler(_limit, 4)),
+        Method("limit8", "limit, all levels", _by_handler(_limit, 8)),
         Method("naive", "naive attention", _by_handler(_naive), naive=True),
         Method("idle", "patch installed, stage inactive", _grid(CELL_8, stages=NEVER)),
         Method("grid8", "grid agents, 8 × 8 cells", _grid(CELL_8), "limit"),
@@ -185,7 +212,14 @@ METHODS = {
         Method("grid8d2", "grid agents, 8 × 8 cells, two levels", _grid(CELL_8, max_downsample=2), "limit2"),
         Method("grid4d2", "grid agents, 4 × 4 cells, two levels", _grid(CELL_4, max_downsample=2), "limit2"),
         Method("grid8d4", "grid agents, 8 × 8 cells, three levels", _grid(CELL_8, max_downsample=4), "limit4"),
+        Method("panel", "the panel's defaults, while their stage lasts", _panel),
         Method("grid64", "grid agents, at most 64", _grid(CELL_8, max_agents=64), "limit"),
+        Method(
+            "grid64d8",
+            "grid agents, at most 64, all levels",
+            _grid(CELL_8, max_agents=64, max_downsample=8),
+            "limit8",
+        ),
         Method("grid256", "grid agents, at most 256", _grid(CELL_4, max_agents=256), "limit"),
         Method("paper", "AgentSD's settings (similarity, .4, .95, 4 × 4)", _ours(), "limit"),
         Method(
@@ -196,10 +230,12 @@ METHODS = {
             calls=2,
         ),
         Method("similarity", "similarity agents, .95, 4 × 4, queries kept", _ours(ratio=0.0), "limit"),
+        Method("corrected8", "corrected agents, 8 × 8 cells", _corrected(CELL_8), "limit"),
+        Method("corrected4", "corrected agents, 4 × 4 cells", _corrected(CELL_4), "limit"),
         Method("merge.3", "token merging .3 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.3}), "limit"),
         Method("merge.5", "token merging .5 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.5}), "limit"),
-        Method("pool2", "keys and values pooled 2 × 2", _ours(method="pool", ratio=0.0, sx=2, sy=2), "limit"),
-        Method("pool4", "keys and values pooled 4 × 4", _ours(method="pool", ratio=0.0, sx=4, sy=4), "limit"),
+        Method("pool2", "keys and values pooled 2 × 2", _ours(**WHOLE, method="pool", sx=2, sy=2), "limit"),
+        Method("pool4", "keys and values pooled 4 × 4", _ours(**WHOLE, method="pool", sx=4, sy=4), "limit"),
         Method("tomesd.3", "tomesd .3", _tomesd(0.3)),
         Method("tomesd.4", "tomesd .4", _tomesd(0.4)),
         Method("tomesd.5", "tomesd .5", _tomesd(0.5)),

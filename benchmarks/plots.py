@@ -13,13 +13,14 @@ from matplotlib import pyplot as plt
 
 
 def draw(out: dict[str, Any], stem: Path) -> None:
-    """STEM-LAYOUT-speedup.png for each layout with more than one size, and STEM-cost.png."""
-    by_layout: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    """STEM-LAYOUT-speedup.png and -seconds.png for each layout with more than one size, and STEM-cost.png."""
+    by_layout: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for case in out["cases"]:
-        by_layout[case["layout"]].append(case)
-    for layout, cases in by_layout.items():
+        by_layout[case["layout"], case["dtype"], case["batch"], case["channels_last"]].append(case)
+    for (layout, *_), cases in by_layout.items():
         if len({tuple(case["size"]) for case in cases}) > 1:
             _speedup(cases, stem.with_name(f"{stem.name}-{layout}-speedup.png"))
+            _seconds(cases, stem.with_name(f"{stem.name}-{layout}-seconds.png"))
     if out["layer"]:
         _cost(out["layer"], stem.with_name(f"{stem.name}-cost.png"))
 
@@ -37,21 +38,35 @@ def _save(axes: Any, path: Path) -> None:
     plt.close(axes.figure)
 
 
-def _speedup(cases: list[dict[str, Any]], path: Path) -> None:
-    """Speed-up over the side of the image, with the limit as a dashed line."""
+def _lines(cases: list[dict[str, Any]], value: str) -> dict[str, list[tuple[float, float]]]:
+    """A method's value over the pixels of the image; the table has what was measured at one size only."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for case in cases:
-        side = (case["size"][0] * case["size"][1]) ** 0.5
         for result in case["results"].values():
-            if result["speedup"] is not None:
-                lines[result["label"]].append((side, result["speedup"]))
+            if result[value] is not None:
+                lines[result["label"]].append((case["size"][0] * case["size"][1], result[value]))
+    return {label: sorted(points) for label, points in lines.items() if len(points) > 1}
+
+
+def _line(axes: Any, label: str, xs: list[float], ys: list[float]) -> None:
+    limit = label.startswith("limit")
+    axes.plot(xs, ys, "k--" if limit else "o-", label=label, linewidth=1.5 if limit else 1.2, markersize=4)
+
+
+def _speedup(cases: list[dict[str, Any]], path: Path) -> None:
+    """Speed-up over the side of the image, with the limit as a dashed line."""
     axes = _axes("One U-Net forward against unpatched SDPA", "side of the image, pixels", "speed-up")
-    for label, points in lines.items():
-        if len(points) == 1:
-            continue  # the table has it; a lone point only crowds the plot
-        limit = label.startswith("limit")
-        xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, "k--" if limit else "o-", label=label, linewidth=1.5 if limit else 1.2, markersize=4)
+    for label, points in _lines(cases, "speedup").items():
+        _line(axes, label, [pixels**0.5 for pixels, _ in points], [y for _, y in points])
+    _save(axes, path)
+
+
+def _seconds(cases: list[dict[str, Any]], path: Path) -> None:
+    """Seconds of a forward over its pixels, both logarithmic."""
+    axes = _axes("One U-Net forward", "pixels of the image", "seconds")
+    axes.set(xscale="log", yscale="log")
+    for label, points in _lines(cases, "seconds").items():
+        _line(axes, label, *zip(*points, strict=True))
     _save(axes, path)
 
 

@@ -8,36 +8,54 @@ from typing import Any
 def markdown(out: dict[str, Any]) -> str:
     """A table for each case, and what was left out."""
     return "\n".join(
-        [*_machine(out["machine"]), *_cases(out["cases"]), *_layer(out["layer"]), *_skipped(out["skipped"])]
+        [
+            *_machine(out["machine"], out["runs"]),
+            *_cases(out["cases"]),
+            *_layer(out["layer"]),
+            *_skipped(out["skipped"]),
+        ]
     )
 
 
-def _machine(machine: dict[str, Any]) -> list[str]:
+def _machine(machine: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
     threads = f"{machine['threads']} threads" if machine["device"] == "cpu" else ""
     told = [machine["processor"] if machine["device"] == "cpu" else machine["device"], threads]
-    told += [f"PyTorch {machine['torch']}", f"revision {machine['revision']}", machine["date"]]
+    revisions = ", ".join(dict.fromkeys(run["revision"] for run in runs))
+    told += [f"PyTorch {machine['torch']}", f"revision {revisions}"]
+    told += [" to ".join(dict.fromkeys((runs[0]["date"], runs[-1]["date"])))]
     return ["; ".join(filter(None, told)) + ".", ""]
 
 
 def _cases(cases: list[dict[str, Any]]) -> list[str]:
     lines = []
     for case in cases:
-        rounds = "1 round" if case["rounds"] == 1 else f"medians of {case['rounds']} interleaved rounds"
-        lines += [f"**{case['case']}** ({rounds})", ""]
-        lines += [
-            "| method | s per forward | speed-up | captured | TFLOP | beyond the limit, MiB |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [_row(result) for result in case["results"].values()]
-        lines.append("")
+        measured = [result for result in case["results"].values() if result["rounds"]]
+        if measured:
+            lines += [f"**{case['case']}** ({_rounds(max(result['rounds'] for result in measured))})", ""]
+            lines += [
+                "| method | s per forward | speed-up | captured | TFLOP | beyond the limit, MiB |",
+                "|---|---|---|---|---|---|",
+            ]
+            lines += [_row(result, case) for result in measured]
+            lines.append("")
     return lines
 
 
-def _row(result: dict[str, Any]) -> str:
-    speedup = "–" if result["speedup"] is None else f"{result['speedup']:.2f}×"
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"medians of {count} interleaved rounds"
+
+
+def _row(result: dict[str, Any], case: dict[str, Any]) -> str:
+    fewer = result["rounds"] < len(case["rounds"])
+    label = f"{result['label']} ({_rounds(result['rounds']).removeprefix('medians of ')})" if fewer else result["label"]
+    seconds = f"{result['seconds']:.3g}"
+    if result["seconds"] < 0.1 and result["added"] is not None:  # where milliseconds are the point
+        seconds = f"{result['seconds']:.4f} ({1e3 * result['added']:+.2f} ms)"
+    digits = 3 if result["speedup"] is not None and 0 < abs(result["speedup"] - 1) < 0.02 else 2
+    speedup = "–" if result["speedup"] is None else f"{result['speedup']:.{digits}f}×"
     captured = "–" if result["captured"] is None else f"{100 * result['captured']:.1f} %"
     extra = "–" if "bytes_over_limit" not in result else f"{result['bytes_over_limit'] / 2**20:.0f}"
-    cells = (result["label"], f"{result['seconds']:.3g}", speedup, captured, f"{result['flops'] / 1e12:.2f}", extra)
+    cells = (label, seconds, speedup, captured, f"{result['flops'] / 1e12:.3g}", extra)
     return "| " + " | ".join(cells) + " |"
 
 

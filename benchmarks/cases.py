@@ -1,0 +1,87 @@
+"""What is measured: U-Nets at sizes, and the presets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from .models import LAYOUTS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One U-Net at one size, the methods to compare there, and the rounds that each of them is to have."""
+
+    layout: str
+    size: tuple[int, int]
+    methods: tuple[str, ...]
+    batch: int = 2
+    dtype: str = "bfloat16"
+    rounds: int = 10
+    channels_last: bool = False
+
+    @property
+    def name(self) -> str:
+        height, width = self.size
+        layout = LAYOUTS[self.layout].label
+        last = ", channels last" if self.channels_last else ""
+        return f"{layout}, {height} × {width}, batch {self.batch}, {self.dtype}{last}"
+
+
+GRID = ("sdpa", "limit", "grid8", "grid4")
+OTHERS = ("paper", "tomesd.4", "corrected8", "corrected4")
+ALL = (
+    *GRID,
+    "panel",
+    "similarity",
+    "paper",
+    "reuse",
+    "corrected8",
+    "corrected4",
+    "pool2",
+    "pool4",
+    "tomesd.3",
+    "tomesd.4",
+    "tomesd.5",
+)
+DEEP = ("sdpa", "limit2", "grid8d2", "panel", "limit4", "grid8d4")
+LINEAR = ("limit8", "grid64d8")
+
+
+def _square(side: int, methods: tuple[str, ...], rounds: int, layout: str = "sd15", **more: object) -> Case:
+    return Case(layout, (side, side), methods, rounds=rounds, **more)
+
+
+# Each by itself; "readme" is all of them, what tells most in the shortest time first.
+_PARTS: dict[str, Callable[[], list[Case]]] = {
+    "512": lambda: [_square(512, ALL, 10)],
+    # idle and unpatched alternate alone, and often: their difference is below 1 %
+    "idle": lambda: [_square(64, ("sdpa", "idle"), 400, "mini"), _square(512, ("sdpa", "idle"), 20)],
+    "768": lambda: [_square(768, (*GRID, *OTHERS), 3), _square(768, GRID, 10)],
+    "1024": lambda: [_square(1024, (*GRID, *OTHERS), 2), _square(1024, GRID, 10)],
+    "never-slower": lambda: [_square(side, ("sdpa", "panel"), 10) for side in (256, 384, 640)],
+    "sdxl": lambda: [_square(1024, DEEP, 3, "sdxl")],
+    "linear": lambda: [_square(512, LINEAR, 3), _square(1024, LINEAR, 3), _square(2048, ("sdpa", *LINEAR), 1)],
+    "sd21": lambda: [_square(512, GRID, 5, "sd21"), _square(768, GRID, 3, "sd21")],
+    "dtypes": lambda: [
+        _square(512, GRID, 3, dtype="float32"),
+        _square(512, GRID, 3, channels_last=True),
+        _square(512, GRID, 3, dtype="float16"),
+    ],
+}
+PRESETS: dict[str, Callable[[], list[Case]]] = {
+    **_PARTS,
+    "readme": lambda: [case for part in _PARTS.values() for case in part()],
+    "quick": lambda: [_square(512, (*GRID, "paper", "tomesd.5"), 2)],
+}
+
+
+def preset(name: str, dtype: str | None, peers: tuple[str, ...]) -> list[Case]:
+    """The preset's cases; peers are measured in the first, which has time for them."""
+    first, *rest = PRESETS[name]()
+    cases = [replace(first, methods=first.methods + peers), *rest]
+    return [replace(case, dtype=dtype) for case in cases] if dtype else cases

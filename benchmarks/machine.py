@@ -1,0 +1,117 @@
+"""Where the benchmark runs, and how fast that is."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+# What the figures depend on; the rest of the repository may change between two runs.
+_MEASURED = ("agentsd/*.py", "agentsd/webui/settings.py", "benchmarks/methods.py", "benchmarks/models.py")
+
+
+@dataclass
+class Machine:
+    """A device, its speed so far, and the time that is left on it."""
+
+    device: torch.device
+    flops_per_second: float = 0.0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    deadline: float = math.inf
+
+    def time_left(self) -> float:
+        """Seconds until the program has to end."""
+        return self.deadline - time.monotonic()
+
+    def skip(self, case: str, method: str, reason: str) -> None:
+        """Remember, and say, what is left out."""
+        told = {"case": case, "method": method, "reason": reason}
+        self.skipped[:] = [s for s in self.skipped if (s["case"], s["method"]) != (case, method)] + [told]
+        tqdm.write(f"skipped: {method} at {case}: {reason}")
+
+    def sync(self) -> None:
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).synchronize()
+
+    def available_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info()[0]
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+    def probe(self, dtype: torch.dtype) -> None:
+        """A first idea of the machine's speed in a dtype, from one matrix product."""
+        a = torch.randn(1024, 1024).to(self.device, dtype)
+        a[:64] @ a
+        self.sync()
+        start = time.perf_counter()
+        a @ a
+        self.sync()
+        self.flops_per_second = 0.3 * 2 * 1024**3 / (time.perf_counter() - start)
+
+    def describe(self) -> dict[str, Any]:
+        """What has to be the same for rounds of two runs to be counted together."""
+        return {
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "system": platform.system(),
+            "code": _digest(),
+        }
+
+
+def this_run(arguments: list[str]) -> dict[str, Any]:
+    """What may differ between two runs."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": _revision(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "arguments": arguments,
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" takes CUDA, then MPS, then the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _digest() -> str:
+    """Names the state of the measured code."""
+    files = sorted(file for pattern in _MEASURED for file in ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _revision() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
