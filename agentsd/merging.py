@@ -74,11 +74,19 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Plan:
-    """The clusters of one block: for merged tokens and for agent tokens; None where there are none."""
+    """The clusters of one block.
+
+    Attributes:
+        shape: (B, N), the batch and tokens that this was made for.
+        merged: the clusters of merged tokens; None where none are merged.
+        agents: the clusters that agents are made of; None where there are none.
+        dst: the destination tokens (N_dst,); in each row dst[i] belongs to cluster i.
+    """
 
     shape: tuple[int, int]
     merged: Clusters | None = None
     agents: Clusters | None = None
+    dst: Tensor | None = None
 
 
 def partition_seed(seed: int, timestep: float | None, height: int, width: int, sx: int, sy: int) -> int:
@@ -128,7 +136,7 @@ def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Plan:
     rank.scatter_(1, order, torch.arange(order.shape[1], device=x.device).expand_as(order))
     merged = _cluster(part, rank, nearest, r) if r else None
     agents = _cluster(part, rank, nearest, agent_r) if agent_r else None
-    return Plan((B, N), merged, agents)
+    return Plan((B, N), merged, agents, part.dst)
 
 
 def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,29 @@ class _Moment:
     partitions: dict[Any, Partition] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A self-attention call that the patch has answered, for `Patch.observer`.
+
+    Attributes:
+        name: the block's name in the U-Net.
+        size: (height, width) of its tokens.
+        layer: what was done.
+        clusters: the clusters that were used; None where there were none.
+        latent: (height, width) of the latent.
+        timestep: that of the U-Net's call; None where it gave none.
+        moment: the same object for all blocks of one call of the U-Net.
+    """
+
+    name: str
+    size: tuple[int, int]
+    layer: LayerPlan
+    clusters: Plan | None
+    latent: tuple[int, int]
+    timestep: float | None
+    moment: object
+
+
 def _still_holds(made: _Moment, now: _Moment, config: AgentConfig) -> bool:
     """Whether clusters made then may be used now.
 
@@ -96,6 +119,7 @@ class Patch:
     Attributes:
         config: the settings.
         notes: each reason for which a layer was left to the host, with the number of its calls.
+        observer: told of every answer; None (the default) costs nothing. It must keep no tensor of an answer.
 
     Raises:
         UnsupportedModelError: the U-Net has no block that could be patched.
@@ -105,6 +129,7 @@ class Patch:
         self.config = config
         self.kv_context = kv_context
         self.notes: Counter[str] = Counter()
+        self.observer: Callable[[Answer], None] | None = None
         self.moment = _Moment()
         self._kept: dict[Any, tuple[_Moment, Plan]] = {}
         self._unet = weakref.ref(unet)
@@ -204,6 +229,8 @@ class Patch:
 
     def _needs_timestep(self) -> bool:
         configs = self.config.every_stage()
+        if self.observer is not None:
+            return True
         return bool(self.config.stages) or any(config.use_rand or config.reuse_match for config in configs)
 
 
@@ -319,6 +346,18 @@ class _Layer:
             return theirs()
 
     def _attend(self, call: Call) -> Tensor:
+        answer = self._answer(call)
+        if self.patch.observer is not None:
+            self._safely(self._tell, lambda: None)
+        return answer
+
+    def _tell(self) -> None:
+        """Tell the patch's observer of the answer that was just given."""
+        moment, used = self.patch.moment, self.todo.action in ("agents", "merge")
+        given = (self.site.name, self.size, self.todo, self.plan if used else None)
+        self.patch.observer(Answer(*given, moment.latent, moment.timestep, moment))
+
+    def _answer(self, call: Call) -> Tensor:
         config, merged = self.patch.moment.config, self.plan.merged if self.plan else None
         if self.todo.action == "merge" and not self.site.wrapped():
             return merged.unmerge(call.proceed(merged.merge(call.x)))

@@ -551,11 +551,20 @@
             }
         };
 
+        // Who has the map open and asked for a record wants to see the new image's.
+        const showMaps = () => {
+            for (const tab of TABS) {
+                const button = find(`#${panelId(tab, "map_show")}`);
+                if (isChecked(panelId(tab, "record")) && isShown(button)) button.click();
+            }
+        };
+
         // The host shows its Interrupt button while it generates.
         const watchGeneration = () => {
             const now = TABS.some((tab) => find(`#${tab}_interrupt`)?.style.display === "block");
             if (generating && !now) {
                 showStatus();
+                showMaps();
                 learn();
             }
             generating = now;

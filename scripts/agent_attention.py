@@ -27,11 +27,11 @@ class AgentAttentionScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        built = panel.build("img2img" if is_img2img else "txt2img", compat.InputAccordion)
+        built = panel.build("img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map)
         _panels.append(built)
         self.infotext_fields = [(built.controls[name], infotext.reader(name)) for name in NAMES]
         self.paste_field_names = [infotext.reader(name) for name in NAMES]
-        return list(built.controls.values())
+        return built.inputs
 
     def before_process(self, p, *args):
         session.before_process(p)
@@ -40,7 +40,10 @@ class AgentAttentionScript(scripts.Script):
         session.process(p, args)
 
     def process_before_every_sampling(self, p, *args, **kwargs):
-        session.before_sampling(p)
+        session.before_sampling(p, kwargs.get("x"))
+
+    def postprocess(self, p, processed, *args):
+        session.postprocess(p, processed)
 
 
 def on_app_started(demo, app):

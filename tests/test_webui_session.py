@@ -10,10 +10,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from blocks import as_model, golden_unet, inputs, run
+from PIL import Image
 
 import agentsd.webui
 from agentsd import get_patch
-from agentsd.webui import infotext
+from agentsd.webui import infotext, tokenmap
+from agentsd.webui.settings import NAMES
 
 ON = {"until": 1.0}
 
@@ -75,7 +77,7 @@ def unet(host):
     return host.shared.sd_model.model.diffusion_model
 
 
-def generate(host, settings=ON, p=None, steps=None, passes=(False,)):
+def generate(host, settings=ON, p=None, steps=None, passes=(False,), record=False):
     """A generation as the host makes it; the outputs of its model calls."""
     p, made = p or Processing(), []
 
@@ -83,13 +85,15 @@ def generate(host, settings=ON, p=None, steps=None, passes=(False,)):
         host.session.before_model_call()
         made.append(run(host.shared.sd_model.model.diffusion_model, inputs()))
 
-    args = [settings] if settings is not None else [False]
+    args = ([settings if settings is not None else False] + [None] * (len(NAMES) - 1) + [True])[: None if record else 1]
     host.session.before_process(p)
     host.session.process(p, args)
     for hires in passes:
         p.is_hr_pass, p.sampler = hires, Sampler()
-        host.session.before_sampling(p)
+        host.session.before_sampling(p, torch.empty(2, 4, 16, 16))
         p.sampler.launch_sampling(1, steps or step)
+    picture = Image.new("RGB", (128, 128), (100, 100, 100))
+    host.session.postprocess(p, SimpleNamespace(images=["a grid", picture], index_of_first_image=1))
     return made
 
 
@@ -310,3 +314,84 @@ def test_an_xyz_cell_does_not_inherit_the_infotext_of_the_one_before(host):
     generate(host, p=Processing(extra_generation_params=shared))
     generate(host, None, Processing(extra_generation_params=shared))
     assert shared == {"Other extension": "here"}
+
+
+# The token map
+
+
+SIMILARITY = {**ON, "agent_source": "similarity", "ratio": 0.4}
+
+
+def test_the_map_of_the_last_image(host, unet):
+    before = state(unet)
+    (plain,) = generate(host, SIMILARITY)
+    (made,) = generate(host, SIMILARITY, record=True)
+    assert torch.equal(made, plain)
+    assert state(unet) == before
+    seen = host.session.token_map(1, 1)
+    assert seen.image.size == (768, 768)
+    assert "256 tokens were merged into 154" in seen.text
+
+
+@pytest.mark.parametrize("later", [{"settings": ON}, {"settings": None, "record": True}, {"settings": {"ratio": 7}}])
+def test_the_record_goes_with_the_next_image(host, unet, later):
+    generate(host, record=True)
+    generate(host, **later)
+    assert host.session.STATUS.recording is None
+    seen = host.session.token_map(1, 1)
+    assert seen.image is None
+    assert tokenmap.RECORD in seen.text
+
+
+def test_both_passes_of_the_first_of_several_images(host, unet):
+    p = Processing(iteration=0)
+    generate(host, p=p, passes=(False, True), record=True)
+    recording = host.session.STATUS.recording
+    assert [call.hires for call in recording.calls] == [False, True]
+    p.iteration, p.is_hr_pass = 1, False
+    host.session.before_sampling(p)
+    p.sampler.launch_sampling(1, lambda: run(unet, inputs()))
+    assert len(recording.calls) == 2
+
+
+def test_a_refiners_calls_are_recorded_too(host, unet):
+    other = golden_unet()
+
+    def steps():
+        for model, t in ((unet, 900), (other, 100)):
+            host.shared.sd_model = as_model(model)
+            host.session.before_model_call()
+            run(model, inputs(t=[t, t]))
+
+    generate(host, steps=steps, record=True)
+    assert [call.done for call in host.session.STATUS.recording.calls] == [0.1, 0.9]
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_an_obstacle_is_why_there_is_no_map(host, unet, monkeypatch, reason):
+    monkeypatch.setattr(Processing, "get_token_merging_ratio", Processing.get_token_merging_ratio)
+    OBSTACLES[reason](host)
+    generate(host, record=True)
+    seen = host.session.token_map(1, 1)
+    assert seen.image is None
+    assert reason in seen.text
+
+
+def test_tiles_have_no_map(host, unet):
+    generate(host, steps=lambda: (host.session.before_model_call(), run(unet, inputs(height=8))), record=True)
+    assert "parts of the image" in host.session.token_map(1, 1).text
+
+
+def test_a_lost_image_has_no_map(host, unet):
+    def fail():
+        raise RuntimeError
+
+    generate(host, record=True)
+    with pytest.raises(RuntimeError):
+        generate(host, steps=fail, record=True)
+    assert "without an image" in host.session.token_map(1, 1).text
+
+
+def test_inpainting_only_the_masked_part_is_mapped_there(host, unet):
+    generate(host, p=Processing(paste_to=(32, 16, 64, 96)), record=True)
+    assert host.session.STATUS.recording.image.size == (64, 96)

@@ -12,13 +12,23 @@ from typing import Any
 import torch
 from modules import scripts, sd_models, shared
 from modules.ui_components import InputAccordion
+from PIL import Image
 from torch import Tensor, nn
 
 from agentsd.hosts import UnsupportedModelError, find_sites, find_unet, first_downsample
 
 from .measure import Busy
 
-__all__ = ["InputAccordion", "current_unet", "first_downsample", "kv_context", "obstacles", "upcasts", "xyz_grids"]
+__all__ = [
+    "InputAccordion",
+    "current_unet",
+    "first_downsample",
+    "first_image",
+    "kv_context",
+    "obstacles",
+    "upcasts",
+    "xyz_grids",
+]
 
 
 def current_unet() -> nn.Module | None:
@@ -68,6 +78,18 @@ def obstacles(p: Any, hires: bool) -> Iterator[str]:
 def replaced_blocks(unet: nn.Module) -> bool:
     """Whether another extension has put a forward of its own on a transformer block (ControlNet's reference, say)."""
     return any({"forward", "_forward"} & vars(site.block).keys() for site in find_sites(unet))
+
+
+def first_image(p: Any, processed: Any) -> Image.Image | None:
+    """The first image of a generation, or the part of it that was inpainted; None where there is none."""
+    images = processed.images[processed.index_of_first_image :]
+    if not images or not isinstance(images[0], Image.Image):
+        return None
+    region = getattr(p, "paste_to", None)  # "Inpaint area: only masked"
+    if region is None:
+        return images[0].convert("RGB")
+    x, y, width, height = region
+    return images[0].convert("RGB").crop((x, y, x + width, y + height))
 
 
 def is_sd2() -> bool:

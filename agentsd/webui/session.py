@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from agentsd import AgentConfig, Patch, patch_unet
 from agentsd.config import SettingError
+from agentsd.patch import Answer
 
-from . import compat, infotext, settings
+from . import compat, infotext, settings, tokenmap
 from .lastrun import StepClock, changed
 from .status import STATUS, PassReport
 
@@ -23,9 +24,10 @@ _GENERATION = "_agent_attention"
 
 @dataclass
 class Generation:
-    """The settings of one generation that is made with us, and what became of its passes."""
+    """The settings of one generation that is made with us, what became of its passes, and the token map's record."""
 
     values: Mapping[str, Any]
+    recording: tokenmap.Recording | None = None
     reports: list[PassReport] = field(default_factory=list)
 
     def entries(self) -> dict[str, str]:
@@ -62,17 +64,19 @@ def process(p: Any, args: Sequence[Any]) -> None:
         return
     STATUS.begin(values["enabled"])
     if values["enabled"]:
-        generation = Generation(values)
+        generation = Generation(values, tokenmap.Recording() if settings.wants_record(args) else None)
+        STATUS.recording = generation.recording
         setattr(p, _GENERATION, generation)
         _write_infotext(p, generation.entries())
 
 
-def before_sampling(p: Any) -> None:
-    """Have the coming pass sampled under the patch."""
+def before_sampling(p: Any, latent: Tensor | None = None) -> None:
+    """Have the coming pass, whose `latent` (B, C, height, width) the host tells, sampled under the patch."""
     generation = getattr(p, _GENERATION, None)
     hires = bool(getattr(p, "is_hr_pass", False))
     if generation is not None and settings.to_config(generation.values, hires=hires) is not None:
-        wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires))
+        observer = _observer(p, generation.recording, hires, latent)
+        wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires, observer))
     elif _running:  # an image without us, made in the middle of one with us
         wrap_sampling(p.sampler, lambda: under_way(Pass({}, PassReport(hires, obstacles=["it is off"]))))
 
@@ -81,6 +85,28 @@ def before_model_call() -> None:
     """Follow a refiner that has taken over since the last step."""
     if _running:
         _running[-1].next_call(compat.current_unet())
+
+
+def postprocess(p: Any, processed: Any) -> None:
+    """Keep the image that the token map is drawn over."""
+    generation = getattr(p, _GENERATION, None)
+    if generation is not None and generation.recording is not None:
+        generation.recording.image = compat.first_image(p, processed)
+        STATUS.recording = generation.recording
+
+
+def token_map(call: int, layer: int) -> tokenmap.View:
+    """The token map of the last run; see `tokenmap.view`."""
+    return tokenmap.view(STATUS.recording, call, layer, STATUS.text())
+
+
+def _observer(
+    p: Any, recording: tokenmap.Recording | None, hires: bool, latent: Tensor | None
+) -> Callable[[Answer], None] | None:
+    """Records the coming pass, if it is one of the first image's."""
+    if recording is None or getattr(p, "iteration", 0):
+        return None
+    return recording.observer(hires, None if latent is None else tuple(latent.shape[-2:]))
 
 
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
@@ -119,9 +145,11 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
 
 
 @contextmanager
-def sampling_pass(p: Any, generation: Generation, hires: bool) -> Iterator[None]:
+def sampling_pass(
+    p: Any, generation: Generation, hires: bool, observer: Callable[[Answer], None] | None = None
+) -> Iterator[None]:
     """Patch the U-Net in use, and one that takes over from it; take both back however the pass ends."""
-    current = Pass(generation.values, PassReport(hires, obstacles=list(compat.obstacles(p, hires))))
+    current = Pass(generation.values, PassReport(hires, obstacles=list(compat.obstacles(p, hires))), observer)
     try:
         with under_way(current):
             yield
@@ -155,8 +183,10 @@ def config_on(unet: nn.Module, values: Mapping[str, Any], *, hires: bool) -> Age
 class Pass:
     """The patch during one sampling pass."""
 
-    def __init__(self, values: Mapping[str, Any], report: PassReport) -> None:
-        self.values, self.report = values, report
+    def __init__(
+        self, values: Mapping[str, Any], report: PassReport, observer: Callable[[Answer], None] | None = None
+    ) -> None:
+        self.values, self.report, self.observer = values, report, observer
         self.thread = threading.get_ident()
         self._clock = StepClock()
         self._patch: Patch | None = None
@@ -194,7 +224,9 @@ class Pass:
         if compat.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
         self._models.add(id(unet))
-        return patch_unet(unet, config, compat.kv_context())
+        patch = patch_unet(unet, config, compat.kv_context())
+        patch.observer = self.observer
+        return patch
 
     def _lap(self) -> None:
         self._clock.lap(0 if self._patch is None else sum(changed(layer.calls) for layer in self._patch.report()))

@@ -333,8 +333,9 @@ def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
     """The settings that a script's positional arguments stand for.
 
     Args:
-        args: one value for each row of the table; or fewer; or one mapping by name, which switches the extension on
-            unless it says otherwise, and after which the arguments go on in the table's order.
+        args: one value for each row of the table; or fewer; or more, which are no settings; or one mapping by name,
+            which switches the extension on unless it says otherwise, and after which the arguments go on in the
+            table's order.
         overrides: settings by name that count more than the arguments: an XYZ cell's.
 
     Returns:
@@ -348,6 +349,11 @@ def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
         values.update({"enabled": True, **args[0]})
     values.update(overrides or {})
     return check(values if BY_NAME["enabled"].checked(values.get("enabled")) else {})
+
+
+def wants_record(args: Sequence[Any]) -> bool:
+    """Whether a script's positional arguments, after those of the table, ask for the token map's record."""
+    return len(args) > len(NAMES) and args[len(NAMES)] is True
 
 
 def to_config(values: Mapping[str, Any], *, hires: bool = False, first_downsample: int = 1) -> AgentConfig | None:

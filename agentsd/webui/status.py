@@ -14,6 +14,7 @@ from typing import Any
 from agentsd import Patch
 
 from .lastrun import Pace, changed
+from .tokenmap import Recording
 
 log = logging.getLogger("agentsd.webui")
 _PLAN = ("action", "tokens", "queries", "agents")
@@ -113,7 +114,15 @@ def _layer_words(action: str, tokens: int, queries: int, agents: int, count: int
 
 
 class Status:
-    """The last run."""
+    """The last run.
+
+    Attributes:
+        run: its number.
+        enabled: whether it was made with us.
+        error: why it was not, though it should have been.
+        passes: what was done in its sampling passes.
+        recording: what its token map is drawn from; None where that was not asked for.
+    """
 
     def __init__(self) -> None:
         self.run = 0
@@ -124,6 +133,7 @@ class Status:
         self.enabled = False
         self.error = ""
         self.passes: list[PassReport] = []
+        self.recording: Recording | None = None
 
     def begin(self, enabled: bool, error: str = "") -> None:
         """A generation begins; with an `error` it is made unpatched."""
