@@ -1,6 +1,8 @@
 """Make the small checkpoints that the tests use, with random weights, in an AUTOMATIC1111 WebUI checkout.
 
 Run with the WebUI's own Python, after its first start: venv/bin/python …/make_checkpoints.py WEBUI_FOLDER
+With --sd15 behind it, it only writes sd15random, for `python -m benchmarks.webui`: the U-Net of SD 1.5 in its full size
+(860 million parameters) with the small VAE and text encoder. Speed does not depend on what a model has learned.
 
 Writes tinysd1, tinysd1b, tinysd2v and tinysdxl to models/Stable-diffusion, each with its YAML, a LoRA, a hypernetwork,
 WEBUI_FOLDER/clip-tiny, and two small text towers beside open_clip's own. Layers that training starts at zero are not
@@ -54,6 +56,7 @@ COMMON = {
     "legacy": False,
 }
 SMALL_VAE = [("ch: 128", "ch: 32")]
+NARROW = ("model_channels: 320", "model_channels: 64")
 
 
 def write_clip() -> None:
@@ -106,7 +109,7 @@ def write_clip() -> None:
 
 
 @torch.no_grad()
-def fill_unet(unet: nn.Module, context: int, vector: int | None = None) -> nn.Module:
+def fill_unet(unet: nn.Module, context: int, vector: int | None = None, side: int = 64) -> nn.Module:
     """Random weights that keep the variance, sharp enough attention, and an output of unit deviation."""
     generator = torch.Generator().manual_seed(1234)
     for name, m in unet.named_modules():
@@ -118,7 +121,7 @@ def fill_unet(unet: nn.Module, context: int, vector: int | None = None) -> nn.Mo
                 m.bias.copy_(torch.randn(m.bias.shape, generator=generator) * 0.02)
     _randomise(unet.out[-1].weight, generator)
     torch.manual_seed(7)
-    x, t, c = torch.randn(2, 4, 64, 64), torch.tensor([500, 500]), torch.randn(2, 77, context)
+    x, t, c = torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, context)
     out = unet(x, t, c, **({} if vector is None else {"y": torch.randn(2, vector)}))
     unet.out[-1].weight.div_(out.std())
     unet.out[-1].bias.zero_()
@@ -193,7 +196,7 @@ def save(name: str, parts: dict[str, nn.Module], template: Path, changes: list[t
         state["alphas_cumprod"] = torch.cumprod(1 - betas, 0).float()
     save_file(state, CHECKPOINTS / f"{name}.safetensors", metadata={"format": "pt"})
     text = template.read_text()
-    for old, new in [("model_channels: 320", "model_channels: 64"), *SMALL_VAE, *changes]:
+    for old, new in [*SMALL_VAE, *changes]:
         assert old in text, f"{template} has no {old!r}"
         text = text.replace(old, new)
     text = re.sub(r"num_res_blocks: 2(\s+attn_resolutions)", r"num_res_blocks: 1\1", text)
@@ -213,7 +216,20 @@ def sd1(name: str, change=lambda model: model) -> None:
         "cond_stage_model.transformer.": change(text),
     }
     end = f"      params:\n        version: {CLIP}\n"
-    save(name, parts, ROOT / "configs/v1-inference.yaml", [("num_heads: 8", "num_heads: 2")], end)
+    save(name, parts, ROOT / "configs/v1-inference.yaml", [NARROW, ("num_heads: 8", "num_heads: 2")], end)
+
+
+def sd15() -> None:
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    layout = {"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_heads": 8}
+    unet = UNetModel(image_size=32, transformer_depth=1, context_dim=768, **layout, **{**COMMON, "model_channels": 320})
+    parts = {
+        "model.diffusion_model.": fill_unet(unet.eval(), 768, side=16),
+        "first_stage_model.": vae(),
+        "cond_stage_model.transformer.": fill_text(CLIPTextModel(CLIPTextConfig.from_pretrained(CLIP)).eval()),
+    }
+    save("sd15random", parts, ROOT / "configs/v1-inference.yaml", [], f"      params:\n        version: {CLIP}\n")
 
 
 def sd2v() -> None:
@@ -228,6 +244,7 @@ def sd2v() -> None:
         "cond_stage_model.model.": open_clip_text("ViT-tinyH-webui", 1024, 16, 3),
     }
     changes = [
+        NARROW,
         ("num_head_channels: 64", "num_head_channels: 32"),
         ("        freeze: True\n", "        freeze: True\n        arch: ViT-tinyH-webui\n"),
     ]
@@ -250,6 +267,7 @@ def sdxl() -> None:
     }
     layer = "layer: hidden\n              layer_idx: 11"
     changes = [
+        NARROW,
         ("num_head_channels: 64", "num_head_channels: 32"),
         ("transformer_depth: [1, 2, 10]", "transformer_depth: [1, 2, 4]"),
         ("arch: ViT-bigG-14", "arch: ViT-tinyG-webui"),
@@ -326,9 +344,12 @@ def hypernetwork() -> None:
 if __name__ == "__main__":
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     write_clip()
-    sd1("tinysd1")
-    sd1("tinysd1b", other_weights)
-    sd2v()
-    sdxl()
-    lora()
-    hypernetwork()
+    if "--sd15" in sys.argv[2:]:
+        sd15()
+    else:
+        sd1("tinysd1")
+        sd1("tinysd1b", other_weights)
+        sd2v()
+        sdxl()
+        lora()
+        hypernetwork()

@@ -1,0 +1,64 @@
+"""A patched U-Net under torch.compile gives what it gives without."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from blocks import flat_unet, inputs
+
+import agentsd
+
+SETTINGS = {
+    "grid agents": {"ratio": 0.0, "agent_source": "grid"},
+    "AgentSD's settings": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def outputs(backend: str, **settings: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    """(unpatched, patched, patched and compiled) for the same input, and why the patch stood down."""
+    unet, given = flat_unet(), inputs()
+    with torch.inference_mode():
+        plain = unet(given[0], given[1], given[2])
+        with agentsd.patched(unet, **settings):
+            patched = unet(given[0], given[1], given[2])
+            compiled = torch.compile(unet, backend=backend)
+            first = compiled(given[0], given[1], given[2])
+            notes = dict(agentsd.get_patch(unet).notes)
+    return plain, patched, first, notes
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_compiled_u_net_gives_the_same(name):
+    plain, patched, compiled, notes = outputs("aot_eager", **SETTINGS[name])
+    torch.testing.assert_close(compiled, patched, rtol=1e-4, atol=1e-4)
+    assert (compiled - plain).abs().max() > 1e-3  # it is the patched one that was compiled
+    assert notes == {}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler (g++)")
+def test_inductor_gives_the_same():
+    _, patched, compiled, notes = outputs("inductor", **SETTINGS["grid agents"])
+    torch.testing.assert_close(compiled, patched, rtol=1e-3, atol=1e-3)
+    assert notes == {}
+
+
+def test_a_patch_may_come_and_go_after_compiling():
+    unet, given = flat_unet(), inputs()
+    compiled = torch.compile(unet, backend="aot_eager")
+    with torch.inference_mode():
+        plain = unet(given[0], given[1], given[2])
+        torch.testing.assert_close(compiled(given[0], given[1], given[2]), plain, rtol=1e-4, atol=1e-4)
+        with agentsd.patched(unet, **SETTINGS["grid agents"]):
+            patched = unet(given[0], given[1], given[2])
+            torch.testing.assert_close(compiled(given[0], given[1], given[2]), patched, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(given[0], given[1], given[2]), plain, rtol=1e-4, atol=1e-4)
+    assert (patched - plain).abs().max() > 1e-3
