@@ -111,6 +111,13 @@ def methods() -> list[Method]:
         Method("tomesd .5", "tomesd", tomesd=0.5, pictures=True, sizes=True),
         Method("paper .4/.95, whole run", "paper", AgentConfig()),
         Method("paper .4/.95, its schedule", "paper", AgentConfig(stages=paper_stages()), pictures=True),
+        Method("paper, shared clusters", "paper, shared clusters", AgentConfig(share_match=True)),
+        Method(
+            "paper, its schedule, shared and reused for .1",
+            "paper, shared clusters",
+            AgentConfig(stages=paper_stages(), share_match=True, reuse_match=0.1),
+            pictures=True,
+        ),
         Method("similarity N/4", "similarity agents", _agents("similarity", 0.75, sx=2, sy=2)),
         Method("similarity N/16", "similarity agents", _agents("similarity", 0.9375), pictures=True, sizes=True),
         Method("similarity N/64", "similarity agents", _agents("similarity", 1 - 1 / 64, sx=8, sy=8)),
