@@ -81,10 +81,18 @@ def choose_cases(options: Any) -> list[Case]:
     """The presets' cases, or those that the arguments name."""
     peers = tuple(method.name for method in options.peers)
     if options.preset:
-        return [case for name in options.preset for case in preset(name, options.dtype, peers)]
+        return [case for name in options.preset for case in preset(name, options.dtype, options.rounds, peers)]
     chosen = tuple(dict.fromkeys((*(options.methods or ALL), *peers)))
     return [
-        Case(layout, size, chosen, options.batch, options.dtype or "bfloat16", options.rounds, options.channels_last)
+        Case(
+            layout,
+            size,
+            chosen,
+            options.batch,
+            options.dtype or "bfloat16",
+            options.rounds or 10,
+            options.channels_last,
+        )
         for layout in options.layouts
         for size in options.sizes or [(512, 512)]
     ]
@@ -107,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=sorted(DTYPES), help="dtype of the U-Net (default bfloat16)")
     add("--batch", type=_positive, default=2, help="rows of the batch (default 2: cond and uncond)")
     add("--channels-last", action="store_true", help="weights and latents in the channels-last layout")
-    add("--rounds", type=_positive, default=10, help="rounds (default 10); presets have their own")
+    add("--rounds", type=_positive, help="rounds (default 10), or at most so many of a preset's")
     add("--resume", action="store_true", help="add the rounds that are missing to the file that is there")
     add("--patience", type=float, default=120.0, help="skip what would take more seconds a call (default 120)")
     add("--minutes", type=float, help="begin no round that would end after so many minutes")

@@ -34,6 +34,7 @@ class Case:
 
 GRID = ("sdpa", "limit", "grid8", "grid4")
 OTHERS = ("paper", "tomesd.4", "corrected8", "corrected4")
+MAIN = (*GRID, "paper", "reuse", "tomesd.4")
 ALL = (
     *GRID,
     "panel",
@@ -48,8 +49,10 @@ ALL = (
     "tomesd.4",
     "tomesd.5",
 )
-DEEP = ("sdpa", "limit2", "grid8d2", "panel", "limit4", "grid8d4")
+DEEP = ("sdpa", "limit2", "grid8d2", "limit4", "grid8d4")
 LINEAR = ("limit8", "grid64d8")
+# at 512², 768² and 1024² the panel's defaults are grid agents of 4 × 4 cells
+SMALL = (64, 128, 256, 384, 640)
 
 
 def _square(side: int, methods: tuple[str, ...], rounds: int, layout: str = "sd15", **more: object) -> Case:
@@ -57,21 +60,22 @@ def _square(side: int, methods: tuple[str, ...], rounds: int, layout: str = "sd1
 
 
 # Each by itself; "readme" is all of them, what tells most in the shortest time first.
+# What has few rounds comes first, so that its rounds count for the methods that get more of them.
 _PARTS: dict[str, Callable[[], list[Case]]] = {
-    "512": lambda: [_square(512, ALL, 10)],
+    "512": lambda: [_square(512, ALL, 4), _square(512, MAIN, 10)],
     # idle and unpatched alternate alone, and often: their difference is below 1 %
     "idle": lambda: [_square(64, ("sdpa", "idle"), 400, "mini"), _square(512, ("sdpa", "idle"), 20)],
+    "never-slower": lambda: [_square(side, ("sdpa", "panel"), 20 if side < 256 else 10) for side in SMALL],
     "768": lambda: [_square(768, (*GRID, *OTHERS), 3), _square(768, GRID, 10)],
     "1024": lambda: [_square(1024, (*GRID, *OTHERS), 2), _square(1024, GRID, 10)],
-    "never-slower": lambda: [_square(side, ("sdpa", "panel"), 10) for side in (256, 384, 640)],
-    "sdxl": lambda: [_square(1024, DEEP, 3, "sdxl")],
-    "linear": lambda: [_square(512, LINEAR, 3), _square(1024, LINEAR, 3), _square(2048, ("sdpa", *LINEAR), 1)],
-    "sd21": lambda: [_square(512, GRID, 5, "sd21"), _square(768, GRID, 3, "sd21")],
+    "linear": lambda: [_square(512, LINEAR, 3), _square(1024, LINEAR, 2), _square(2048, ("sdpa", *LINEAR), 1)],
+    "sd21": lambda: [_square(512, GRID, 5, "sd21")],
     "dtypes": lambda: [
-        _square(512, GRID, 3, dtype="float32"),
         _square(512, GRID, 3, channels_last=True),
+        _square(512, GRID, 3, dtype="float32"),
         _square(512, GRID, 3, dtype="float16"),
     ],
+    "sdxl": lambda: [_square(1024, DEEP, 3, "sdxl")],
 }
 PRESETS: dict[str, Callable[[], list[Case]]] = {
     **_PARTS,
@@ -80,8 +84,8 @@ PRESETS: dict[str, Callable[[], list[Case]]] = {
 }
 
 
-def preset(name: str, dtype: str | None, peers: tuple[str, ...]) -> list[Case]:
-    """The preset's cases; peers are measured in the first, which has time for them."""
+def preset(name: str, dtype: str | None, rounds: int | None, peers: tuple[str, ...]) -> list[Case]:
+    """The preset's cases, with at most so many rounds; peers are measured in the first, which has time for them."""
     first, *rest = PRESETS[name]()
     cases = [replace(first, methods=first.methods + peers), *rest]
-    return [replace(case, dtype=dtype) for case in cases] if dtype else cases
+    return [replace(c, dtype=dtype or c.dtype, rounds=min(c.rounds, rounds or c.rounds)) for c in cases]

@@ -19,9 +19,8 @@ from agentsd.merging import match, partition
 WIDTH, HEADS, BATCH = 320, 8, 2
 # images of 256², 512², 768², 1024² and 2048²
 TOKENS = (1024, 4096, 9216, 16384, 65536)
-ROUNDS = 5
-# Above so many tokens one round has to do.
-MANY = 10_000
+# Rounds for at most so many tokens: a call takes less than a millisecond at first, and minutes in the end.
+ROUNDS = ((1500, 200), (10_000, 5), (2**31, 1))
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -108,7 +107,7 @@ def measure_layer(machine: Any, dtype: torch.dtype, tokens: list[int], patience:
                 machine.skip(f"one layer, {side * side} tokens", label, reason)
             else:
                 active[label] = step
-        times = _interleaved(layer, x, active, machine, ROUNDS if n <= MANY else 1)
+        times = _interleaved(layer, x, active, machine, next(rounds for most, rounds in ROUNDS if n <= most))
         for label, seconds in times.items():
             last[label] = {"tokens": side * side, "label": label, "seconds": median(seconds), "times": seconds}
             rows.append(last[label])

@@ -31,31 +31,25 @@ def _cases(cases: list[dict[str, Any]]) -> list[str]:
     for case in cases:
         measured = [result for result in case["results"].values() if result["rounds"]]
         if measured:
-            lines += [f"**{case['case']}** ({_rounds(max(result['rounds'] for result in measured))})", ""]
+            lines += [f"**{case['case']}** (medians of interleaved rounds)", ""]
             lines += [
-                "| method | s per forward | speed-up | captured | TFLOP | beyond the limit, MiB |",
-                "|---|---|---|---|---|---|",
+                "| method | s per forward | speed-up | captured | TFLOP | beyond the limit, MiB | rounds |",
+                "|---|---|---|---|---|---|---|",
             ]
-            lines += [_row(result, case) for result in measured]
-            lines.append("")
+            lines += [*map(_row, measured), ""]
     return lines
 
 
-def _rounds(count: int) -> str:
-    return "1 round" if count == 1 else f"medians of {count} interleaved rounds"
-
-
-def _row(result: dict[str, Any], case: dict[str, Any]) -> str:
-    fewer = result["rounds"] < len(case["rounds"])
-    label = f"{result['label']} ({_rounds(result['rounds']).removeprefix('medians of ')})" if fewer else result["label"]
+def _row(result: dict[str, Any]) -> str:
     seconds = f"{result['seconds']:.3g}"
-    if result["seconds"] < 0.1 and result["added"] is not None:  # where milliseconds are the point
+    if result["seconds"] < 0.1 and result["added"]:  # where milliseconds are the point
         seconds = f"{result['seconds']:.4f} ({1e3 * result['added']:+.2f} ms)"
     digits = 3 if result["speedup"] is not None and 0 < abs(result["speedup"] - 1) < 0.02 else 2
     speedup = "–" if result["speedup"] is None else f"{result['speedup']:.{digits}f}×"
     captured = "–" if result["captured"] is None else f"{100 * result['captured']:.1f} %"
     extra = "–" if "bytes_over_limit" not in result else f"{result['bytes_over_limit'] / 2**20:.0f}"
-    cells = (label, seconds, speedup, captured, f"{result['flops'] / 1e12:.3g}", extra)
+    flops = f"{result['flops'] / 1e12:.3g}"
+    cells = (result["label"], seconds, speedup, captured, flops, extra, str(result["rounds"]))
     return "| " + " | ".join(cells) + " |"
 
 

@@ -73,8 +73,9 @@ def test_the_table_states_the_rounds():
     entry = an_entry(sdpa=[10.0, 20.0], limit=[6.0, 12.0], grid8=[7.0, None])
     results.summarise(entry)
     told = report.markdown({"machine": MACHINE, "runs": [RUN], "cases": [entry], "layer": [], "skipped": []})
-    assert "medians of 2 interleaved rounds" in told
-    assert "| grid8 (1 round) |" in told
+    rows = {line.split(" | ")[0]: line for line in told.splitlines() if line.startswith("| ")}
+    assert rows["| sdpa"].endswith("| 2 |")
+    assert rows["| grid8"].endswith("| 1 |")
 
 
 def test_rounds_of_two_runs_are_gathered(tmp_path):
@@ -87,7 +88,7 @@ def test_rounds_of_two_runs_are_gathered(tmp_path):
     assert len(both["runs"]) == 2
     assert both["cases"][0]["rounds"][0] == first["cases"][0]["rounds"][0]
     assert [len(one) for one in both["cases"][0]["rounds"]] == [2, 2, 2]
-    assert "medians of 3 interleaved rounds" in (tmp_path / "bench.md").read_text()
+    assert (tmp_path / "bench.md").read_text().count("| 3 |\n") == 2
 
 
 @pytest.mark.parametrize("name", ["threads", "code", "torch"])
