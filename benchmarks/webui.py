@@ -100,13 +100,12 @@ class Image:
     def rows(self) -> list[dict[str, Any]]:
         """Medians, and the median of each round's own ratio to "off"."""
         found = []
-        for way in self.ways:
+        for way in filter(set().union(*self.rounds).__contains__, WAYS):
             times = [one[way] for one in self.rounds if way in one]
             both = [(one["off"], one[way]) for one in self.rounds if {"off", way} <= set(one)]
-            if times:
-                speedup = median(off / t for off, t in both) if both else None
-                row = {"image": self.name, "way": WAYS[way].label, "rounds": len(times), "seconds": median(times)}
-                found.append({**row, "speedup": speedup, "passes": self.passes.get(way)})
+            speedup = median(off / t for off, t in both) if both else None
+            row = {"image": self.name, "way": WAYS[way].label, "rounds": len(times), "seconds": median(times)}
+            found.append({**row, "speedup": speedup, "passes": self.passes.get(way)})
         return found
 
 
@@ -162,18 +161,16 @@ def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, list[dict
 
 def measure(webui: WebUI, todo: list[Image], rounds: int, write: Callable[[float], None]) -> None:
     """Make the images that are missing; `write` is given the seconds of an image of one step, and called after each."""
-    total = sum(len(image.ways) * rounds - sum(map(len, image.rounds)) for image in todo)
-    if not total:
+    missing = [(image, *one) for image in todo for one in image.missing(rounds)]
+    if not missing:
         return
     short = {**todo[0].body, "steps": 1, "enable_hr": False}
     one_step = min(make(webui, short, WAYS["off"])[0] for _ in range(2))  # the first warms up
-    with tqdm(total=total, unit="image") as bar:
-        for image in todo:
-            for times, way in image.missing(rounds):
-                bar.set_postfix_str(f"{image.name}, {WAYS[way].label}")
-                times[way], image.passes[way] = make(webui, image.body, WAYS[way])
-                bar.update()
-                write(one_step)
+    with tqdm(missing, unit="image") as bar:
+        for image, times, way in bar:
+            bar.set_postfix_str(f"{image.name}, {WAYS[way].label}")
+            times[way], image.passes[way] = make(webui, image.body, WAYS[way])
+            write(one_step)
 
 
 class File:

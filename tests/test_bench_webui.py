@@ -1,0 +1,81 @@
+"""The WebUI benchmark, on an answering stand-in: rounds, resuming, and images that were not made as they should."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from benchmarks import webui
+
+ACTED = {"calls": {"agents": 5, "untouched": 11}, "notes": {}, "obstacles": [], "pace": {"patched": 1.0}}
+
+
+class Stub:
+    """A WebUI that keeps what it was sent."""
+
+    def __init__(self, status: dict[str, Any] = ACTED) -> None:
+        self.images: list[tuple[dict, dict]] = []
+        self.set: dict[str, Any] = {"sd_model_checkpoint": "a checkpoint", webui.OPTIMIZATION: "Automatic"}
+        self.status = status
+
+    def call(self, path: str, body: Any = None) -> Any:
+        if path.endswith("/txt2img"):
+            self.images.append((body, dict(self.set)))
+        return {"passes": [self.status]} if path.endswith("/status") else self.set
+
+    @contextmanager
+    def options(self, **wanted: Any):
+        before, self.set = self.set, {**self.set, **wanted}
+        yield
+        self.set = before
+
+
+def run(monkeypatch, stub: Stub, *words: str) -> int:
+    monkeypatch.setattr(webui, "WebUI", lambda url: stub)
+    return webui.main(list(words))
+
+
+def test_each_way_is_made_in_each_round(monkeypatch, tmp_path):
+    stub = Stub()
+    words = ["--steps", "3", "--hires", "0", "--ways", "off", "host", "all", "--out", str(tmp_path / "webui")]
+    run(monkeypatch, stub, *words, "--rounds", "2")
+    made = stub.images[2:]  # the first two warm up
+    agents = [body["alwayson_scripts"][webui.SCRIPT]["args"][0] for body, _ in made]
+    assert [bool(one["enabled"]) for one in agents] == [False, False, True, False, True, False]
+    assert [options["token_merging_ratio"] for _, options in made] == [0, 0.5, 0, 0.5, 0, 0]
+    assert {options[webui.OPTIMIZATION] for _, options in made} == {webui.FUSED}
+    assert stub.set[webui.OPTIMIZATION] == "Automatic"
+
+
+def test_only_what_is_missing_is_made(monkeypatch, tmp_path):
+    words = ["--steps", "3", "--hires", "0", "--out", str(tmp_path / "webui"), "--ways", "off"]
+    run(monkeypatch, Stub(), *words, "host", "--rounds", "1")
+    stub = Stub()
+    run(monkeypatch, stub, *words, "all", "--rounds", "2", "--resume")
+    assert len(stub.images) == 2 + 3
+    found = json.loads((tmp_path / "webui.json").read_text())["images"][0]["rounds"]
+    assert [set(one) for one in found] == [{"off", "host", "all"}, {"off", "all"}]
+    assert "the host's token merging" in (tmp_path / "webui.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [({**ACTED, "calls": {"untouched": 16}}, "did nothing"), ({**ACTED, "notes": {"a mask": 1}}, "stood down")],
+)
+def test_an_image_without_agents_is_no_result(monkeypatch, tmp_path, status, why):
+    words = ["--steps", "3", "--hires", "0", "--rounds", "1", "--out", str(tmp_path / "webui")]
+    with pytest.raises(RuntimeError, match=why):
+        run(monkeypatch, Stub(status), *words)
+
+
+def test_another_checkpoint_is_not_resumed(monkeypatch, tmp_path, capsys):
+    words = ["--steps", "3", "--hires", "0", "--rounds", "1", "--out", str(tmp_path / "webui")]
+    run(monkeypatch, Stub(), *words)
+    other = Stub()
+    other.set["sd_model_checkpoint"] = "another"
+    with pytest.raises(SystemExit):
+        run(monkeypatch, other, *words, "--resume")
+    assert "a checkpoint" in capsys.readouterr().err
