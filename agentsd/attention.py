@@ -44,21 +44,21 @@ def agent_attention(
 
 
 # Steps of the fit, and how far fitted values may exceed what they are fitted from.
-FIT_STEPS = 5
+FIT_STEPS = 3
 FIT_GROWTH = 16.0
 
 
 def corrected_attention(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, k_bar: Tensor, v_bar: Tensor, *, steps: int = FIT_STEPS
 ) -> Tensor:
-    """Attention to pooled keys whose values are fitted, so that at the agents it is full attention.
+    """Attention to a few keys whose values are fitted, so that at the agents it is full attention.
 
         V_A = σ(A Kᵀ · d^-½) V                 agent aggregation
         W   = σ(A K̄ᵀ · d^-½)
         Y   ≈ argmin ‖W Y − V_A‖, from Y = V̄
         O   = σ(Q K̄ᵀ · d^-½) Y                 agent broadcast, corrected
 
-    Without the fit (Y = V̄) this is attention to pooled keys and values. With an exact one it is the Nyström
+    Without the fit (Y = V̄) this is attention to the few keys and values. With an exact one it is the Nyström
     approximation σ(Q K̄ᵀ) W⁺ σ(A Kᵀ) V (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902), whose inverse is
     what agent attention leaves out. W is close to singular: a few steps of the fit recover what carries weight and
     leave alone what would only be amplified.
@@ -68,13 +68,13 @@ def corrected_attention(
         k: keys (B, H, M, d).
         v: values (B, H, M, d).
         a: agent tokens (B, H, m, d), queries too.
-        k_bar: pooled keys (B, H, n, d).
-        v_bar: values pooled alike (B, H, n, d).
+        k_bar: the few keys (B, H, n, d): a sample, as the patch takes it, or means.
+        v_bar: their values (B, H, n, d), which the fit begins with.
         steps: steps of the fit, at least 0.
 
     Returns:
         (B, H, N, d). The m × n matrix W and the fit are float32 whatever the tensors are. A row of the batch and head
-        whose fit is not finite, or grows out of proportion, uses V̄: attention to pooled keys and values.
+        whose fit is not finite, or grows out of proportion, uses V̄: attention to the few keys and values.
     """
     v_a = F.scaled_dot_product_attention(a, k, v)
     with _autocast_off(q):

@@ -129,8 +129,8 @@ class AgentConfig:
         merge_mlp: merge the tokens of the feed-forward layer by `ratio` too.
         agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
         method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), or "corrected"
-            (attention to keys averaged over square cells, as many as grid agents; its values are fitted to full
-            attention at one query of each cell).
+            (attention to one key of each square cell, as many as grid agents; their values are fitted to full
+            attention at the cells' queries).
         min_tokens: leave layers with fewer tokens than this alone, 0–2²⁴.
         max_agents: at most so many agent tokens, 1–2²⁴; None for no limit. Similarity agents are never fewer than the
             partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
@@ -269,8 +269,8 @@ class LayerPlan:
         action: what happens in self-attention: "agents", "merge", "pool", "corrected" or "untouched".
         tokens: N, the number of tokens of the layer.
         queries: number of queries that attention is computed for.
-        agents: n, the number of agent tokens, or of pooled keys; 0 where neither is used.
-        cell: (height, width) of a pooling cell in tokens; None where there is none.
+        agents: n, the number of agent tokens, or of pooled or sampled keys; 0 where there are none.
+        cell: (height, width) of the cell in tokens that each stands for; None where there is none.
         r: tokens merged away, in whatever parts of the block are merged.
         agent_r: tokens merged away to make similarity agents.
         reason: why self-attention is untouched; empty where it is not.
@@ -299,6 +299,11 @@ def grid_cell(agent_ratio: float, height: int, width: int, max_agents: int | Non
 
 def _cells(length: int, side: int) -> int:
     return -(-length // side)
+
+
+def _samples(length: int, side: int) -> int:
+    """Cells that reach their middle, which is where `agentsd.attention.sample_tokens` takes its token."""
+    return _cells(length - (min(side, length) - 1) // 2, side)
 
 
 def destinations(config: AgentConfig, height: int, width: int) -> int:
@@ -353,7 +358,8 @@ def _grid(config: AgentConfig, height: int, width: int) -> tuple[int, tuple[int,
 
 def _plan_corrected(config: AgentConfig, height: int, width: int, r: int) -> LayerPlan:
     N = height * width
-    n, cell = _grid(config, height, width)
+    _, cell = _grid(config, height, width)
+    n = _samples(height, cell[0]) * _samples(width, cell[1])
     if 2 * n < N:
         return LayerPlan("corrected", N, N, n, cell, r)
     return LayerPlan("untouched", N, N, r=r, reason=f"2 × {n} agents are not below {N} queries")

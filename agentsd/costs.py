@@ -20,7 +20,7 @@ from typing import Any
 from .config import AgentConfig, LayerPlan, destinations, plan_layer
 
 PROMPT_TOKENS = 77
-FIT_STEPS = 5  # of the corrected method: agentsd.attention.FIT_STEPS, without its torch
+FIT_STEPS = 3  # of the corrected method: agentsd.attention.FIT_STEPS, without its torch
 COSTS_FILE = Path(__file__).with_name("costs.json")
 
 
@@ -138,7 +138,7 @@ def block_flops(channels: int, height: int, width: int, downsample: int, config:
     C, N = channels, plan.tokens
     cross = N - plan.r if config.merge_crossattn else N
     feed = N - plan.r if config.merge_mlp else N
-    total = _self_attention_flops(C, plan, _sampled(plan, height, width))
+    total = _self_attention_flops(C, plan)
     total += 4 * cross * C * C + 4 * PROMPT_TOKENS * cross * C
     total += 24 * feed * C * C
     if plan.agent_r or (plan.r and _merges(config, plan)):
@@ -154,16 +154,7 @@ def _merges(config: AgentConfig, plan: LayerPlan) -> bool:
     return config.merge_crossattn or config.merge_mlp or plan.action in ("agents", "merge")
 
 
-def _sampled(plan: LayerPlan, height: int, width: int) -> int:
-    """Number of queries that the corrected method samples: one near the middle of each cell that reaches it."""
-    if plan.action != "corrected":
-        return 0
-    sides = zip(plan.cell, (height, width), strict=True)
-    rows, columns = (-(-(length - (min(side, length) - 1) // 2) // side) for side, length in sides)
-    return rows * columns
-
-
-def _self_attention_flops(C: int, plan: LayerPlan, m: int) -> int:
+def _self_attention_flops(C: int, plan: LayerPlan) -> int:
     N, M, n = plan.tokens, plan.queries, plan.agents
     if plan.action == "agents":
         # with merged queries the agents are projected on their own; without, they are pooled from the queries
@@ -173,8 +164,8 @@ def _self_attention_flops(C: int, plan: LayerPlan, m: int) -> int:
     if plan.action == "pool":
         return 8 * N * C * C + 4 * N * n * C
     if plan.action == "corrected":
-        # full attention at m queries, m × n weights and their fit, attention of all queries to n keys
-        return 8 * N * C * C + 4 * m * N * C + (4 + 4 * FIT_STEPS) * m * n * C + 4 * N * n * C
+        # full attention at n queries, n × n weights and their fit, attention of all queries to n keys
+        return 8 * N * C * C + 8 * n * N * C + (4 + 4 * FIT_STEPS) * n * n * C
     return 8 * N * C * C + 4 * N * N * C
 
 

@@ -417,10 +417,9 @@ class _Layer:
         return self._seam.project_out(out)
 
     def _corrected(self, x: Tensor, config: AgentConfig) -> Tensor:
-        """All queries attend to pooled keys, whose values are fitted at a sample of the queries."""
+        """All queries attend to a sample of the keys, whose values are fitted at the sample's queries."""
         q, k, v = self._qkv(x)
-        where = (*self.size, self.todo.cell)
-        few = sample_tokens(q, *where), pool_tokens(k, *where), pool_tokens(v, *where)
+        few = (sample_tokens(t, *self.size, self.todo.cell) for t in (q, k, v))
         return self._seam.project_out(self._precisely(config, (q, k, v, *few), self._corrected_step))
 
     def _corrected_step(self, config: AgentConfig, *tensors: Tensor) -> Tensor:

@@ -45,9 +45,13 @@
         return {action: "pool", tokens: N, queries: N, agents: n, cell: [config.sy, config.sx], r, agent_r: 0, reason: ""};
     };
 
+    // cells that reach their middle, where the token is taken
+    const samples = (length, side) => cells(length - Math.floor((Math.min(side, length) - 1) / 2), side);
+
     const planCorrected = (config, height, width, r) => {
         const N = height * width;
-        const {n, cell} = agentsWanted({...config, agent_source: "grid"}, height, width);
+        const {cell} = agentsWanted({...config, agent_source: "grid"}, height, width);
+        const n = samples(height, cell[0]) * samples(width, cell[1]);
         if (2 * n >= N) return untouched(N, r, `2 × ${n} agents are not below ${N} queries`);
         return {action: "corrected", tokens: N, queries: N, agents: n, cell, r, agent_r: 0, reason: ""};
     };
@@ -74,21 +78,15 @@
     // ---- Arithmetic: agentsd/costs.py ----
 
     const PROMPT_TOKENS = 77;
-    const FIT_STEPS = 5;
+    const FIT_STEPS = 3;
 
-    const sampled = (plan, height, width) => {
-        if (plan.action !== "corrected") return 0;
-        const along = (side, length) => Math.ceil((length - Math.floor((Math.min(side, length) - 1) / 2)) / side);
-        return along(plan.cell[0], height) * along(plan.cell[1], width);
-    };
-
-    const selfAttentionFlops = (C, plan, m) => {
+    const selfAttentionFlops = (C, plan) => {
         const {tokens: N, queries: M, agents: n} = plan;
         if (plan.action === "agents") return 8 * M * C * C + (plan.r ? 2 * n * C * C : 0) + 8 * n * M * C;
         if (plan.action === "merge") return 8 * M * C * C + 4 * M * M * C;
         if (plan.action === "pool") return 8 * N * C * C + 4 * N * n * C;
         if (plan.action === "corrected") {
-            return 8 * N * C * C + 4 * m * N * C + (4 + 4 * FIT_STEPS) * m * n * C + 4 * N * n * C;
+            return 8 * N * C * C + 8 * n * N * C + (4 + 4 * FIT_STEPS) * n * n * C;
         }
         return 8 * N * C * C + 4 * N * N * C;
     };
@@ -97,7 +95,7 @@
         const N = plan.tokens;
         const cross = config && config.merge_crossattn ? N - plan.r : N;
         const feed = config && config.merge_mlp ? N - plan.r : N;
-        let total = selfAttentionFlops(C, plan, sampled(plan, height, width));
+        let total = selfAttentionFlops(C, plan);
         total += 4 * cross * C * C + 4 * PROMPT_TOKENS * cross * C;
         total += 24 * feed * C * C;
         const merges = config && (config.merge_crossattn || config.merge_mlp || ["agents", "merge"].includes(plan.action));

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentsd import AgentConfig, early, get_patch, patch_unet, patched, plan_layer
-from agentsd.attention import corrected_attention, fit_values, pool_tokens, sample_tokens, split_heads
+from agentsd.attention import corrected_attention, fit_values, join_heads, sample_tokens, split_heads
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 CORRECTED = {"method": "corrected", "agent_ratio": 0.75, "ratio": 0.0}
@@ -30,8 +30,7 @@ def tokens(height: int, width: int, batch: int = 2, sharpness: float = 1.0, seed
 def parts(height: int, width: int, cell: tuple[int, int], **kwargs):
     """The arguments of `corrected_attention`, split into heads."""
     q, k, v = tokens(height, width, **kwargs)
-    where = (height, width, cell)
-    few = sample_tokens(q, *where), pool_tokens(k, *where), pool_tokens(v, *where)
+    few = [sample_tokens(x, height, width, cell) for x in (q, k, v)]
     return [split_heads(x, HEADS) for x in (q, k, v, *few)]
 
 
@@ -44,7 +43,7 @@ def deviation(out, expected):
 
 
 class TestFormula:
-    def test_without_a_fit_it_is_attention_to_pooled_keys_and_values(self):
+    def test_without_a_fit_it_is_attention_to_the_few_keys_and_values(self):
         q, k, v, a, k_bar, v_bar = parts(16, 16, (4, 4))
         out = corrected_attention(q, k, v, a, k_bar, v_bar, steps=0)
         torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k_bar, v_bar), **CLOSE)
@@ -136,14 +135,14 @@ class TestFallback:
         k, v = 50 * a, a.clone()
         return [x[None] for x in (a, k, v, a, angle * a, torch.tensor([[0.25, 0.5], [0.25, 0.5]]))]
 
-    def test_a_head_whose_fit_runs_away_attends_to_pooled_values(self):
+    def test_a_head_whose_fit_runs_away_attends_to_the_values_it_began_with(self):
         bad, good = self.crafted(0.01), self.crafted(1.0)
         given = [torch.stack(pair, dim=1) for pair in zip(bad, good, strict=True)]
         out = corrected_attention(*given)
         q, _, _, _, k_bar, v_bar = given
-        pooled = F.scaled_dot_product_attention(q, k_bar, v_bar)
-        torch.testing.assert_close(out[:, 0], pooled[:, 0], **CLOSE)
-        assert deviation(out[:, 1], pooled[:, 1]) > 0.5
+        plain = F.scaled_dot_product_attention(q, k_bar, v_bar)
+        torch.testing.assert_close(out[:, 0], plain[:, 0], **CLOSE)
+        assert deviation(out[:, 1], plain[:, 1]) > 0.5
 
     def test_a_row_that_is_not_finite_does_not_touch_the_others(self):
         given = parts(8, 8, (4, 4))
@@ -153,7 +152,7 @@ class TestFallback:
         out = corrected_attention(*given)
         torch.testing.assert_close(out[1], expected[1])
         torch.testing.assert_close(out[0, 1], expected[0, 1])
-        assert out.isfinite().all()  # its pooled values were finite
+        assert out.isfinite().all()  # token 5 is not of the sample
 
     @given(seed=st.integers(0, 10**6), sharpness=st.sampled_from([0.01, 0.3, 1.0, 3.0, 10.0, 100.0]))
     def test_nothing_grows_out_of_proportion(self, seed, sharpness):
@@ -182,6 +181,11 @@ class TestPlan:
         plan = plan_layer(config, 64, 96, 1)
         assert (plan.action, plan.queries, plan.agents, plan.cell) == ("corrected", 6144, 384, (4, 4))
 
+    @pytest.mark.parametrize("size", [(9, 13), (10, 14), (5, 64), (64, 67), (1, 40)])
+    def test_the_plan_counts_what_is_sampled(self, size):
+        plan = plan_layer(AgentConfig(method="corrected", agent_ratio=1 - 1 / 16), *size, 1)
+        assert plan.agents == sample_tokens(torch.zeros(1, size[0] * size[1], 1), *size, plan.cell).shape[1]
+
     def test_max_agents_makes_the_cells_larger(self):
         plan = plan_layer(AgentConfig(method="corrected", max_agents=256), 128, 128, 1)
         assert (plan.agents, plan.cell) == (256, (8, 8))
@@ -192,6 +196,22 @@ class TestPlan:
 
 
 class TestPatch:
+    @pytest.mark.parametrize("size", [(16, 16), (10, 13)])
+    def test_it_computes_the_equation(self, size):
+        unet = flat_unet()
+        attn, seen = blocks_of(unet)[0].attn1, {}
+
+        handle = blocks_of(unet)[0].norm1.register_forward_hook(lambda _m, _a, out: seen.update(x=out))
+        handle_out = attn.to_out.register_forward_hook(lambda _m, args, _o: seen.update(out=args[0]))
+        with patched(unet, **CORRECTED):
+            run(unet, inputs(2, *size))
+        handle.remove()
+        handle_out.remove()
+        q, k, v = (to(seen["x"]) for to in (attn.to_q, attn.to_k, attn.to_v))
+        few = [sample_tokens(x, *size, (2, 2)) for x in (q, k, v)]
+        expected = corrected_attention(*(split_heads(x, attn.heads) for x in (q, k, v, *few)))
+        torch.testing.assert_close(seen["out"], join_heads(expected), **CLOSE)
+
     def test_it_is_used_and_closer_than_pooling_and_plain_agents(self):
         unet, given = golden_unet(), inputs()
         expected = run(unet, given)

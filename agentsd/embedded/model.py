@@ -307,7 +307,7 @@ def load(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32)
     with torch.device("meta"):
         unet = build_unet(config["unet"])
     for module, prefix in ((unet, "unet."), (text, "text.")):
-        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        own = {k.removeprefix(prefix): v.to(device, dtype) for k, v in state.items() if k.startswith(prefix)}
         module.load_state_dict(own, assign=True)
-        module.to(device, dtype).eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
     return EmbeddedPipeline(unet, DDIMScheduler(**config["scheduler"]), text, prompts, config["latents"])
