@@ -21,9 +21,9 @@ from .models import LAYOUTS, Layout, build, call, inputs
 
 # Timesteps of consecutive calls, as in 20 steps.
 STEP = 50
-# Seconds of a call from which on a method gets no warm-up of its own: a first call's tenths of a second are lost in it,
-# and in the median.
-LONG = 8.0
+# Seconds of a call from which on a method gets no warm-up of its own, a limit still does, and nothing does: a first
+# call's tenths of a second are lost in it, and in the median.
+LONG, VERY_LONG = 8.0, 60.0
 
 
 @cache
@@ -127,8 +127,8 @@ class Run:
         try:
             if method.name not in results:
                 results[method.name] = {"label": method.label, **self._counted(method)}
-            first = not any(self._rounds_of(name) for name in results)
-            if self._expected(method.name) < LONG * method.calls or (first and method.name.startswith("limit")):
+            worth = VERY_LONG if method.name.startswith("limit") else LONG
+            if self._expected(method.name) < worth * method.calls:
                 self._time(method)
         except Exception as error:  # a peer that can't run this model is a result too
             results.pop(method.name, None)
