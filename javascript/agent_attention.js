@@ -337,6 +337,7 @@
 
     const TABS = ["txt2img", "img2img"];
     const ROUTE = "./agent-attention";
+    const FOLDS = ["more", "measuring", "map"];
     const POLL_MS = 250; // sliders that the host moves by itself (paste, swap, presets) tell nobody
     const MODEL_RETRY_MS = 5000;
     const MEASURE_POLL_MS = 400;
@@ -575,16 +576,37 @@
             checkpoint = chosen;
         };
 
+        // gradio 3 draws the label of what is folded so that a mouse alone can open it.
+        const reachFolds = (tab) => {
+            for (const name of FOLDS) {
+                const label = find(`#${panelId(tab, name)} > .label-wrap`);
+                if (!label || label.tagName === "BUTTON") continue;
+                label.tabIndex = 0;
+                label.setAttribute("role", "button");
+                label.setAttribute("aria-expanded", label.classList.contains("open"));
+            }
+        };
+
+        const pressKey = (event) => {
+            const label = event.target.closest(".label-wrap[role=button]");
+            const ours = label && TABS.some((tab) => FOLDS.some((name) => label.parentElement.id === panelId(tab, name)));
+            if (!ours || !["Enter", " "].includes(event.key)) return;
+            event.preventDefault();
+            label.click();
+        };
+
         const tick = () => {
             if (document.hidden) return;
             watchModel();
             watchGeneration();
             TABS.forEach(showSummary);
+            TABS.forEach(reachFolds);
         };
 
         const timer = setInterval(tick, POLL_MS);
         document.addEventListener("input", () => requestAnimationFrame(tick), {signal: stopped.signal});
         document.addEventListener("click", press, {signal: stopped.signal});
+        document.addEventListener("keydown", pressKey, {signal: stopped.signal});
         showStatus();
         return {
             choose,

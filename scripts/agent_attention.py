@@ -54,5 +54,5 @@ def on_app_started(demo, app):
 
 script_callbacks.on_cfg_denoiser(lambda params: session.before_model_call())
 script_callbacks.on_before_ui(lambda: xyz.register(compat.xyz_grids()))
-script_callbacks.on_ui_settings(lambda: options.register(shared.opts, shared.OptionInfo))
+script_callbacks.on_ui_settings(lambda: options.register(shared.opts, shared.OptionInfo, shared.OptionHTML))
 script_callbacks.on_app_started(on_app_started)

@@ -18,24 +18,35 @@ PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_leve
 AS_SAVED = "as saved"
 LEVELS = ("warning", "info", "debug")
 _HANDLER = "agent attention"
+# one line without tags: translations match whole texts
+_ABOUT = (
+    "What the panel starts with: set its controls as you want them, press Apply in Settings → Defaults, and restart "
+    "the WebUI. A preset chosen below takes their place each time the page loads; FP32 precision, Minimum tokens and "
+    "Partition seed are of no preset and keep your defaults."
+)
 
 
-def register(opts: Any, option: Callable[..., Any]) -> None:
-    """Add our options to the host's.
+def register(opts: Any, option: Callable[..., Any], text: Callable[[str], Any]) -> None:
+    """Add our section to the host's options.
 
     Args:
         opts: the host's options.
-        option: makes one (`modules.shared.OptionInfo`).
+        option: makes an option (`modules.shared.OptionInfo`).
+        text: makes a paragraph between options (`modules.shared.OptionHTML`).
     """
     choices = {"choices": [AS_SAVED, *PRESETS]}
     rows = {
-        PRESET: option(AS_SAVED, "Agent Attention: preset when the page loads", gr.Dropdown, choices, section=SECTION),
-        LEVEL: option(
-            "info", "Agent Attention: messages in the console", gr.Radio, {"choices": list(LEVELS)}, section=SECTION
+        "agent_attention_about": text(_ABOUT),
+        PRESET: option(AS_SAVED, "Agent Attention: preset when the page loads", gr.Dropdown, choices).info(
+            "“as saved” leaves the controls at your defaults"
         ),
-        STATUS_LINE: option(True, "Agent Attention: show the last run in the panel", section=SECTION),
+        LEVEL: option("info", "Agent Attention: messages in the console", gr.Radio, {"choices": list(LEVELS)}).info(
+            "info: a line for each pass that was made faster; debug: the library's messages too; warning: neither"
+        ),
+        STATUS_LINE: option(True, "Agent Attention: show the last run in the panel").info("the console has it too"),
     }
     for name, row in rows.items():
+        row.section = SECTION
         opts.add_option(name, row)
     opts.onchange(LEVEL, lambda: set_level(getattr(opts, LEVEL, "info")))
 

@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from host import Host
+from page import Panel, browser
 
 CHECKPOINTS = ("tinysd1", "tinysd1b", "tinysd2v", "tinysdxl")
 
@@ -37,6 +39,19 @@ def _running(variable: str, kind: str, needed: tuple[str, ...]) -> Iterator[Host
 @pytest.fixture(scope="session")
 def a1111() -> Iterator[Host]:
     yield from _running("AGENTSD_WEBUI", "a1111", CHECKPOINTS)
+
+
+@pytest.fixture(scope="module")
+def page(a1111: Host) -> Iterator[Any]:
+    """AUTOMATIC1111's page, opened once for a file of tests."""
+    with browser(a1111.url) as page:
+        yield page
+
+
+@pytest.fixture
+def panel(page) -> Panel:
+    """The panel of its txt2img tab, as the test before has left it."""
+    return Panel(page)
 
 
 @pytest.fixture(scope="session")

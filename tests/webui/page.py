@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from agentsd.webui.panel import element_id
 from agentsd.webui.settings import BY_NAME, NAMES
@@ -29,9 +32,15 @@ class Panel:
     def open(self) -> None:
         """Tick the box, which opens the panel, and unfold the rest."""
         self.switch(True)
-        if not self._at("seed").is_visible():
-            self._at("more", ".label-wrap").click()
+        self.unfold("more")
         self._at("seed").wait_for(state="visible")
+
+    def unfold(self, name: str) -> None:
+        """Open "more", "measuring" or "map", if it is folded."""
+        label = self._at(name, "> .label-wrap")
+        if "open" not in (label.get_attribute("class") or "").split():
+            label.click()
+        self.page.wait_for_timeout(300)
 
     def switch(self, on: bool) -> None:
         if self.get("enabled") is not on:
@@ -51,6 +60,23 @@ class Panel:
             field = self._at(name, "input[type=number]")
             field.fill(str(value))
             field.blur()
+
+    def picture(self, name: str) -> Image.Image:
+        """What an image of the panel shows."""
+        data = self._at(name, "img").evaluate(
+            """async img => {
+                await img.decode();
+                const canvas = document.createElement('canvas');
+                [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
+                canvas.getContext('2d').drawImage(img, 0, 0);
+                return canvas.toDataURL('image/png');
+            }"""
+        )
+        return Image.open(io.BytesIO(base64.b64decode(data.split(",")[1])))
+
+    def press(self, name: str) -> None:
+        """Press one of the panel's buttons."""
+        self.page.locator(f"#{element_id(self.tab, name)}").first.click()
 
     def choose(self, preset: str) -> None:
         """Choose a preset."""
@@ -74,7 +100,7 @@ class Panel:
         return {name: self.get(name) for name in NAMES}
 
     def text(self, name: str) -> str:
-        """The words of "summary" or "status"."""
+        """The words of "summary", "status" or "map_text"."""
         return self._at(name).inner_text()
 
 
@@ -92,10 +118,50 @@ def browser(url: str, **context: Any) -> Iterator[Any]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         try:
             page.goto(url, wait_until="domcontentloaded", timeout=120 * SECONDS)
-            page.wait_for_selector("#txt2img_prompt textarea", timeout=120 * SECONDS)
-            page.wait_for_selector(f"#{element_id('txt2img')}-visible-checkbox", state="attached", timeout=60 * SECONDS)
-            page.wait_for_timeout(2 * SECONDS)
+            wait_for_panel(page)
             yield page
             assert not [error for error in errors if "gent" in error]
         finally:
             running.close()
+
+
+def wait_for_panel(page: Any) -> None:
+    """Wait until gradio has drawn the page and the host's scripts have seen it."""
+    page.wait_for_selector("#txt2img_prompt textarea", timeout=120 * SECONDS)
+    page.wait_for_selector(f"#{element_id('txt2img')}-visible-checkbox", state="attached", timeout=60 * SECONDS)
+    page.wait_for_timeout(3 * SECONDS)
+
+
+def reload(page: Any) -> None:
+    page.reload(wait_until="domcontentloaded")
+    wait_for_panel(page)
+
+
+def number(page: Any, element: str, value: float) -> None:
+    """Type a number into one of the host's own fields."""
+    field = page.locator(f"#{element} input[type=number]").first
+    field.fill(str(value))
+    field.blur()
+
+
+def size(page: Any, width: int, height: int, tab: str = "txt2img") -> None:
+    number(page, f"{tab}_width", width)
+    number(page, f"{tab}_height", height)
+
+
+def paste(page: Any, text: str) -> None:
+    """Put an infotext into the prompt and press the arrow under it."""
+    page.locator("#txt2img_prompt textarea").fill(text)
+    page.wait_for_timeout(300)
+    page.locator("#txt2img_tools #paste").click()
+    page.wait_for_timeout(3 * SECONDS)
+
+
+def generate(page: Any, tab: str = "txt2img") -> str:
+    """Press Generate; the infotext under the image."""
+    told = f"document.querySelector('#html_info_{tab}').innerText.includes('Steps:')"
+    page.locator(f"#{tab}_generate").click()
+    page.wait_for_timeout(SECONDS)
+    page.locator(f"#{tab}_interrupt").wait_for(state="hidden", timeout=300 * SECONDS)
+    page.wait_for_function(told, timeout=60 * SECONDS)
+    return page.locator(f"#html_info_{tab}").first.inner_text()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from host import USER_DEFAULTS, Host
-from page import SECONDS, Panel, browser
+from page import SECONDS, Panel, generate, number, paste, reload
 
 from agentsd.webui import infotext
 from agentsd.webui.settings import BY_NAME, DEFAULTS, SETTINGS
@@ -39,41 +38,6 @@ CHANGED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def page(a1111: Host):
-    with browser(a1111.url) as page:
-        yield page
-
-
-@pytest.fixture
-def panel(page) -> Panel:
-    return Panel(page)
-
-
-def generate(page, tab: str = "txt2img") -> str:
-    """Press Generate; the infotext under the image."""
-    told = f"document.querySelector('#html_info_{tab}').innerText.includes('Steps:')"
-    page.locator(f"#{tab}_generate").click()
-    page.wait_for_timeout(SECONDS)
-    page.locator(f"#{tab}_interrupt").wait_for(state="hidden", timeout=300 * SECONDS)
-    page.wait_for_function(told, timeout=60 * SECONDS)
-    return page.locator(f"#html_info_{tab}").first.inner_text()
-
-
-def paste(page, text: str) -> None:
-    """Put an infotext into the prompt and press the arrow under it."""
-    page.locator("#txt2img_prompt textarea").fill(text)
-    page.wait_for_timeout(300)
-    page.locator("#txt2img_tools #paste").click()
-    page.wait_for_timeout(3 * SECONDS)
-
-
-def number(page, element: str, value: int) -> None:
-    field = page.locator(f"#{element} input[type=number]").first
-    field.fill(str(value))
-    field.blur()
-
-
 def test_starts_with_the_users_own_defaults(panel: Panel):
     panel.open()
     own = {key.split("/")[3]: value for key, value in USER_DEFAULTS.items()}
@@ -93,9 +57,7 @@ def test_filled_in_generated_from_and_read_back(a1111: Host, page, panel: Panel)
     assert infotext.read(entry) == CHANGED
     assert f"{infotext.KEY}: {entry}" in a1111.txt2img([CHANGED]).infotext
     # read back into a page at the user's defaults
-    page.reload(wait_until="domcontentloaded")
-    page.wait_for_selector("#txt2img_prompt textarea", timeout=60 * SECONDS)
-    page.wait_for_timeout(3 * SECONDS)
+    reload(page)
     assert panel.get("enabled") is False
     paste(page, "a cat\n" + text.splitlines()[-1])
     panel.open()

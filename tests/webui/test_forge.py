@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from host import Host, Result
-from page import SECONDS, Panel, browser
+from page import SECONDS, Panel, browser, paste
 
 from agentsd.webui import infotext
 from agentsd.webui.settings import DEFAULTS, SETTINGS
@@ -96,10 +96,8 @@ def test_panel(forge: Host):
         panel = Panel(page)
         panel.open()
         panel.set("agent_ratio", 0.9)
-        page.locator("#txt2img_prompt textarea").fill(made.infotext)
-        page.wait_for_timeout(SECONDS)
-        page.locator("#txt2img_tools #paste").click()
-        page.wait_for_timeout(5 * SECONDS)
+        paste(page, made.infotext)
+        page.wait_for_timeout(2 * SECONDS)
         assert panel.values() == {**DEFAULTS, **changed}
         page.locator("#tabs button", has_text="Img2img").first.click()
         other = Panel(page, "img2img")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, browser
+from page import SECONDS, Panel, browser, size
 
 from agentsd.webui.panel import element_id
 
@@ -69,9 +69,8 @@ def test_in_the_page_with_progress_a_table_and_the_threshold(a1111: Host):
         panel = Panel(page)
         panel.open()
         panel.choose("Fast")
-        for element in ("txt2img_width", "txt2img_height"):
-            page.locator(f"#{element} input[type=number]").fill("128")
-        page.locator(f"#{element_id('txt2img', 'measuring')} > .label-wrap").click()
+        size(page, 128, 128)
+        panel.unfold("measuring")
         page.locator(f"#{element_id('txt2img', 'measure')}").click()
         table = page.locator(f"#{element_id('txt2img', 'measured')} table").first
         table.wait_for(timeout=120 * SECONDS)
@@ -86,9 +85,8 @@ def test_in_the_page_it_can_be_cancelled(a1111: Host):
     with browser(a1111.url) as page:
         panel = Panel(page)
         panel.open()
-        for element in ("txt2img_width", "txt2img_height"):
-            page.locator(f"#{element} input[type=number]").fill("512")
-        page.locator(f"#{element_id('txt2img', 'measuring')} > .label-wrap").click()
+        size(page, 512, 512)
+        panel.unfold("measuring")
         page.locator(f"#{element_id('txt2img', 'measure')}").click()
         page.wait_for_function(
             f"document.getElementById('{element_id('txt2img', 'measured')}').innerText.includes('Measuring')"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, browser
+from page import SECONDS, Panel, paste, reload
 
 from agentsd.webui.panel import element_id
 from agentsd.webui.presets import CUSTOM, KEPT, PRESETS
@@ -18,15 +18,8 @@ OLDER = (
 )
 
 
-@pytest.fixture(scope="module")
-def page(a1111: Host):
-    with browser(a1111.url) as page:
-        yield page
-
-
 @pytest.fixture
-def panel(page) -> Panel:
-    panel = Panel(page)
+def panel(panel: Panel) -> Panel:
     panel.open()
     return panel
 
@@ -69,10 +62,7 @@ def test_custom_changes_nothing(page, panel: Panel):
 
 def test_the_older_extensions_infotext_fills_our_controls(page, panel: Panel):
     panel.choose("Fast")
-    page.locator("#txt2img_prompt textarea").fill(OLDER)
-    page.wait_for_timeout(300)
-    page.locator("#txt2img_tools #paste").click()
-    page.wait_for_timeout(3 * SECONDS)
+    paste(page, OLDER)
     found = panel.values()
     wanted = {"ratio": 0.3, "agent_ratio": 0.9, "sx": 3, "sy": 4, "until": 0.4, "fp32": True, "passes": "first"}
     wanted |= {"agent_source": "similarity", "after": "token merging", "max_downsample": "2", "enabled": True}
@@ -83,9 +73,7 @@ def test_the_older_extensions_infotext_fills_our_controls(page, panel: Panel):
 def test_the_settings_page_chooses_a_preset_and_hides_the_status_line(a1111: Host, page):
     with a1111.options(agent_attention_preset="Paper", agent_attention_status_line=False):
         a1111.txt2img([True], width=64, height=64, steps=1)
-        page.reload(wait_until="domcontentloaded")
-        page.wait_for_selector("#txt2img_prompt textarea", timeout=60 * SECONDS)
-        page.wait_for_timeout(3 * SECONDS)
+        reload(page)
         panel = Panel(page)
         panel.open()
         shows(page, "Paper")
@@ -95,9 +83,7 @@ def test_the_settings_page_chooses_a_preset_and_hides_the_status_line(a1111: Hos
 
 def test_sd2_suggests_32_bits(a1111: Host, page):
     with a1111.options(sd_model_checkpoint="tinysd2v.safetensors"):
-        page.reload(wait_until="domcontentloaded")
-        page.wait_for_selector("#txt2img_prompt textarea", timeout=60 * SECONDS)
-        page.wait_for_timeout(3 * SECONDS)
+        reload(page)
         panel = Panel(page)
         panel.open()
         panel.set("fp32", False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, browser
+from page import SECONDS, Panel, number, reload, size, wait_for_panel
 
 from agentsd.webui.panel import element_id
 from agentsd.webui.settings import DEFAULTS
@@ -15,32 +15,14 @@ SCRIPT = Path(__file__).parents[2] / "javascript" / "agent_attention.js"
 HYPERTILE = {"hypertile_enable_unet": True}
 
 
-@pytest.fixture(scope="module")
-def page(a1111: Host):
-    with browser(a1111.url) as page:
-        yield page
-
-
 @pytest.fixture
-def panel(page) -> Panel:
-    panel = Panel(page)
+def panel(page, panel: Panel) -> Panel:
     panel.open()
     panel.choose("Fast")
     panel.set("min_tokens", 0)
     size(page, 512, 512)
     hires(page, False)
     return panel
-
-
-def number(page, element: str, value: float) -> None:
-    field = page.locator(f"#{element} input[type=number]").first
-    field.fill(str(value))
-    field.blur()
-
-
-def size(page, width: int, height: int, tab: str = "txt2img") -> None:
-    number(page, f"{tab}_width", width)
-    number(page, f"{tab}_height", height)
 
 
 def hires(page, on: bool) -> None:
@@ -128,17 +110,6 @@ def test_the_hosts_own_options_are_told(a1111: Host, page, panel: Panel):
     reload(page)
     Panel(page).open()
     said(page, "tokens →")
-
-
-def reload(page) -> None:
-    page.reload(wait_until="domcontentloaded")
-    wait_for_panel(page)
-
-
-def wait_for_panel(page) -> None:
-    page.wait_for_selector("#txt2img_prompt textarea", timeout=60 * SECONDS)
-    page.wait_for_selector(f"#{element_id('txt2img')}-visible-checkbox", state="attached", timeout=60 * SECONDS)
-    page.wait_for_timeout(3 * SECONDS)
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -1,0 +1,98 @@
+"""Make the pictures of docs/tour.md and docs/panel.md on a real AUTOMATIC1111 WebUI.
+
+Usage: python tests/webui/make_pictures.py WEBUI_FOLDER docs/img
+
+The checkpoint is the tests' small one with random weights: its images are noise.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from host import Host
+from page import SECONDS, Panel, browser, generate, paste, size
+from PIL import Image
+
+from agentsd.webui.panel import element_id
+
+FOLDS = ("more", "measuring", "map")
+
+
+def element(page: Any, name: str = "") -> Any:
+    return page.locator(f"#{element_id('txt2img', name)}").first
+
+
+def take(target: Any, path: Path) -> None:
+    """A picture of an element, in a palette: a page of text needs no more."""
+    target.screenshot(path=path)
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(path)
+
+
+def fold(page: Any, panel: Panel) -> None:
+    for name in FOLDS:
+        label = element(page, name).locator("> .label-wrap")
+        if label.get_attribute("aria-expanded") == "true":
+            label.click()
+            page.wait_for_timeout(SECONDS)
+
+
+def pictures(page: Any, folder: Path, prompt: str) -> None:
+    """The tour, step by step."""
+    paste(page, prompt)
+    panel = Panel(page)
+    panel.switch(True)
+    panel.choose("Fast")
+    size(page, 512, 512)
+    page.wait_for_timeout(SECONDS)
+    take(element(page), folder / "panel.png")
+    panel.unfold("more")
+    take(element(page), folder / "panel-open.png")
+    panel.set("min_tokens", 5000)
+    fold(page, panel)
+    page.wait_for_timeout(SECONDS)
+    take(element(page, "summary"), folder / "panel-hint.png")
+    panel.unfold("more")
+    panel.set("min_tokens", 0)
+    fold(page, panel)
+    panel.choose("Paper")
+    size(page, 256, 192)
+    panel.unfold("map")
+    element(page, "record").locator("input").check()
+    generate(page)
+    page.wait_for_timeout(3 * SECONDS)
+    take(element(page, "map"), folder / "panel-map.png")
+    take(element(page, "status"), folder / "panel-last-run.png")
+    fold(page, panel)
+    panel.choose("Fast")
+    panel.unfold("measuring")
+    size(page, 256, 256)
+    panel.press("measure")
+    page.get_by_role("button", name="Set Minimum tokens to").wait_for(timeout=120 * SECONDS)
+    take(element(page, "measuring"), folder / "panel-measure.png")
+    page.locator("#tabs button", has_text="Settings").first.click()
+    page.locator("#settings button", has_text="Agent Attention").first.click()
+    page.wait_for_timeout(SECONDS)
+    take(page.locator("#settings_agent_attention"), folder / "panel-settings.png")
+
+
+def main(webui: str, folder: str) -> None:
+    host = Host(Path(webui).resolve(), "a1111", "tinysd1.safetensors")
+    try:
+        host.install()
+        (host.root / "ui-config.json").write_text("{}")
+        host.start()
+        prompt = host.txt2img(width=64, height=64, steps=10).infotext
+        with browser(host.url, device_scale_factor=1.5) as page:
+            pictures(page, Path(folder), prompt)
+    finally:
+        host.stop()
+        host.uninstall()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

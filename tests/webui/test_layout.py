@@ -1,0 +1,163 @@
+"""How the panel and the settings page lie in AUTOMATIC1111's page: nothing overflows, the keyboard reaches it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from host import Host
+from page import SECONDS, Panel, reload, wait_for_panel
+
+from agentsd.webui.panel import element_id
+from agentsd.webui.settings import BY_NAME, DEFAULTS, NAMES
+
+PANEL = element_id("txt2img")
+SETTINGS = "settings_agent_attention"
+FOLDS = ("more", "measuring", "map")
+BUTTONS = ("measure", "measure_cancel", "record", "map_show")
+# what stands out of the window or of the box itself, and text that its element cuts off
+STANDS_OUT = """id => {
+    const box = document.getElementById(id), right = Math.min(box.getBoundingClientRect().right, innerWidth) + 1;
+    // what is for screen readers alone is a pixel wide
+    const shown = [...box.querySelectorAll('*')].filter(e => e.offsetParent && e.getBoundingClientRect().width > 1);
+    const cut = e => e.scrollWidth > e.clientWidth + 1 && e.tagName !== 'INPUT'
+        && ['hidden', 'clip'].includes(getComputedStyle(e).overflowX);
+    return shown.filter(e => e.getBoundingClientRect().right > right || cut(e))
+        .map(e => [e.tagName, e.id, e.className, e.innerText]);
+}"""
+# contrast of a text with what lies behind it, as WCAG 2 defines it
+CONTRAST = """id => {
+    const light = ([r, g, b]) => [[r, .2126], [g, .7152], [b, .0722]].reduce((sum, [c, share]) =>
+        sum + share * (c <= 10.31 ? c / 255 / 12.92 : ((c / 255 + .055) / 1.055) ** 2.4), 0);
+    const rgba = text => text.match(/[\\d.]+/g).map(Number);
+    const element = document.getElementById(id), text = element.querySelector('div div') || element;
+    let behind = text;
+    while (behind && (rgba(getComputedStyle(behind).backgroundColor)[3] ?? 1) < 1) behind = behind.parentElement;
+    const ground = getComputedStyle(behind || document.body).backgroundColor;
+    const both = [light(rgba(getComputedStyle(text).color)), light(rgba(ground))];
+    return (Math.max(...both) + .05) / (Math.min(...both) + .05);
+}"""
+
+
+@contextmanager
+def window(host: Host, page: Any, width: int, theme: str) -> Iterator[Any]:
+    """A page of its own, so wide and in this theme."""
+    other = page.context.browser.new_page(viewport={"width": width, "height": 1000})
+    try:
+        other.goto(f"{host.url}/?__theme={theme}", wait_until="domcontentloaded", timeout=120 * SECONDS)
+        wait_for_panel(other)
+        yield other
+    finally:
+        other.close()
+
+
+def unfold_everything(page: Any) -> Panel:
+    """The panel with its folds open and a token map shown."""
+    panel = Panel(page)
+    panel.open()
+    for name in FOLDS:
+        panel.unfold(name)
+    panel.press("map_show")
+    page.locator(f"#{element_id('txt2img', 'map_image')} img").first.wait_for(timeout=30 * SECONDS)
+    return panel
+
+
+@pytest.fixture(scope="module")
+def recorded(a1111: Host) -> None:
+    """A wide last image with a record, made without the page."""
+    paper = {"agent_source": "similarity", "ratio": 0.4, "until": 1.0}
+    a1111.txt2img([paper, *[DEFAULTS[name] for name in NAMES[1:]], True], width=192, height=64, steps=2)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_panel_with_all_its_folds_open(a1111: Host, page, recorded, width: int, theme: str):
+    with window(a1111, page, width, theme) as other:
+        unfold_everything(other)
+        other.wait_for_function(f"document.getElementById('{element_id('txt2img', 'summary')}').innerText.length > 9")
+        assert other.evaluate(STANDS_OUT, PANEL) == []
+        assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        for name in ("summary", "status", "map_text"):
+            assert other.evaluate(CONTRAST, element_id("txt2img", name)) >= 4.5, name
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_settings_page(a1111: Host, page, width: int, theme: str):
+    with window(a1111, page, width, theme) as other:
+        open_settings(other, "Agent Attention")
+        assert other.evaluate(STANDS_OUT, SETTINGS) == []
+        assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def open_settings(page: Any, section: str) -> None:
+    page.locator("#tabs button", has_text="Settings").first.click()
+    page.locator("#settings button", has_text=section).first.click()
+    page.wait_for_timeout(SECONDS)
+
+
+def stops(page: Any, box: str, first: str, count: int) -> list[dict]:
+    """Where Tab leads from the element `first`, as far as it stays in `box`: id, top and left of each stop."""
+    page.locator(first).first.focus()
+    found = []
+    for _ in range(count):
+        stop = page.evaluate(
+            """box => {
+                const e = document.activeElement, {top, left, bottom} = e.getBoundingClientRect();
+                if (!e.closest(`#${box}`)) return null;
+                return {id: e.closest('[id]').id, top: top + scrollY, bottom: bottom + scrollY, left};
+            }""",
+            box,
+        )
+        if stop is None:
+            break
+        found.append(stop)
+        page.keyboard.press("Tab")
+    return found
+
+
+def in_reading_order(one: dict, other: dict) -> bool:
+    return other["bottom"] > one["top"] and (other["left"] >= one["left"] or other["bottom"] > one["bottom"])
+
+
+def test_tab_goes_through_the_panel_in_reading_order(page, recorded):
+    unfold_everything(page)
+    found = stops(page, PANEL, f"#{element_id('txt2img', 'preset')} input", 120)
+    reached = {stop["id"].removeprefix(f"{PANEL}_") for stop in found}
+    wanted = {*DEFAULTS, *BUTTONS, *FOLDS, "map_moment", "map_layer"} - {"enabled"}
+    assert not {name for name in wanted if not any(one.startswith(name) for one in reached)}
+    wrong = [(a["id"], b["id"]) for a, b in pairwise(found) if not in_reading_order(a, b)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_a_fold_opens_and_closes_by_keyboard(page, panel: Panel, name: str):
+    reload(page)
+    panel.switch(True)
+    label = page.locator(f"#{element_id('txt2img', name)} > .label-wrap")
+    label.focus()
+    for key, state in (("Enter", "true"), ("Space", "false")):
+        page.keyboard.press(key)
+        page.wait_for_timeout(SECONDS)
+        assert label.get_attribute("aria-expanded") == state
+        inner = {"more": "seed", "measuring": "measure", "map": "record"}[name]
+        assert page.locator(f"#{element_id('txt2img', inner)}").is_visible() is (state == "true")
+
+
+def test_no_other_control_of_the_tab_has_one_of_our_labels(page):
+    """Translations go by the words alone."""
+    ours = [BY_NAME[name].label for name in NAMES if name != "enabled"]
+    count = """label => [...document.querySelectorAll('#tab_txt2img span')]
+        .filter(e => !e.children.length && e.textContent.trim() === label).length"""
+    assert {label: page.evaluate(count, label) for label in ours} == dict.fromkeys(ours, 1)
+
+
+def test_tab_goes_through_the_settings_page(page):
+    open_settings(page, "Agent Attention")
+    found = stops(page, SETTINGS, "#setting_agent_attention_preset input", 12)
+    reached = " ".join(stop["id"] for stop in found)
+    for name in ("preset", "log_level", "status_line"):
+        assert f"setting_agent_attention_{name}" in reached

@@ -1,0 +1,89 @@
+"""Our section of AUTOMATIC1111's settings page, and the panel's defaults, as a person uses them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from host import Host
+from page import SECONDS, Panel, reload
+
+SECTION = "#settings_agent_attention"
+KEY = "customscript/agent_attention.py/txt2img/{}/value"
+
+
+@pytest.fixture(autouse=True)
+def _settings_are_put_back(a1111: Host):
+    with a1111.options(
+        agent_attention_preset="as saved", agent_attention_log_level="info", agent_attention_status_line=True
+    ):
+        yield
+
+
+def open_section(page, name: str) -> None:
+    page.locator("#tabs button", has_text="Settings").first.click()
+    page.locator("#settings button", has_text=name).first.click()
+    page.wait_for_timeout(SECONDS)
+
+
+def apply(page) -> None:
+    page.locator("#settings_submit").click()
+    page.wait_for_timeout(2 * SECONDS)
+
+
+def test_each_option_is_explained_and_does_what_it_says(a1111: Host, page):
+    open_section(page, "Agent Attention")
+    text = page.locator(SECTION).inner_text()
+    for what in ("Settings → Defaults", "preset when the page loads", "messages in the console", "show the last run"):
+        assert what in text
+    page.locator("#setting_agent_attention_preset input").click()
+    page.locator("#setting_agent_attention_preset li").filter(has_text="Faithful").click()
+    page.locator("#setting_agent_attention_log_level label", has_text="warning").click()
+    page.locator("#setting_agent_attention_status_line input").uncheck()
+    apply(page)
+    found = a1111.call("/sdapi/v1/options")
+    chosen = {"preset": "Faithful", "log_level": "warning", "status_line": False}
+    assert {name: found[f"agent_attention_{name}"] for name in chosen} == chosen
+    quiet = len(a1111.console())
+    a1111.txt2img([True], width=64, height=64, steps=1)
+    assert "[Agent Attention]" not in a1111.console()[quiet:]
+    reload(page)
+    panel = Panel(page)
+    panel.open()
+    page.wait_for_timeout(SECONDS)
+    assert (panel.get("method"), panel.get("until")) == ("pool", 1.0)
+    assert panel.text("status").strip() == ""
+    a1111.call("/sdapi/v1/options", {"agent_attention_log_level": "info"})
+    a1111.txt2img([True], width=64, height=64, steps=1)
+    assert "[Agent Attention] first pass" in a1111.console()[quiet:]
+
+
+def test_the_webuis_own_defaults_keep_the_panels_controls(a1111: Host, page):
+    """Settings → Defaults → Apply writes them, and the page starts with them after a restart of the UI."""
+    file = a1111.root / "ui-config.json"
+    before = file.read_bytes()
+    try:
+        reload(page)
+        panel = Panel(page)
+        panel.open()
+        panel.set("agent_ratio", 0.9)
+        panel.set("after", "token merging")
+        panel.unfold("map")
+        page.locator("#txt2img_agent_attention_record input").check()
+        open_section(page, "Defaults")
+        page.locator("#ui_defaults_view").click()
+        page.wait_for_timeout(2 * SECONDS)
+        assert KEY.format("Agent ratio") in page.locator("#settings").inner_text()
+        page.locator("#ui_defaults_apply").click()
+        page.wait_for_timeout(2 * SECONDS)
+        saved = json.loads(file.read_text())
+        assert saved[KEY.format("Agent ratio")] == 0.9
+        assert saved[KEY.format("Afterwards")] == "token merging"
+        assert not [key for key in saved if "ap moment" in key or "Record tokens" in key or "/Preset/" in key]
+        a1111.reload_ui()
+        reload(page)
+        panel.open()
+        assert (panel.get("agent_ratio"), panel.get("after")) == (0.9, "token merging")
+    finally:
+        file.write_bytes(before)
+        a1111.reload_ui()
