@@ -397,7 +397,7 @@
         const target = element.querySelector(".prose") || element;
         target.replaceChildren(...lines.map(({text, hint}) => {
             const line = document.createElement("div");
-            line.textContent = text;
+            line.textContent = text && hint ? `${text}.` : text;
             if (hint) {
                 const more = document.createElement("span");
                 more.className = "agent-attention-hint";
@@ -435,7 +435,7 @@
         const last = {}; // what each line was last made from
         const measured = {}; // what was measured, by settings and size
         const loaded = {}, wanted = {}; // tabs that have been seen, and presets that are to be filled in
-        let data = null, asked = -Infinity, generating = false, checkpoint;
+        let data = null, asked = -Infinity, generating = false, greeted = false, checkpoint;
 
         const learn = async () => {
             asked = Date.now();
@@ -595,8 +595,16 @@
             label.click();
         };
 
+        // gradio 4 draws the page after the scripts have run.
+        const greet = () => {
+            if (greeted || !find(`#${panelId(TABS[0], "status")}`)) return;
+            greeted = true;
+            showStatus();
+        };
+
         const tick = () => {
             if (document.hidden) return;
+            greet();
             watchModel();
             watchGeneration();
             TABS.forEach(showSummary);
@@ -607,7 +615,6 @@
         document.addEventListener("input", () => requestAnimationFrame(tick), {signal: stopped.signal});
         document.addEventListener("click", press, {signal: stopped.signal});
         document.addEventListener("keydown", pressKey, {signal: stopped.signal});
-        showStatus();
         return {
             choose,
             sync,

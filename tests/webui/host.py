@@ -22,6 +22,9 @@ from typing import Any
 
 from PIL import Image
 
+from agentsd.webui.settings import DEFAULTS as DEFAULT_SETTINGS
+from agentsd.webui.settings import NAMES
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRODUCT = ("agentsd", "scripts", "javascript", "install.py", "metadata.ini", "style.css")
 PROBE = "/agent-attention-probe"
@@ -89,6 +92,11 @@ class Result:
     @property
     def infotext(self) -> str:
         return self.info["infotexts"][0]
+
+
+def with_record(settings: Mapping[str, Any]) -> list[Any]:
+    """The script's arguments for these settings that also ask for a token map's record."""
+    return [settings, *[DEFAULT_SETTINGS[name] for name in NAMES[1:]], True]
 
 
 def image_to_base64(image: Image.Image) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from host import Host, Result
+from host import Host, Result, with_record
 from page import SECONDS, Panel, browser, paste
 
 from agentsd.webui import infotext
+from agentsd.webui.panel import element_id
 from agentsd.webui.settings import DEFAULTS, SETTINGS
+from agentsd.webui.tokenmap import SMALLEST
 
 HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
 
@@ -103,3 +105,26 @@ def test_panel(forge: Host):
         other = Panel(page, "img2img")
         other.open()
         assert other.values() == {**DEFAULTS, "enabled": True}
+
+
+def test_token_map(forge: Host, leaves_no_trace):
+    forge.txt2img(with_record({"agent_source": "similarity", "ratio": 0.4, "until": 1.0}))
+    with browser(forge.url) as page:
+        panel = Panel(page)
+        panel.open()
+        assert "Last run" in panel.text("status"), "told when the page loads"
+        panel.unfold("map")
+        panel.press("map_show")
+        page.locator(f"#{element_id('txt2img', 'map_image')} img").first.wait_for(timeout=30 * SECONDS)
+        assert "256 tokens were merged into 154" in panel.text("map_text")
+        picture = panel.picture("map_image").convert("HSV")
+        assert picture.size == (SMALLEST, SMALLEST)
+        assert max(picture.getdata(1)) > 200, "clusters are coloured"
+        moment = page.locator(f"#{element_id('txt2img', 'map_moment')} input[type=number]").first
+        moment.fill("3")
+        moment.blur()
+        page.wait_for_function(
+            "id => !document.getElementById(id).innerText.includes(' 0% of')",
+            arg=element_id("txt2img", "map_text"),
+            timeout=30 * SECONDS,
+        )

@@ -6,20 +6,14 @@ import re
 
 import numpy as np
 import pytest
-from host import Host
+from host import Host, with_record
 from page import SECONDS, Panel, generate, paste, size
 from PIL import Image
 
 from agentsd.webui.panel import element_id
-from agentsd.webui.settings import DEFAULTS, NAMES
 from agentsd.webui.tokenmap import RECORD, SMALLEST
 
 PAPER = {"agent_source": "similarity", "ratio": 0.4, "until": 0.4, "after": "token merging"}
-
-
-def asking(settings: dict) -> list:
-    """The script's arguments for these settings and a record."""
-    return [settings, *[DEFAULTS[name] for name in NAMES[1:]], True]
 
 
 def tokens_of(picture: Image.Image, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,16 +132,16 @@ def test_the_map_of_a_new_image_comes_by_itself_and_goes_with_the_record(page, p
 
 
 def test_where_nothing_was_done_it_says_why(a1111: Host, told):
-    a1111.txt2img(asking({"min_tokens": 9999}), width=64, height=64, steps=1)
+    a1111.txt2img(with_record({"min_tokens": 9999}), width=64, height=64, steps=1)
     assert "9999" in told("There is nothing to show")
     with a1111.options(token_merging_ratio=0.5):
-        a1111.txt2img(asking(PAPER), width=64, height=64, steps=1)
+        a1111.txt2img(with_record(PAPER), width=64, height=64, steps=1)
     assert "token merging" in told("There is nothing to show")
 
 
 def test_the_hires_pass_of_an_image_that_is_not_square(a1111: Host, page, panel: Panel, told):
     hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6}
-    a1111.txt2img(asking({**PAPER, "hires_until": 1.0}), width=200, height=120, **hires)
+    a1111.txt2img(with_record({**PAPER, "hires_until": 1.0}), width=200, height=120, **hires)
     assert "25×15 tokens" in told("First pass")
     last = page.locator(f"#{element_id('txt2img', 'map_moment')} input[type=range]").get_attribute("max")
     slide(page, "map_moment", int(last))
@@ -160,7 +154,7 @@ def test_the_hires_pass_of_an_image_that_is_not_square(a1111: Host, page, panel:
 def test_asking_for_it_changes_no_pixel_and_leaves_no_trace(a1111: Host):
     before = a1111.state()
     plain, without = a1111.txt2img(), a1111.txt2img([PAPER])
-    assert a1111.txt2img(asking(PAPER)).pixels == without.pixels
+    assert a1111.txt2img(with_record(PAPER)).pixels == without.pixels
     assert a1111.txt2img().pixels == plain.pixels
     after = a1111.state()
     assert (after["tree"], after["model"]) == (before["tree"], before["model"])
