@@ -595,9 +595,9 @@
             label.click();
         };
 
-        // gradio 4 draws the page after the scripts have run.
+        // The page is drawn, and the host's options are there, after the scripts have run.
         const greet = () => {
-            if (greeted || !find(`#${panelId(TABS[0], "status")}`)) return;
+            if (greeted || !("agent_attention_status_line" in options()) || !find(`#${panelId(TABS[0], "status")}`)) return;
             greeted = true;
             showStatus();
         };
