@@ -23,7 +23,7 @@ from .models import LAYOUTS, Layout, build, call, inputs
 STEP = 50
 # Seconds of a call from which on a method gets no warm-up of its own, a limit still does, and nothing does: a first
 # call's tenths of a second are lost in it, and in the median.
-LONG, VERY_LONG = 8.0, 60.0
+LONG, VERY_LONG = 8.0, 30.0
 
 
 @cache
