@@ -22,8 +22,8 @@ $(READY): requirements/dev.txt requirements/dev-no-deps.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/dev-no-deps.txt
 	@touch $@
 
-demo: $(READY) ## one forward of the SD 1.5 U-Net with and without agent attention, with times
-	$(PY) -m benchmarks.bench --sizes 512 --methods sdpa grid4 grid8 --rounds 2 --no-plots --out out/demo --name demo
+demo: $(READY) ## pictures of the embedded model with and without agent attention, with times
+	$(PY) -m agentsd demo
 
 playground: $(READY) ## the panel in a local web page, on the embedded model
 	$(PY) -m agentsd.playground

@@ -43,6 +43,14 @@ def test_the_prompt_decides_the_picture(pipe):
     assert (broccoli - apple).abs().mean() > 0.1
 
 
+def test_pictures_are_those_of_their_prompts(pipe):
+    """Few steps and few prompts, for time's sake; training/README.md has the count over all prompts in 20 steps."""
+    index = list(range(0, len(pipe.prompts), 13))
+    latents = pipe.sample([pipe.prompts[i] for i in index], steps=8, guidance=2.0)
+    nearest, _ = pipe.nearest(latents)
+    assert sum(int(n) == i for n, i in zip(nearest, index, strict=True)) >= len(index) - 3
+
+
 def test_the_training_pictures_are_their_own_nearest(pipe):
     index, distance = pipe.nearest(pipe.latents_of(pipe.pictures))
     assert index.tolist() == list(range(len(pipe.prompts)))

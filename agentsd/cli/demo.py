@@ -17,7 +17,7 @@ from .runs import draw, record, warm_up
 from .sheets import AMPLIFIED, difference, enlarged, sheet
 
 # Recognisable at a glance, and different from each other in shape and colour
-FAVOURITES = ("red apple", "hamburger", "sunglasses face", "tiger", "rose", "american football", "octopus", "rocket")
+FAVOURITES = ("red apple", "avocado", "sunglasses face", "panda", "rose", "american football", "frog", "rainbow")
 
 
 def demo(args: argparse.Namespace) -> None:
