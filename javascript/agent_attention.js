@@ -225,7 +225,8 @@
 
     const tooManyAgents = (config, {height, width, plan}) => {
         const grid = config.method === "corrected" || config.agent_source === "grid";
-        const {n} = agentsWanted({...config, agent_source: grid ? "grid" : "similarity"}, height, width);
+        const {n: wanted, cell} = agentsWanted({...config, agent_source: grid ? "grid" : "similarity"}, height, width);
+        const n = config.method === "corrected" ? samples(height, cell[0]) * samples(width, cell[1]) : wanted;
         const reason = `${n} agents are too many for ${plan.queries} queries (fewer than half are needed)`;
         const capped = !grid && n === destinations(config, height, width);
         const controls = capped ? ["sx", "sy"] : ["agent_ratio"];

@@ -9,6 +9,7 @@ from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, r
 from PIL import Image
 
 from agentsd import AgentConfig, LayerPlan, patch_unet
+from agentsd.attention import sample_tokens
 from agentsd.webui import tokenmap
 from agentsd.webui.tokenmap import Layer, Recording, draw, view
 
@@ -181,6 +182,19 @@ def test_grid_agents_are_dots_in_the_middle_of_their_cells(size):
     assert dots / len(middles) < np.pi * (0.35 * scale) ** 2, "nothing else is white"
 
 
+@pytest.mark.parametrize("size", [(16, 16), (6, 9)])
+def test_corrected_agents_are_dots_on_the_tokens_that_are_sampled(size):
+    layer = recorded(flat_unet(), *size, method="corrected", agent_ratio=0.95).calls[0].layers[0]
+    drawn = draw(Image.new("RGB", (8 * size[1], 8 * size[0]), GREY), layer, size)
+    scale = drawn.width / size[1]
+    tokens = torch.arange(size[0] * size[1]).view(1, -1, 1)
+    taken = sample_tokens(tokens, *size, layer.plan.cell).flatten().tolist()
+    assert len(taken) == layer.plan.agents
+    for token in range(size[0] * size[1]):
+        y, x = ((place + 0.5) * scale for place in divmod(token, size[1]))
+        assert (drawn.getpixel((round(x), round(y))) == (255, 255, 255)) == (token in taken)
+
+
 @pytest.mark.parametrize(
     ("given", "longer"), [((128, 64), 768), ((640, 640), 1280), ((1536, 512), 1536), ((4096, 2048), 1536)]
 )
@@ -207,7 +221,7 @@ WORDS = {
     "similarity": (SIMILARITY, ["Dots: 26 agents", "averaged into one agent", "No token was merged"]),
     "grid": (GRID, ["Dots: 16 agents, each the mean of its cell", "No token was merged"]),
     "pool": ({"method": "pool", "sx": 2, "sy": 2}, ["Dots: 64 pooled keys"]),
-    "corrected": ({"method": "corrected", "agent_ratio": 0.95}, ["Dots: 16 agents"]),
+    "corrected": ({"method": "corrected", "agent_ratio": 0.95}, ["Dots: 16 agents, one token of each cell"]),
 }
 
 

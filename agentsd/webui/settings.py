@@ -197,7 +197,8 @@ SETTINGS: tuple[Row, ...] = (
         "choice",
         "Method",
         "agent: agent attention. pool: keys and values averaged over cells of sx × sy tokens. corrected: as many "
-        "pooled keys as grid agents, their values fitted to full attention.",
+        "keys as grid agents, one of each cell, their values fitted to full attention; it has no k_scale2 and no "
+        "k_shortcut.",
         "agent",
     ),
     Row(

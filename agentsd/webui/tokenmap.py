@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from agentsd.attention import sample_tokens
 from agentsd.config import MAX_TIMESTEP, LayerPlan
 from agentsd.merging import Clusters
 from agentsd.patch import Answer
@@ -192,7 +194,7 @@ def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Ima
     """The map of one layer, over the image.
 
     Tokens of one colour belong to one cluster; those of a cluster of their own stay grey, as the image then is, so that
-    no colour is the image's. Dots are agents, or pooled keys, and thin lines their cells.
+    no colour is the image's. Dots are agents, or the few keys, and thin lines their cells.
 
     Args:
         image: the image that was made.
@@ -261,6 +263,9 @@ def _dots(drawn: Image.Image, layer: Layer, raster: _Raster) -> None:
 
 def _agent_places(layer: Layer, raster: _Raster) -> list[tuple[float, float]]:
     """(y, x) of each agent: the middle of its cell or of its token."""
+    if layer.plan.action == "corrected":
+        rows, columns = _sampled(layer)
+        return [(raster.middle(0, y, y + 1), raster.middle(1, x, x + 1)) for y in rows for x in columns]
     if layer.plan.cell is not None:
         lines = [
             [raster.middle(axis, low, min(low + cell, count)) for low in range(0, count, cell)]
@@ -269,6 +274,13 @@ def _agent_places(layer: Layer, raster: _Raster) -> list[tuple[float, float]]:
         return [(y, x) for y in lines[0] for x in lines[1]]
     rows, columns = np.divmod(layer.agent_tokens(), layer.size[1])
     return [(raster.middle(0, y, y + 1), raster.middle(1, x, x + 1)) for y, x in zip(rows, columns, strict=True)]
+
+
+def _sampled(layer: Layer) -> list[np.ndarray]:
+    """The rows and the columns of the tokens that corrected agents sample."""
+    tokens = torch.arange(layer.plan.tokens).view(1, -1, 1)
+    taken = sample_tokens(tokens, *layer.size, layer.plan.cell).flatten().numpy()
+    return [np.unique(place) for place in np.divmod(taken, layer.size[1])]
 
 
 # Words
@@ -292,6 +304,8 @@ def _explained(layer: Layer) -> list[str]:
         )
     if plan.action == "pool":
         said.append(f"Dots: {plan.agents} pooled keys, each the mean of its cell. No token was merged.")
+    elif plan.action == "corrected":
+        said.append(f"Dots: {plan.agents} agents, one token of each cell. Attention is fitted to be exact there.")
     elif plan.cell is not None:
         said.append(f"Dots: {plan.agents} agents, each the mean of its cell.")
     elif layer.agents is not None:

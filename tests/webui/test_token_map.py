@@ -121,7 +121,7 @@ def test_the_map_of_a_new_image_comes_by_itself_and_goes_with_the_record(page, p
     panel.choose("Faithful")
     generate(page)
     page.wait_for_function(
-        "id => document.getElementById(id).innerText.includes('pooled keys')",
+        "id => document.getElementById(id).innerText.includes('one token of each cell')",
         arg=element_id("txt2img", "map_text"),
         timeout=30 * SECONDS,
     )
