@@ -19,6 +19,8 @@ METHODS = ("agent", "pool", "corrected")
 PRECISIONS = (None, "fp32")
 DOWNSAMPLES = (1, 2, 4, 8)
 MAX_TIMESTEP = 1000
+# With fewer agents than this, corrected values overshoot between them: docs/fidelity.md has the figures.
+FEWEST_CORRECTED = 32
 
 
 class SettingError(ValueError):
@@ -130,7 +132,7 @@ class AgentConfig:
         agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
         method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), or "corrected"
             (attention to one key of each square cell, as many as grid agents; their values are fitted to full
-            attention at the cells' queries).
+            attention at the cells' queries; the cells are smaller in layers where there would be fewer than 32).
         min_tokens: leave layers with fewer tokens than this alone, 0–2²⁴.
         max_agents: at most so many agent tokens, 1–2²⁴; None for no limit. Similarity agents are never fewer than the
             partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
@@ -358,10 +360,13 @@ def _grid(config: AgentConfig, height: int, width: int) -> tuple[int, tuple[int,
 
 def _plan_corrected(config: AgentConfig, height: int, width: int, r: int) -> LayerPlan:
     N = height * width
-    _, cell = _grid(config, height, width)
-    n = _samples(height, cell[0]) * _samples(width, cell[1])
+    s = grid_cell(config.agent_ratio, height, width, config.max_agents)
+    while (n := _samples(height, s) * _samples(width, s)) < FEWEST_CORRECTED and s > 1:
+        s //= 2
+    if config.max_agents is not None and n > config.max_agents:
+        return LayerPlan("untouched", N, N, r=r, reason=f"max_agents {config.max_agents} are too few to correct")
     if 2 * n < N:
-        return LayerPlan("corrected", N, N, n, cell, r)
+        return LayerPlan("corrected", N, N, n, (s, s), r)
     return LayerPlan("untouched", N, N, r=r, reason=f"2 × {n} agents are not below {N} queries")
 
 

@@ -2,7 +2,7 @@
 
 Two tables. The first takes the method apart: the relative error of attention's output at level 0, over the timestep,
 for every choice in it and for its rivals. The second looks for spikes: calls of all layers, at random timesteps,
-prompts, sizes, cells and dtypes, against pooling with the same cells.
+prompts, sizes, cells and dtypes, against pooling with the same cells. Both use the cells that the patch would.
 
     python -m benchmarks.corrected                    # docs/fidelity/corrected.md
     python -m benchmarks.corrected --forwards 20      # a quick look
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from agentsd import AgentConfig, plan_layer
 from agentsd.attention import (
     FIT_GROWTH,
     FIT_STEPS,
@@ -247,11 +248,10 @@ def stability(pipes: dict[str, Any], forwards: int, seed: int = 0) -> dict[tuple
         index = [pick.randrange(len(pipe.prompts)) for _ in range(2)]
 
         def visit(at: Attention, dtype: str = dtype) -> None:
-            s, tokens = pick.choice(CELLS), at.q.shape[1]
-            if 2 * -(-at.height // s) * -(-at.width // s) >= tokens:
-                return
-            low, high = next(c for c in CLASSES if c[0] <= tokens <= c[1])
-            found[dtype, (low, high)].add(at, s)
+            asked = AgentConfig(method="corrected", agent_ratio=1 - pick.choice(CELLS) ** -2)
+            plan = plan_layer(asked, at.height, at.width, 1)
+            if plan.action == "corrected":
+                found[dtype, next(c for c in CLASSES if c[0] <= plan.tokens <= c[1])].add(at, plan.cell[0])
 
         with watched(pipe.unet, size, visit):
             pipe.predict(_noised(pipe, size, index, t, draw), t, [pipe.prompts[i] for i in index])

@@ -48,12 +48,23 @@
     // cells that reach their middle, where the token is taken
     const samples = (length, side) => cells(length - Math.floor((Math.min(side, length) - 1) / 2), side);
 
+    const FEWEST_CORRECTED = 32;
+
+    const correctedAgents = (config, height, width) => {
+        const count = (side) => samples(height, side) * samples(width, side);
+        let s = agentsWanted({...config, agent_source: "grid"}, height, width).cell[0];
+        while (s > 1 && count(s) < FEWEST_CORRECTED) s /= 2;
+        return {s, n: count(s)};
+    };
+
+    const tooFewToCorrect = (config, n) => config.max_agents !== null && n > config.max_agents;
+
     const planCorrected = (config, height, width, r) => {
         const N = height * width;
-        const {cell} = agentsWanted({...config, agent_source: "grid"}, height, width);
-        const n = samples(height, cell[0]) * samples(width, cell[1]);
+        const {s, n} = correctedAgents(config, height, width);
+        if (tooFewToCorrect(config, n)) return untouched(N, r, `max_agents ${config.max_agents} are too few to correct`);
         if (2 * n >= N) return untouched(N, r, `2 × ${n} agents are not below ${N} queries`);
-        return {action: "corrected", tokens: N, queries: N, agents: n, cell, r, agent_r: 0, reason: ""};
+        return {action: "corrected", tokens: N, queries: N, agents: n, cell: [s, s], r, agent_r: 0, reason: ""};
     };
 
     const planLayer = (config, height, width, downsample) => {
@@ -224,9 +235,11 @@
     };
 
     const tooManyAgents = (config, {height, width, plan}) => {
-        const grid = config.method === "corrected" || config.agent_source === "grid";
-        const {n: wanted, cell} = agentsWanted({...config, agent_source: grid ? "grid" : "similarity"}, height, width);
-        const n = config.method === "corrected" ? samples(height, cell[0]) * samples(width, cell[1]) : wanted;
+        const corrected = config.method === "corrected", grid = corrected || config.agent_source === "grid";
+        const {n} = corrected ? correctedAgents(config, height, width) : agentsWanted(config, height, width);
+        if (corrected && tooFewToCorrect(config, n)) {
+            return [`at most ${config.max_agents} agents are too few to correct`, ["max_agents"]];
+        }
         const reason = `${n} agents are too many for ${plan.queries} queries (fewer than half are needed)`;
         const capped = !grid && n === destinations(config, height, width);
         const controls = capped ? ["sx", "sy"] : ["agent_ratio"];

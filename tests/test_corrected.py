@@ -181,7 +181,7 @@ class TestPlan:
         plan = plan_layer(config, 64, 96, 1)
         assert (plan.action, plan.queries, plan.agents, plan.cell) == ("corrected", 6144, 384, (4, 4))
 
-    @pytest.mark.parametrize("size", [(9, 13), (10, 14), (5, 64), (64, 67), (1, 40)])
+    @pytest.mark.parametrize("size", [(9, 13), (10, 14), (5, 64), (64, 67), (2, 80)])
     def test_the_plan_counts_what_is_sampled(self, size):
         plan = plan_layer(AgentConfig(method="corrected", agent_ratio=1 - 1 / 16), *size, 1)
         assert plan.agents == sample_tokens(torch.zeros(1, size[0] * size[1], 1), *size, plan.cell).shape[1]
@@ -189,6 +189,20 @@ class TestPlan:
     def test_max_agents_makes_the_cells_larger(self):
         plan = plan_layer(AgentConfig(method="corrected", max_agents=256), 128, 128, 1)
         assert (plan.agents, plan.cell) == (256, (8, 8))
+
+    @pytest.mark.parametrize(("size", "side"), [((64, 64), 8), ((32, 32), 4), ((16, 16), 2), ((12, 12), 2)])
+    def test_cells_are_smaller_where_there_would_be_too_few_agents(self, size, side):
+        plan = plan_layer(AgentConfig(method="corrected", agent_ratio=0.98), *size, 1)
+        assert (plan.action, plan.cell) == ("corrected", (side, side))
+        assert plan.agents >= 32
+
+    def test_too_small_a_layer_is_left_untouched(self):
+        plan = plan_layer(AgentConfig(method="corrected", agent_ratio=0.98), 7, 8, 1)
+        assert plan.action == "untouched"
+
+    def test_a_limit_below_that_leaves_the_layer_untouched(self):
+        plan = plan_layer(AgentConfig(method="corrected", max_agents=16), 64, 64, 1)
+        assert (plan.action, plan.reason) == ("untouched", "max_agents 16 are too few to correct")
 
     def test_too_many_agents_leave_the_layer_untouched(self):
         plan = plan_layer(AgentConfig(method="corrected", agent_ratio=0.0), 8, 8, 1)

@@ -182,7 +182,7 @@ def test_grid_agents_are_dots_in_the_middle_of_their_cells(size):
     assert dots / len(middles) < np.pi * (0.35 * scale) ** 2, "nothing else is white"
 
 
-@pytest.mark.parametrize("size", [(16, 16), (6, 9)])
+@pytest.mark.parametrize("size", [(16, 16), (10, 13)])
 def test_corrected_agents_are_dots_on_the_tokens_that_are_sampled(size):
     layer = recorded(flat_unet(), *size, method="corrected", agent_ratio=0.95).calls[0].layers[0]
     drawn = draw(Image.new("RGB", (8 * size[1], 8 * size[0]), GREY), layer, size)
@@ -221,7 +221,7 @@ WORDS = {
     "similarity": (SIMILARITY, ["Dots: 26 agents", "averaged into one agent", "No token was merged"]),
     "grid": (GRID, ["Dots: 16 agents, each the mean of its cell", "No token was merged"]),
     "pool": ({"method": "pool", "sx": 2, "sy": 2}, ["Dots: 64 pooled keys"]),
-    "corrected": ({"method": "corrected", "agent_ratio": 0.95}, ["Dots: 16 agents, one token of each cell"]),
+    "corrected": ({"method": "corrected", "agent_ratio": 0.95}, ["Dots: 64 agents, one token of each cell"]),
 }
 
 
