@@ -103,6 +103,7 @@ def _corrected(ratio: float, **settings: Any) -> AgentConfig:
 def methods() -> list[Method]:
     """Everything that is compared; the unpatched model is the first."""
     grid = _agents("grid", 1 - 1 / 16)
+    deeper = {"max_downsample": 8}
     until_40 = {"stages": early(0.4)}
     finer = {"stages": early(0.4, after={"agent_ratio": 1 - 1 / 16})}
     return [
@@ -141,6 +142,12 @@ def methods() -> list[Method]:
         Method("corrected 8×8", "corrected agents", _corrected(1 - 1 / 64), pictures=True, sizes=True),
         Method("corrected 8×8, then 4×4", "corrected agents, schedules", _corrected(1 - 1 / 64, **finer)),
         Method("corrected 4×4, first 60 %", "corrected agents, schedules", _corrected(1 - 1 / 16, stages=early(0.6))),
+        Method("corrected 4×4, two levels", "corrected agents, deeper", _corrected(1 - 1 / 16, max_downsample=2)),
+        Method(
+            "corrected 4×4, all levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **deeper), pictures=True
+        ),
+        Method("grid 4×4, all levels", "grid agents, deeper", _agents("grid", 1 - 1 / 16, **deeper), pictures=True),
+        Method("K/V pooled 4×4, all levels", "K/V pooling, deeper", _pool(4, 4, **deeper), pictures=True),
         Method("K/V pooled 2×2, shortcut .075", "K/V pooling, shortcut", _pool(2, 2, 0.075)),
         Method("K/V pooled 4×4, shortcut .15", "K/V pooling, shortcut", _pool(4, 4, 0.15)),
     ]

@@ -271,6 +271,18 @@ def test_sweep_measures_every_cell(stand_in):
     assert files.read_record(swept / "sweep.png")["sweep"] == {"agent_ratio": [0.75, 0.9], "k_scale2": [0.2, 0.4, 0.6]}
 
 
+def test_sweep_shows_what_differs(stand_in):
+    assert main(["sweep", "a rose", *SMALL, "--x", "min-tokens=99999,0", "--until", "1", "--out", "swept"]) == 0
+    with Path("swept/sweep.csv").open(encoding="utf-8", newline="") as file:
+        apart = [float(row["rmse"]) for row in csv.DictReader(file)]
+    page = Image.open("swept/difference.png").convert("RGB")
+    assert page.size == Image.open("swept/sweep.png").size
+    width = page.width // 3
+    cells = [np.asarray(page.crop((12 + k * width, 70, 12 + k * width + 200, 200))) for k in (1, 2)]
+    assert apart[1] == 0 < apart[2]
+    assert cells[0].max() == 0 < cells[1].max()
+
+
 def test_sweep_over_one_setting(stand_in, capsys):
     assert main(["sweep", "a rose", *SMALL, "--x", "method=agent,pool", "--out", "swept"]) == 0
     header = Path("swept/sweep.csv").read_text(encoding="utf-8").splitlines()[0]

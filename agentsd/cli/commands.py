@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from PIL.Image import Image
 
 from ..hosts import first_downsample
 from .distance import Distance, distance
@@ -140,7 +143,9 @@ def sweep(args: argparse.Namespace) -> None:
             _save(folder / f"{i + 1:02}-{j + 1:02}.png", model, request, values, run, cell.apart)
             # after every cell, so that an interrupted sweep keeps what it has measured
             _save_csv(folder / "sweep.csv", x, y, plain, cells)
-    _save_grid(folder / "sweep.png", model, request, args, plain, cells)
+    _save_grid(folder / "sweep.png", model, request, args, plain, cells, lambda picture: picture)
+    apart = partial(difference, plain.picture)
+    _save_grid(folder / "difference.png", model, request, args, plain, cells, apart, f", difference, {AMPLIFIED}x")
     print_table(
         [x, *([y] if y else []), "seconds", "speed", "distance"],
         [
@@ -149,7 +154,7 @@ def sweep(args: argparse.Namespace) -> None:
         ],
     )
     print(f"without: {plain.seconds:.2f} s")
-    print(f"{folder / 'sweep.png'}, {folder / 'sweep.csv'}")
+    print(", ".join(str(folder / name) for name in ("sweep.png", "difference.png", "sweep.csv")))
 
 
 def _flat(cells: list[list[Cell]]) -> list[Cell]:
@@ -180,11 +185,19 @@ def _save_csv(path: Path, x: str, y: str, plain: Run, cells: list[list[Cell]]) -
 
 
 def _save_grid(
-    path: Path, model: Model, request: Request, args: argparse.Namespace, plain: Run, cells: list[list[Cell]]
+    path: Path,
+    model: Model,
+    request: Request,
+    args: argparse.Namespace,
+    plain: Run,
+    cells: list[list[Cell]],
+    shown: Callable[[Image], Image],
+    what: str = "",
 ) -> None:
+    """The picture without and what is `shown` of each cell's, labelled."""
     (x, columns), (y, lines) = args.x, args.y or ("", (None,))
     first = [enlarged(plain.picture, SIDE)] + [None] * (len(lines) - 1)
-    pictures = [[first[i], *(enlarged(cell.run.picture, SIDE) for cell in row)] for i, row in enumerate(cells)]
+    pictures = [[first[i], *(enlarged(shown(cell.run.picture), SIDE) for cell in row)] for i, row in enumerate(cells)]
     captions = [
         [f"{plain.seconds:.2f} s" if i == 0 else "", *(_caption(plain, cell) for cell in row)]
         for i, row in enumerate(cells)
@@ -194,7 +207,7 @@ def _save_grid(
         columns=["without", *(f"{x} = {ROWS[x].text(value)}" for value in columns)],
         labels=[f"{y} = {ROWS[y].text(value)}" for value in lines] if y else (),
         captions=captions,
-        title=f"{request.prompt}, seed {request.seed}, {request.steps} steps, {model.name}",
+        title=f"{request.prompt}, seed {request.seed}, {request.steps} steps, {model.name}{what}",
     )
     axes = {x: list(columns), **({y: list(lines)} if y else {})}
     made = record(model, request, args.settings, sweep=axes)
