@@ -88,8 +88,10 @@ class Run:
                 return
             seconds = sum(self._expected(name) for name in active)
             if seconds > self.machine.time_left():
-                self._skip(f"{', '.join(active)}", f"after {done} rounds: the next would go beyond --minutes")
+                left = self.case.rounds - done
+                self._skip("all", f"{left} rounds are left to do: the next would go beyond --minutes")
                 return
+            self._forget_skip("all")
             self._round(active, done)
 
     def _round(self, active: list[str], done: int) -> None:
@@ -162,3 +164,8 @@ class Run:
 
     def _skip(self, names: str, reason: str) -> None:
         self.machine.skip(self.case.name, names, reason)
+
+    def _forget_skip(self, names: str) -> None:
+        self.machine.skipped[:] = [
+            s for s in self.machine.skipped if (s["case"], s["method"]) != (self.case.name, names)
+        ]
