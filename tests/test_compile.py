@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from blocks import flat_unet, inputs
@@ -42,23 +40,3 @@ def test_the_compiled_u_net_gives_the_same(name):
     torch.testing.assert_close(compiled, patched, rtol=1e-4, atol=1e-4)
     assert (compiled - plain).abs().max() > 1e-3  # it is the patched one that was compiled
     assert notes == {}
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler (g++)")
-def test_inductor_gives_the_same():
-    _, patched, compiled, notes = outputs("inductor", **SETTINGS["grid agents"])
-    torch.testing.assert_close(compiled, patched, rtol=1e-3, atol=1e-3)
-    assert notes == {}
-
-
-def test_a_patch_may_come_and_go_after_compiling():
-    unet, given = flat_unet(), inputs()
-    compiled = torch.compile(unet, backend="aot_eager")
-    with torch.inference_mode():
-        plain = unet(given[0], given[1], given[2])
-        torch.testing.assert_close(compiled(given[0], given[1], given[2]), plain, rtol=1e-4, atol=1e-4)
-        with agentsd.patched(unet, **SETTINGS["grid agents"]):
-            patched = unet(given[0], given[1], given[2])
-            torch.testing.assert_close(compiled(given[0], given[1], given[2]), patched, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(compiled(given[0], given[1], given[2]), plain, rtol=1e-4, atol=1e-4)
-    assert (patched - plain).abs().max() > 1e-3
