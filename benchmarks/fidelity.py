@@ -412,7 +412,7 @@ def plot(store: Store, size: tuple[int, int], file: Path) -> None:
 
     rows = [row for row in store.rows if row["size"] == list(size) and row["method"] != "unpatched"]
     base = unpatched(store, size)["seconds"]
-    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 7.5), layout="constrained")
     families = list(dict.fromkeys(row["family"] for row in rows))
     for i, family in enumerate(families):
         points = sorted((row["seconds"], mean(row), row["method"]) for row in rows if row["family"] == family)
@@ -428,7 +428,7 @@ def plot(store: Store, size: tuple[int, int], file: Path) -> None:
     axes.set_ylabel("relative deviation from the unpatched model, mean over t")
     axes.set_title(f"Embedded model, latent {size[0]} × {size[1]}: lower left is better")
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
