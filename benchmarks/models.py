@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -113,11 +113,17 @@ def build(layout: Layout, device: torch.device, dtype: torch.dtype, channels_las
     return unet
 
 
+@cache
+def _fused(attention: type[nn.Module]) -> type[nn.Module]:
+    """The class with the fused kernel: one of its own, since other U-Nets of this process keep theirs."""
+    return type(attention.__name__, (attention,), {"forward": sdpa_forward})
+
+
 def _adapt(module: nn.Module, dtype: torch.dtype) -> None:
     """Make LDM's modules run in any dtype with the fused kernel, as a host does."""
     if type(module).__module__.startswith("ldm."):
         if type(module).__name__ == "CrossAttention":
-            type(module).forward = sdpa_forward
+            module.__class__ = _fused(type(module))
         elif type(module).__name__ == "GroupNorm32":
             module.forward = partial(nn.GroupNorm.forward, module)
         elif type(module).__name__ == "UNetModel":

@@ -51,7 +51,7 @@ def test_each_option_is_explained_and_does_what_it_says(a1111: Host, page):
     panel = Panel(page)
     panel.open()
     page.wait_for_timeout(SECONDS)
-    assert (panel.get("method"), panel.get("until")) == ("pool", 1.0)
+    assert (panel.get("method"), panel.get("until")) == ("corrected", 1.0)
     assert panel.text("status").strip() == ""
     a1111.call("/sdapi/v1/options", {"agent_attention_log_level": "info"})
     a1111.txt2img([True], width=64, height=64, steps=1)
