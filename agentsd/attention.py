@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .config import FIT_STEPS
+
 
 def agent_attention(
     q: Tensor,
@@ -43,8 +45,7 @@ def agent_attention(
     return F.scaled_dot_product_attention(q, a, v_a, attn_mask=bias2, scale=scale**k_scale2)
 
 
-# Steps of the fit, and how far fitted values may exceed what they are fitted from.
-FIT_STEPS = 3
+# How far fitted values may exceed what they are fitted from.
 FIT_GROWTH = 16.0
 
 
@@ -77,7 +78,7 @@ def corrected_attention(
         whose fit is not finite, or grows out of proportion, uses V̄: attention to the few keys and values.
     """
     v_a = F.scaled_dot_product_attention(a, k, v)
-    with _autocast_off(q):
+    with no_autocast(q.device.type):
         y = _fitted(a.float(), k_bar.float(), v_a.float(), v_bar.float(), steps).to(v.dtype)
     return F.scaled_dot_product_attention(q, k_bar, y)
 
@@ -134,10 +135,12 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(dim=(-2, -1), keepdim=True)
 
 
-def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
-    """A `with` block in which float32 stays float32; devices without autocast need none."""
-    known = x.device.type in ("cpu", "cuda", "xpu")
-    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A `with` block without autocast, also on devices that have none, where torch.autocast may raise."""
+    try:
+        return torch.autocast(device_type, enabled=False)
+    except RuntimeError:
+        return nullcontext()
 
 
 def add_scaled(out: Tensor, v: Tensor, weight: float) -> Tensor:

@@ -19,6 +19,8 @@ METHODS = ("agent", "pool", "corrected")
 PRECISIONS = (None, "fp32")
 DOWNSAMPLES = (1, 2, 4, 8)
 MAX_TIMESTEP = 1000
+# Steps of the corrected method's fit.
+FIT_STEPS = 3
 # With fewer agents than this, corrected values overshoot between them: docs/fidelity.md has the figures.
 FEWEST_CORRECTED = 32
 

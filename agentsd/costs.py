@@ -17,10 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .config import AgentConfig, LayerPlan, destinations, plan_layer
+from .config import FIT_STEPS, AgentConfig, LayerPlan, destinations, plan_layer
 
 PROMPT_TOKENS = 77
-FIT_STEPS = 3  # of the corrected method: agentsd.attention.FIT_STEPS, without its torch
 COSTS_FILE = Path(__file__).with_name("costs.json")
 
 

@@ -7,7 +7,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from .attention import (
     corrected_attention,
     join_heads,
     lost_by_pooling,
+    no_autocast,
     pool_tokens,
     sample_tokens,
     split_heads,
@@ -430,7 +431,7 @@ class _Layer:
         if config.attn_precision is None:
             return step(config, *tensors)
         dtype = tensors[0].dtype
-        with _no_autocast(tensors[0].device.type):
+        with no_autocast(tensors[0].device.type):
             return step(config, *(None if t is None else t.float() for t in tensors)).to(dtype)
 
 
@@ -458,14 +459,6 @@ class _MergeAround:
         if config is None or not getattr(config, self.switch) or plan is None or not isinstance(x, Tensor):
             return None
         return plan.merged if x.dim() == 3 and x.shape[:2] == plan.shape else None
-
-
-def _no_autocast(device_type: str) -> Any:
-    """A `with` block without autocast, also on devices that have none, where torch.autocast may raise."""
-    try:
-        return torch.autocast(device_type, enabled=False)
-    except RuntimeError:
-        return nullcontext()
 
 
 def _downsample(latent: tuple[int, int], size: tuple[int, int]) -> int:

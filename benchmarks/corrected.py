@@ -28,7 +28,6 @@ from tqdm import tqdm
 from agentsd import AgentConfig, plan_layer
 from agentsd.attention import (
     FIT_GROWTH,
-    FIT_STEPS,
     agent_attention,
     corrected_attention,
     fit_values,
@@ -37,6 +36,7 @@ from agentsd.attention import (
     sample_tokens,
     split_heads,
 )
+from agentsd.config import FIT_STEPS
 from agentsd.hosts import Call, find_sites
 
 from .fidelity import TIMESTEPS, covering
@@ -165,7 +165,7 @@ VARIANTS: dict[str, Callable[[Attention], Tensor]] = {
     "K/V pooled 4×4": lambda at: _pool(at, 4),
     "Nyström of means, ridge (W + .02 I)⁻¹": lambda at: _solved(at, _ridge),
     "Nyström of means, Tikhonov, μ 10⁻⁵": lambda at: _solved(at, _tikhonov),
-    **{f"sampled, {n} steps": Corrected(steps=n) for n in (0, 1, 2, 3, 4, 5, 6, 8)},
+    **{f"sampled, {n} step{'' if n == 1 else 's'}": Corrected(steps=n) for n in (0, 1, 2, 3, 4, 5, 6, 8)},
     "agents: means of the queries": Corrected(a="pooled"),
     "keys and values: means": Corrected(k="pooled", v="pooled"),
     "keys and values: means, 5 steps": Corrected(k="pooled", v="pooled", steps=5),

@@ -83,7 +83,8 @@ def this_run(arguments: list[str]) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "revision": _revision(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "arguments": arguments,
+        # results are published: a folder's name says enough, and where it lies on this machine is nobody's affair
+        "arguments": [Path(a).name if Path(a).is_absolute() else a for a in arguments],
     }
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
-from agentsd import AgentConfig, Stage, attention, costs
+from agentsd import AgentConfig, Stage
 from agentsd.costs import Layout, estimate, layouts, positions, share_of_run
 from agentsd.layout import layout_of
 
@@ -111,10 +111,6 @@ def test_a_patched_layer_of_the_full_unet_costs_what_the_model_says():
     assert (expected.layers, expected.acted[0].plan.agents) == (5, 256)
     with agentsd.patched(model, **settings):
         assert counted(model, 64, 64) == expected.flops_left
-
-
-def test_the_fit_takes_the_steps_that_are_counted():
-    assert costs.FIT_STEPS == attention.FIT_STEPS
 
 
 def test_odd_sizes_are_rounded_up_at_every_level():

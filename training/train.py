@@ -93,51 +93,10 @@ class Level0Attention:
             project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
-        out, _ = attend(q, k, v)
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(q.dtype)))
-
-
-# One operator, so that the compiled graph is the same for any number of keys.
-@torch.library.custom_op("agentsd_training::attend", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend to the step's keys: q, k, v (B, heads, N, d) -> output (B, heads, N, d), log-sum-exp (B, heads, N)."""
-    if (index := Level0Attention.index) is not None:
-        k, v = k.index_select(2, index), v.index_select(2, index)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return out.contiguous(), lse.contiguous()
-
-
-@attend.register_fake
-def _(q, k, v):
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("agentsd_training::attend_backward", mutates_args=())
-def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; keys that the step left out have none."""
-    index = Level0Attention.index
-    some_k, some_v = (k, v) if index is None else (k.index_select(2, index), v.index_select(2, index))
-    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad.contiguous(), q, some_k, some_v, out, lse, 0.0, False
-    )
-    if index is not None:
-        grad_k = torch.zeros(k.shape, dtype=k.dtype).index_copy_(2, index, grad_k)
-        grad_v = torch.zeros(v.shape, dtype=v.dtype).index_copy_(2, index, grad_v)
-    return grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
-
-
-@attend_backward.register_fake
-def _(grad, q, k, v, out, lse):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-attend.register_autograd(
-    lambda ctx, grad, _: attend_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
-)
+        if self.index is not None:
+            k, v = k[:, :, self.index], v[:, :, self.index]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
 class Ema:
@@ -239,9 +198,7 @@ class Training:
         torch.manual_seed(0)  # the same weights in every worker
         self.model = Model(config, vocabulary_of(prompts), self.body).to(memory_format=torch.channels_last)
         self.ids = self.model.text.tokenize(prompts)
-        self.forward = torch.compile(self.model) if args.compile else self.model
         self._use_some_keys()
-        self._compile()
         self.step, self.clock = 0, 0.0
         state = torch.load(self.file, weights_only=False) if self.file.exists() else None
         if state is None and not self.body:
@@ -263,7 +220,7 @@ class Training:
         v = self.root_a[t] * eps - self.root_1a[t] * x
         Level0Attention.draw(self.args.keys if progress < self.args.all_keys_from else TOKENS)
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = self.forward(noisy, t, drop_words(self.ids[k]))
+            predicted = self.model(noisy, t, drop_words(self.ids[k]))
         return F.mse_loss(predicted.float(), v)
 
     def update(self, rate: float) -> float:
@@ -321,17 +278,6 @@ class Training:
             for attention in block.attentions:
                 attention.transformer_blocks[0].attn1.set_processor(Level0Attention())
 
-    def _compile(self) -> None:
-        """Run once; the first worker compiles, the others find its results."""
-        if self.rank > 0:
-            dist.barrier()
-        x, t = self.x0[: self.size].to(memory_format=torch.channels_last), torch.zeros(self.size, dtype=torch.long)
-        with torch.autocast("cpu", torch.bfloat16):
-            self.forward(x, t, self.ids[: self.size]).sum().backward()
-        self.model.zero_grad()
-        if self.rank == 0:
-            dist.barrier()
-
 
 def minutes_of(args: argparse.Namespace) -> float:
     """The wall time of the phase; the file ``<phase>.minutes`` of the run folder changes it while the training runs."""
@@ -381,7 +327,6 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=512, help=f"keys per self-attention at level 0 ({TOKENS}: all)")
     parser.add_argument("--all-keys-from", type=float, default=0.6, help="when all keys come in (share of time)")
     parser.add_argument("--noisy", type=float, default=0.35, help="share of the timesteps from 650 on (0.35: uniform)")
-    parser.add_argument("--compile", action="store_true", help="see the README: its gradients were wrong in torch 2.13")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each, sharing the batch")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
