@@ -33,10 +33,12 @@ class Case:
 
 
 GRID = ("sdpa", "limit", "grid8", "grid4")
-OTHERS = ("paper", "tomesd.4", "corrected8", "corrected4")
-MAIN = (*GRID, "paper", "reuse", "tomesd.4")
+PAIR = ("paper", "tomesd.4")  # at the same ratio
+MAIN = (*GRID, *PAIR)
+OTHERS = ("corrected8", "corrected4", "pool2", "tomesd.3", "tomesd.5")
 ALL = (
     *GRID,
+    "naive",
     "panel",
     "similarity",
     "paper",
@@ -62,13 +64,13 @@ def _square(side: int, methods: tuple[str, ...], rounds: int, layout: str = "sd1
 # Each by itself; "readme" is all of them, what tells most in the shortest time first.
 # What has few rounds comes first, so that its rounds count for the methods that get more of them.
 _PARTS: dict[str, Callable[[], list[Case]]] = {
-    "512": lambda: [_square(512, ALL, 4), _square(512, MAIN, 10)],
+    "512": lambda: [_square(512, ALL, 4), _square(512, (*MAIN, "reuse"), 10)],
     # idle and unpatched alternate alone, and often: their difference is below 1 %
     "idle": lambda: [_square(64, ("sdpa", "idle"), 400, "mini"), _square(512, ("sdpa", "idle"), 20)],
     "never-slower": lambda: [_square(side, ("sdpa", "panel"), 20 if side < 256 else 10) for side in SMALL],
-    "768": lambda: [_square(768, (*GRID, *OTHERS), 3), _square(768, GRID, 10)],
-    "1024": lambda: [_square(1024, (*GRID, *OTHERS), 2), _square(1024, GRID, 10)],
-    "linear": lambda: [_square(512, LINEAR, 3), _square(1024, LINEAR, 2), _square(2048, ("sdpa", *LINEAR), 1)],
+    "768": lambda: [_square(768, (*MAIN, *OTHERS), 3), _square(768, MAIN, 10)],
+    "1024": lambda: [_square(1024, (*MAIN, *OTHERS), 2), _square(1024, MAIN, 10)],
+    "linear": lambda: [_square(512, LINEAR, 3), _square(1024, LINEAR, 2), _square(2048, ("sdpa", "panel", *LINEAR), 1)],
     "sd21": lambda: [_square(512, GRID, 5, "sd21")],
     "dtypes": lambda: [
         _square(512, GRID, 3, channels_last=True),

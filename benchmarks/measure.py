@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Run:
         )
 
     def measure(self) -> None:
-        """Add the rounds that are missing, each method once in a round, beginning at another one each time."""
+        """Add the rounds that are missing, each method once in a round, in another order each time."""
         active = [name for name in self.case.methods if self._prepared(self.methods[name])]
         while active:
             done = min(self._rounds_of(name) for name in active)
@@ -96,7 +97,8 @@ class Run:
 
     def _round(self, active: list[str], done: int) -> None:
         times: dict[str, float] = {}
-        for name in active[done % len(active) :] + active[: done % len(active)]:
+        # shuffled, and not only rotated: no method shall always come after the same other one
+        for name in random.Random(done).sample(active, len(active)):
             self.bar.set_postfix_str(f"{self.case.name}: round {done + 1}/{self.case.rounds}, {name}")
             times[name] = self._time(self.methods[name])
             self.bar.update()

@@ -11,6 +11,8 @@ import agentsd
 SETTINGS = {
     "grid agents": {"ratio": 0.0, "agent_source": "grid"},
     "AgentSD's settings": {},
+    "corrected agents": {"ratio": 0.0, "method": "corrected", "agent_ratio": 0.75},
+    "pooled keys and values": {"ratio": 0.0, "method": "pool", "sx": 2, "sy": 2},
 }
 
 
@@ -40,3 +42,25 @@ def test_the_compiled_u_net_gives_the_same(name):
     torch.testing.assert_close(compiled, patched, rtol=1e-4, atol=1e-4)
     assert (compiled - plain).abs().max() > 1e-3  # it is the patched one that was compiled
     assert notes == {}
+
+
+@pytest.mark.parametrize("through", ["the U-Net", "what torch.compile returned", "Module.compile"])
+def test_a_patch_may_come_and_go_on_a_compiled_u_net(through):
+    unet, (x, t, context) = flat_unet(), inputs()
+    settings = SETTINGS["grid agents"]
+    with torch.inference_mode(), agentsd.patched(unet, **settings):
+        patched = unet(x, t, context)
+    if through == "Module.compile":
+        unet.compile(backend="aot_eager")
+        compiled = unet
+    else:
+        compiled = torch.compile(unet, backend="aot_eager")
+    with torch.inference_mode():
+        before = compiled(x, t, context)
+        agentsd.apply_patch(unet if through == "the U-Net" else compiled, **settings)
+        during = compiled(x, t, context)
+        agentsd.remove_patch(compiled)
+        after = compiled(x, t, context)
+    torch.testing.assert_close(during, patched, rtol=1e-4, atol=1e-4)
+    assert (during - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, before, rtol=0, atol=0)

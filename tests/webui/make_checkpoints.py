@@ -156,6 +156,9 @@ def fill_text(model: nn.Module) -> nn.Module:
                 m.bias.zero_()
         elif isinstance(m, nn.Embedding):
             m.weight.copy_(torch.randn(m.weight.shape, generator=generator) * 0.5)
+        elif isinstance(m, nn.LayerNorm):
+            # the WebUI divides by the mean of the prompt's encoding: without this it is zero but for rounding
+            m.bias.fill_(0.1)
     return model
 
 
