@@ -4,8 +4,9 @@
     python -m benchmarks.bench --preset 512 768 --minutes 20 --resume
     python -m benchmarks.bench --layouts sd15 --sizes 512 768 1024 --dtype bfloat16 --methods sdpa limit grid8 tomesd.5
 
-Every round calls each method once, in another order each time, so that a slow moment of the machine hits all of them. `speed-up` is the median over the rounds of t_sdpa / t; `captured` that of (t_sdpa − t) / (t_sdpa − t_limit),
-where the limit keeps the four projections of the patched self-attentions and removes everything between them.
+Every round calls each method once, in another order each time, so that a slow moment of the machine hits all of them.
+`speed-up` is the median over the rounds of t_sdpa / t; `captured` that of (t_sdpa − t) / (t_sdpa − t_limit), where the
+limit keeps the four projections of the patched self-attentions and removes everything between them.
 
 The results are written after each round. --resume adds the rounds that are missing to those that are there, on the same
 machine and with the same code.
