@@ -44,7 +44,7 @@ format: $(READY) ## let the linter rewrite the code
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: $(READY) ## the speed table and its plots (over an hour on two cores; stop and go on at will)
+bench: $(READY) ## the speed table and its plots (about three hours on two cores; stop and go on at will)
 	$(PY) -m benchmarks.bench --preset readme --resume
 
 bench-quick: $(READY) ## the same in under two minutes

@@ -105,12 +105,10 @@ def build(layout: Layout, device: torch.device, dtype: torch.dtype, channels_las
     with torch.device("meta"):
         unet = layout.build()
     unet = unet.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if channels_last:
-        unet = unet.to(memory_format=torch.channels_last)
     for module in unet.modules():
         _adapt(module, dtype)
     fill(unet)
-    return unet
+    return unet.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 @cache
