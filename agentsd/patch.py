@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -152,6 +154,8 @@ class Patch:
         old = _patch_on(unet)
         if old is not None:
             old.remove()
+        if "torch._dynamo" in sys.modules:  # nothing is compiled without it, and importing it takes a second
+            _keep_the_compiler_out()
         try:
             self._handles.append(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
             for layer in self._layers:
@@ -459,6 +463,20 @@ class _MergeAround:
         if config is None or not getattr(config, self.switch) or plan is None or not isinstance(x, Tensor):
             return None
         return plan.merged if x.dim() == 3 and x.shape[:2] == plan.shape else None
+
+
+@cache
+def _keep_the_compiler_out() -> None:
+    """Let torch.compile break its graphs at our hooks: their bookkeeping changes with each call, and guards on it would
+    have it compile with each call. Methods, and not their bound selves: a deep copy has hooks of its own."""
+    hooks = {
+        Patch: ("_begin",),
+        _Layer: ("_see_image", "_see_tokens", "_drop_plan", "_attention"),
+        _MergeAround: ("_before", "_after"),
+    }
+    for owner, names in hooks.items():
+        for name in names:
+            setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
 
 
 def _downsample(latent: tuple[int, int], size: tuple[int, int]) -> int:

@@ -50,6 +50,14 @@ def an_entry(**rounds: list[float]) -> dict:
     return {"case": "a case", "rounds": said, "results": told}
 
 
+def test_channels_last_weights_are_the_same_weights(unet, given):
+    last = build(LAYOUTS["mini"], CPU, torch.float32, channels_last=True)
+    convolution = next(module for module in last.modules() if isinstance(module, torch.nn.Conv2d))
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        torch.testing.assert_close(call(last, given, 500.0), call(unet, given, 500.0), rtol=1e-3, atol=1e-3)
+
+
 def test_ratios_are_medians_of_each_round_s_own():
     entry = an_entry(
         sdpa=[10.0, 20.0, 12.0], limit=[6.0, 12.0, 8.0], grid8=[7.0, 14.0, 8.0], **{"tomesd.4": [8.0, None, None]}

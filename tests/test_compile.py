@@ -64,3 +64,22 @@ def test_a_patch_may_come_and_go_on_a_compiled_u_net(through):
     torch.testing.assert_close(during, patched, rtol=1e-4, atol=1e-4)
     assert (during - before).abs().max() > 1e-3
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_later_calls_compile_nothing(name):
+    compiled_graphs = []
+
+    def backend(graph, example_inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    unet, (x, t, context) = flat_unet(), inputs()
+    with torch.inference_mode(), agentsd.patched(unet, **SETTINGS[name]):
+        compiled = torch.compile(unet, backend=backend)
+        compiled(x, t, context)
+        compiled(x, t - 50, context)
+        before = len(compiled_graphs)
+        for step in (100, 150, 200):
+            compiled(x, t - step, context)
+    assert 0 < before == len(compiled_graphs)
