@@ -29,6 +29,7 @@ def _axes(title: str, x: str, y: str) -> Any:
     _, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(True, which="major", alpha=0.3)
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # ten colours are fewer than there are methods
     return axes
 
 
