@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +42,10 @@ log = logging.getLogger("agentsd")
 
 Model = TypeVar("Model")
 KVContext = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+# Hooks count calls and hold the moment's sizes. Guards on those fail with every call: torch.compile would compile with
+# every call, so its graphs break there instead.
+_not_compiled = torch.compiler.disable
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,6 @@ class Patch:
         old = _patch_on(unet)
         if old is not None:
             old.remove()
-        if "torch._dynamo" in sys.modules:  # nothing is compiled without it, and importing it takes a second
-            _keep_the_compiler_out()
         try:
             self._handles.append(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
             for layer in self._layers:
@@ -220,6 +220,7 @@ class Patch:
             self._kept[key] = moment, plan
         return plan
 
+    @_not_compiled
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         t = read_timestep(args, kwargs) if self._needs_timestep() else None
         # the quotient of whole numbers, which is the very float of `until`; 1 − t / 1000 is not
@@ -281,9 +282,11 @@ class _Layer:
 
     # Hooks, in the order in which a block meets them
 
+    @_not_compiled
     def _see_image(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.size = read_size(args, kwargs)
 
+    @_not_compiled
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.todo = self.plan = None
         self.met = False
@@ -303,6 +306,7 @@ class _Layer:
     def _merges(self, config: AgentConfig) -> bool:
         return config.merge_crossattn or config.merge_mlp or self.todo.action in ("agents", "merge")
 
+    @_not_compiled
     def _drop_plan(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():  # gradient checkpointing may compute the inside of the block once more
             self.plan = None
@@ -311,6 +315,7 @@ class _Layer:
 
     # Self-attention
 
+    @_not_compiled
     def _attention(self, call: Call) -> Tensor:
         self.met = True
         reason = self._why_not(call)
@@ -450,10 +455,12 @@ class _MergeAround:
         yield module.register_forward_pre_hook(self._before, with_kwargs=True)
         yield module.register_forward_hook(self._after)
 
+    @_not_compiled
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.pending = self._clusters(args[0]) if args else None
         return None if self.pending is None else ((self.pending.merge(args[0]), *args[1:]), kwargs)
 
+    @_not_compiled
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         clusters, self.pending = self.pending, None
         return None if clusters is None else clusters.unmerge(output)
@@ -463,20 +470,6 @@ class _MergeAround:
         if config is None or not getattr(config, self.switch) or plan is None or not isinstance(x, Tensor):
             return None
         return plan.merged if x.dim() == 3 and x.shape[:2] == plan.shape else None
-
-
-@cache
-def _keep_the_compiler_out() -> None:
-    """Let torch.compile break its graphs at our hooks: their bookkeeping changes with each call, and guards on it would
-    have it compile with each call. Methods, and not their bound selves: a deep copy has hooks of its own."""
-    hooks = {
-        Patch: ("_begin",),
-        _Layer: ("_see_image", "_see_tokens", "_drop_plan", "_attention"),
-        _MergeAround: ("_before", "_after"),
-    }
-    for owner, names in hooks.items():
-        for name in names:
-            setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
 
 
 def _downsample(latent: tuple[int, int], size: tuple[int, int]) -> int:
