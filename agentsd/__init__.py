@@ -1,21 +1,47 @@
-"""Agent attention for Stable Diffusion: faster self-attention without training."""
+"""Agent attention for Stable Diffusion: faster self-attention without training.
 
-from .attention import AgentAttention, AgentBias, agent_attention
-from .calibrate import Calibration, Timing, calibrate
-from .config import (
-    TOKEN_MERGING,
-    AgentConfig,
-    LayerPlan,
-    SettingError,
-    Stage,
-    early,
-    paper_stages,
-    plan_layer,
-)
-from .hosts import UnsupportedModelError
-from .patch import LayerReport, Patch, apply_patch, get_patch, patch_unet, patched, remove_patch
+Importing the package loads nothing heavy: each name is imported when it is first used.
+"""
 
-__version__ = "1.0.0"
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .calibration import Calibration, Timing, calibrate
+    from .config import (
+        TOKEN_MERGING,
+        AgentConfig,
+        Rule,
+        SettingError,
+        Stage,
+        early,
+        paper_stages,
+    )
+    from .hosts import UnsupportedModelError
+    from .methods.agents import agent_attention
+    from .methods.base import LayerPlan
+    from .module import AgentAttention, AgentBias
+    from .patch import LayerReport, Patch, apply_patch, get_patch, patch_unet, patched, remove_patch
+    from .plan import plan_layer
+    from .rules import format_rules, parse_rules
+
+__version__ = "1.1.0"
+
+# Where each public name is at home
+_HOMES = {
+    "calibration": ("Calibration", "Timing", "calibrate"),
+    "config": ("TOKEN_MERGING", "AgentConfig", "Rule", "SettingError", "Stage", "early", "paper_stages"),
+    "hosts": ("UnsupportedModelError",),
+    "methods.agents": ("agent_attention",),
+    "methods.base": ("LayerPlan",),
+    "module": ("AgentAttention", "AgentBias"),
+    "patch": ("LayerReport", "Patch", "apply_patch", "get_patch", "patch_unet", "patched", "remove_patch"),
+    "plan": ("plan_layer",),
+    "rules": ("format_rules", "parse_rules"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "TOKEN_MERGING",
@@ -26,6 +52,7 @@ __all__ = [
     "LayerPlan",
     "LayerReport",
     "Patch",
+    "Rule",
     "SettingError",
     "Stage",
     "Timing",
@@ -34,10 +61,30 @@ __all__ = [
     "apply_patch",
     "calibrate",
     "early",
+    "format_rules",
     "get_patch",
     "paper_stages",
+    "parse_rules",
     "patch_unet",
     "patched",
     "plan_layer",
     "remove_patch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):  # a submodule, as in agentsd.merging
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

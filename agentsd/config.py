@@ -1,4 +1,4 @@
-"""Settings of the patch: one frozen, validated dataclass, and what they mean for a layer of a given size.
+"""Settings of the patch: one frozen, validated dataclass, and the rules by which they differ by layer and stage.
 
 Imports neither torch nor a host, so that a panel, a command line or a cost model can use it alone.
 """
@@ -6,23 +6,24 @@ Imports neither torch nor a host, so that a panel, a command line or a cost mode
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import pairwise
 from numbers import Real
 from typing import Any
 
+from .methods import METHODS
+
+AUTO = "auto"
 AGENT_SOURCES = ("similarity", "grid")
-METHODS = ("agent", "pool", "corrected")
 PRECISIONS = (None, "fp32")
 DOWNSAMPLES = (1, 2, 4, 8)
 MAX_TIMESTEP = 1000
-# Steps of the corrected method's fit.
-FIT_STEPS = 3
-# With fewer agents than this, corrected values overshoot between them: docs/fidelity.md has the figures.
-FEWEST_CORRECTED = 32
+# What a pattern of block names is made of. The text form of rules divides by all other signs.
+_PATTERN = re.compile(r"[\w.*?\[\]!-]+")
 
 
 class SettingError(ValueError):
@@ -45,7 +46,7 @@ def _integer(default: int | None, low: int, high: int, optional: bool = False) -
     return _setting(default, "int", low=low, high=high, optional=optional)
 
 
-def _choice(default: Any, choices: tuple[Any, ...]) -> Any:
+def _choice(default: Any, choices: Sequence[Any]) -> Any:
     return _setting(default, "choice", choices=choices)
 
 
@@ -87,12 +88,116 @@ def _checked_flag(name: str, value: Any, meta: Mapping[str, Any]) -> bool:
 _CHECKS = {"float": _checked_number, "int": _checked_number, "choice": _checked_choice, "bool": _checked_flag}
 
 
+def _checked_fraction(name: str, value: Any) -> float:
+    return _checked_number(name, value, {"kind": "float", "low": 0.0, "high": 1.0})
+
+
+def _checked_overrides(settings: Any) -> dict[str, Any] | None:
+    """A copy, so that settings that were checked once never change; the config checks their names and values."""
+    if settings is None:
+        return None
+    if not isinstance(settings, Mapping):
+        raise _reject("settings", settings, "a mapping of settings, or None for full attention")
+    return dict(settings)
+
+
+def _hashable(settings: Mapping[str, Any] | None) -> Any:
+    return None if settings is None else tuple(sorted(settings.items()))
+
+
 @dataclass(frozen=True)
-class Stage:
-    """One part of the diffusion, and what differs there.
+class Block:
+    """Where a transformer block is in its U-Net.
+
+    Attributes:
+        name: its name.
+        downsample: how far down the U-Net it is: 1, 2, 4 or 8; None where that is unknown.
+        first: how far down the U-Net's largest self-attention layers are, which is what "auto" stands for.
+    """
+
+    name: str = ""
+    downsample: int | None = None
+    first: int = 1
+
+
+_ANYWHERE = Block()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What differs in some blocks and some part of the diffusion.
 
     Args:
-        until: fraction of the diffusion done at which the stage ends, in (0, 1]; done = 1 − t / 1000.
+        settings: the settings that differ there, by name; None leaves full attention.
+        downsample: the rule holds in blocks this far down the U-Net: 1, 2, 4 or 8, or several of them. Empty: any.
+        blocks: the rule holds in blocks whose whole name fits this pattern, or one of several. `*` stands for any
+            characters, `?` for one, `[...]` for one of some. Empty: any.
+        since: fraction of the diffusion done at which the rule begins to hold, from 0 to below `until`.
+        until: fraction done at which it ends, above 0 and at most 1; progress = 1 − t / 1000.
+
+    Raises:
+        SettingError: a value is outside its range; the message names it, the value and the range.
+    """
+
+    settings: Mapping[str, Any] | None = field(default_factory=dict)
+    downsample: int | tuple[int, ...] = ()
+    blocks: str | tuple[str, ...] = ()
+    since: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        since, until = _checked_fraction("since", self.since), _checked_fraction("until", self.until)
+        if since >= until:
+            raise _reject("since", self.since, f"below until, which is {until}")
+        levels = tuple(_checked_choice("downsample", d, {"choices": DOWNSAMPLES}) for d in _several(self.downsample))
+        for name, value in (
+            ("settings", _checked_overrides(self.settings)),
+            ("downsample", levels),
+            ("blocks", tuple(_checked_pattern(pattern) for pattern in _several(self.blocks))),
+            ("since", since),
+            ("until", until),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        return hash((_hashable(self.settings), self.downsample, self.blocks, self.since, self.until))
+
+    @property
+    def timed(self) -> bool:
+        """Whether it holds in a part of the diffusion only."""
+        return self.since > 0.0 or self.until < 1.0
+
+    def holds(self, progress: float | None) -> bool:
+        """Whether it holds when the fraction `progress` of the diffusion is done."""
+        if progress is None:
+            return not self.timed
+        return self.since <= progress and (progress < self.until or self.until == 1.0)
+
+    def names(self, block: Block) -> bool:
+        """Whether it holds in this block."""
+        return (not self.downsample or block.downsample in self.downsample) and (
+            not self.blocks or any(fnmatchcase(block.name, pattern) for pattern in self.blocks)
+        )
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    if value is None or value == "":
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list, set, frozenset)) else (value,)
+
+
+def _checked_pattern(pattern: Any) -> str:
+    if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern):
+        raise _reject("blocks", pattern, "a pattern of block names, of letters, digits and _ . * ? [ ] ! -")
+    return pattern
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the diffusion, and what differs there: a rule that names no blocks and begins where the last ended.
+
+    Args:
+        until: fraction of the diffusion done at which the stage ends, in (0, 1]; progress = 1 − t / 1000.
         settings: the settings that differ from the config's own; None leaves the model untouched.
     """
 
@@ -100,26 +205,31 @@ class Stage:
     settings: Mapping[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        until = _checked_number("until", self.until, {"kind": "float", "low": 0.0, "high": 1.0})
+        until = _checked_fraction("until", self.until)
         if until == 0.0:
             raise _reject("until", self.until, "above 0 and at most 1")
         object.__setattr__(self, "until", until)
-        if self.settings is not None and not isinstance(self.settings, Mapping):
-            raise _reject("settings", self.settings, "a mapping of settings, or None to leave the model untouched")
-        if self.settings is not None:
-            object.__setattr__(self, "settings", dict(self.settings))  # ours alone: checked once, then never changed
+        object.__setattr__(self, "settings", _checked_overrides(self.settings))
 
     def __hash__(self) -> int:
-        return hash((self.until, None if self.settings is None else tuple(sorted(self.settings.items()))))
+        return hash((self.until, _hashable(self.settings)))
+
+
+def _as_rules(stages: tuple[Stage, ...]) -> tuple[Rule, ...]:
+    """Stages as rules; the model is untouched where the last one has ended."""
+    ends = [0.0, *(stage.until for stage in stages)]
+    rules = [Rule(stage.settings, since=since, until=stage.until) for since, stage in zip(ends, stages, strict=False)]
+    return (*rules, Rule(None, since=ends[-1])) if stages and ends[-1] < 1.0 else tuple(rules)
 
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """Everything that `agentsd.apply_patch` can be told. The defaults are AgentSD's (Han et al., ECCV 2024).
+    """All settings of `agentsd.apply_patch`. The defaults are AgentSD's (Han et al., ECCV 2024).
 
     Attributes:
         ratio: share of the tokens merged away before self-attention, 0–0.99; capped at 1 − 1/(sx·sy).
-        max_downsample: patch layers at most this far down the U-Net: 1, 2, 4 or 8.
+        max_downsample: patch layers at most this far down the U-Net: 1, 2, 4 or 8; "auto" for the largest
+            self-attention layers that the U-Net has (1 in SD 1 and SD 2, 2 in SDXL).
         sx: width of a cell of the partition in tokens, 1–16.
         sy: height of a cell of the partition in tokens, 1–16.
         agent_ratio: share of the tokens merged away to make the agent tokens, 0–0.99; 0 means no agents.
@@ -132,24 +242,28 @@ class AgentConfig:
         merge_crossattn: merge the tokens of cross-attention by `ratio` too.
         merge_mlp: merge the tokens of the feed-forward layer by `ratio` too.
         agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
-        method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), or "corrected"
+        method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), "corrected"
             (attention to one key of each square cell, as many as grid agents; their values are fitted to full
-            attention at the cells' queries; the cells are smaller in layers where there would be fewer than 32).
+            attention at the cells' queries; the cells are smaller in layers where there would be fewer than 32),
+            "merge" (token merging by `ratio`, no agents), or another that is registered.
         min_tokens: leave layers with fewer tokens than this alone, 0–2²⁴.
-        max_agents: at most so many agent tokens, 1–2²⁴; None for no limit. Similarity agents are never fewer than the
-            partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
+        max_agents: upper limit on the number of agent tokens, 1–2²⁴; None for no limit. Similarity agents are never
+            fewer than the partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
         seed: seed of the partition, 0–2⁶³−1.
         share_match: match tokens once for all blocks of one size in a call of the U-Net, in the first of them.
         reuse_match: fraction of the diffusion for which a block's clusters are used again before its tokens are
             matched anew, 0–1; 0 matches in every call. Assumes that a falling timestep means the same image.
-        stages: parts of the diffusion with settings of their own; empty means one set of settings throughout.
+        stages: parts of the diffusion with settings of their own; empty means one set of settings throughout. Where
+            a stage leaves the model untouched, no rule changes that.
+        rules: what differs by block and by part of the diffusion. They apply in their order, after the stages: what
+            a later one says counts.
 
     Raises:
         SettingError: a value is outside its range; the message names the setting, the value and the range.
     """
 
     ratio: float = _number(0.4, 0.0, 0.99)
-    max_downsample: int = _choice(1, DOWNSAMPLES)
+    max_downsample: int | str = _choice(1, (*DOWNSAMPLES, AUTO))
     sx: int = _integer(4, 1, 16)
     sy: int = _integer(4, 1, 16)
     agent_ratio: float = _number(0.95, 0.0, 0.99)
@@ -168,6 +282,7 @@ class AgentConfig:
     share_match: bool = _flag(False)
     reuse_match: float = _number(0.0, 0.0, 1.0)
     stages: tuple[Stage, ...] = field(default=(), metadata={"kind": "stages"})
+    rules: tuple[Rule, ...] = field(default=(), metadata={"kind": "rules"})
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -175,40 +290,68 @@ class AgentConfig:
             if check is not None:
                 object.__setattr__(self, f.name, check(f.name, getattr(self, f.name), f.metadata))
         object.__setattr__(self, "stages", _checked_stages(self.stages))
-        for stage in self.stages:  # a bad override must be found now, not at its timestep
-            self.within(stage)
+        object.__setattr__(self, "rules", _checked_rules(self.rules))
+        for part in (*self.stages, *self.rules):  # a bad override must be found now, not at its timestep
+            self.within(part)
 
-    def within(self, stage: Stage) -> AgentConfig | None:
-        """The settings that hold in `stage`; None where it leaves the model untouched."""
-        if stage.settings is None:
+    def within(self, part: Stage | Rule) -> AgentConfig | None:
+        """The settings that hold in a stage, or by a rule alone; None where it leaves full attention."""
+        if part.settings is None:
             return None
-        check_names(stage.settings, STAGE_SETTINGS)
-        return replace(self, stages=(), **stage.settings)
+        check_names(part.settings, STAGE_SETTINGS)
+        return replace(self, stages=(), rules=(), **part.settings)
 
-    def at(self, done: float | None) -> AgentConfig | None:
-        """The settings when the fraction `done` of the diffusion is done; None: leave the model untouched.
+    @property
+    def timed(self) -> bool:
+        """Whether settings differ over the diffusion, so that the timestep has to be known."""
+        return bool(self.stages) or any(rule.timed for rule in self.rules)
 
-        Without stages the answer is always this config. With stages, a `done` that is unknown (None) or outside
-        0–1 belongs to no stage.
+    def at(self, progress: float | None, block: Block = _ANYWHERE) -> AgentConfig | None:
+        """The settings in `block` when the fraction `progress` of the diffusion is done; None: full attention.
+
+        Where they differ over the diffusion, a progress that is unknown (None) or outside 0–1 leaves full attention.
         """
-        if not self.stages:
+        if not self.stages and not self.rules:
             return self
-        if done is None or not 0.0 <= done <= 1.0:
+        if self.timed and (progress is None or not 0.0 <= progress <= 1.0):
             return None
-        return _resolve(self, done)
+        return _resolve(self, progress, block)
 
-    def every_stage(self) -> tuple[AgentConfig, ...]:
-        """All the settings that can come to hold, in the order of the diffusion."""
-        found = [self.within(stage) for stage in self.stages] if self.stages else [self]
-        return tuple(config for config in found if config is not None)
+    def parts(self) -> tuple[tuple[float, float], ...]:
+        """(since, until) of the parts of the diffusion within which nothing changes, in their order."""
+        rules = (*_as_rules(self.stages), *self.rules)
+        edges = sorted({0.0, 1.0, *(edge for rule in rules for edge in (rule.since, rule.until))})
+        return tuple(pairwise(edges))
+
+    def ever(self, name: str) -> bool:
+        """Whether the switch `name` is on anywhere, at any time."""
+        rules = (rule.settings or {} for rule in (*self.stages, *self.rules))
+        return getattr(self, name) or any(settings.get(name) for settings in rules)
 
 
-@lru_cache(maxsize=256)
-def _resolve(config: AgentConfig, done: float) -> AgentConfig | None:
-    for stage in config.stages:
-        if done < stage.until or stage.until == 1.0:
-            return config.within(stage)
-    return None
+@lru_cache(maxsize=4096)
+def _resolve(config: AgentConfig, progress: float | None, block: Block) -> AgentConfig | None:
+    overrides: dict[str, Any] = {}
+    for rule in _as_rules(config.stages):
+        if rule.holds(progress):
+            if rule.settings is None:
+                return None
+            overrides = dict(rule.settings)
+    kept: dict[str, Any] | None = overrides
+    for rule in config.rules:
+        if rule.holds(progress) and rule.names(block):
+            kept = None if rule.settings is None else {**(overrides if kept is None else kept), **rule.settings}
+    return None if kept is None else replace(config, stages=(), rules=(), **kept)
+
+
+def _checked_rules(rules: Any) -> tuple[Rule, ...]:
+    allowed = "a sequence of agentsd.Rule"
+    if isinstance(rules, (str, Rule, Mapping)) or not hasattr(rules, "__iter__"):
+        raise _reject("rules", rules, allowed)
+    checked = tuple(rules)
+    if not all(isinstance(rule, Rule) for rule in checked):
+        raise _reject("rules", rules, allowed)
+    return checked
 
 
 def _checked_stages(stages: Any) -> tuple[Stage, ...]:
@@ -234,7 +377,7 @@ def check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
 
 
 SETTINGS = tuple(f.name for f in fields(AgentConfig))
-STAGE_SETTINGS = tuple(name for name in SETTINGS if name not in ("stages", "seed"))
+STAGE_SETTINGS = tuple(name for name in SETTINGS if name not in ("stages", "rules", "seed"))
 LIMITS: Mapping[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(AgentConfig)}
 
 # Token merging alone: with agent_ratio 0 every token would be its own agent, so no agents are used.
@@ -263,118 +406,3 @@ def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None =
 def paper_stages() -> tuple[Stage, ...]:
     """AgentSD's schedule: agents for the first 40 % of the diffusion, then token merging (ratio .4, 2 × 2 cells)."""
     return early(0.4, after=TOKEN_MERGING)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What a config does to one transformer block of `height` × `width` tokens.
-
-    Attributes:
-        action: what happens in self-attention: "agents", "merge", "pool", "corrected" or "untouched".
-        tokens: N, the number of tokens of the layer.
-        queries: number of queries that attention is computed for.
-        agents: n, the number of agent tokens, or of pooled or sampled keys; 0 where there are none.
-        cell: (height, width) of the cell in tokens that each stands for; None where there is none.
-        r: tokens merged away, in whatever parts of the block are merged.
-        agent_r: tokens merged away to make similarity agents.
-        reason: why self-attention is untouched; empty where it is not.
-    """
-
-    action: str
-    tokens: int
-    queries: int
-    agents: int = 0
-    cell: tuple[int, int] | None = None
-    r: int = 0
-    agent_r: int = 0
-    reason: str = ""
-
-
-def grid_cell(agent_ratio: float, height: int, width: int, max_agents: int | None = None) -> int:
-    """Side s of a grid agent's square cell, in tokens.
-
-    The power of two nearest, in log, to 1/√(1 − agent_ratio); raised until there are at most `max_agents` cells.
-    """
-    s = 2 ** math.floor(0.5 - 0.5 * math.log2(1 - agent_ratio))
-    while max_agents is not None and _cells(height, s) * _cells(width, s) > max_agents:
-        s *= 2
-    return s
-
-
-def _cells(length: int, side: int) -> int:
-    return -(-length // side)
-
-
-def _samples(length: int, side: int) -> int:
-    """Cells that reach their middle, which is where `agentsd.attention.sample_tokens` takes its token."""
-    return _cells(length - (min(side, length) - 1) // 2, side)
-
-
-def destinations(config: AgentConfig, height: int, width: int) -> int:
-    """Number of destination tokens of the partition: one for each whole sx × sy cell."""
-    return (height // config.sy) * (width // config.sx)
-
-
-def _similarity_agents(config: AgentConfig, tokens: int, n_dst: int) -> int:
-    agent_r = int(tokens * config.agent_ratio)
-    if config.max_agents is not None and agent_r:
-        agent_r = max(agent_r, tokens - config.max_agents)
-    return min(agent_r, tokens - n_dst) if n_dst else 0
-
-
-@lru_cache(maxsize=1024)
-def plan_layer(config: AgentConfig, height: int, width: int, downsample: int) -> LayerPlan:
-    """Say what `config` (its stages aside) does to a block of `height` × `width` tokens.
-
-    As in AgentSD, the numbers of merged tokens are capped at N − N_dst, and agents are used exactly where
-    2 · n_agents < n_queries.
-    """
-    N = height * width
-    if downsample > config.max_downsample:
-        return LayerPlan("untouched", N, N, reason=f"downsample {downsample} is above {config.max_downsample}")
-    if config.min_tokens > N:
-        return LayerPlan("untouched", N, N, reason=f"{N} tokens are below min_tokens {config.min_tokens}")
-    n_dst = destinations(config, height, width)
-    r = min(int(N * config.ratio), N - n_dst) if n_dst else 0
-    if not config.merge_attn:
-        return LayerPlan("untouched", N, N, r=r, reason="merge_attn is off")
-    if config.method == "pool":
-        return _plan_pool(config, height, width, r)
-    if config.method == "corrected":
-        return _plan_corrected(config, height, width, r)
-    agent_r, cell = 0, None
-    if config.agent_source == "grid":
-        n, cell = _grid(config, height, width)
-    else:
-        agent_r = _similarity_agents(config, N, n_dst)
-        n = N - agent_r
-    if 2 * n < N - r:
-        return LayerPlan("agents", N, N - r, n, cell, r, agent_r)
-    if r:
-        return LayerPlan("merge", N, N - r, r=r)
-    return LayerPlan("untouched", N, N, reason=f"2 × {n} agents are not below {N} queries")
-
-
-def _grid(config: AgentConfig, height: int, width: int) -> tuple[int, tuple[int, int]]:
-    s = grid_cell(config.agent_ratio, height, width, config.max_agents)
-    return _cells(height, s) * _cells(width, s), (s, s)
-
-
-def _plan_corrected(config: AgentConfig, height: int, width: int, r: int) -> LayerPlan:
-    N = height * width
-    s = grid_cell(config.agent_ratio, height, width, config.max_agents)
-    while (n := _samples(height, s) * _samples(width, s)) < FEWEST_CORRECTED and s > 1:
-        s //= 2
-    if config.max_agents is not None and n > config.max_agents:
-        return LayerPlan("untouched", N, N, r=r, reason=f"max_agents {config.max_agents} are too few to correct")
-    if 2 * n < N:
-        return LayerPlan("corrected", N, N, n, (s, s), r)
-    return LayerPlan("untouched", N, N, r=r, reason=f"2 × {n} agents are not below {N} queries")
-
-
-def _plan_pool(config: AgentConfig, height: int, width: int, r: int) -> LayerPlan:
-    N = height * width
-    n = _cells(height, config.sy) * _cells(width, config.sx)
-    if n < N:
-        return LayerPlan("pool", N, N, n, (config.sy, config.sx), r)
-    return LayerPlan("untouched", N, N, r=r, reason="cells of 1 × 1 pool nothing")

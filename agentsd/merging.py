@@ -1,6 +1,6 @@
 """Token merging (Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604): match, merge, unmerge.
 
-A plan is indices only. It says for every token which cluster it belongs to, so that merging is one indexed sum and
+A matching is indices only: it says for every token which cluster it belongs to, so that merging is one indexed sum and
 unmerging one row look-up.
 """
 
@@ -73,7 +73,7 @@ class Clusters:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Matching:
     """The clusters of one block.
 
     Attributes:
@@ -120,7 +120,7 @@ def partition(height: int, width: int, sx: int, sy: int, seed: int | None = None
 
 
 @torch.no_grad()
-def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Plan:
+def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Matching:
     """Match source tokens to their most similar destination tokens, and cluster the best r and agent_r of them.
 
     Args:
@@ -136,7 +136,7 @@ def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Plan:
     rank.scatter_(1, order, torch.arange(order.shape[1], device=x.device).expand_as(order))
     merged = _cluster(part, rank, nearest, r) if r else None
     agents = _cluster(part, rank, nearest, agent_r) if agent_r else None
-    return Plan((B, N), merged, agents, part.dst)
+    return Matching((B, N), merged, agents, part.dst)
 
 
 def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:

@@ -5,47 +5,38 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .attention import (
-    add_scaled,
-    agent_attention,
-    corrected_attention,
-    join_heads,
-    lost_by_pooling,
-    no_autocast,
-    pool_tokens,
-    sample_tokens,
-    split_heads,
-)
-from .config import MAX_TIMESTEP, SETTINGS, AgentConfig, LayerPlan, Stage, check_names, plan_layer
+from .config import MAX_TIMESTEP, SETTINGS, AgentConfig, Rule, Stage, check_names
+from .eager import not_compiled
 from .hosts import (
     Call,
     Site,
     UnsupportedModelError,
     find_sites,
+    find_timestep,
     find_unet,
-    first_tensor,
     read_size,
     read_timestep,
+    read_tokens,
 )
-from .merging import Clusters, Partition, Plan, match, partition, partition_seed
+from .merging import Clusters, Matching, Partition, match, partition, partition_seed
+from .methods import UNTOUCHED, LayerPlan, SelfAttention, method_of
+from .plan import merged_tokens, plan_block
 
 log = logging.getLogger("agentsd")
 
 Model = TypeVar("Model")
 KVContext = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
-
-# Hooks count calls and hold the moment's sizes. Guards on those fail with every call: torch.compile would compile with
-# every call, so its graphs break there instead.
-_not_compiled = torch.compiler.disable
 
 
 @dataclass(frozen=True)
@@ -55,8 +46,8 @@ class LayerReport:
     Attributes:
         name: the block's name in the U-Net.
         size: (height, width) of its tokens in the last call; None before the first.
-        plan: what was to be done there in the last call; None before the first or while the stage is untouched.
-        calls: number of self-attention calls by what was done: "agents", "merge", "pool", "corrected" or
+        plan: what was to be done there in the last call; None before the first or where full attention was left.
+        calls: number of self-attention calls by what was done: "agents", "merge", "pool", "corrected" … or
             "untouched".
     """
 
@@ -66,14 +57,33 @@ class LayerReport:
     calls: dict[str, int]
 
 
-@dataclass
 class _Moment:
-    """What holds during one call of the U-Net."""
+    """What holds during one call of the U-Net.
 
-    config: AgentConfig | None = None
-    latent: tuple[int, int] | None = None
-    timestep: float | None = None
-    partitions: dict[Any, Partition] = field(default_factory=dict)
+    Attributes:
+        latent: (height, width) of the latent; None before the first call.
+        part: the progress at which the current part of the diffusion begins: within one, no setting changes.
+        active: whether anything may be changed in this call.
+        partitions: the partitions drawn so far.
+    """
+
+    def __init__(self, latent: tuple[int, int] | None = None, t: Any = None) -> None:
+        self.latent, self._t = latent, t
+        self.part: float | None = None
+        self.active = False
+        self.partitions: dict[Any, Partition] = {}
+
+    @cached_property
+    def timestep(self) -> float | None:
+        """That of the U-Net's call; read only if somebody asks, since a device is waited for."""
+        t, self._t = self._t, None
+        return read_timestep(t)
+
+    @property
+    def progress(self) -> float | None:
+        """The fraction of the diffusion that is done."""
+        # the quotient of whole numbers, which is the very float of `until`; 1 − t / 1000 is not
+        return None if self.timestep is None else (MAX_TIMESTEP - self.timestep) / MAX_TIMESTEP
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,8 @@ class Answer:
     Attributes:
         name: the block's name in the U-Net.
         size: (height, width) of its tokens.
-        layer: what was done.
-        clusters: the clusters that were used; None where there were none.
+        plan: what was done.
+        matching: the clusters that were used; None where there were none.
         latent: (height, width) of the latent.
         timestep: that of the U-Net's call; None where it gave none.
         moment: the same object for all blocks of one call of the U-Net.
@@ -92,8 +102,8 @@ class Answer:
 
     name: str
     size: tuple[int, int]
-    layer: LayerPlan
-    clusters: Plan | None
+    plan: LayerPlan
+    matching: Matching | None
     latent: tuple[int, int]
     timestep: float | None
     moment: object
@@ -107,7 +117,7 @@ def _still_holds(made: _Moment, now: _Moment, config: AgentConfig) -> bool:
     """
     if made is now:
         return config.share_match
-    if made.timestep is None or now.timestep is None:
+    if not config.reuse_match or made.timestep is None or now.timestep is None:
         return False
     return 0 < (made.timestep - now.timestep) / MAX_TIMESTEP < config.reuse_match
 
@@ -124,7 +134,8 @@ class Patch:
     Attributes:
         config: the settings.
         notes: each reason for which a layer was left to the host, with the number of its calls.
-        observer: told of every answer; None (the default) costs nothing. It must keep no tensor of an answer.
+        observer: called after every patched attention; None (the default) costs nothing. It must keep no tensor of
+            an answer.
 
     Raises:
         UnsupportedModelError: the U-Net has no block that could be patched.
@@ -136,7 +147,7 @@ class Patch:
         self.notes: Counter[str] = Counter()
         self.observer: Callable[[Answer], None] | None = None
         self.moment = _Moment()
-        self._kept: dict[Any, tuple[_Moment, Plan]] = {}
+        self._kept: dict[Any, tuple[_Moment, Matching]] = {}
         self._unet = weakref.ref(unet)
         self._layers = [_Layer(self, site) for site in find_sites(unet)]
         self._handles: list[Any] = []
@@ -163,6 +174,7 @@ class Patch:
         except BaseException:
             self.remove()
             raise
+        self._note_idle_rules()
 
     def remove(self) -> None:
         """Take everything back. Doing it again changes nothing."""
@@ -175,22 +187,29 @@ class Patch:
 
     def report(self) -> list[LayerReport]:
         """What was done to each block so far, in the order of the U-Net."""
-        return [LayerReport(s.site.name, s.size, s.todo, dict(s.calls)) for s in self._layers]
+        return [LayerReport(s.site.name, s.size, s.plan, dict(s.calls)) for s in self._layers]
 
-    def explain(self, height: int, width: int, done: float | None = None) -> list[tuple[str, LayerPlan | None]]:
+    def explain(
+        self, height: int, width: int, progress: float | None = None, *, done: float | None = None
+    ) -> list[tuple[str, LayerPlan | None]]:
         """What will be done to each block for a latent of `height` × `width`, without running anything.
 
         Args:
             height: rows of the latent (image height / 8).
             width: columns of the latent.
-            done: fraction of the diffusion done, 0–1; needed only where there are stages.
+            progress: fraction of the diffusion done, 0–1; needed only where settings differ over the diffusion.
+            done: the same, by its older name.
 
         Returns:
-            (name of the block, its plan) for each block; the plan is None where the stage leaves the model untouched
-            or the block's place in the U-Net is unknown.
+            (name of the block, its plan) for each block; the plan is None where a stage or a rule leaves full
+            attention, or the block's place in the U-Net is unknown.
         """
-        config = self.config.at(done)
-        return [(layer.site.name, layer.foresee(config, height, width)) for layer in self._layers]
+        progress = done if progress is None else progress
+        plans = [plan_block(self.config, layer.site.place, (height, width), progress) for layer in self._layers]
+        return [
+            (layer.site.name, None if found is None else found[1])
+            for layer, found in zip(self._layers, plans, strict=True)
+        ]
 
     def note(self, reason: str) -> None:
         """Remember why a call was left to the host, and log it the first time."""
@@ -208,36 +227,50 @@ class Patch:
             self.moment.partitions[key] = partition(height, width, config.sx, config.sy, seed).to(device)
         return self.moment.partitions[key]
 
-    def match(self, name: str, x: Tensor, size: tuple[int, int], r: int, agent_r: int) -> Plan:
-        """The plan of the block `name` for its tokens x; one that is kept where the settings allow it."""
-        moment, config = self.moment, self.moment.config
+    def match(self, config: AgentConfig, name: str, x: Tensor, size: tuple[int, int], r: int, agent_r: int) -> Matching:
+        """The clusters of the block `name` for its tokens x; those that are kept, where the settings allow it."""
         key = ("" if config.share_match else name, x.shape[:2], size, x.device, r, agent_r, config.sx, config.sy)
-        made, plan = self._kept.get(key, (None, None))
-        if made is not None and _still_holds(made, moment, config):
-            return plan
-        plan = match(x, self.partition(config, *size, x.device), r, agent_r)
+        made, matching = self._kept.get(key, (None, None))
+        if made is not None and _still_holds(made, self.moment, config):
+            return matching
+        matching = match(x, self.partition(config, *size, x.device), r, agent_r)
         if config.share_match or config.reuse_match:
-            self._kept[key] = moment, plan
-        return plan
+            self._kept[key] = self.moment, matching
+        return matching
 
-    @_not_compiled
+    @not_compiled
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        t = read_timestep(args, kwargs) if self._needs_timestep() else None
-        # the quotient of whole numbers, which is the very float of `until`; 1 − t / 1000 is not
-        config = self.config.at(None if t is None else (MAX_TIMESTEP - t) / MAX_TIMESTEP)
-        self.moment = _Moment(config, read_size(args, kwargs), t)
-        if config is None or not config.reuse_match:
+        config, moment = self.config, _Moment(read_size(args, kwargs), find_timestep(args, kwargs))
+        moment.active = moment.latent is not None and (not config.timed or self._enter_part(moment))
+        reuses = config.ever("reuse_match")
+        if reuses and moment.active:
+            _ = moment.timestep  # read now: a later call compares with it, when the tensor may hold another
+        else:
             self._kept.clear()
-        if self.config.stages and (t is None or not 0 <= t <= MAX_TIMESTEP):
-            self.note(f"the U-Net was given timestep {t}, and stages need one from 0 to {MAX_TIMESTEP}")
+        self.moment = moment
         for layer in self._layers:
             layer.forget()
 
-    def _needs_timestep(self) -> bool:
-        configs = self.config.every_stage()
-        if self.observer is not None:
-            return True
-        return bool(self.config.stages) or any(config.use_rand or config.reuse_match for config in configs)
+    def _enter_part(self, moment: _Moment) -> bool:
+        """Find the part of the diffusion that a call belongs to; False where it belongs to none."""
+        progress = moment.progress
+        if progress is None or not 0.0 <= progress <= 1.0:
+            t = moment.timestep
+            self.note(f"the U-Net was given timestep {t}, and stages and rules need one from 0 to {MAX_TIMESTEP}")
+            return False
+        moment.part = self._parts[bisect_right(self._parts, progress) - 1]
+        return True
+
+    @cached_property
+    def _parts(self) -> list[float]:
+        return [since for since, _ in self.config.parts()]
+
+    def _note_idle_rules(self) -> None:
+        """Say which rules name no block of this U-Net."""
+        places = [layer.site.place for layer in self._layers]
+        for number, rule in enumerate(self.config.rules, 1):
+            if not any(rule.names(place) for place in places):
+                self.note(f"rule {number} names no block of this model")
 
 
 class _Layer:
@@ -249,87 +282,92 @@ class _Layer:
         self.calls: Counter[str] = Counter()
         self.forget()
         self._seam = site.seam()
+        self._planned: dict[Any, tuple[AgentConfig, LayerPlan] | None] = {}
 
     def forget(self) -> None:
         self.size: tuple[int, int] | None = None
-        self.todo: LayerPlan | None = None
-        self.plan: Plan | None = None
-        self.met = False
+        self._begin_block()
+
+    def _begin_block(self) -> None:
+        self.config: AgentConfig | None = None
+        self.plan: LayerPlan | None = None
+        self.matching: Matching | None = None
+        self.attention_called = False
 
     def install(self) -> Iterator[Any]:
         """Install this block's hooks; yields their handles one by one, so that none is lost if a later one fails."""
-        block, configs = self.site.block, self.patch.config.every_stage()
+        block, config = self.site.block, self.patch.config
         self._seam = self.site.seam()
         yield self.site.parent.register_forward_pre_hook(self._see_image, with_kwargs=True)
         yield block.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
-        yield block.register_forward_hook(self._drop_plan)
-        if any(config.merge_crossattn for config in configs) and getattr(block, "attn2", None) is not None:
+        yield block.register_forward_hook(self._drop_matching)
+        if config.ever("merge_crossattn") and getattr(block, "attn2", None) is not None:
             yield from _MergeAround(self, "merge_crossattn").install(block.attn2)
-        if any(config.merge_mlp for config in configs):
+        if config.ever("merge_mlp"):
             yield from _MergeAround(self, "merge_mlp").install(block.ff)
-        if any(config.merge_attn for config in configs):
+        if config.ever("merge_attn"):
             self._seam.install(self._attention)
 
     def remove(self) -> None:
         self._seam.remove()
         self.forget()
 
-    def foresee(self, config: AgentConfig | None, height: int, width: int) -> LayerPlan | None:
-        d = self.site.downsample
-        if config is None or d is None:
-            return None
-        return plan_layer(config, -(-height // d), -(-width // d), d)
-
     # Hooks, in the order in which a block meets them
 
-    @_not_compiled
+    @not_compiled
     def _see_image(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.size = read_size(args, kwargs)
 
-    @_not_compiled
+    @not_compiled
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.todo = self.plan = None
-        self.met = False
+        self._begin_block()
         moment = self.patch.moment
-        x = first_tensor(args, kwargs, "x", "hidden_states")
-        if moment.config is None or self.size is None or moment.latent is None:
+        if not moment.active or self.size is None:
             return
+        x = read_tokens(args, kwargs)
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != math.prod(self.size):
             self.patch.note(f"a block got tokens that are no {self.size[0]} × {self.size[1]} grid")
             return
-        self.todo = plan_layer(moment.config, *self.size, _downsample(moment.latent, self.size))
-        r = self.todo.r if self._merges(moment.config) else 0
-        if r or self.todo.agent_r:
-            agent_r = self.todo.agent_r
-            self.plan = self._safely(lambda: self.patch.match(self.site.name, x, self.size, r, agent_r), lambda: None)
+        found = self._plan(moment)
+        if found is None:
+            return
+        self.config, self.plan = found
+        r, agent_r = merged_tokens(*found), self.plan.agent_r
+        if r or agent_r:
+            self.matching = self._safely(
+                lambda: self.patch.match(self.config, self.site.name, x, self.size, r, agent_r), lambda: None
+            )
 
-    def _merges(self, config: AgentConfig) -> bool:
-        return config.merge_crossattn or config.merge_mlp or self.todo.action in ("agents", "merge")
+    def _plan(self, moment: _Moment) -> tuple[AgentConfig, LayerPlan] | None:
+        key = (moment.part, moment.latent, self.size)
+        if key not in self._planned:
+            self._planned[key] = plan_block(self.patch.config, self.site.place, moment.latent, moment.part, self.size)
+        return self._planned[key]
 
-    @_not_compiled
-    def _drop_plan(self, module: nn.Module, args: Any, output: Any) -> None:
+    @not_compiled
+    def _drop_matching(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():  # gradient checkpointing may compute the inside of the block once more
-            self.plan = None
-        if self.todo is not None and self.todo.action != "untouched" and not self.met:
+            self.matching = None
+        if self.plan is not None and self.plan.acts and not self.attention_called:
             self.patch.note(self.site.obstacle or "something else answers self-attention in its place")
 
     # Self-attention
 
-    @_not_compiled
+    @not_compiled
     def _attention(self, call: Call) -> Tensor:
-        self.met = True
+        self.attention_called = True
         reason = self._why_not(call)
         if reason is not None:
             if reason:
                 self.patch.note(reason)
-            self.calls["untouched"] += 1
+            self.calls[UNTOUCHED] += 1
             return call.proceed()
-        self.calls[self.todo.action] += 1
+        self.calls[self.plan.action] += 1
         return self._safely(lambda: self._attend(call), call.proceed)
 
     def _why_not(self, call: Call) -> str | None:
         """Why this call is the host's: a reason worth telling, "" where it was meant to be, None if it is ours."""
-        if self.todo is None or self.todo.action == "untouched":
+        if self.plan is None or not self.plan.acts:
             return ""
         if self.site.obstacle:
             return self.site.obstacle
@@ -339,15 +377,18 @@ class _Layer:
             return f"self-attention was given {', '.join(sorted(call.extras))}"
         if call.context is not None and call.context is not call.x:
             return "self-attention was given a context of its own"
-        if call.x.dim() != 3 or call.x.shape[1] != self.todo.tokens:
-            return f"self-attention got {tuple(call.x.shape)} where the layer has {self.todo.tokens} tokens"
-        clustered = self.todo.action in ("agents", "merge") and (self.todo.r or self.todo.agent_r)
-        if clustered and (self.plan is None or self.plan.shape != tuple(call.x.shape[:2])):
+        if call.x.dim() != 3 or call.x.shape[1] != self.plan.tokens:
+            return f"self-attention got {tuple(call.x.shape)} where the layer has {self.plan.tokens} tokens"
+        if self._matched() and (self.matching is None or self.matching.shape != tuple(call.x.shape[:2])):
             return f"self-attention got {tuple(call.x.shape)}, which is not what the block was given"
         return None
 
+    def _matched(self) -> bool:
+        """Whether self-attention itself works on clusters."""
+        return method_of(self.plan.action).merges and bool(self.plan.r or self.plan.agent_r)
+
     def _safely(self, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
-        """Our answer; if it fails, the host's. An image must never be lost to us."""
+        """Our answer; if it fails, the host's. A bug of ours must never cost the user an image."""
         try:
             return ours()
         except Exception as error:  # whatever it was, the host's own attention can still make the image
@@ -356,92 +397,38 @@ class _Layer:
             return theirs()
 
     def _attend(self, call: Call) -> Tensor:
-        answer = self._answer(call)
+        answer = method_of(self.plan.action).attend(self._as_method_sees(call))
         if self.patch.observer is not None:
             self._safely(self._tell, lambda: None)
         return answer
 
+    def _as_method_sees(self, call: Call) -> SelfAttention:
+        attn = self.site.block.attn1
+        return SelfAttention(
+            x=call.x,
+            plan=self.plan,
+            settings=self.config,
+            size=self.size,
+            heads=self.site.heads,
+            matching=self.matching if self._matched() else None,
+            wrapped=self.site.wrapped(),
+            project=partial(_projected, attn, self.patch.kv_context),
+            project_q=attn.to_q,
+            project_out=self._seam.project_out,
+            proceed=call.proceed,
+        )
+
     def _tell(self) -> None:
         """Tell the patch's observer of the answer that was just given."""
-        moment, used = self.patch.moment, self.todo.action in ("agents", "merge")
-        given = (self.site.name, self.size, self.todo, self.plan if used else None)
-        self.patch.observer(Answer(*given, moment.latent, moment.timestep, moment))
+        moment, matching = self.patch.moment, self.matching if self._matched() else None
+        answer = Answer(self.site.name, self.size, self.plan, matching, moment.latent, moment.timestep, moment)
+        self.patch.observer(answer)
 
-    def _answer(self, call: Call) -> Tensor:
-        config, merged = self.patch.moment.config, self.plan.merged if self.plan else None
-        if self.todo.action == "merge" and not self.site.wrapped():
-            return merged.unmerge(call.proceed(merged.merge(call.x)))
-        if self.todo.action == "pool":
-            return self._pooled(call.x, config)
-        if self.todo.action == "corrected":
-            return self._corrected(call.x, config)
-        q, k, v, a = self._project(call.x, merged)
-        out = self._precisely(config, (q, k, v, a), self._agent_step if a is not None else self._plain_step)
-        out = self._seam.project_out(out)
-        return out if merged is None else merged.unmerge(out)
 
-    def _project(self, x: Tensor, merged: Clusters | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys and values of the merged tokens, and agents of all tokens.
-
-        A mean and a projection commute, since the projection is affine and the weights of a mean sum to 1: pool
-        before projecting where that leaves fewer tokens to project, unless somebody who wraps the projections counts
-        on seeing all tokens.
-        """
-        attn = self.site.block.attn1
-        if merged is None or self.site.wrapped():
-            q, k, v = self._qkv(x)
-            a = self._agents(q)
-            return (q, k, v, a) if merged is None else (merged.merge(q), merged.merge(k), merged.merge(v), a)
-        a = self._agents(x)
-        return *self._qkv(merged.merge(x)), None if a is None else attn.to_q(a)
-
-    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self.site.block.attn1
-        context_k, context_v = (x, x) if self.patch.kv_context is None else self.patch.kv_context(attn, x)
-        return attn.to_q(x), attn.to_k(context_k), attn.to_v(context_v)
-
-    def _agents(self, x: Tensor) -> Tensor | None:
-        if self.todo.action != "agents":
-            return None
-        if self.todo.cell is not None:
-            return pool_tokens(x, *self.size, self.todo.cell)
-        return self.plan.agents.merge(x)
-
-    def _agent_step(self, config: AgentConfig, q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
-        q, k, v, a = (split_heads(x, self.site.heads) for x in (q, k, v, a))
-        out = agent_attention(q, k, v, a, k_scale2=config.k_scale2)
-        return join_heads(add_scaled(out, v, config.k_shortcut))
-
-    def _plain_step(self, config: AgentConfig, q: Tensor, k: Tensor, v: Tensor, a: None = None) -> Tensor:
-        q, k, v = (split_heads(x, self.site.heads) for x in (q, k, v))
-        return join_heads(torch.nn.functional.scaled_dot_product_attention(q, k, v))
-
-    def _pooled(self, x: Tensor, config: AgentConfig) -> Tensor:
-        """Token downsampling: all queries, keys and values averaged over cells."""
-        q, k, v = self._qkv(x)
-        cell = self.todo.cell
-        k, pooled = (pool_tokens(t, *self.size, cell) for t in (k, v))
-        out = self._precisely(config, (q, k, pooled, None), self._plain_step)
-        if config.k_shortcut:
-            out = add_scaled(out, lost_by_pooling(v, pooled, *self.size, cell), config.k_shortcut)
-        return self._seam.project_out(out)
-
-    def _corrected(self, x: Tensor, config: AgentConfig) -> Tensor:
-        """All queries attend to a sample of the keys, whose values are fitted at the sample's queries."""
-        q, k, v = self._qkv(x)
-        few = (sample_tokens(t, *self.size, self.todo.cell) for t in (q, k, v))
-        return self._seam.project_out(self._precisely(config, (q, k, v, *few), self._corrected_step))
-
-    def _corrected_step(self, config: AgentConfig, *tensors: Tensor) -> Tensor:
-        return join_heads(corrected_attention(*(split_heads(x, self.site.heads) for x in tensors)))
-
-    def _precisely(self, config: AgentConfig, tensors: Sequence[Tensor | None], step: Callable[..., Tensor]) -> Tensor:
-        """Take an attention step in the precision that was asked for; the result has the tensors' own."""
-        if config.attn_precision is None:
-            return step(config, *tensors)
-        dtype = tensors[0].dtype
-        with no_autocast(tensors[0].device.type):
-            return step(config, *(None if t is None else t.float() for t in tensors)).to(dtype)
+def _projected(attn: nn.Module, kv_context: KVContext | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of tokens x."""
+    context_k, context_v = (x, x) if kv_context is None else kv_context(attn, x)
+    return attn.to_q(x), attn.to_k(context_k), attn.to_v(context_v)
 
 
 class _MergeAround:
@@ -455,26 +442,21 @@ class _MergeAround:
         yield module.register_forward_pre_hook(self._before, with_kwargs=True)
         yield module.register_forward_hook(self._after)
 
-    @_not_compiled
+    @not_compiled
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.pending = self._clusters(args[0]) if args else None
         return None if self.pending is None else ((self.pending.merge(args[0]), *args[1:]), kwargs)
 
-    @_not_compiled
+    @not_compiled
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         clusters, self.pending = self.pending, None
         return None if clusters is None else clusters.unmerge(output)
 
     def _clusters(self, x: Any) -> Clusters | None:
-        config, plan = self.layer.patch.moment.config, self.layer.plan
-        if config is None or not getattr(config, self.switch) or plan is None or not isinstance(x, Tensor):
+        config, matching = self.layer.config, self.layer.matching
+        if config is None or not getattr(config, self.switch) or matching is None or not isinstance(x, Tensor):
             return None
-        return plan.merged if x.dim() == 3 and x.shape[:2] == plan.shape else None
-
-
-def _downsample(latent: tuple[int, int], size: tuple[int, int]) -> int:
-    """How far down the U-Net a layer is: the power of two nearest to the ratio of the sides."""
-    return 2 ** max(0, round(0.5 * math.log2(math.prod(latent) / math.prod(size))))
+        return matching.merged if x.dim() == 3 and x.shape[:2] == matching.shape else None
 
 
 _DEFAULTS = AgentConfig()
@@ -483,7 +465,7 @@ _DEFAULTS = AgentConfig()
 def apply_patch(
     model: Model,
     ratio: float = _DEFAULTS.ratio,
-    max_downsample: int = _DEFAULTS.max_downsample,
+    max_downsample: int | str = _DEFAULTS.max_downsample,
     sx: int = _DEFAULTS.sx,
     sy: int = _DEFAULTS.sy,
     agent_ratio: float = _DEFAULTS.agent_ratio,
@@ -503,6 +485,7 @@ def apply_patch(
     share_match: bool = _DEFAULTS.share_match,
     reuse_match: float = _DEFAULTS.reuse_match,
     stages: Sequence[Stage] = _DEFAULTS.stages,
+    rules: Sequence[Rule] = _DEFAULTS.rules,
     **unknown: Any,
 ) -> Model:
     """Put agent attention on a Stable Diffusion model, in place. A patch that is there already is replaced.
@@ -555,11 +538,17 @@ def remove_patch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, *args: Any, **settings: Any) -> Iterator[Model]:
-    """A `with` block during which the model is patched; the arguments are those of `apply_patch`."""
+    """A `with` block during which the model is patched; the arguments are those of `apply_patch`.
+
+    A patch that was on the model before is put back afterwards.
+    """
+    outer = get_patch(model)
     apply_patch(model, *args, **settings)
-    patch = get_patch(model)
+    ours = get_patch(model)
     try:
         yield model
     finally:
-        if patch is not None:  # ours, and not one that replaced it meanwhile
-            patch.remove()
+        if ours is not None:
+            ours.remove()
+        if outer is not None and get_patch(model) is None:  # unless another one has replaced ours meanwhile
+            outer.install()

@@ -13,10 +13,13 @@ if Path(agentsd.__file__).resolve().parents[1] != Path(__file__).resolve().paren
         f"first. Disable that extension in the Extensions tab, then restart the WebUI."
     )
 
-from agentsd.webui import compat, infotext, options, panel, routes, session, xyz
-from agentsd.webui.settings import NAMES
+from agentsd.panel import controls
+from agentsd.panel.routes import Routes
+from agentsd.settings import infotext
+from agentsd.settings.table import NAMES
+from agentsd.webui import compat, session, settings_page, xyz
 
-_panels: list[panel.Panel] = []
+_panels: list[controls.Panel] = []
 
 
 class AgentAttentionScript(scripts.Script):
@@ -27,7 +30,7 @@ class AgentAttentionScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        built = panel.build("img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map)
+        built = controls.build("img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map)
         _panels.append(built)
         self.infotext_fields = [(built.controls[name], infotext.reader(name)) for name in NAMES]
         self.paste_field_names = [infotext.reader(name) for name in NAMES]
@@ -49,10 +52,10 @@ class AgentAttentionScript(scripts.Script):
 def on_app_started(demo, app):
     for built in _panels:
         built.tidy()
-    routes.add(app)
+    Routes(compat.HOST).add(app)
 
 
 script_callbacks.on_cfg_denoiser(lambda params: session.before_model_call())
 script_callbacks.on_before_ui(lambda: xyz.register(compat.xyz_grids()))
-script_callbacks.on_ui_settings(lambda: options.register(shared.opts, shared.OptionInfo, shared.OptionHTML))
+script_callbacks.on_ui_settings(lambda: settings_page.register(shared.opts, shared.OptionInfo, shared.OptionHTML))
 script_callbacks.on_app_started(on_app_started)

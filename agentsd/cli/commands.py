@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ..hosts import first_downsample
+from ..methods import UNTOUCHED, method_of
 from .distance import Distance, distance
 from .files import OUTPUTS, fresh, save_picture, save_table, slug
 from .models import Model, Request, open_model
@@ -35,7 +35,7 @@ def generate(args: argparse.Namespace) -> None:
     """Draw one picture."""
     model, request = opened(args)
     values = None if args.off else args.settings
-    config = None if args.off else config_of(values, first_downsample(model.unet))
+    config = None if args.off else config_of(values)
     run = draw(model, request, config, request.prompt, args.quiet)
     made = record(model, request, values, seconds=round(run.seconds, 3), unet_seconds=round(run.unet_seconds, 3))
     path = Path(args.out) if args.out else fresh(f"{slug(request.prompt)}-seed{request.seed}")
@@ -49,10 +49,10 @@ def say_what_was_done(run: Run, patched: bool) -> None:
     if not patched:
         print("agent attention: off")
         return
-    acted = {name: count for name, count in run.actions.items() if name != "untouched" and count}
+    changed = {action: count for action, count in run.actions.items() if action != UNTOUCHED and count}
     total = sum(run.actions.values())
-    done = ", ".join(f"{name} in {count}" for name, count in acted.items()) or "nothing"
-    print(f"agent attention: {done} of {total} self-attentions")
+    what = ", ".join(f"{count} {method_of(action).phrase}" for action, count in changed.items()) or "none changed"
+    print(f"agent attention: of {total} self-attentions {what}")
     for reason, count in run.notes.items():
         print(f"  left to the model {count} times: {reason}")
 
@@ -60,7 +60,7 @@ def say_what_was_done(run: Run, patched: bool) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Draw a picture both ways."""
     model, request = opened(args)
-    config = config_of(args.settings, first_downsample(model.unet))
+    config = config_of(args.settings)
     warm_up(model, request, [None, config], args.quiet)
     plain = draw(model, request, None, "without", args.quiet)
     ours = draw(model, request, config, "with", args.quiet)
@@ -127,8 +127,7 @@ def sweep(args: argparse.Namespace) -> None:
     model, request = opened(args)
     folder = Path(args.out) if args.out else fresh(f"sweep-{slug(request.prompt)}-seed{request.seed}", suffix="")
     (x, columns), (y, lines) = args.x, args.y or ("", (None,))
-    below = first_downsample(model.unet)
-    warm_up(model, request, [None, config_of(args.settings, below)], args.quiet)
+    warm_up(model, request, [None, config_of(args.settings)], args.quiet)
     plain = draw(model, request, None, "without", args.quiet)
     _save(folder / "without.png", model, request, None, plain)
     cells: list[list[Cell]] = []
@@ -137,7 +136,7 @@ def sweep(args: argparse.Namespace) -> None:
         for j, column in enumerate(columns):
             values = {**args.settings, x: column, **({y: line} if y else {})}
             label = ", ".join(f"{name} {value}" for name, value in [(x, column), (y, line)] if name)
-            run = draw(model, request, config_of(values, below), label, args.quiet)
+            run = draw(model, request, config_of(values), label, args.quiet)
             cell = Cell(values, run, distance(plain.picture, run.picture))
             cells[i].append(cell)
             _save(folder / f"{i + 1:02}-{j + 1:02}.png", model, request, values, run, cell.apart)

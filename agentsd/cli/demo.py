@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from statistics import mean
 
-from ..hosts import first_downsample
 from .commands import SIDE, as_record, print_table, speed
 from .distance import distance
 from .files import save_picture, save_table
@@ -24,7 +23,7 @@ def demo(args: argparse.Namespace) -> None:
     """Draw some of the embedded model's prompts both ways; write a sheet and a table; print the table."""
     logging.getLogger("agentsd").setLevel(logging.WARNING)
     model = open_model("embedded")
-    config = config_of(args.settings, first_downsample(model.unet))
+    config = config_of(args.settings)
     prompts = choose(model.pipe.prompts, args.prompts)
     requests = [model.complete(Request(prompt, args.seed, args.steps)) for prompt in prompts]
     warm_up(model, requests[0], [None, config], args.quiet)

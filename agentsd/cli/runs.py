@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..config import AgentConfig
 from ..patch import Patch, get_patch, patch_unet, remove_patch
-from ..webui import infotext
+from ..settings import infotext
 from .models import Model, Request
 
 if TYPE_CHECKING:

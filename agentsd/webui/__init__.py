@@ -1,4 +1,4 @@
-"""The parts of the WebUI extension: settings, infotext, panel, XYZ axes and the life of a patch.
+"""The extension in a WebUI: the life of a patch, what differs between WebUIs, the settings page, X/Y/Z axes.
 
-`settings` and `infotext` import neither gradio nor the WebUI; only `compat` knows the differences between hosts.
+Only `compat` imports the WebUI.
 """

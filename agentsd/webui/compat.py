@@ -5,8 +5,9 @@ The only file that imports the WebUI, apart from the script itself. Whatever a h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,20 +16,26 @@ from modules.ui_components import InputAccordion
 from PIL import Image
 from torch import Tensor, nn
 
-from agentsd.hosts import UnsupportedModelError, find_sites, find_unet, first_downsample
-
-from .measure import Busy
+from ..config import AgentConfig
+from ..hosts import UnsupportedModelError, find_sites, find_unet
+from ..panel.host import Busy, Hint
+from ..settings import table
 
 __all__ = [
+    "HOST",
     "InputAccordion",
+    "config_of",
     "current_unet",
-    "first_downsample",
     "first_image",
     "kv_context",
+    "loaded_unet",
     "obstacles",
-    "upcasts",
+    "replaced_blocks",
     "xyz_grids",
 ]
+
+TOKEN_MERGING = "the WebUI's own token merging is on"
+HYPERTILE = "HyperTile is on"
 
 
 def current_unet() -> nn.Module | None:
@@ -42,12 +49,6 @@ def current_unet() -> nn.Module | None:
 def loaded_unet() -> nn.Module | None:
     """The same; None where no checkpoint is loaded yet. Loads none."""
     return None if getattr(sd_models.model_data, "sd_model", None) is None else current_unet()
-
-
-def current_first_downsample() -> int | None:
-    """The same for the checkpoint in use; None where none is loaded. Loads none."""
-    unet = loaded_unet()
-    return None if unet is None else first_downsample(unet)
 
 
 def kv_context() -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None:
@@ -65,14 +66,26 @@ def upcasts() -> bool:
     return bool(_option("upcast_attn"))
 
 
+def config_of(values: Mapping[str, Any], *, hires: bool) -> AgentConfig | None:
+    """The config of a pass, with the host's own options heeded; None where that pass is to be left alone."""
+    config = table.to_config(values, hires=hires)
+    if config is None or not upcasts():
+        return config
+    return replace(config, attn_precision="fp32")
+
+
 def obstacles(p: Any, hires: bool) -> Iterator[str]:
     """Why a pass cannot be patched: others that change the same layers, or models that never reach them."""
     if _active_sd_unet() is not None:
         yield "a SD Unet (such as TensorRT) is active and takes the U-Net's place"
     if _token_merging_ratio(p, hires) > 0:
-        yield "the WebUI's own token merging is on"
-    if _option("hypertile_enable_unet") or (hires and _option("hypertile_enable_unet_secondpass")):
-        yield "HyperTile is on"
+        yield TOKEN_MERGING
+    if _hypertile(hires):
+        yield HYPERTILE
+
+
+def _hypertile(hires: bool) -> bool:
+    return bool(_option("hypertile_enable_unet") or (hires and _option("hypertile_enable_unet_secondpass")))
 
 
 def replaced_blocks(unet: nn.Module) -> bool:
@@ -92,13 +105,45 @@ def first_image(p: Any, processed: Any) -> Image.Image | None:
     return images[0].convert("RGB").crop((x, y, x + width, y + height))
 
 
-def is_sd2() -> bool:
-    """Whether the checkpoint in use is an SD 2.x."""
+class _WebUI:
+    """The WebUI as the host of the panel: see `agentsd.panel.host.PanelHost`."""
+
+    def unet(self) -> nn.Module | None:
+        return loaded_unet()
+
+    def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
+        return config_of(values, hires=hires)
+
+    def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
+        """As `obstacles`, before there is anything to generate: by the options alone."""
+        if _hypertile(hires):
+            return Hint(HYPERTILE, ("Settings → HyperTile",))
+        ratio = _option("token_merging_ratio_hr") if hires else img2img and _option("token_merging_ratio_img2img")
+        if (ratio or _option("token_merging_ratio") or 0) > 0:
+            return Hint(TOKEN_MERGING, ("Settings → Optimizations",))
+        return None
+
+    def advice(self, values: Mapping[str, Any]) -> list[Hint]:
+        """When to compute in 32 bits."""
+        if values["fp32"] or not (upcasts() or _is_sd2()):
+            return []
+        sd2 = "attention of SD 2 models can overflow in half precision"
+        why = "the host's upcast option is on" if upcasts() else sd2
+        return [Hint(f"{why}: 32 bits are advised", ("fp32",))]
+
+    def at_rest(self) -> AbstractContextManager[tuple[nn.Module, Any]]:
+        return _model_at_rest()
+
+
+HOST = _WebUI()
+
+
+def _is_sd2() -> bool:
     return bool(getattr(sd_models.model_data.sd_model, "is_sd2", False))
 
 
 @contextmanager
-def model_at_rest() -> Iterator[tuple[nn.Module, Any]]:
+def _model_at_rest() -> Iterator[tuple[nn.Module, Any]]:
     """The U-Net in use and its `kv_context`, for running it while nothing is generated.
 
     Raises:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from agentsd import AgentConfig, Patch, patch_unet
-from agentsd.config import SettingError
-from agentsd.patch import Answer
-
-from . import compat, infotext, settings, tokenmap
-from .lastrun import StepClock, changed
-from .status import STATUS, PassReport
+from ..config import SettingError
+from ..panel import tokenmap
+from ..panel.pace import StepClock, changed
+from ..panel.report import STATUS, PassReport
+from ..patch import Answer, Patch, patch_unet
+from ..settings import infotext, table
+from . import compat
+from .xyz import XYZ
 
 # On the host's processing object: this generation
 _GENERATION = "_agent_attention"
@@ -54,9 +55,9 @@ def before_process(p: Any) -> None:
 def process(p: Any, args: Sequence[Any]) -> None:
     """Read the settings and write the infotext. With a bad value the image is made unpatched, and says why."""
     try:
-        values = settings.from_args(args, getattr(p, settings.XYZ, None))
+        values = table.from_args(args, getattr(p, XYZ, None))
         for hires in (False, True):
-            settings.to_config(values, hires=hires)
+            table.to_config(values, hires=hires)
     except SettingError as error:
         STATUS.begin(False, str(error))
         _write_infotext(p, {infotext.NOTE: f"not applied, {error}"})
@@ -64,17 +65,17 @@ def process(p: Any, args: Sequence[Any]) -> None:
         return
     STATUS.begin(values["enabled"])
     if values["enabled"]:
-        generation = Generation(values, tokenmap.Recording() if settings.wants_record(args) else None)
+        generation = Generation(values, tokenmap.Recording() if table.wants_record(args) else None)
         STATUS.recording = generation.recording
         setattr(p, _GENERATION, generation)
         _write_infotext(p, generation.entries())
 
 
 def before_sampling(p: Any, latent: Tensor | None = None) -> None:
-    """Have the coming pass, whose `latent` (B, C, height, width) the host tells, sampled under the patch."""
+    """Sample the next pass under the patch; `latent` is its (B, C, height, width), where the host hands it over."""
     generation = getattr(p, _GENERATION, None)
     hires = bool(getattr(p, "is_hr_pass", False))
-    if generation is not None and settings.to_config(generation.values, hires=hires) is not None:
+    if generation is not None and table.to_config(generation.values, hires=hires) is not None:
         observer = _observer(p, generation.recording, hires, latent)
         wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires, observer))
     elif _running:  # an image without us, made in the middle of one with us
@@ -172,14 +173,6 @@ def under_way(current: Pass) -> Iterator[None]:
         current.close()
 
 
-def config_on(unet: nn.Module, values: Mapping[str, Any], *, hires: bool) -> AgentConfig | None:
-    """The config of a pass that is sampled with `unet`; None where that pass is to be left alone."""
-    config = settings.to_config(values, hires=hires, first_downsample=compat.first_downsample(unet))
-    if config is None or not compat.upcasts():
-        return config
-    return replace(config, attn_precision="fp32")
-
-
 class Pass:
     """The patch during one sampling pass."""
 
@@ -194,7 +187,7 @@ class Pass:
         self._models: set[int] = set()
 
     def follow(self, unet: nn.Module | None) -> None:
-        """Have the patch on `unet`, and only there. Never raises: the image is made without us instead."""
+        """Put the patch on `unet`, and only there. Never raises: the image is made without us instead."""
         if self.report.obstacles or unet is self._unet:
             return
         self.suspend()
@@ -220,7 +213,7 @@ class Pass:
             _running.remove(self)
 
     def _patched(self, unet: nn.Module) -> Patch:
-        config = config_on(unet, self.values, hires=self.report.hires)
+        config = compat.config_of(self.values, hires=self.report.hires)
         if compat.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
         self._models.add(id(unet))
@@ -247,6 +240,6 @@ _running: list[Pass] = []
 
 
 def close_leftovers() -> None:
-    """Close passes that nobody is inside of: those of other threads, since the host makes one image at a time."""
+    """Close passes that other threads left behind: the host makes one image at a time."""
     for left in [one for one in _running if one.thread != threading.get_ident()]:
         left.close()

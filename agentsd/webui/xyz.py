@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .settings import SETTINGS, XYZ, Row
+from ..settings.table import SETTINGS, Row
 
 PREFIX = "[Agent Attention] "
+# Attribute of the host's processing object: the settings that a plot's cell changes, by name
+XYZ = "_agent_attention_xyz"
 
 
 def register(grids: Iterable[Any]) -> None:

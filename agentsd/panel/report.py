@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from agentsd import Patch
-
-from .lastrun import Pace, changed
+from ..methods import UNTOUCHED, LayerPlan, method_of
+from ..patch import Patch
+from .pace import Pace, changed
+from .preview import in_layers
 from .tokenmap import Recording
 
-log = logging.getLogger("agentsd.webui")
-_PLAN = ("action", "tokens", "queries", "agents")
+log = logging.getLogger("agentsd.panel")
+_TOLD = ("action", "tokens", "queries", "agents")
 
 
 @dataclass
@@ -28,8 +29,7 @@ class PassReport:
         hires: whether it was the hires pass.
         latent: (height, width) of the latent; None before the first call of the U-Net.
         calls: number of self-attention calls by what was done: "agents", "merge", "pool", "untouched" …
-        layers: the different plans of the layers that were changed: action, tokens, queries and agents, and the
-            number ("count") of layers with that plan.
+        layers: the different plans of the layers that were changed, each with the number of its layers.
         idle: why the layers that could have been changed were not meant to be.
         obstacles: why the whole pass was left to the host.
         notes: why single calls were left to the host, with their number.
@@ -40,7 +40,7 @@ class PassReport:
     hires: bool
     latent: tuple[int, int] | None = None
     calls: Counter[str] = field(default_factory=Counter)
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[tuple[LayerPlan, int]] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
@@ -51,25 +51,25 @@ class PassReport:
     def name(self) -> str:
         return "hires pass" if self.hires else "first pass"
 
-    def add(self, patch: Patch, done: float) -> None:
-        """Take over what a patch has to tell before it is removed; `done` is where its first stage begins."""
+    def add(self, patch: Patch, progress: float) -> None:
+        """Take over what a patch has to tell before it is removed; `progress` is where its first stage begins."""
         self.models += 1
         self.notes.update(patch.notes)
         for layer in patch.report():
             self.calls.update(layer.calls)
         self.latent = patch.moment.latent or self.latent
         if self.latent is not None:
-            self._add_plans(plan for _, plan in patch.explain(*self.latent, done) if plan is not None)
+            self._add_plans(plan for _, plan in patch.explain(*self.latent, progress) if plan is not None)
 
-    def _add_plans(self, plans: Iterable[Any]) -> None:
-        counts: Counter[tuple] = Counter()
+    def _add_plans(self, plans: Iterable[LayerPlan]) -> None:
+        counts: Counter[LayerPlan] = Counter()
         for plan in plans:
-            if plan.action == "untouched":
-                _append_new(self.idle, plan.reason)
+            if plan.acts:
+                counts[plan] += 1
             else:
-                counts[plan.action, plan.tokens, plan.queries, plan.agents] += 1
-        for plan, count in counts.items():  # a refiner's layers are not the model's once more
-            _append_new(self.layers, {**dict(zip(_PLAN, plan, strict=True)), "count": count})
+                _append_new(self.idle, plan.reason)
+        for found in counts.items():  # a refiner's layers are not the model's once more
+            _append_new(self.layers, found)
 
     def changed(self) -> int:
         """Number of self-attention calls that were changed."""
@@ -81,7 +81,7 @@ class PassReport:
             return f"{self.name}: not applied, {' and '.join(self.obstacles)}"
         size = "" if self.latent is None else f", {self.latent[1] * 8}×{self.latent[0] * 8}"
         if self.changed():
-            what = ", ".join(_layer_words(**layer) for layer in self.layers)
+            what = ", ".join(f"{method_of(plan.action).words(plan)} {in_layers(n)}" for plan, n in self.layers)
             pace = self.pace.words()
             return f"{self.name}{size}: {what}; {self._calls_in_words()}" + (f"; {pace}" if pace else "")
         why = "; ".join(self.idle) or "the U-Net was not called"
@@ -91,26 +91,17 @@ class PassReport:
 
     def _calls_in_words(self) -> str:
         """Such as "40 calls with agents, 88 untouched"."""
-        words = {"agents": "with agents", "merge": "merged", "pool": "pooled", "untouched": "untouched"}
-        found = [f"{n} {words.get(action, action)}" for action, n in sorted(self.calls.items(), key=_changed_first)]
-        return "calls: " + ", ".join(found)
+        counts = sorted(self.calls.items(), key=_changed_first)
+        return "calls: " + ", ".join(f"{n} {method_of(action).phrase}" for action, n in counts)
 
 
 def _changed_first(item: tuple[str, int]) -> bool:
-    return item[0] == "untouched"
+    return item[0] == UNTOUCHED
 
 
 def _append_new(where: list[Any], what: Any) -> None:
     if what not in where:
         where.append(what)
-
-
-def _layer_words(action: str, tokens: int, queries: int, agents: int, count: int) -> str:
-    where = f"in {count} layer{'' if count == 1 else 's'}"
-    if action == "merge":
-        return f"{tokens} tokens → {queries} merged {where}"
-    kind = {"pool": "pooled keys", "corrected": "corrected agents"}.get(action, "agents")
-    return f"{tokens} tokens → {agents} {kind} {where}"
 
 
 class Status:
@@ -186,7 +177,7 @@ class Status:
                     "hires": report.hires,
                     "latent": report.latent,
                     "calls": dict(report.calls),
-                    "layers": report.layers,
+                    "layers": [{**{k: getattr(plan, k) for k in _TOLD}, "count": n} for plan, n in report.layers],
                     "models": report.models,
                     "pace": asdict(report.pace),
                     "obstacles": report.obstacles,

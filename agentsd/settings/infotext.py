@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from agentsd.config import SettingError
-
+from ..config import SettingError
 from . import legacy
-from .settings import BY_NAME, DEFAULTS, SETTINGS
+from .table import BY_NAME, DEFAULTS, SETTINGS
 
 KEY = "Agent Attention"
 NOTE = "Agent Attention note"

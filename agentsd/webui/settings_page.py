@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from .presets import PRESETS
+from ..settings.presets import PRESETS
 
 SECTION = ("agent_attention", "Agent Attention")
 PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_level", "agent_attention_status_line"
@@ -64,5 +64,5 @@ def set_level(level: str) -> None:
         logger.addHandler(handler)
         logger.propagate = False
     level = level if level in LEVELS else "info"
-    logging.getLogger("agentsd.webui").setLevel(level.upper())
+    logging.getLogger("agentsd.panel").setLevel(level.upper())
     logger.setLevel(logging.DEBUG if level == "debug" else logging.WARNING)

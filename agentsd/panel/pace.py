@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ..methods import UNTOUCHED
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -35,7 +37,7 @@ def _digits(seconds: float) -> str:
 
 def changed(calls: Mapping[str, int]) -> int:
     """Number of self-attention calls that were changed."""
-    return sum(n for action, n in calls.items() if action != "untouched")
+    return sum(n for action, n in calls.items() if action != UNTOUCHED)
 
 
 class StepClock:

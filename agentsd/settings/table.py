@@ -5,19 +5,17 @@ Imports neither gradio nor the WebUI.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from agentsd.config import LIMITS, TOKEN_MERGING, AgentConfig, SettingError, check_names, early
+from ..config import AUTO, LIMITS, TOKEN_MERGING, AgentConfig, SettingError, check_names, early
+from ..methods import selectable
+from ..rules import format_rules, parse_rules, rules_from
 
-AUTO = "auto"
 NOTHING, MERGING = "nothing", "token merging"
 BOTH, FIRST, HIRES = "both", "first", "hires"
-
-# Attribute of the host's processing object: the settings that an XYZ plot's cell changes, by name
-XYZ = "_agent_attention_xyz"
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,14 @@ class Row:
         label: what the panel calls it; short, constant and unique, since translations match it.
         info: the line under the control, in plain words.
         default: the panel's default.
-        kind: "flag", "slider", "number" or "choice".
+        kind: "flag", "slider", "number", "choice" or "text".
         low: smallest value of a slider or number.
         high: largest value of a slider or number.
         step: step of a slider or number; whole steps make it a whole number.
         choices: what a choice can be, as text.
         folded: whether it is among the settings that fewer people need.
         written: whether the infotext names it even at its default.
+        more_info: what is added to `info`, made when it is asked for.
     """
 
     name: str
@@ -46,9 +45,15 @@ class Row:
     low: float = 0
     high: float = 1
     step: float = 1
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
     folded: bool = True
     written: bool = False
+    more_info: Callable[[], str] | None = None
+
+    @property
+    def help(self) -> str:
+        """The whole line under the control."""
+        return self.info if self.more_info is None else f"{self.info} {self.more_info()}".strip()
 
     @property
     def whole(self) -> bool:
@@ -73,6 +78,8 @@ class Row:
             return self._flag(value)
         if self.kind == "choice":
             return self._choice(value)
+        if self.kind == "text":
+            return format_rules(rules_from(value))
         return self._number(value)
 
     def _flag(self, value: Any) -> bool:
@@ -102,6 +109,8 @@ class Row:
             return flags[text.lower()] if text.lower() in flags else self._flag(text)
         if self.kind == "choice":
             return self._choice(text)
+        if self.kind == "text":
+            return self.checked(text)
         try:
             return self._number(float(text))
         except ValueError as error:  # SettingError is one, too
@@ -119,7 +128,7 @@ def _limited(name: str, kind: str, label: str, info: str, default: Any, **more: 
     """A row whose range is that of the core's setting of the same name."""
     limits = LIMITS[name]
     if kind == "choice":
-        more.setdefault("choices", tuple(str(c) for c in limits["choices"]))
+        more.setdefault("choices", limits["choices"])
     elif kind != "flag":
         more = {"low": limits["low"], "high": limits["high"], **more}
     return Row(name, label, info, default, kind, **more)
@@ -196,10 +205,9 @@ SETTINGS: tuple[Row, ...] = (
         "method",
         "choice",
         "Method",
-        "agent: agent attention. pool: keys and values averaged over cells of sx × sy tokens. corrected: as many "
-        "keys as grid agents, one of each cell, their values fitted to full attention; it has no k_scale2 and no "
-        "k_shortcut.",
+        "How self-attention is computed.",
         "agent",
+        more_info=lambda: " ".join(f"{method.name}: {method.summary}." for method in selectable()),
     ),
     Row(
         "since",
@@ -252,7 +260,7 @@ SETTINGS: tuple[Row, ...] = (
         "How far down the U-Net layers are patched. auto: the largest self-attention layers that the model has "
         "(1 in SD 1 and SD 2, 2 in SDXL).",
         AUTO,
-        choices=(AUTO, *(str(c) for c in LIMITS["max_downsample"]["choices"])),
+        choices=(AUTO, *(str(c) for c in LIMITS["max_downsample"]["choices"] if c != AUTO)),
     ),
     _limited(
         "min_tokens",
@@ -265,7 +273,7 @@ SETTINGS: tuple[Row, ...] = (
         "max_agents",
         "number",
         "Maximum agents",
-        "At most so many agent tokens in a layer; 0 sets no limit.",
+        "Upper limit on the number of agent tokens in a layer; 0 sets none.",
         0,
         low=0,
     ),
@@ -310,14 +318,28 @@ SETTINGS: tuple[Row, ...] = (
         # what a browser's numbers hold exactly
         high=2**53 - 1,
     ),
+    Row(
+        "rules",
+        "Rules",
+        "What differs in some layers or a part of the diffusion, such as “downsample=2+4 method=corrected | "
+        "blocks=middle_block.* full”. Later rules count more; “full” is full attention.",
+        "",
+        "text",
+    ),
 )
 
 BY_NAME: Mapping[str, Row] = {row.name: row for row in SETTINGS}
 NAMES: tuple[str, ...] = tuple(BY_NAME)
 DEFAULTS: Mapping[str, Any] = {row.name: row.default for row in SETTINGS}
 
-# Rows that are the core's setting of the same name as they stand
-_AS_THEY_STAND = tuple(n for n in NAMES if n in LIMITS and n not in ("max_downsample", "max_agents"))
+# What a script is given, in this order. The order is a contract of the API: what is new goes to the end. "record" asks
+# for the token map's record.
+RECORD = "record"
+_AT = NAMES.index("seed") + 1
+ARGUMENTS: tuple[str, ...] = (*NAMES[:_AT], RECORD, *NAMES[_AT:])
+
+# Rows that the core has under the same name and in the same form
+_AS_IN_THE_CORE = tuple(n for n in NAMES if n in LIMITS and n not in ("max_downsample", "max_agents", "rules"))
 
 
 def check(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,9 +356,8 @@ def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
     """The settings that a script's positional arguments stand for.
 
     Args:
-        args: one value for each row of the table; or fewer; or more, which are no settings; or one mapping by name,
-            which switches the extension on unless it says otherwise, and after which the arguments go on in the
-            table's order.
+        args: values in the order of `ARGUMENTS`; or fewer; or more, which are ignored; or one mapping by name, which
+            switches the extension on unless it says otherwise, and after which the arguments go on in that order.
         overrides: settings by name that count more than the arguments: an XYZ cell's.
 
     Returns:
@@ -345,7 +366,8 @@ def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
     Raises:
         SettingError: a name is unknown or a value is outside its range.
     """
-    values = dict(zip(NAMES, args, strict=False))
+    values = dict(zip(ARGUMENTS, args, strict=False))
+    values.pop(RECORD, None)
     if args and isinstance(args[0], Mapping):
         values.update({"enabled": True, **args[0]})
     values.update(overrides or {})
@@ -353,17 +375,16 @@ def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
 
 
 def wants_record(args: Sequence[Any]) -> bool:
-    """Whether a script's positional arguments, after those of the table, ask for the token map's record."""
-    return len(args) > len(NAMES) and args[len(NAMES)] is True
+    """Whether a script's positional arguments ask for the token map's record."""
+    return dict(zip(ARGUMENTS, args, strict=False)).get(RECORD) is True
 
 
-def to_config(values: Mapping[str, Any], *, hires: bool = False, first_downsample: int = 1) -> AgentConfig | None:
+def to_config(values: Mapping[str, Any], *, hires: bool = False) -> AgentConfig | None:
     """The core's config for one sampling pass; None where that pass is to be left alone.
 
     Args:
         values: every setting, canonical (from `check`).
         hires: whether it is the hires pass.
-        first_downsample: where the model's largest self-attention layers are, for "auto".
 
     Raises:
         SettingError: settings that exclude each other; the message names them.
@@ -372,11 +393,12 @@ def to_config(values: Mapping[str, Any], *, hires: bool = False, first_downsampl
         return None
     layers = values["max_downsample"]
     return AgentConfig(
-        **{name: values[name] for name in _AS_THEY_STAND},
+        **{name: values[name] for name in _AS_IN_THE_CORE},
         attn_precision="fp32" if values["fp32"] else None,
-        max_downsample=first_downsample if layers == AUTO else int(layers),
+        max_downsample=AUTO if layers == AUTO else int(layers),
         max_agents=values["max_agents"] or None,
         stages=_stages(values, "hires_until" if hires else "until"),
+        rules=parse_rules(values["rules"]),
     )
 
 

@@ -1,4 +1,4 @@
-"""From how many tokens on agent attention is faster, measured on the machine that will run it."""
+"""Find the token count above which agent attention is faster, on the machine that will run it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import AgentConfig, SettingError
 from .hosts import Site, UnsupportedModelError, find_sites, find_unet
+from .hosts.base import weight_of
+from .hosts.single import SingleAttention
 from .patch import patch_unet
+from .plan import limit
 
 SIZES = (256, 384, 512, 640, 768, 1024)
 MIN_SIDE, MAX_SIDE = 64, 8192
@@ -75,7 +78,7 @@ def calibrate(
     Args:
         model: as for `apply_patch`.
         sizes: image sizes in pixels: the side of a square or (height, width), from 64 to 8192.
-        config: the settings to time; their own `min_tokens` and stages are put aside.
+        config: the settings to time; their own `min_tokens`, stages and rules are put aside.
         batch: rows of the batch, at least 1; 2 for cond and uncond.
         seconds: how long it may take, above 0. Sizes that would take longer are left out.
         dtype: dtype of the tokens; None takes the weights'.
@@ -92,7 +95,7 @@ def calibrate(
     if not found:
         raise SettingError("sizes must name at least one size in pixels, got none")
     timings: list[Timing] = []
-    layers = _distinct(find_sites(find_unet(model)), config.max_downsample)
+    layers = _distinct(find_sites(find_unet(model)), config)
     if not layers:
         raise UnsupportedModelError("none of the model's self-attentions can be patched")
     for layer in layers:
@@ -112,35 +115,32 @@ def _checked_size(size: Any) -> tuple[int, int]:
 
 def _always(config: AgentConfig) -> AgentConfig:
     """These settings at any number of tokens, and at the level that a layer alone counts as."""
-    return replace(config, min_tokens=0, stages=(), max_downsample=1)
+    return replace(config, min_tokens=0, stages=(), rules=(), max_downsample=1)
 
 
-def _distinct(sites: list[Site], max_downsample: int) -> list[Site]:
+def _distinct(sites: list[Site], config: AgentConfig) -> list[Site]:
     """One site of each kind (how far down, how wide), down to a level or to the first that has any, as SDXL's."""
     usable = [site for site in sites if site.downsample is not None and not site.obstacle]
-    deepest = max(max_downsample, min((site.downsample for site in usable), default=1))
-    kinds = {(site.downsample, _channels(site)): site for site in usable if site.downsample <= deepest}
+    first = min((site.downsample for site in usable), default=1)
+    deepest = max(limit(config, first), first)
+    kinds = {(site.downsample, site.channels): site for site in usable if site.downsample <= deepest}
     return list(kinds.values())
-
-
-def _channels(site: Site) -> int:
-    return site.block.attn1.to_q.in_features
 
 
 def _time_layer(
     site: Site, sizes: list[tuple[int, int]], config: AgentConfig, batch: int, seconds: float, dtype: torch.dtype | None
 ) -> list[Timing]:
     """Time one layer at growing sizes, until the gain is clear or the time is up."""
-    parameter = next(site.block.attn1.parameters())
+    weight = weight_of(site.block.attn1)
     unit = 8 * (site.downsample or 1)
     end, timings = time.perf_counter() + seconds, []
     for height, width in sizes:
         h, w = -(-height // unit), -(-width // unit)
         if timings and _forecast(timings[-1], h * w) > end - time.perf_counter():
             break
-        image = torch.randn(batch, h, w, _channels(site), device=parameter.device)
-        image = image.to(dtype or parameter.dtype).permute(0, 3, 1, 2)
-        timings.append(Timing(h * w, _channels(site), *_time_both(site, image, config, end)))
+        image = torch.randn(batch, h, w, site.channels, device=weight.device)
+        image = image.to(dtype or weight.dtype).permute(0, 3, 1, 2)
+        timings.append(Timing(h * w, site.channels, *_time_both(site, image, config, end)))
         if timings[-1].patched < _CLEAR * timings[-1].unpatched:
             break
     return timings
@@ -153,7 +153,7 @@ def _forecast(last: Timing, tokens: int) -> float:
 
 def _time_both(site: Site, image: Tensor, config: AgentConfig, end: float) -> tuple[float, float]:
     """Seconds of a call without and with the patch: medians of interleaved rounds, at least one."""
-    alone = _Alone(site.block.attn1)
+    alone = SingleAttention(site)
     unpatched, patched = [], []
     for turn in range(1 + _ROUNDS):
         unpatched.append(_seconds(lambda: alone(image, 500.0), image.device))
@@ -184,33 +184,3 @@ def _threshold(timings: list[Timing]) -> int:
             break
         best = tokens
     return best
-
-
-# A U-Net of nothing but one self-attention, so that the patch can be put on that alone. The classes are told by name.
-
-
-class BasicTransformerBlock(nn.Module):
-    def __init__(self, attn1: nn.Module) -> None:
-        super().__init__()
-        self.attn1 = attn1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attn1(x)
-
-
-class _Image(nn.Module):
-    def __init__(self, attn1: nn.Module) -> None:
-        super().__init__()
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(attn1)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.transformer_blocks[0](x.flatten(2).transpose(1, 2))
-
-
-class _Alone(nn.Module):
-    def __init__(self, attn1: nn.Module) -> None:
-        super().__init__()
-        self.attention = _Image(attn1)
-
-    def forward(self, x: Tensor, timesteps: float) -> Tensor:
-        return self.attention(x)

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from agentsd.config import SettingError
-
-from .settings import BY_NAME, DEFAULTS, FIRST, HIRES, MERGING, NOTHING
+from ..config import SettingError
+from .table import BY_NAME, DEFAULTS, FIRST, HIRES, MERGING, NOTHING
 
 SWITCH = "AgAt Active"
 # The older extension's key is "AgAt Apply to Hires. Fix Only"; the host's parser can't see past the full stop.

@@ -11,8 +11,9 @@ from typing import Any
 
 import gradio as gr
 
-from .presets import CUSTOM, PRESETS, preset_of
-from .settings import BY_NAME, DEFAULTS, SETTINGS, Row
+from ..settings.presets import CUSTOM, PRESETS, preset_of
+from ..settings.table import ARGUMENTS, BY_NAME, DEFAULTS, SETTINGS, Row
+from ..settings.table import RECORD as RECORD_NAME
 from .tokenmap import RECORD, View
 
 # Controls that share a line, by their group's number
@@ -26,6 +27,7 @@ _LINES = (
     ("max_downsample", "min_tokens", "max_agents"),
     ("sx", "sy", "seed"),
     ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
+    ("rules",),
 )
 _LINE = {name: i for i, line in enumerate(_LINES) for name in line}
 
@@ -48,8 +50,8 @@ class Panel:
 
     @property
     def inputs(self) -> list[Any]:
-        """What a generation is given: the controls in the table's order, then `record`."""
-        return [*self.controls.values(), *([] if self.record is None else [self.record])]
+        """What a generation is given, in the order of `agentsd.settings.ARGUMENTS`; only with a token map."""
+        return [self.record if name == RECORD_NAME else self.controls[name] for name in ARGUMENTS]
 
     def tidy(self) -> None:
         """Give each control's default its own type again, which a saved ui-config may have lost.
@@ -187,11 +189,13 @@ def _lines(tab: str, rows: list[Row]) -> dict[str, Any]:
 
 
 def _control(tab: str, row: Row) -> Any:
-    common = {"value": row.default, "label": row.label, "info": row.info, "elem_id": element_id(tab, row.name)}
+    common = {"value": row.default, "label": row.label, "info": row.help, "elem_id": element_id(tab, row.name)}
     if row.kind == "flag":
         return gr.Checkbox(**common)
     if row.kind == "choice":
         return gr.Dropdown(choices=list(row.choices), **common)
+    if row.kind == "text":
+        return gr.Textbox(max_lines=4, **common)
     if row.kind == "number":
         return gr.Number(minimum=row.low, maximum=row.high, precision=0, **common)
     return gr.Slider(minimum=row.low, maximum=row.high, step=row.step, **common)

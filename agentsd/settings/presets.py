@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .settings import BY_NAME, DEFAULTS, HIRES, MERGING, NAMES
+from .table import BY_NAME, DEFAULTS, HIRES, MERGING, NAMES
 
 CUSTOM = "Custom"
 # The machine's, the model's and the user's own affairs: no preset touches them, and none is told by them

@@ -7,12 +7,10 @@ from collections import Counter
 
 from torch import nn
 
-from .costs import PROMPT_TOKENS, BlockGroup, Layout
-from .hosts import Site, downsamples, find_sites
+from ..costs import PROMPT_TOKENS, CountedBlock, Layout
+from . import HOSTS, Site, downsamples, find_sites
 
-# Where a resampling convolution runs, relative to the level that its stage counts as: by class, since LDM's stage
-# begins with its Downsample and diffusers' ends with it.
-_RESAMPLED = {"Downsample": 1.0, "Upsample": 0.5, "Downsample2D": 2.0, "Upsample2D": 0.5}
+_RESAMPLED = {kind: factor for host in HOSTS for kind, factor in host.resamplers.items()}
 
 
 def layout_of(unet: nn.Module, name: str = "") -> Layout:
@@ -21,8 +19,7 @@ def layout_of(unet: nn.Module, name: str = "") -> Layout:
     Blocks whose place in the U-Net is unknown are left out.
     """
     sites = [site for site in find_sites(unet) if site.downsample is not None]
-    groups = Counter((site.downsample, site.block.attn1.to_q.in_features) for site in sites)
-    blocks = tuple(BlockGroup(d, channels, count) for (d, channels), count in sorted(groups.items()))
+    blocks = tuple(CountedBlock(site.name, site.downsample, site.channels) for site in sites)
     constant = sum(_prompt_flops(site) for site in sites)
     inside = {id(module) for site in sites for module in site.block.modules()}
     resampled, levels = dict(_resamplers(unet)), dict(downsamples(unet))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import webbrowser
 from collections.abc import Iterator, Mapping
@@ -20,27 +19,29 @@ from typing import TYPE_CHECKING, Any
 # before gradio is imported: it reads this once
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-from .cli.errors import CommandError
-from .cli.models import Model, Request, open_model
+from .errors import CommandError
+from .models import Model, Request, open_model
 
 try:
     import gradio as gr
     import uvicorn
-    from fastapi import Body, FastAPI
+    from fastapi import FastAPI
 except ImportError as error:
     raise CommandError(f"the playground needs {error.name}: pip install 'agentsd[diffusers]' gradio") from error
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .cli.distance import distance
-from .cli.runs import Run, draw
-from .cli.sheets import enlarged
-from .config import SettingError
-from .hosts import first_downsample
-from .patch import Patch
-from .webui import measure, panel, readout, settings
-from .webui.status import STATUS, PassReport
+from ..config import AgentConfig, SettingError
+from ..panel import controls
+from ..panel.host import Busy, Hint
+from ..panel.report import STATUS, PassReport
+from ..panel.routes import Routes
+from ..patch import Patch
+from ..settings import table
+from .distance import distance
+from .runs import Run, draw
+from .sheets import enlarged
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,8 +49,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 TAB = "txt2img"  # the panel's script looks for the WebUI's elements
 SCALE = 8  # pixels shown to a position of the latent, as in Stable Diffusion
-ROUTES = "/agent-attention"
-_FILES = Path(__file__).resolve().parents[1]
+_FILES = Path(__file__).resolve().parents[2]
 # Everything from this server, but for what gradio's page writes into itself.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -100,7 +100,7 @@ class Playground:
         try:
             size = (int(height) // SCALE, int(width) // SCALE)
             request = self.model.complete(Request(prompt.strip(), int(seed or 0), int(steps), size=size))
-            config = settings.to_config(settings.from_args(values), first_downsample=first_downsample(self.model.unet))
+            config = table.to_config(table.from_args([dict(zip(table.NAMES, values, strict=True))]))
             with self.in_use:
                 return self._draw_both(request, config, progress or (lambda *given, **named: None))
         except Stopped:
@@ -129,51 +129,29 @@ class Playground:
         pictures = (_shown(plain.picture), _shown((ours or plain).picture))
         return pictures, _timings(plain, ours), f"<div>{escape(STATUS.text())}</div>"
 
+    # The host of the panel: see `agentsd.panel.host.PanelHost`
+
+    def unet(self) -> nn.Module:
+        return self.model.unet
+
+    def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
+        return table.to_config(values, hires=hires)
+
+    def obstacle(self, hires: bool, img2img: bool) -> None:
+        """Nothing else acts on the model here."""
+
+    def advice(self, values: Mapping[str, Any]) -> list[Hint]:
+        return []
+
     @contextmanager
     def at_rest(self) -> Iterator[tuple[nn.Module, None]]:
-        """Hold the model for a measurement: its U-Net, called as the WebUI's.
-
-        Raises:
-            measure.Busy: it is drawing.
-        """
         if not self.in_use.acquire(blocking=False):
-            raise measure.Busy("The model is drawing: measure when it is done.")
+            raise Busy("The model is drawing: measure when it is done.")
         try:
             with torch.no_grad():
-                yield _AsWebUI(self.model.unet), None
+                yield self.model.unet, None
         finally:
             self.in_use.release()
-
-    def add_routes(self, app: FastAPI) -> None:
-        """The routes that the panel's script asks, as in the WebUI."""
-
-        def begin(values: dict = Body(...), passes: list = Body(...)) -> dict[str, str]:  # noqa: B008
-            below = first_downsample(self.model.unet)
-            try:
-                checked = settings.check(values)
-                todo = measure.tasks(
-                    checked, passes, lambda v, hires: settings.to_config(v, hires=hires, first_downsample=below)
-                )
-            except (SettingError, KeyError, TypeError, ValueError) as error:
-                return {"error": str(error)}
-            return {"error": measure.JOB.start(todo, self.at_rest)}
-
-        app.add_api_route(f"{ROUTES}/readout", lambda: readout.page_data(self.model.unet), methods=["GET"])
-        app.add_api_route(f"{ROUTES}/status", STATUS.as_dict, methods=["GET"])
-        app.add_api_route(f"{ROUTES}/measure", measure.JOB.as_dict, methods=["GET"])
-        app.add_api_route(f"{ROUTES}/measure", begin, methods=["POST"])
-        app.add_api_route(f"{ROUTES}/measure", measure.JOB.cancel, methods=["DELETE"])
-
-
-class _AsWebUI(nn.Module):
-    """A diffusers U-Net that is called as LDM's, and answers with a tensor."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        return self.unet(x, timesteps, context).sample
 
 
 def _tell(report: PassReport, patch: Patch) -> None:
@@ -240,7 +218,7 @@ def build(playground: Playground) -> gr.Blocks:
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id=f"{TAB}_generate")
                     stop = gr.Button("Stop", elem_id="playground_stop")
-                built = panel.build(TAB, _accordion)
+                built = controls.build(TAB, _accordion)
             with gr.Column(scale=3, min_width=420):
                 pictures = gr.ImageSlider(
                     type="pil",
@@ -304,7 +282,7 @@ def make_app(model: Model) -> FastAPI:
     """The page and its routes as an application."""
     playground = Playground(model)
     app = FastAPI(openapi_url=None)
-    playground.add_routes(app)
+    Routes(playground).add(app)
     app.add_middleware(_Header)
     return gr.mount_gradio_app(
         app,
@@ -344,9 +322,3 @@ def _listening(port: int) -> Iterator[socket.socket]:
         except OSError:
             listener.bind((HOST, 0))
         yield listener
-
-
-if __name__ == "__main__":
-    from agentsd.cli import main
-
-    sys.exit(main(["playground", *sys.argv[1:]]))

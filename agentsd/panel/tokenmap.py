@@ -7,18 +7,17 @@ is computed again. Imports neither gradio nor the WebUI.
 from __future__ import annotations
 
 import colorsys
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
-from agentsd.attention import sample_tokens
-from agentsd.config import MAX_TIMESTEP, LayerPlan
-from agentsd.merging import Clusters
-from agentsd.patch import Answer
+from ..config import MAX_TIMESTEP
+from ..merging import Clusters
+from ..methods import LayerPlan, method_of
+from ..patch import Answer
+from ..plan import downsample_of, grid_of
 
 # The control that asks for a record
 RECORD = "Record tokens for the map"
@@ -70,13 +69,13 @@ class Call:
     Attributes:
         hires: whether it belongs to the hires pass.
         latent: (height, width) of the latent.
-        done: fraction of the diffusion done, 0–1; None where the U-Net was not told.
+        progress: fraction of the diffusion done, 0–1; None where the U-Net was not told.
         layers: the layers that were changed, in the order of the U-Net.
     """
 
     hires: bool
     latent: tuple[int, int]
-    done: float | None
+    progress: float | None
     layers: list[Layer] = field(default_factory=list)
 
 
@@ -119,21 +118,22 @@ class Recording:
         if latent is not None and answer.latent != latent:
             self.parts = True
             return None
-        done = None if answer.timestep is None else (MAX_TIMESTEP - answer.timestep) / MAX_TIMESTEP
-        moment = None if done is None else int(MOMENTS * done)
+        progress = None if answer.timestep is None else (MAX_TIMESTEP - answer.timestep) / MAX_TIMESTEP
+        moment = None if progress is None else int(MOMENTS * progress)
         if moment in kept:
             return None
         kept.add(moment)
-        self.calls.append(Call(hires, answer.latent, done))
+        self.calls.append(Call(hires, answer.latent, progress))
         return self.calls[-1]
 
 
 def _copied(answer: Answer) -> Layer:
-    plan = answer.clusters
-    if plan is None:
-        return Layer(answer.name, answer.size, answer.layer)
-    dst = None if plan.dst is None else plan.dst.cpu().numpy()
-    return Layer(answer.name, answer.size, answer.layer, _first_row(plan.merged), _first_row(plan.agents), dst)
+    matching = answer.matching
+    if matching is None:
+        return Layer(answer.name, answer.size, answer.plan)
+    dst = None if matching.dst is None else matching.dst.cpu().numpy()
+    clusters = _first_row(matching.merged), _first_row(matching.agents)
+    return Layer(answer.name, answer.size, answer.plan, *clusters, dst)
 
 
 def _first_row(clusters: Clusters | None) -> np.ndarray | None:
@@ -182,8 +182,8 @@ def _raster(layer: Layer, latent: tuple[int, int], shape: tuple[int, int]) -> _R
     """
     scale = max(shape[0] / latent[0], shape[1] / latent[1])
     origin = tuple((side - scale * length) / 2 for side, length in zip(shape, latent, strict=True))
-    level = 2 ** max(0, round(0.5 * math.log2(math.prod(latent) / math.prod(layer.size))))
-    if tuple(-(-length // level) for length in latent) == layer.size:
+    level = downsample_of(latent, layer.size)
+    if grid_of(latent, level) == layer.size:
         side = (scale * level, scale * level)
     else:  # something shrinks the latent inside the U-Net
         side = tuple(scale * length / count for length, count in zip(latent, layer.size, strict=True))
@@ -262,25 +262,9 @@ def _dots(drawn: Image.Image, layer: Layer, raster: _Raster) -> None:
 
 
 def _agent_places(layer: Layer, raster: _Raster) -> list[tuple[float, float]]:
-    """(y, x) of each agent: the middle of its cell or of its token."""
-    if layer.plan.action == "corrected":
-        rows, columns = _sampled(layer)
-        return [(raster.middle(0, y, y + 1), raster.middle(1, x, x + 1)) for y in rows for x in columns]
-    if layer.plan.cell is not None:
-        lines = [
-            [raster.middle(axis, low, min(low + cell, count)) for low in range(0, count, cell)]
-            for axis, (cell, count) in enumerate(zip(layer.plan.cell, layer.size, strict=True))
-        ]
-        return [(y, x) for y in lines[0] for x in lines[1]]
-    rows, columns = np.divmod(layer.agent_tokens(), layer.size[1])
-    return [(raster.middle(0, y, y + 1), raster.middle(1, x, x + 1)) for y, x in zip(rows, columns, strict=True)]
-
-
-def _sampled(layer: Layer) -> list[np.ndarray]:
-    """The rows and the columns of the tokens that corrected agents sample."""
-    tokens = torch.arange(layer.plan.tokens).view(1, -1, 1)
-    taken = sample_tokens(tokens, *layer.size, layer.plan.cell).flatten().numpy()
-    return [np.unique(place) for place in np.divmod(taken, layer.size[1])]
+    """(y, x) of each agent on the map."""
+    marks = method_of(layer.plan.action).marks(layer.plan, *layer.size, layer.agent_tokens())
+    return [(raster.middle(0, top, bottom), raster.middle(1, left, right)) for top, left, bottom, right in marks]
 
 
 # Words
@@ -290,31 +274,23 @@ def caption(call: Call, number: int) -> str:
     """What the map of layer `number` (from 1) of a call shows, in a few sentences."""
     layer = call.layers[number - 1]
     height, width = layer.size
-    done = "" if call.done is None else f", {call.done:.0%} of the diffusion done"
-    where = f"{'Hires' if call.hires else 'First'} pass{done}. Layer {number} of {len(call.layers)} ({layer.name})"
-    return f"{where}, {width}×{height} tokens. {' '.join(_explained(layer))}"
+    progress = "" if call.progress is None else f", {call.progress:.0%} of the diffusion done"
+    where = f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)} ({layer.name})"
+    return f"{where}, {width}×{height} tokens. {' '.join(filter(None, _explained(layer)))}"
 
 
-def _explained(layer: Layer) -> list[str]:
-    plan, said = layer.plan, []
+def _explained(layer: Layer) -> Iterator[str]:
+    plan = layer.plan
     if layer.merged is not None:
-        said.append(
+        yield (
             f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left grey "
             f"stayed by themselves."
         )
-    if plan.action == "pool":
-        said.append(f"Dots: {plan.agents} pooled keys, each the mean of its cell. No token was merged.")
-    elif plan.action == "corrected":
-        said.append(f"Dots: {plan.agents} agents, one token of each cell. Attention is fitted to be exact there.")
-    elif plan.cell is not None:
-        said.append(f"Dots: {plan.agents} agents, each the mean of its cell.")
-    elif layer.agents is not None:
-        said.append(f"Dots: {plan.agents} agents.")
-        if layer.merged is None:
-            said.append("Tokens of one colour were averaged into one agent; a token left grey is one itself.")
-    if layer.merged is None and plan.action != "pool":
-        said.append("No token was merged.")
-    return said
+    yield method_of(plan.action).caption(plan)
+    if layer.merged is None and layer.agents is not None:
+        yield "Tokens of one colour were averaged into one agent; a token left grey is one itself."
+    if layer.merged is None:
+        yield "No token was merged."
 
 
 @dataclass(frozen=True)

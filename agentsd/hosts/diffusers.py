@@ -1,0 +1,150 @@
+"""The U-Nets of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, named, says_something
+
+
+class Diffusers(Host):
+    paths = ("unet",)
+    images = ("sample", "hidden_states")
+    tokens = ("hidden_states",)
+    timesteps = ("timestep",)
+    # a stage ends with its downsampler or upsampler
+    resamplers = MappingProxyType({"Downsample2D": 2.0, "Upsample2D": 0.5})
+
+    def owns(self, attn: nn.Module) -> bool:
+        return hasattr(attn, "processor") and hasattr(attn, "set_processor")
+
+    def seam(self, attn: nn.Module) -> Seam:
+        return ProcessorSeam(attn)
+
+    def obstacle(self, attn: nn.Module) -> str:
+        return _obstacle(attn)
+
+    def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
+        if not hasattr(unet, "down_blocks"):
+            return
+        d = 1
+        for i, stage in enumerate(unet.down_blocks):
+            yield f"down_blocks.{i}", d
+            d *= 2 if getattr(stage, "downsamplers", None) else 1
+        yield "mid_block", d
+        for i, stage in enumerate(unet.up_blocks):
+            yield f"up_blocks.{i}", d
+            d //= 2 if getattr(stage, "upsamplers", None) else 1
+
+    def example_call(
+        self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
+    ) -> ExampleCall:
+        config = unet.config
+        prompt = noise(len(t), PROMPT_TOKENS, config.cross_attention_dim)
+        more: dict[str, Any] = {}
+        if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL
+            numbers = 6
+            pooled = unet.add_embedding.linear_1.in_features - numbers * config.addition_time_embed_dim
+            more["added_cond_kwargs"] = {"text_embeds": noise(len(t), pooled), "time_ids": noise(len(t), numbers)}
+        return ExampleCall((noise(len(t), config.in_channels, *size), t, prompt), more)
+
+
+class ProcessorSeam:
+    """Replaces the processor of one diffusers attention module."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
+        self._previous = host_processor(attn)
+        self._processor: _Processor | None = None
+
+    def install(self, handler: Handler) -> None:
+        """Send every call to `handler`."""
+        if isinstance(self._previous, nn.Module):
+            return  # its weights would leave the module tree, out of reach of to() and of state_dict()
+        self._processor = _Processor(self._previous, handler)
+        self.attn.set_processor(self._processor)
+
+    def remove(self) -> None:
+        """Put the processor back, unless somebody has set another one since."""
+        if self._processor is None:
+            return
+        self._processor.handler = None
+        if self.attn.processor is self._processor:
+            self.attn.set_processor(self._processor.previous)
+
+    def project_out(self, x: Tensor) -> Tensor:
+        for module in self.attn.to_out:
+            x = module(x)
+        return x
+
+
+class _Processor:
+    """A diffusers attention processor that asks a handler first.
+
+    Whoever asks is told the class and the parameters of the processor underneath: diffusers chooses by the class (and
+    makes a new one of it when an IP-Adapter is loaded), and passes only the arguments that `__call__` names.
+    """
+
+    _NAMES = ("encoder_hidden_states", "attention_mask", "temb")
+
+    def __init__(self, previous: Callable[..., Tensor], handler: Handler | None) -> None:
+        self.previous, self.handler = previous, handler
+        self.__call__ = wraps(previous.__call__)(partial(type(self).__call__, self))
+
+    @property
+    def __class__(self) -> type:
+        return self.previous.__class__
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = named(self._NAMES, args, kwargs)
+        context, mask = (given.pop(name, None) for name in self._NAMES[:2])
+
+        def proceed(tokens: Tensor | None = None) -> Tensor:
+            if tokens is None:
+                return self.previous(attn, hidden_states, *args, **kwargs)
+            rest = given if context is None else {"encoder_hidden_states": tokens, **given}
+            return self.previous(attn, tokens, **rest)
+
+        if self.handler is None:
+            return proceed()
+        extras = {name: value for name, value in given.items() if says_something(value)}
+        return self.handler(Call(hidden_states, context, mask, extras, proceed))
+
+
+def host_processor(attn: nn.Module) -> Any:
+    """The processor of a diffusers attention, without those of ours that were removed but are kept by others."""
+    processor = attn.processor
+    while type(processor) is _Processor and processor.handler is None:
+        processor = processor.previous
+    return processor
+
+
+# The processors that compute plain attention, each by another kernel.
+_PLAIN_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "CustomAttnProcessor2_0",  # InvokeAI's name for plain attention
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+)
+
+
+def _obstacle(attn: nn.Module) -> str:
+    # by __class__, and not by type(): one of ours that is still at work says what is underneath
+    processor = host_processor(attn).__class__.__name__
+    if processor not in _PLAIN_PROCESSORS:
+        return f"its attention processor is {processor}"
+    for name in ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
+        if getattr(attn, name, None) is not None:
+            return f"its attention has {name}"
+    if getattr(attn, "residual_connection", False) or getattr(attn, "rescale_output_factor", 1) != 1:
+        return "its attention rescales its output"
+    return ""

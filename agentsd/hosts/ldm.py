@@ -1,0 +1,128 @@
+"""LDM's U-Nets, and those that have grown out of them: sgm (SDXL), Forge and reForge."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, named, says_something, weight_of
+
+
+class LDM(Host):
+    paths = ("forge_objects.unet.model.diffusion_model", "model.diffusion_model", "diffusion_model")
+    images = ("x",)
+    tokens = ("x",)
+    timesteps = ("timesteps", "t")
+    # a stage begins with its Downsample, and ends with its Upsample
+    resamplers = MappingProxyType({"Downsample": 1.0, "Upsample": 0.5})
+
+    def owns(self, attn: nn.Module) -> bool:
+        return not hasattr(attn, "set_processor")
+
+    def seam(self, attn: nn.Module) -> Seam:
+        return ForwardSeam(attn)
+
+    def obstacle(self, attn: nn.Module) -> str:
+        return ""
+
+    def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
+        if not hasattr(unet, "input_blocks"):
+            return
+        d = 1
+        for i, stage in enumerate(unet.input_blocks):
+            d *= 2 if _has(stage, "Downsample") else 1
+            yield f"input_blocks.{i}", d
+        yield "middle_block", d
+        for i, stage in enumerate(unet.output_blocks):
+            yield f"output_blocks.{i}", d
+            d //= 2 if _has(stage, "Upsample") else 1
+
+    def example_call(
+        self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
+    ) -> ExampleCall:
+        channels = next(m for m in unet.modules() if isinstance(m, nn.Conv2d)).in_channels
+        width = next(m for name, m in unet.named_modules() if name.endswith("attn2.to_k")).in_features
+        more = {"context": noise(len(t), PROMPT_TOKENS, width)}
+        labels = getattr(unet, "label_emb", None)
+        if labels is not None:
+            more["y"] = noise(len(t), next(m for m in labels.modules() if isinstance(m, nn.Linear)).in_features)
+        return ExampleCall((noise(len(t), channels, *size), t), more)
+
+    def dtype(self, unet: nn.Module) -> torch.dtype:
+        return getattr(unet, "computation_dtype", None) or weight_of(unet).dtype  # Forge casts weights as it goes
+
+
+def _has(stage: nn.Module, class_name: str) -> bool:
+    return any(type(module).__name__ == class_name for module in stage.modules())
+
+
+class ForwardSeam:
+    """Replaces the `forward` of one LDM, sgm or Forge attention module, on the instance."""
+
+    # Parameters of a host's attention that change nothing when we answer in its place: Forge's transformer_options
+    # carries patches that its block applies around attn1.
+    _HARMLESS = ("transformer_options",)
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
+        self._names = _positional_names(type(attn).forward)
+        self._previous: Callable[..., Tensor] | None = None
+        self._forward: Callable[..., Tensor] | None = None
+        self._handler: Handler | None = None
+
+    def install(self, handler: Handler) -> None:
+        """Send every call to `handler`; once in the life of a seam."""
+        self._handler, self._previous = handler, self.attn.__dict__.get("forward")
+        # a bound method and not a closure: a deep copy of the model then gets a seam of its own
+        self._forward = self.attn.forward = self._answer
+
+    def remove(self) -> None:
+        """Put back what was there. What others have put on top of us since stays, and no longer meets us."""
+        ours, self._forward, self._handler = self._forward, None, None
+        if ours is None or self.attn.__dict__.get("forward") != ours:  # equal, not the same, in a deep copy
+            return
+        if self._previous is None:
+            del self.attn.forward
+        else:
+            self.attn.forward = self._previous
+
+    def project_out(self, x: Tensor) -> Tensor:
+        return self.attn.to_out(x)
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._handler is None:  # removed, but somebody kept a reference to this method
+            return self._original(*args, **kwargs)
+        return self._handler(self._read(args, kwargs))
+
+    def _original(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        return type(self.attn).forward(self.attn, *args, **kwargs)
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        given = named(self._names, args, kwargs)
+        x, context, mask = (given.pop(name, None) for name in (self._names[0], "context", "mask"))
+        value = given.pop("value", None)
+        # Forge and reForge pass both whenever an attn1_patch is active; it is self-attention all the same
+        ours = value is None or value is x or value is context
+        same = {name: passed for name, passed in (("context", context), ("value", value)) if passed is not None}
+
+        def proceed(tokens: Tensor | None = None) -> Tensor:
+            if tokens is None:
+                return self._original(*args, **kwargs)
+            return self._original(tokens, **dict.fromkeys(same, tokens), **given)
+
+        extras = {name: value for name, value in given.items() if says_something(value) and name not in self._HARMLESS}
+        return Call(x, context, mask, extras if ours else {**extras, "value": value}, proceed)
+
+
+def _positional_names(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a method's positional parameters, self aside; LDM's where a wrapper hides them."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return names or ("x", "context", "mask")

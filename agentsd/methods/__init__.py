@@ -1,0 +1,35 @@
+"""The methods of self-attention. Every file of this folder is one, and is imported here; none loads torch by that."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .base import (
+    METHODS,
+    UNTOUCHED,
+    LayerPlan,
+    Method,
+    SelfAttention,
+    method_named,
+    method_of,
+    register,
+    selectable,
+    unregister,
+    untouched,
+)
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "METHODS",
+    "UNTOUCHED",
+    "LayerPlan",
+    "Method",
+    "SelfAttention",
+    "method_named",
+    "method_of",
+    "register",
+    "selectable",
+    "unregister",
+    "untouched",
+]

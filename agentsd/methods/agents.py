@@ -1,0 +1,137 @@
+"""Agent attention: a few agent tokens between queries and keys.
+
+Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention", ECCV 2024, arXiv 2312.08874.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..grid import cell_side, cells, destinations
+from .base import LayerPlan, Method, SelfAttention, Settings, Span, register, too_many_agents, untouched
+from .merge import plan_merge
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+class Agents(Method):
+    name = "agent"
+    action = "agents"
+    summary = "agent attention"
+    phrase = "with agents"
+    merges = True
+
+    def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
+        """Agents exactly where 2 · n_agents < n_queries, as in AgentSD; else what merging alone does."""
+        N = height * width
+        n, cell, agent_r = _count(settings, height, width)
+        if 2 * n < N - r:
+            return LayerPlan(self.action, N, N - r, n, cell, r, agent_r)
+        why, remedy = too_many_agents(n, N - r), _remedy(settings, height, width, n, r)
+        if not r:
+            return untouched(N, why, *remedy)
+        # with agent_ratio 0 merging alone is what was asked for
+        return plan_merge(height, width, r, why, remedy) if settings.agent_ratio else plan_merge(height, width, r)
+
+    def attend(self, attention: SelfAttention) -> Tensor:
+        k_scale2, k_shortcut = attention.settings.k_scale2, attention.settings.k_shortcut
+
+        def step(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+            from ..tensors import add_scaled
+
+            return add_scaled(agent_attention(q, k, v, a, k_scale2=k_scale2), v, k_shortcut)
+
+        merged = attention.merged
+        out = attention.project_out(attention.by_heads(step, *_project(attention)))
+        return out if merged is None else merged.unmerge(out)
+
+    def flops(self, plan: LayerPlan, channels: int) -> int:
+        C, M, n = channels, plan.queries, plan.agents
+        # with merged queries the agents are projected on their own; without, they are pooled from the queries
+        return 8 * M * C * C + (2 * n * C * C if plan.r else 0) + 8 * n * M * C
+
+    def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
+        if plan.cell is not None:
+            return super().marks(plan, height, width, agent_tokens)
+        return [(i // width, i % width, i // width + 1, i % width + 1) for i in map(int, agent_tokens)]
+
+    def caption(self, plan: LayerPlan) -> str:
+        return super().caption(plan) or f"Dots: {plan.agents} agents."
+
+
+def _count(settings: Settings, height: int, width: int) -> tuple[int, tuple[int, int] | None, int]:
+    """(agents, their cell, tokens merged away to make them), whether or not so many agents would be used."""
+    N = height * width
+    if settings.agent_source == "grid":
+        s = cell_side(settings.agent_ratio, height, width, settings.max_agents)
+        return cells(height, s) * cells(width, s), (s, s), 0
+    n_dst = destinations(settings.sx, settings.sy, height, width)
+    agent_r = int(N * settings.agent_ratio)
+    if settings.max_agents is not None and agent_r:
+        agent_r = max(agent_r, N - settings.max_agents)
+    agent_r = min(agent_r, N - n_dst) if n_dst else 0
+    return N - agent_r, None, agent_r
+
+
+def _remedy(settings: Settings, height: int, width: int, n: int, r: int) -> tuple[str, ...]:
+    # similarity agents are never fewer than the partition's cells
+    capped = settings.agent_source != "grid" and n == destinations(settings.sx, settings.sy, height, width)
+    return (*(("sx", "sy") if capped else ("agent_ratio",)), *(("ratio",) if r else ()))
+
+
+def _project(attention: SelfAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the merged tokens, and agents of all tokens.
+
+    A mean and a projection commute, since the projection is affine and the weights of a mean sum to 1: pool before
+    projecting where that leaves fewer tokens to project, unless somebody who wraps the projections counts on seeing
+    all tokens.
+    """
+    x, merged = attention.x, attention.merged
+    if merged is None or attention.wrapped:
+        q, k, v = attention.project(x)
+        a = _pooled(attention, q)
+        return (q, k, v, a) if merged is None else (merged.merge(q), merged.merge(k), merged.merge(v), a)
+    a = _pooled(attention, x)
+    return *attention.project(merged.merge(x)), attention.project_q(a)
+
+
+def _pooled(attention: SelfAttention, x: Tensor) -> Tensor:
+    from ..tensors import pool_tokens
+
+    if attention.plan.cell is not None:
+        return pool_tokens(x, *attention.size, attention.plan.cell)
+    return attention.matching.agents.merge(x)
+
+
+def agent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    *,
+    k_scale2: float = 1.0,
+    bias1: Tensor | None = None,
+    bias2: Tensor | None = None,
+) -> Tensor:
+    """σ(Q Aᵀ · (d^-½)^k_scale2 + B₂) σ(A Kᵀ · d^-½ + B₁) V (section 3.2, equation 4), without the shortcut.
+
+    Args:
+        q: queries (B, H, N, d).
+        k: keys (B, H, M, d).
+        v: values (B, H, M, d).
+        a: agent tokens (B, H, n, d).
+        k_scale2: exponent of the broadcast's scale; 1 is the paper's equation, AgentSD uses 0.3.
+        bias1: agent bias of the aggregation, broadcastable to (B, H, n, M).
+        bias2: agent bias of the broadcast, broadcastable to (B, H, N, n).
+
+    Returns:
+        (B, H, N, d). Memory and time are linear in N and M; no (N, n) matrix is kept by a fused kernel.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+
+    scale = q.shape[-1] ** -0.5
+    v_a = scaled_dot_product_attention(a, k, v, attn_mask=bias1, scale=scale)
+    return scaled_dot_product_attention(q, a, v_a, attn_mask=bias2, scale=scale**k_scale2)

@@ -1,0 +1,49 @@
+"""Token merging alone: full attention among the tokens that are left.
+
+Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import LayerPlan, Method, SelfAttention, Settings, register, untouched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ACTION = "merge"
+
+
+def plan_merge(height: int, width: int, r: int, shortfall: str = "", remedy: tuple[str, ...] = ()) -> LayerPlan:
+    """Merge `r` tokens away; `shortfall` and `remedy` as in `LayerPlan`."""
+    N = height * width
+    return LayerPlan(_ACTION, N, N - r, r=r, shortfall=shortfall, remedy=remedy)
+
+
+@register
+class Merge(Method):
+    name = action = _ACTION
+    summary = "token merging by Ratio, and no agents"
+    phrase = "merged"
+    merges = True
+
+    def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
+        if r:
+            return plan_merge(height, width, r)
+        return untouched(height * width, "no token is merged", "ratio")
+
+    def attend(self, attention: SelfAttention) -> Tensor:
+        merged = attention.merged
+        if not attention.wrapped:
+            return merged.unmerge(attention.proceed(merged.merge(attention.x)))
+        # whoever wraps the projections counts on seeing all tokens
+        q, k, v = (merged.merge(t) for t in attention.project(attention.x))
+        return merged.unmerge(attention.project_out(attention.full(q, k, v)))
+
+    def flops(self, plan: LayerPlan, channels: int) -> int:
+        C, M = channels, plan.queries
+        return 8 * M * C * C + 4 * M * M * C
+
+    def words(self, plan: LayerPlan) -> str:
+        return f"{plan.tokens} tokens → {plan.queries} merged"

@@ -1,0 +1,44 @@
+"""Token downsampling: all queries, with keys and values averaged over cells.
+
+Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", arXiv 2402.13573.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..grid import cells
+from .base import LayerPlan, Method, SelfAttention, Settings, register, untouched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+class Pool(Method):
+    name = "pool"
+    summary = "keys and values averaged over cells of sx × sy tokens"
+    noun = "pooled keys"
+    phrase = "pooled"
+
+    def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
+        N = height * width
+        n = cells(height, settings.sy) * cells(width, settings.sx)
+        if n < N:
+            return LayerPlan(self.action, N, N, n, (settings.sy, settings.sx), r)
+        return untouched(N, "cells of 1×1 pool nothing", "sx", "sy", r=r)
+
+    def attend(self, attention: SelfAttention) -> Tensor:
+        from ..tensors import add_scaled, lost_by_pooling, pool_tokens
+
+        cell, weight = attention.plan.cell, attention.settings.k_shortcut
+        q, k, v = attention.project(attention.x)
+        k, pooled = (pool_tokens(t, *attention.size, cell) for t in (k, v))
+        out = attention.full(q, k, pooled)
+        if weight:
+            out = add_scaled(out, lost_by_pooling(v, pooled, *attention.size, cell), weight)
+        return attention.project_out(out)
+
+    def flops(self, plan: LayerPlan, channels: int) -> int:
+        C, N, n = channels, plan.tokens, plan.agents
+        return 8 * N * C * C + 4 * N * n * C

@@ -1,0 +1,128 @@
+"""The paper's module for people who train (Han et al., ECCV 2024, arXiv 2312.08874, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .methods.agents import agent_attention
+from .tensors import join_heads, split_heads
+
+
+class AgentBias(nn.Module):
+    """Agent bias (section 3.3): column, row and block components, interpolated to the grid and summed.
+
+    Args:
+        heads: number of heads H.
+        agents: number of agent tokens n.
+        size: (height, width) of the grid that the column and row components are kept at.
+        block: side of the block component's grid, h₀ = w₀ in the paper.
+    """
+
+    def __init__(self, heads: int, agents: int, size: tuple[int, int], block: int = 7) -> None:
+        super().__init__()
+        height, width = size
+        self.row = nn.Parameter(torch.zeros(heads, agents, height, 1))
+        self.column = nn.Parameter(torch.zeros(heads, agents, 1, width))
+        self.block = nn.Parameter(torch.zeros(heads, agents, block, block))
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """The bias for a grid of `size` = (height, width), of shape (1, H, n, height · width)."""
+        height, width = size
+        total = (
+            F.interpolate(self.row, (height, 1), mode="bilinear")
+            + F.interpolate(self.column, (1, width), mode="bilinear")
+            + F.interpolate(self.block, size, mode="bilinear")
+        )
+        return total.flatten(2).unsqueeze(0)
+
+
+class AgentAttention(nn.Module):
+    """The paper's agent attention module (section 3.3, Figure 1b), for training.
+
+    O = σ(Q Aᵀ + B₂) σ(A Kᵀ + B₁) V + DWC(V), with A pooled from Q and the scales of `agent_attention`.
+
+    Args:
+        dim: channels C of the tokens; divisible by `heads`.
+        heads: number of heads H.
+        agents: number of agent tokens n: (rows, columns) of the pooled grid, or a square number.
+        k_scale2: exponent of the broadcast's scale; 1 is the paper's.
+        size: (height, width) that the agent bias is kept at; other sizes are interpolated.
+        qkv_bias: give the Q, K and V projections a bias.
+        dwc_kernel: odd side of the depthwise convolution's kernel.
+
+    Raises:
+        ValueError: `dim` is not divisible by `heads`, `agents` is not a square number, or the kernel is even.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        agents: int | tuple[int, int],
+        k_scale2: float = 1.0,
+        *,
+        size: tuple[int, int] = (16, 16),
+        qkv_bias: bool = False,
+        dwc_kernel: int = 3,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got dim {dim} and heads {heads}")
+        if dwc_kernel < 1 or dwc_kernel % 2 == 0:
+            raise ValueError(f"dwc_kernel must be odd and positive, got {dwc_kernel}")
+        self.agents = _agent_grid(agents)
+        self.heads, self.k_scale2 = heads, k_scale2
+        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_out = nn.Linear(dim, dim)
+        self.dwc = nn.Conv2d(dim, dim, dwc_kernel, padding=dwc_kernel // 2, groups=dim)
+        n = self.agents[0] * self.agents[1]
+        self.bias1 = AgentBias(heads, n, size)
+        self.bias2 = AgentBias(heads, n, size)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: tokens in row-major order (B, N, C).
+            size: (height, width) of the grid with height · width = N; None takes a square.
+
+        Raises:
+            ValueError: `size` does not fit the number of tokens.
+        """
+        size = _grid_size(x.shape[1], size)
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        a = F.adaptive_avg_pool2d(_to_image(q, size), self.agents).flatten(2).transpose(1, 2)
+        out = agent_attention(
+            *(split_heads(t, self.heads) for t in (q, k, v, a)),
+            k_scale2=self.k_scale2,
+            bias1=self.bias1(size).to(q.dtype),
+            bias2=self.bias2(size).transpose(-1, -2).to(q.dtype),
+        )
+        shortcut = self.dwc(_to_image(v, size)).flatten(2).transpose(1, 2)
+        return self.to_out(join_heads(out) + shortcut)
+
+
+def _agent_grid(agents: int | tuple[int, int]) -> tuple[int, int]:
+    side = int(max(agents, 0) ** 0.5 + 0.5) if isinstance(agents, int) else 0
+    grid = (side, side) if side * side == agents else agents
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+        raise ValueError(f"agents must be a positive square number or (rows, columns), got {agents!r}")
+    return grid[0], grid[1]
+
+
+def _grid_size(tokens: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        side = int(tokens**0.5 + 0.5)
+        size = (side, side)
+    if size[0] * size[1] != tokens:
+        raise ValueError(f"size must be (height, width) with height · width = {tokens} tokens, got {size}")
+    return size
+
+
+def _to_image(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return rearrange(x, "b (h w) c -> b c h w", h=size[0], w=size[1])

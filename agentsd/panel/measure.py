@@ -1,0 +1,274 @@
+"""Timing the loaded model's U-Net with and without the panel's settings.
+
+Imports neither gradio nor a WebUI; the host's part is handed in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import calibrate
+from ..config import AgentConfig
+from ..hosts import example_call, output_tensor
+from ..patch import patch_unet
+from .host import Busy
+from .preview import SamplingPass
+
+log = logging.getLogger("agentsd.panel")
+
+ROUNDS = 3  # pairs of forwards, without and with, after one of each to warm up
+ROWS = 2  # cond and uncond
+CALIBRATION_SECONDS = 3.0
+MEBIBYTE = 2**20
+HEAD = ("Size", "Without", "With", "Speed-up", "Peak memory", "Output differs")
+
+
+class Cancelled(Exception):
+    """The user has changed their mind."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure: a config in a sampling pass, at one moment of the diffusion.
+
+    Attributes:
+        sampling: the sampling pass that this stands for.
+        config: the settings.
+        progress: fraction of the diffusion done, 0–1; somewhere within the agents' range.
+    """
+
+    sampling: SamplingPass
+    config: AgentConfig
+    progress: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured for one task.
+
+    Attributes:
+        sampling: the sampling pass that it stands for.
+        before: milliseconds of a forward pass of the unpatched U-Net, two rows (median).
+        after: the same of the patched one.
+        peak_before: peak memory of the unpatched U-Net in bytes; None where the device does not tell.
+        peak_after: the same of the patched one.
+        distance: ‖patched − unpatched‖ / ‖unpatched‖ of the outputs, for noise as latent and prompt.
+    """
+
+    sampling: SamplingPass
+    before: float
+    after: float
+    peak_before: int | None
+    peak_after: int | None
+    distance: float
+
+    def row(self) -> list[str]:
+        """The outcome under `HEAD`."""
+        peak = "–"
+        if self.peak_before is not None and self.peak_after is not None:
+            peak = f"{self.peak_before / MEBIBYTE:.0f} → {self.peak_after / MEBIBYTE:.0f} MiB"
+        speed = f"{self.before / self.after:.2f}×"
+        times = f"{self.before:.0f}\u00a0ms", f"{self.after:.0f}\u00a0ms"
+        return [str(self.sampling), *times, speed, peak, f"{self.distance:.1%}"]
+
+    def words(self) -> str:
+        """Such as "410 → 330 ms a U-Net call"."""
+        return f"{self.before:.0f} → {self.after:.0f}\u00a0ms a U-Net call"
+
+    def sentence(self) -> str:
+        """The outcome in one line."""
+        size, _, _, speed, peak, distance = self.row()
+        return f"{size}: {self.words()} ({speed}), peak memory {peak}, outputs differ by {distance}"
+
+
+def tasks(
+    values: Mapping[str, Any],
+    passes: Sequence[SamplingPass],
+    to_config: Callable[[Mapping[str, Any], bool], AgentConfig | None],
+) -> list[Task]:
+    """A task for each pass in which agents act.
+
+    Args:
+        values: every setting, canonical.
+        passes: the sampling passes.
+        to_config: gives the config of a pass from `values` and whether it is the hires pass; None where the pass is
+            left alone.
+
+    Raises:
+        SettingError: settings that exclude each other.
+    """
+    found = []
+    for one in passes:
+        low, high = max(one.start, values["since"]), values[one.end]
+        config = to_config({**values, "enabled": True}, one.hires)
+        if config is not None and low < high:
+            found.append(Task(one, config, (low + high) / 2))
+    return found
+
+
+def measure(unet: nn.Module, task: Task, tick: Callable[[], None], kv_context: Any = None) -> Outcome:
+    """Time the U-Net with and without the patch, taking turns, and compare its outputs.
+
+    Args:
+        unet: the U-Net, not patched.
+        task: what to measure.
+        tick: called after every forward; may raise to stop.
+        kv_context: as in `agentsd.patch_unet`.
+    """
+    call = example_call(unet, *task.sampling.latent, task.progress, ROWS)
+    device = call.args[0].device
+
+    def run() -> Tensor:
+        return output_tensor(unet(*call.args, **call.kwargs))
+
+    times: dict[bool, list[float]] = {False: [], True: []}
+    peaks: dict[bool, int | None] = {}
+    outputs: dict[bool, Tensor] = {}
+    for round_ in range(ROUNDS + 1):
+        for patched in (False, True):
+            patch = patch_unet(unet, task.config, kv_context) if patched else None
+            try:
+                seconds, peaks[patched], outputs[patched] = _timed(run, device)
+            finally:
+                if patch is not None:
+                    patch.remove()
+            if round_:
+                times[patched].append(seconds)
+            tick()
+    distance = (outputs[True].float() - outputs[False].float()).norm() / outputs[False].float().norm()
+    before, after = (1000 * statistics.median(times[patched]) for patched in (False, True))
+    return Outcome(task.sampling, before, after, peaks[False], peaks[True], round(float(distance), 6))
+
+
+def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, int | None, Tensor]:
+    """(seconds, peak bytes or None, output) of one call on `device`."""
+    module = getattr(torch, device.type, None)
+    wait = getattr(module, "synchronize", lambda: None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    wait()
+    begin = time.perf_counter()
+    output = call()
+    wait()
+    seconds = time.perf_counter() - begin
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None, output
+
+
+@dataclass
+class State:
+    """Where a measurement is: "idle", "running", "done", "cancelled", "busy" or "failed"."""
+
+    state: str = "idle"
+    progress: float = 0.0
+    text: str = ""
+    rows: tuple[list[str], ...] = ()
+    min_tokens: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        text = f"Measuring: {self.progress:.0%}" if self.state == "running" else self.text
+        rows = {"head": list(HEAD), "rows": list(self.rows)}
+        return {"state": self.state, "progress": self.progress, "text": text, **rows, "min_tokens": self.min_tokens}
+
+
+# Settings that change no time
+_TIMELESS = ("enabled",)
+
+
+class Job:
+    """The one measurement that may be under way, in a thread of its own, and what was measured before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancel = threading.Event()
+        self._state = State()
+        self._measured: WeakKeyDictionary[nn.Module, dict[str, Outcome]] = WeakKeyDictionary()
+
+    def start(
+        self,
+        values: Mapping[str, Any],
+        todo: list[Task],
+        model: Callable[[], AbstractContextManager[tuple[nn.Module, Any]]],
+    ) -> str:
+        """Begin; returns why not, or "".
+
+        Args:
+            values: the settings that the tasks are made from.
+            todo: what to measure, in turn.
+            model: makes a `with` block that holds the model: (U-Net, kv_context). Raises Busy where it is in use.
+        """
+        if not todo:
+            return "Nothing to measure: with these settings no pass is changed."
+        with self._lock:
+            if self._state.state == "running":
+                return "A measurement is running."
+            self._cancel.clear()
+            self._state = State("running")
+        args = (dict(values), todo, model)
+        threading.Thread(target=self._run, args=args, daemon=True, name="agent attention measure").start()
+        return ""
+
+    def cancel(self) -> None:
+        """Stop after the forward that is under way."""
+        self._cancel.set()
+
+    def as_dict(self) -> dict[str, Any]:
+        """State, progress 0–1, text, table and the proposed "min_tokens" (None before there is one)."""
+        return self._state.to_dict()
+
+    def words(self, unet: nn.Module | None, values: Mapping[str, Any], one: SamplingPass) -> str:
+        """What was measured for a pass of this U-Net with these settings; empty where nothing was."""
+        outcome = self._measured.get(unet, {}).get(_key(values, one)) if unet is not None else None
+        return "" if outcome is None else outcome.words()
+
+    def _run(self, values: dict[str, Any], todo: list[Task], model: Callable[[], AbstractContextManager]) -> None:
+        state = self._state
+        try:
+            with model() as (unet, kv_context):
+                self._measure(values, todo, unet, kv_context)
+        except Cancelled:
+            state.text, state.state = "Cancelled.", "cancelled"
+        except Busy as error:
+            state.text, state.state = str(error), "busy"
+        except Exception as error:  # told in the panel; the host has no part in it
+            log.debug("measuring failed", exc_info=True)
+            state.text, state.state = f"Measuring failed: {type(error).__name__}: {error}", "failed"
+
+    def _measure(self, values: dict[str, Any], todo: list[Task], unet: nn.Module, kv_context: Any) -> None:
+        state, ticks = self._state, self._ticks(len(todo) * 2 * (ROUNDS + 1))
+        for task in todo:
+            outcome = measure(unet, task, lambda: next(ticks), kv_context)
+            log.info("measured %s", outcome.sentence())
+            state.rows = (*state.rows, outcome.row())
+            self._measured.setdefault(unet, {})[_key(values, task.sampling)] = outcome
+        found = calibrate(unet, config=todo[0].config, batch=ROWS, seconds=CALIBRATION_SECONDS).min_tokens
+        log.info("on this machine layers of %d tokens and more are faster with these settings", found)
+        state.text = f"Layers of {found} tokens and more are faster with these settings on this machine."
+        state.min_tokens, state.progress, state.state = found, 1.0, "done"
+
+    def _ticks(self, total: int) -> Iterator[None]:
+        for i in range(total):
+            if self._cancel.is_set():
+                raise Cancelled
+            self._state.progress = (i + 1) / total
+            yield
+
+
+def _key(values: Mapping[str, Any], one: SamplingPass) -> str:
+    """What a measurement holds for."""
+    kept = {name: value for name, value in values.items() if name not in _TIMELESS}
+    return json.dumps([kept, one.width, one.height, one.hires], sort_keys=True)
+
+
+JOB = Job()

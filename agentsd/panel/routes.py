@@ -1,0 +1,134 @@
+"""Our routes of the host's HTTP API, all under /agent-attention, and behind the login of the host's own page."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from fastapi import Body, FastAPI, HTTPException
+from pydantic import VERSION, BaseModel, Field, ValidationError
+
+from ..config import SettingError
+from ..settings.table import check
+from . import measure
+from .host import PanelHost
+from .preview import SamplingPass, hires_size, page_data, preview
+from .report import STATUS
+
+PREFIX = "/agent-attention"
+SMALLEST, LARGEST = 64, 4096  # sides of an image in pixels
+NO_MODEL = "No Stable Diffusion model is loaded."
+LONGEST = 60  # characters of a value that are repeated in an answer
+_PYDANTIC_1 = VERSION.startswith("1.")
+
+
+class HiresSliders(BaseModel, extra="forbid"):
+    """The host's sliders for the size of the hires pass."""
+
+    scale: float = Field(2.0, ge=0.1, le=64)
+    resize_x: int = Field(0, ge=0, le=LARGEST)
+    resize_y: int = Field(0, ge=0, le=LARGEST)
+
+
+class PanelState(BaseModel, extra="forbid"):
+    """What the page shows: our controls by name, and the host's controls that say which passes there are."""
+
+    # pydantic 1 and Python 3.9 know no "X | None" here
+    tab: str = Field("txt2img", max_length=7)
+    values: dict[str, Any]
+    width: int = Field(..., ge=SMALLEST, le=LARGEST)
+    height: int = Field(..., ge=SMALLEST, le=LARGEST)
+    denoising: float = Field(1.0, ge=0.0, le=1.0)
+    hires: Optional[HiresSliders] = None  # noqa: UP045
+
+    @property
+    def img2img(self) -> bool:
+        return self.tab == "img2img"
+
+    def passes(self) -> list[SamplingPass]:
+        """The sampling passes of the image that would be made.
+
+        Raises:
+            ValueError: the hires pass would be smaller or larger than a size may be.
+        """
+        late = round(1.0 - self.denoising, 6)
+        if self.img2img:
+            return [SamplingPass(self.width, self.height, late)]
+        passes = [SamplingPass(self.width, self.height)]
+        if self.hires is not None:
+            given = self.hires.scale, self.hires.resize_x, self.hires.resize_y
+            width, height = hires_size(self.width, self.height, *given)
+            if not (SMALLEST <= width <= LARGEST and SMALLEST <= height <= LARGEST):
+                raise ValueError(f"sides of the hires pass must be from {SMALLEST} to {LARGEST}, got {width}×{height}")
+            passes.append(SamplingPass(width, height, late, hires=True))
+        return passes
+
+
+class Routes:
+    """What the routes answer.
+
+    Args:
+        host: the program that the panel is shown in.
+    """
+
+    def __init__(self, host: PanelHost) -> None:
+        self.host = host
+
+    def preview(self, body: Any = Body(...)) -> dict[str, Any]:  # noqa: B008
+        """What the settings will do; see `preview.preview`. The body is a `PanelState`."""
+        state, passes = _read(body)
+
+        def measured(one: SamplingPass) -> str:
+            return measure.JOB.words(self.host.unet(), check({**state.values, "enabled": True}), one)
+
+        return preview(state.values, passes, self.host, img2img=state.img2img, measured=measured)
+
+    def begin_measuring(self, body: Any = Body(...)) -> dict[str, str]:  # noqa: B008
+        """Measure the settings in the passes of a `PanelState`; "error" says why not, or is empty."""
+        state, passes = _read(body)
+        if self.host.unet() is None:
+            return {"error": NO_MODEL}
+        try:
+            values = check({**state.values, "enabled": True})
+            todo = measure.tasks(values, passes, self.host.config)
+        except SettingError as error:
+            return {"error": str(error)}
+        return {"error": measure.JOB.start(values, todo, self.host.at_rest)}
+
+    def add(self, app: FastAPI) -> None:
+        """Add all routes to the host's application."""
+        login = _login(app)
+        for name, method, answer in (
+            ("page", "GET", page_data),
+            ("status", "GET", STATUS.as_dict),
+            ("preview", "POST", self.preview),
+            ("measure", "GET", measure.JOB.as_dict),
+            ("measure", "POST", self.begin_measuring),
+            ("measure", "DELETE", measure.JOB.cancel),
+        ):
+            app.add_api_route(f"{PREFIX}/{name}", answer, methods=[method], dependencies=login)
+
+
+def _read(body: Any) -> tuple[PanelState, list[SamplingPass]]:
+    """The state that a body holds, and the passes of its image; 422 with a sentence where it is wrong.
+
+    Not left to FastAPI: its answer repeats what it was given, and fails where that is an infinity.
+    """
+    try:
+        state = PanelState.parse_obj(body) if _PYDANTIC_1 else PanelState.model_validate(body)
+        return state, state.passes()
+    except ValidationError as error:
+        raise HTTPException(status_code=422, detail="; ".join(_sentence(e, body) for e in error.errors())) from error
+    except ValueError as error:
+        raise HTTPException(status_code=422, detail=str(error)) from error
+
+
+def _sentence(error: Any, body: Any) -> str:
+    value = body
+    for key in error["loc"]:
+        value = value.get(key) if isinstance(value, dict) else value
+    return f"{'.'.join(map(str, error['loc'])) or 'body'}: {error['msg']}, got {repr(value)[:LONGEST]}"
+
+
+def _login(app: FastAPI) -> list[Any]:
+    """What gradio asks for before it hands out the page's configuration: with a login, the cookie of one."""
+    return next((list(route.dependencies) for route in app.routes if getattr(route, "path", "") == "/config"), [])

@@ -1,0 +1,125 @@
+"""Rules as text: what the panel's field, the infotext and the command line hold.
+
+    downsample=2+4 until=0.4 method=corrected | blocks=middle_block.* full
+
+Rules are divided by `|`, and apply in their order. A rule is words divided by spaces: where it holds (`downsample`,
+`blocks`, `since`, `until`), and the settings that differ there by their names in `AgentConfig`, or `full` for full
+attention. There is no comma, colon, semicolon, quote or line break in it, so it fits into an infotext.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .config import LIMITS, STAGE_SETTINGS, AgentConfig, Rule, SettingError, check_names
+
+FULL = "full"
+_CONDITIONS = ("downsample", "blocks", "since", "until")
+_FLAGS = {"on": True, "true": True, "off": False, "false": False}
+_NONE = "none"
+
+
+def parse_rules(text: str) -> tuple[Rule, ...]:
+    """The rules that a text stands for; blank text has none.
+
+    Raises:
+        SettingError: it cannot be read, a name is unknown, or a value is outside its range.
+    """
+    rules = tuple(_parse(part) for part in text.split("|") if part.strip())
+    AgentConfig(rules=rules)  # names and ranges
+    return rules
+
+
+def format_rules(rules: Iterable[Rule]) -> str:
+    """The text that `parse_rules` reads back as the same rules."""
+    return " | ".join(_format(rule) for rule in rules)
+
+
+def rules_from(value: Any) -> tuple[Rule, ...]:
+    """Rules from what a program hands over: text, rules, or mappings by the arguments of `Rule`.
+
+    Raises:
+        SettingError: it is none of these, a name is unknown, or a value is outside its range.
+    """
+    if value is None or isinstance(value, str):
+        return parse_rules(value or "")
+    if isinstance(value, (Rule, Mapping)) or not isinstance(value, Iterable):
+        raise SettingError(f"rules must be text or a list of rules, got {value!r}")
+    rules = tuple(_from_mapping(rule) if isinstance(rule, Mapping) else rule for rule in value)
+    return AgentConfig(rules=rules).rules
+
+
+def _from_mapping(given: Mapping[str, Any]) -> Rule:
+    check_names(given, (*_CONDITIONS, "settings"))
+    return Rule(**given)
+
+
+def _parse(text: str) -> Rule:
+    where: dict[str, Any] = {}
+    settings: dict[str, Any] | None = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if word.lower() == FULL:
+            settings = None
+        elif not equals:
+            raise SettingError(f"rules must be words such as NAME=VALUE or {FULL!r}, got {word!r}")
+        elif name in _CONDITIONS:
+            where[name] = _parsed_condition(name, value)
+        elif settings is None:
+            raise SettingError(f"rules with {FULL!r} have no other settings, got {word!r}")
+        else:
+            check_names({name: value}, STAGE_SETTINGS)
+            settings[name] = _parsed(name, value)
+    return Rule(settings, **where)
+
+
+def _parsed_condition(name: str, text: str) -> Any:
+    if name in ("since", "until"):
+        return _number(name, text)
+    parts = text.split("+")
+    return tuple(_number(name, part) for part in parts) if name == "downsample" else tuple(parts)
+
+
+def _number(name: str, text: str) -> float | int:
+    try:
+        value = float(text)
+    except ValueError:
+        raise SettingError(f"{name} must be a number, got {text!r}") from None
+    return int(value) if value.is_integer() else value
+
+
+def _parsed(name: str, text: str) -> Any:
+    limits = LIMITS[name]
+    if limits["kind"] == "bool":
+        if text.lower() not in _FLAGS:
+            raise SettingError(f"{name} must be on or off, got {text!r}")
+        return _FLAGS[text.lower()]
+    if text.lower() == _NONE and (limits.get("optional") or None in limits.get("choices", ())):
+        return None
+    if limits["kind"] == "choice":
+        return next((choice for choice in limits["choices"] if str(choice) == text), text)
+    return _number(name, text)
+
+
+def _format(rule: Rule) -> str:
+    where = {
+        "downsample": "+".join(map(str, rule.downsample)),
+        "blocks": "+".join(rule.blocks),
+        "since": _written(rule.since) if rule.since > 0 else "",
+        "until": _written(rule.until) if rule.until < 1 else "",
+    }
+    words = [f"{name}={text}" for name, text in where.items() if text]
+    if rule.settings is None:
+        return " ".join([*words, FULL])
+    return " ".join([*words, *(f"{name}={_written(value)}" for name, value in rule.settings.items())])
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None:
+        return _NONE
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)

@@ -1,0 +1,75 @@
+"""What every method does with tokens: split and join heads, pool and sample over the cells of a grid."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .grid import cells, sampled
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A `with` block without autocast, also on devices that have none, where torch.autocast may raise."""
+    try:
+        return torch.autocast(device_type, enabled=False)
+    except RuntimeError:
+        return nullcontext()
+
+
+def add_scaled(out: Tensor, v: Tensor, weight: float) -> Tensor:
+    """out + weight · v, in place where autograd does not need `out`."""
+    if not weight:
+        return out
+    return torch.add(out, v, alpha=weight) if out.requires_grad else out.add_(v, alpha=weight)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H·d) → (B, H, N, d), as a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, H, N, d) → (B, N, H·d); a view where the fused kernel laid its output out by tokens."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
+    """Average tokens over cells of the grid; the ragged edge is averaged over what it has.
+
+    Args:
+        x: tokens in row-major order (B, height · width, C).
+        height: rows of the grid.
+        width: columns of the grid.
+        cell: (height, width) of a cell in tokens.
+
+    Returns:
+        (B, ⌈height / cell height⌉ · ⌈width / cell width⌉, C), in row-major order.
+    """
+    # A view in the channels-last layout, which is what this kernel is fast in: several times faster than a mean over
+    # two axes, and the result is laid out by tokens again.
+    image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    pooled = F.avg_pool2d(image, cell, ceil_mode=True, count_include_pad=False)
+    return pooled.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def sample_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
+    """Take one token near the middle of each cell of the grid: a regular sample; shapes as in `pool_tokens`.
+
+    A cell cut short by the edge before its middle gives none.
+    """
+    rows, columns = sampled(height, cell[0]), sampled(width, cell[1])
+    grid = x.unflatten(1, (height, width))
+    return grid[:, rows.start :: rows.step, columns.start :: columns.step].flatten(1, 2)
+
+
+def lost_by_pooling(x: Tensor, pooled: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
+    """x − up(pooled): what averaging over cells took from each token; shapes as in `pool_tokens`."""
+    sy, sx = cell
+    rows, columns = cells(height, sy), cells(width, sx)
+    up = pooled.unflatten(1, (rows, 1, columns, 1)).expand(-1, rows, sy, columns, sx, -1)
+    up = up.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    return x - up.flatten(1, 2)
