@@ -1,1 +1,1 @@
-"""Speed measurements; nothing here is part of the library. Start with `python -m benchmarks.bench --help`."""
+"""Measurements of speed and closeness, no part of the library. Start with `python -m benchmarks.bench --help`."""

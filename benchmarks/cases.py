@@ -1,4 +1,4 @@
-"""What is measured: U-Nets at sizes, and the presets."""
+"""The cases to measure, one U-Net at one size each, and the presets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Case:
-    """One U-Net at one size, the methods to compare there, and the rounds that each of them is to have."""
+    """One U-Net at one size, and the methods to compare there.
+
+    Attributes:
+        layout: the U-Net, by its key in `LAYOUTS`.
+        size: (height, width) of the image in pixels.
+        methods: the methods, by their names.
+        batch: rows of the batch.
+        dtype: dtype of the U-Net.
+        rounds: rounds that each method gets.
+        channels_last: whether weights and latents have the channels-last layout.
+    """
 
     layout: str
     size: tuple[int, int]
@@ -27,13 +37,13 @@ class Case:
     @property
     def name(self) -> str:
         height, width = self.size
-        layout = LAYOUTS[self.layout].label
-        last = ", channels last" if self.channels_last else ""
-        return f"{layout}, {height} × {width}, batch {self.batch}, {self.dtype}{last}"
+        label = LAYOUTS[self.layout].label
+        memory_format = ", channels last" if self.channels_last else ""
+        return f"{label}, {width}×{height}, batch {self.batch}, {self.dtype}{memory_format}"
 
 
 GRID = ("sdpa", "limit", "grid8", "grid4")
-PAIR = ("paper", "tomesd.4")  # at the same ratio
+PAIR = ("paper", "tomesd.4")  # both merge the same share of the tokens
 MAIN = (*GRID, *PAIR)
 OTHERS = ("corrected8", "corrected4", "pool2", "tomesd.3", "tomesd.5")
 ALL = (
@@ -53,19 +63,19 @@ ALL = (
 )
 DEEP = ("sdpa", "limit2", "grid8d2", "limit4", "grid8d4")
 LINEAR = ("limit8", "grid64d8")
-# at 512², 768² and 1024² the panel's defaults are grid agents of 4 × 4 cells
+# Sides of the small images. At 512×512, 768×768 and 1024×1024 the panel's defaults are grid agents of 4×4 cells.
 SMALL = (64, 128, 256, 384, 640)
 
 
-def _square(side: int, methods: tuple[str, ...], rounds: int, layout: str = "sd15", **more: object) -> Case:
-    return Case(layout, (side, side), methods, rounds=rounds, **more)
+def _square(side: int, methods: tuple[str, ...], rounds: int, layout: str = "sd15", **settings: object) -> Case:
+    return Case(layout, (side, side), methods, rounds=rounds, **settings)
 
 
-# Each by itself; "readme" is all of them, what tells most in the shortest time first.
-# What has few rounds comes first, so that its rounds count for the methods that get more of them.
+# The parts of "readme"; those that tell most in the least time come first. Within a part the case with few rounds of
+# many methods comes first: its rounds also count towards the next case.
 _PARTS: dict[str, Callable[[], list[Case]]] = {
     "512": lambda: [_square(512, ALL, 4), _square(512, (*MAIN, "reuse"), 10)],
-    # idle and unpatched alternate alone, and often: their difference is below 1 %
+    # many rounds, and no other method between the two: they differ by less than 1 %
     "idle": lambda: [_square(64, ("sdpa", "idle"), 400, "mini"), _square(512, ("sdpa", "idle"), 20)],
     "never-slower": lambda: [_square(side, ("sdpa", "panel"), 20 if side < 256 else 10) for side in SMALL],
     "768": lambda: [_square(768, (*MAIN, *OTHERS), 3), _square(768, MAIN, 10)],
@@ -87,7 +97,7 @@ PRESETS: dict[str, Callable[[], list[Case]]] = {
 
 
 def preset(name: str, dtype: str | None, rounds: int | None, peers: tuple[str, ...]) -> list[Case]:
-    """The preset's cases, with at most so many rounds; peers are measured in the first, which has time for them."""
+    """The preset's cases, with at most `rounds` rounds each; peers are measured in the first case only."""
     first, *rest = PRESETS[name]()
     cases = [replace(first, methods=first.methods + peers), *rest]
     return [replace(c, dtype=dtype or c.dtype, rounds=min(c.rounds, rounds or c.rounds)) for c in cases]

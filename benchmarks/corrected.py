@@ -1,8 +1,8 @@
-"""What corrected agents lose in one self-attention, on real calls of the embedded model.
+"""Error of corrected agents in single self-attentions, on real calls of the embedded model.
 
-Two tables. The first takes the method apart: the relative error of attention's output at level 0, over the timestep,
-for every choice in it and for its rivals. The second looks for spikes: calls of all layers, at random timesteps,
-prompts, sizes, cells and dtypes, against pooling with the same cells. Both use the cells that the patch would.
+Writes two tables. The first is an ablation: the relative error of attention's output at level 0 over the timestep, for
+every choice in the method and for its rivals. The second looks for spikes: calls of all layers, at random timesteps,
+prompts, sizes, cells and dtypes, compared with pooling over the same cells. Both use the patch's cells.
 
     python -m benchmarks.corrected                    # docs/fidelity/corrected.md
     python -m benchmarks.corrected --forwards 20      # a quick look
@@ -26,29 +26,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agentsd import AgentConfig, plan_layer
-from agentsd.attention import (
-    FIT_GROWTH,
-    agent_attention,
-    corrected_attention,
-    fit_values,
-    lost_by_pooling,
-    pool_tokens,
-    sample_tokens,
-    split_heads,
-)
-from agentsd.config import FIT_STEPS
 from agentsd.hosts import Call, find_sites
+from agentsd.methods.agents import agent_attention
+from agentsd.methods.corrected import FIT_GROWTH, FIT_STEPS, corrected_attention, fit_values
+from agentsd.plan import grid_of
+from agentsd.tensors import lost_by_pooling, pool_tokens, sample_tokens, split_heads
 
 from .fidelity import TIMESTEPS, covering
 
+# (height, width) of the latents in the second table
 SIZES = ((64, 64), (40, 56), (48, 72), (24, 104), (32, 32), (64, 96))
 CELLS = (2, 4, 8)
+# (fewest, most) tokens of the layers in one row of it
 CLASSES = ((16, 64), (65, 256), (257, 1024), (1025, 8192))
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Queries, keys and values (B, N, C) of one self-attention whose tokens are a height × width grid."""
+    """Queries, keys and values (B, N, C) of one self-attention, whose tokens form a grid of `height` rows."""
 
     q: Tensor
     k: Tensor
@@ -75,12 +70,12 @@ class Attention:
 
 
 @contextmanager
-def watched(unet: torch.nn.Module, latent: tuple[int, int], visit: Callable[[Attention], None]) -> Iterator[None]:
-    """A `with` block in which every self-attention is shown to `visit`; the U-Net computes what it always does."""
+def observed(unet: torch.nn.Module, latent: tuple[int, int], visit: Callable[[Attention], None]) -> Iterator[None]:
+    """Pass every self-attention to `visit` in a `with` block; the U-Net's output stays what it is."""
     seams = []
 
     def handler(site: Any) -> Callable[[Call], Tensor]:
-        attn, size = site.block.attn1, [-(-side // site.downsample) for side in latent]
+        attn, size = site.block.attn1, grid_of(latent, site.downsample)
 
         def answer(call: Call) -> Tensor:
             x = call.x
@@ -102,13 +97,15 @@ def watched(unet: torch.nn.Module, latent: tuple[int, int], visit: Callable[[Att
 
 @dataclass(frozen=True)
 class Corrected:
-    """Corrected agents with one choice made differently.
+    """Corrected agents, with every choice in the method open.
 
     Attributes:
         s: side of a cell.
         steps: steps of the fit.
-        a, k, v: how the agents, the few keys and the few values are made: "sampled" or "pooled".
-        shortcut: weight of what pooling V lost.
+        a: how the agents are made: "sampled" or "pooled".
+        k: the same for the few keys.
+        v: the same for the few values.
+        shortcut: weight of what pooling V loses.
         scale: factor on the few keys.
     """
 
@@ -144,7 +141,7 @@ def _pool(at: Attention, s: int) -> Tensor:
 
 
 def _solved(at: Attention, solve: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Means as in Nyströmformer, and `solve`(W, V_A) for the values."""
+    """Means as in Nyströmformer, with `solve`(W, V_A) as the values."""
     q, k, v, a, k_bar = at.split(at.q, at.k, at.v, at.pooled(at.q, 4), at.pooled(at.k, 4))
     w = (a @ k_bar.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
     return F.scaled_dot_product_attention(q, k_bar, solve(w, F.scaled_dot_product_attention(a, k, v)))
@@ -181,16 +178,16 @@ VARIANTS: dict[str, Callable[[Attention], Tensor]] = {
 }
 
 
-def _noised(pipe: Any, size: tuple[int, int], index: list[int], t: int, draw: torch.Generator) -> Tensor:
+def _noised(pipe: Any, size: tuple[int, int], index: list[int], t: int, generator: torch.Generator) -> Tensor:
     clean = covering(pipe.latents_of(pipe.pictures[index]).float(), *size)
     alpha = pipe.scheduler.alphas_cumprod[t]
-    return (alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=draw)).to(pipe.dtype)
+    return (alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=generator)).to(pipe.dtype)
 
 
 def ablation(pipe: Any, samples: int, tokens: int) -> dict[str, dict[int, list[float]]]:
-    """Error of each variant in layers of `tokens` tokens: {variant: {timestep: one value a layer, row and head}}."""
-    found: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in VARIANTS}
-    draw, pick = torch.Generator().manual_seed(0), random.Random(0)
+    """Errors in layers of `tokens` tokens: {variant: {timestep: one value for each layer, row and head}}."""
+    errors: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in VARIANTS}
+    generator, chance = torch.Generator().manual_seed(0), random.Random(0)
     for t in tqdm(TIMESTEPS, desc="ablation"):
 
         def visit(at: Attention, t: int = t) -> None:
@@ -198,17 +195,26 @@ def ablation(pipe: Any, samples: int, tokens: int) -> dict[str, dict[int, list[f
                 return
             full = at.full()
             for name, variant in VARIANTS.items():
-                found[name][t] += at.error(variant(at), full).flatten().tolist()
+                errors[name][t] += at.error(variant(at), full).flatten().tolist()
 
-        index = pick.sample(range(len(pipe.prompts)), samples)
-        with watched(pipe.unet, (64, 64), visit):
-            pipe.predict(_noised(pipe, (64, 64), index, t, draw), t, [pipe.prompts[i] for i in index])
-    return found
+        index = chance.sample(range(len(pipe.prompts)), samples)
+        with observed(pipe.unet, (64, 64), visit):
+            pipe.predict(_noised(pipe, (64, 64), index, t, generator), t, [pipe.prompts[i] for i in index])
+    return errors
 
 
 @dataclass
 class Spikes:
-    """Errors of one class of layers."""
+    """Errors in the layers of one row of the second table.
+
+    Attributes:
+        calls: calls of self-attention.
+        heads: rows and heads in them.
+        fallbacks: those whose fit is not used.
+        finite: whether all outputs are finite.
+        corrected: errors of corrected agents, one for each row and head.
+        pooled: those of pooling with the same cells.
+    """
 
     calls: int = 0
     heads: int = 0
@@ -218,7 +224,7 @@ class Spikes:
     pooled: list[float] = field(default_factory=list)
 
     def add(self, at: Attention, s: int) -> None:
-        """Compare one call."""
+        """Count one call in, with cells of `s` tokens to a side."""
         full = at.full()
         out, pooled = Corrected(s=s)(at), _pool(at, s)
         self.calls += 1
@@ -230,7 +236,7 @@ class Spikes:
 
 
 def _fallbacks(at: Attention, s: int) -> int:
-    """Heads whose fit is not used."""
+    """Number of rows and heads whose fit is not used."""
     q, k, v, a, few_k, few_v = at.split(at.q, at.k, at.v, *(at.sampled(x, s) for x in (at.q, at.k, at.v)))
     v_a = F.scaled_dot_product_attention(a, k, v)
     y = fit_values((a @ few_k.mT * q.shape[-1] ** -0.5).softmax(dim=-1), v_a, few_v, FIT_STEPS)
@@ -239,51 +245,51 @@ def _fallbacks(at: Attention, s: int) -> int:
 
 
 def stability(pipes: dict[str, Any], forwards: int, seed: int = 0) -> dict[tuple[str, tuple[int, int]], Spikes]:
-    """Look at every self-attention of `forwards` forwards of two rows; {(dtype, class of tokens): what was found}."""
-    found: dict[tuple[str, tuple[int, int]], Spikes] = defaultdict(Spikes)
-    draw, pick = torch.Generator().manual_seed(seed), random.Random(seed)
+    """Errors of every self-attention in `forwards` forwards of two rows, by dtype and number of tokens."""
+    spikes: dict[tuple[str, tuple[int, int]], Spikes] = defaultdict(Spikes)
+    generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     for _ in tqdm(range(forwards), desc="stability"):
-        dtype, size = pick.choice(list(pipes)), pick.choice(SIZES)
-        pipe, t = pipes[dtype], pick.randint(1, 999)
-        index = [pick.randrange(len(pipe.prompts)) for _ in range(2)]
+        dtype, size = chance.choice(list(pipes)), chance.choice(SIZES)
+        pipe, t = pipes[dtype], chance.randint(1, 999)
+        index = [chance.randrange(len(pipe.prompts)) for _ in range(2)]
 
         def visit(at: Attention, dtype: str = dtype) -> None:
-            asked = AgentConfig(method="corrected", agent_ratio=1 - pick.choice(CELLS) ** -2)
-            plan = plan_layer(asked, at.height, at.width, 1)
-            if plan.action == "corrected":
-                found[dtype, next(c for c in CLASSES if c[0] <= plan.tokens <= c[1])].add(at, plan.cell[0])
+            config = AgentConfig(method="corrected", agent_ratio=1 - chance.choice(CELLS) ** -2)
+            plan = plan_layer(config, at.height, at.width, 1)
+            if plan.acts:
+                spikes[dtype, next(c for c in CLASSES if c[0] <= plan.tokens <= c[1])].add(at, plan.cell[0])
 
-        with watched(pipe.unet, size, visit):
-            pipe.predict(_noised(pipe, size, index, t, draw), t, [pipe.prompts[i] for i in index])
-    return found
+        with observed(pipe.unet, size, visit):
+            pipe.predict(_noised(pipe, size, index, t, generator), t, [pipe.prompts[i] for i in index])
+    return spikes
 
 
-def ablation_table(found: dict[str, dict[int, list[float]]]) -> str:
-    """Means over layers, rows and heads, and the worst of them all."""
+def ablation_table(errors: dict[str, dict[int, list[float]]]) -> str:
+    """Means over layers, rows and heads, and the largest error of them all."""
     lines = ["| | " + " | ".join(f"t={t}" for t in TIMESTEPS) + " | worst |", "|---|" + "---:|" * (len(TIMESTEPS) + 1)]
-    for name, by_t in found.items():
+    for name, by_t in errors.items():
         means = [statistics.fmean(by_t[t]) for t in TIMESTEPS]
         worst = max(max(values) for values in by_t.values())
         lines.append(f"| {name} | " + " | ".join(_short(x) for x in (*means, worst)) + " |")
     return "\n".join(lines)
 
 
-def stability_table(found: dict[tuple[str, tuple[int, int]], Spikes]) -> str:
-    """Errors by dtype and size of the layer; the ratio is that of one head of one call."""
+def stability_table(spikes: dict[tuple[str, tuple[int, int]], Spikes]) -> str:
+    """Errors by dtype and number of tokens; the ratio is that of a single head of a single call."""
     lines = [
         "| dtype | tokens | calls | heads | corrected, mean | 99.9 % | worst | pooled, mean | worst | worst ratio "
         "| fell back | finite |",
         "|---|---|" + "---:|" * 9 + "---|",
     ]
-    for (dtype, (low, high)), s in sorted(found.items(), key=lambda item: (item[0][0], -item[0][1][0])):
+    for (dtype, (low, high)), s in sorted(spikes.items(), key=lambda item: (item[0][0], -item[0][1][0])):
         ratio = max(c / p for c, p in zip(s.corrected, s.pooled, strict=True) if p > 1e-3)
-        most = sorted(s.corrected)[int(0.999 * (len(s.corrected) - 1))]
-        cells = [_short(x) for x in (statistics.fmean(s.corrected), most, max(s.corrected))]
+        quantile = sorted(s.corrected)[int(0.999 * (len(s.corrected) - 1))]
+        cells = [_short(x) for x in (statistics.fmean(s.corrected), quantile, max(s.corrected))]
         cells += [_short(x) for x in (statistics.fmean(s.pooled), max(s.pooled))]
-        all_finite = "all" if s.finite else "**not all**"
+        finite = "all" if s.finite else "**not all**"
         lines.append(
             f"| {dtype} | {low}–{high} | {s.calls} | {s.heads} | {' | '.join(cells)} | {ratio:.2f} "
-            f"| {s.fallbacks} | {all_finite} |"
+            f"| {s.fallbacks} | {finite} |"
         )
     return "\n".join(lines)
 
@@ -293,20 +299,25 @@ def _short(x: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/fidelity/corrected.md"), help="file for the tables")
+    """Measure, and write both tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.corrected", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/fidelity/corrected.md"),
+        help="file for the tables (docs/fidelity/corrected.md)",
+    )
     parser.add_argument("--samples", type=int, default=2, help="pictures at each timestep of the ablation (2)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the ablation's layers: 4096 or 1024 (4096)")
-    parser.add_argument("--forwards", type=int, default=300, help="forwards of the second table (300)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens in the ablation's layers: 4096 or 1024 (4096)")
+    parser.add_argument("--forwards", type=int, default=300, help="forwards in the second table (300)")
     args = parser.parse_args(arguments)
     from agentsd.embedded import load
 
     pipes = {"float32": load(), "bfloat16": load(dtype=torch.bfloat16)}
     with torch.inference_mode():
-        text = f"Error of attention's output, layers of {args.tokens} tokens, {args.samples} pictures a timestep:\n\n"
+        text = f"Error of attention's output, layers of {args.tokens} tokens, {args.samples} pictures per timestep:\n\n"
         text += ablation_table(ablation(pipes["float32"], args.samples, args.tokens))
-        text += f"\n\nSelf-attention calls of {args.forwards} forwards of two rows:\n\n"
+        text += f"\n\nAll self-attention calls in {args.forwards} forwards of two rows:\n\n"
         text += stability_table(stability(pipes, args.forwards)) + "\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")

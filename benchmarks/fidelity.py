@@ -1,10 +1,10 @@
-"""How close each method stays to the unpatched model, against its seconds, on the embedded model.
+"""How close each method stays to the unpatched model, and how fast it is, on the embedded model.
 
-For every method and size of latent: the relative deviation of single U-Net forwards from the unpatched model's over the
-timestep, on noised training pictures; the seconds of a forward, measured interleaved with the unpatched model's; and
-for the methods of the short list the deviation of the final picture and whether it is still the prompt's.
+For every method and latent size: the relative deviation of single U-Net forwards from the unpatched model over the
+timestep, on noised training pictures, and the seconds of a forward, interleaved with the unpatched model's. For a short
+list of methods also the deviation of the final picture, and whether it still shows what the prompt says.
 
-    python -m benchmarks.fidelity                  # docs/fidelity/: CSV, JSON, Markdown and the plots; resumes
+    python -m benchmarks.fidelity                  # CSV, JSON, Markdown and plots in docs/fidelity; resumes
     python -m benchmarks.fidelity --quick          # a few methods, one size, into out/fidelity
 """
 
@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,16 @@ from tqdm import tqdm
 from agentsd import AgentConfig, early, paper_stages, patch_unet
 
 TIMESTEPS = (900, 700, 500, 300, 100)
+# (height, width) of the latents
 SIZES = ((64, 64), (64, 96), (96, 96), (128, 128))
 STEPS, GUIDANCE = 20, 3.0
+# A row of results keeps the settings that it was measured with. These are always named in it. Settings that the core
+# has got since are named only where they are not at their default: results from before remain valid.
+_ALWAYS_NAMED = (
+    *("ratio", "max_downsample", "sx", "sy", "agent_ratio", "k_scale2", "k_shortcut", "attn_precision", "use_rand"),
+    *("merge_attn", "merge_crossattn", "merge_mlp", "agent_source", "method", "min_tokens", "max_agents", "seed"),
+    *("share_match", "reuse_match", "stages"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,12 @@ class Method:
     """One way to compute self-attention.
 
     Attributes:
-        name: what the table calls it.
-        family: methods of one family are joined by a line in the plot.
-        config: the settings of the patch; None: the model is not patched by us.
-        tomesd: the ratio that the tomesd library is applied with; None: it is not.
-        pictures: whether final pictures are made too.
-        sizes: latents other than 64 × 64 are measured too.
+        name: its name in the table.
+        family: its line in the plot, which joins the methods of a family.
+        config: the settings of the patch; None for no patch of ours.
+        tomesd: the ratio of the tomesd library; None for no tomesd.
+        pictures: whether final pictures are made as well.
+        sizes: whether latents other than 64×64 are measured as well.
     """
 
     name: str
@@ -56,7 +64,7 @@ class Method:
 
     @contextmanager
     def on(self, unet: torch.nn.Module) -> Iterator[None]:
-        """A `with` block during which the U-Net is patched."""
+        """Patch the U-Net in a `with` block."""
         if self.tomesd is not None:
             import tomesd
 
@@ -78,14 +86,26 @@ class Method:
             yield
 
     def parts(self, timesteps: Sequence[int]) -> dict[Method, int]:
-        """The method as one that is the same at every timestep, or several, with the steps that each takes."""
+        """The method as one or several that do the same at every timestep, with the number of steps of each."""
         if self.config is None or not self.config.stages:
             return {self: len(timesteps)}
-        found: dict[Method, int] = {}
+        parts: dict[Method, int] = {}
         for t in timesteps:
             part = Method(self.name, self.family, self.config.at(1 - t / 1000))
-            found[part] = found.get(part, 0) + 1
-        return found
+            parts[part] = parts.get(part, 0) + 1
+        return parts
+
+    def settings(self) -> str:
+        """The method's settings as a row of results keeps them."""
+        return f"({_settings_text(self.config)}, {self.tomesd!r})"
+
+
+def _settings_text(config: AgentConfig | None) -> str:
+    if config is None:
+        return "None"
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    new = [f.name for f in fields(config) if f.name not in _ALWAYS_NAMED and values[f.name] != f.default]
+    return f"AgentConfig({', '.join(f'{name}={values[name]!r}' for name in (*_ALWAYS_NAMED, *new))})"
 
 
 def _agents(source: str, ratio: float, **settings: Any) -> AgentConfig:
@@ -101,7 +121,7 @@ def _corrected(ratio: float, **settings: Any) -> AgentConfig:
 
 
 def methods() -> list[Method]:
-    """Everything that is compared; the unpatched model is the first."""
+    """All methods that are compared, the unpatched model first."""
     grid = _agents("grid", 1 - 1 / 16)
     deeper = {"max_downsample": 8}
     until_40 = {"stages": early(0.4)}
@@ -154,7 +174,7 @@ def methods() -> list[Method]:
 
 
 def covering(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Latents of a trained size enlarged to cover height × width, and cut to it around the middle."""
+    """Enlarge latents of the trained size to cover `height` rows and `width` columns, and crop them at the middle."""
     side = max(height, width)
     x = F.interpolate(pictures, size=(side, side), mode="bilinear", antialias=True)
     top, left = (side - height) // 2, (side - width) // 2
@@ -163,18 +183,18 @@ def covering(pictures: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass
 class Case:
-    """Noised pictures at one timestep, their prompts, and what the unpatched model makes of them."""
+    """Noised pictures x at one timestep t, their prompts, and the unpatched model's output for them."""
 
     x: Tensor
     t: int
     prompts: list[str]
-    base: Tensor = field(init=False)
+    unpatched: Tensor = field(init=False)
 
 
 def cases(pipe: Any, size: tuple[int, int], samples: int, seed: int = 0) -> list[Case]:
-    """`samples` noised training pictures at each timestep; other pictures and other noise at each."""
+    """`samples` noised training pictures at each timestep, with pictures and noise of its own."""
     generator = torch.Generator().manual_seed(seed)
-    clean, found = pipe.latents_of(pipe.pictures).float(), []
+    clean, made = pipe.latents_of(pipe.pictures).float(), []
     for t in TIMESTEPS:
         index = torch.randperm(len(clean), generator=generator)[:samples]
         x = covering(clean[index], *size)
@@ -182,9 +202,9 @@ def cases(pipe: Any, size: tuple[int, int], samples: int, seed: int = 0) -> list
         alpha = pipe.scheduler.alphas_cumprod[t]
         x = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).to(pipe.dtype)
         case = Case(x, t, [pipe.prompts[i] for i in index])
-        case.base = _forward(pipe, case)
-        found.append(case)
-    return found
+        case.unpatched = _forward(pipe, case)
+        made.append(case)
+    return made
 
 
 def _forward(pipe: Any, case: Case) -> Tensor:
@@ -196,31 +216,32 @@ def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def deviations(pipe: Any, method: Method, found: Sequence[Case]) -> list[list[float]]:
-    """‖out − base‖ / ‖base‖ of each picture of each case."""
-    rows = []
+def deviations(pipe: Any, method: Method, noised: Sequence[Case]) -> list[list[float]]:
+    """The relative deviation of each picture of each case from the unpatched model."""
     with method.on(pipe.unet):
-        for case in found:
-            out = _forward(pipe, case)
-            rows.append(((out - case.base).flatten(1).norm(dim=1) / case.base.flatten(1).norm(dim=1)).tolist())
-    return rows
+        return [_deviation(_forward(pipe, case), case.unpatched).tolist() for case in noised]
+
+
+def _deviation(out: Tensor, unpatched: Tensor) -> Tensor:
+    """‖out − unpatched‖ / ‖unpatched‖ of each row."""
+    return (out - unpatched).flatten(1).norm(dim=1) / unpatched.flatten(1).norm(dim=1)
 
 
 def seconds(
     pipe: Any, chosen: Sequence[Method], size: tuple[int, int], rounds: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """Median seconds of a forward of two rows by method, each round going through all methods.
+    """Median seconds of a forward of two rows, by method; each round goes through all methods.
 
-    A schedule's is the mean over the steps of a picture.
+    With a schedule it is the mean over the steps of a picture.
     """
     pipe.scheduler.set_timesteps(STEPS)
     timesteps = [int(t) for t in pipe.scheduler.timesteps]
     parts = {method.name: method.parts(timesteps) for method in chosen}
-    single = {_key(part): part for found in parts.values() for part in found}
+    distinct = {_key(part): part for steps in parts.values() for part in steps}
     x, prompts = torch.randn(2, 4, *size).to(pipe.dtype), ["", pipe.prompts[0]]
-    runs: dict[Any, list[float]] = {key: [] for key in single}
-    for _ in tqdm(range(rounds + 1), desc=f"seconds {size[0]}×{size[1]}", leave=False):
-        for key, part in single.items():
+    runs: dict[Any, list[float]] = {key: [] for key in distinct}
+    for _ in tqdm(range(rounds + 1), desc=f"seconds {_shown(size)}", leave=False):
+        for key, part in distinct.items():
             with part.on(pipe.unet):
                 pipe.predict(x, 500, prompts)
                 start = clock()
@@ -228,8 +249,8 @@ def seconds(
                 runs[key].append(clock() - start)
     median = {key: statistics.median(times[1:]) for key, times in runs.items()}
     return {
-        name: sum(median[_key(part)] * steps for part, steps in found.items()) / len(timesteps)
-        for name, found in parts.items()
+        name: sum(median[_key(part)] * count for part, count in steps.items()) / len(timesteps)
+        for name, steps in parts.items()
     }
 
 
@@ -238,20 +259,20 @@ def _key(part: Method) -> Any:
 
 
 def pictures(pipe: Any, method: Method, index: Sequence[int]) -> Tensor:
-    """Final latents of the prompts `index`, two at a time, in 20 steps of DDIM; the prompt's number is its seed."""
+    """Final latents of the prompts `index`, two at a time, in 20 steps of DDIM; each prompt's number is its seed."""
+    latents = []
     with method.on(pipe.unet):
-        made = []
-        for some in _chunks(index, 2):
-            noise = pipe.noise(some)
-            made.append(pipe.sample([pipe.prompts[i] for i in some], latents=noise, steps=STEPS, guidance=GUIDANCE))
-    return torch.cat(made)
+        for pair in _chunks(index, 2):
+            prompts, noise = [pipe.prompts[i] for i in pair], pipe.noise(pair)
+            latents.append(pipe.sample(prompts, latents=noise, steps=STEPS, guidance=GUIDANCE))
+    return torch.cat(latents)
 
 
-def judged(pipe: Any, index: Sequence[int], latents: Tensor, base: Tensor) -> dict[str, float]:
-    """How far pictures are from the unpatched model's, and how many are nearest to their prompt's training picture."""
+def judge(pipe: Any, index: Sequence[int], latents: Tensor, unpatched: Tensor) -> dict[str, float]:
+    """Deviation from the unpatched model's pictures, and the share that is nearest to the prompt's training picture."""
     nearest, distance = pipe.nearest(latents)
     return {
-        "picture_deviation": float(((latents - base).flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)).mean()),
+        "picture_deviation": float(_deviation(latents, unpatched).mean()),
         "retrieved": float((nearest.cpu() == torch.tensor(index)).float().mean()),
         "distance": float(distance.mean()),
         "pictures": len(index),
@@ -259,7 +280,7 @@ def judged(pipe: Any, index: Sequence[int], latents: Tensor, base: Tensor) -> di
 
 
 class Store:
-    """Rows of results by (method, size), written after every change so that nothing is lost."""
+    """Rows of results by (method, size), in a file that is written after every change."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -269,12 +290,12 @@ class Store:
         self.data = saved if same else {"about": dict(about), "rows": {}}
 
     def row(self, method: Method, size: tuple[int, int]) -> dict[str, Any]:
-        blank = {"method": method.name, "family": method.family, "size": list(size)}
-        row = self.data["rows"].setdefault(f"{method.name} @ {size[0]}x{size[1]}", dict(blank))
-        settings = repr((method.config, method.tomesd))
-        if row.get("settings") != settings:  # the method has changed since
+        empty = {"method": method.name, "family": method.family, "size": list(size)}
+        row = self.data["rows"].setdefault(f"{method.name} @ {size[0]}x{size[1]}", dict(empty))
+        settings = method.settings()
+        if row.get("settings") != settings:  # measured with others
             row.clear()
-            row.update(blank, settings=settings)
+            row.update(empty, settings=settings)
         return row
 
     def keep(self, names: set[str]) -> None:
@@ -302,18 +323,18 @@ def run(
     key: str = "",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Store:
-    """Measure what is missing in `folder` and write everything.
+    """Measure what is missing in `folder`, and write everything.
 
     Args:
         pipe: the embedded model.
-        folder: where the results are, and go.
-        chosen: the methods; the first is the unpatched model.
-        sizes: (height, width) of the latents; pictures are made at the first.
-        samples: pictures at each timestep at the first size; fewer at larger ones, at least 2.
+        folder: the folder of the results.
+        chosen: the methods, the unpatched model first.
+        sizes: (height, width) of the latents; final pictures are made at the first.
+        samples: pictures at each timestep at the first size; at larger ones fewer, but at least 2.
         rounds: timed rounds.
-        prompts: how many final pictures each method of the short list makes.
-        key: names the weights and the run; results of another key are dropped.
-        clock: what seconds are read from.
+        prompts: number of final pictures of each method of the short list.
+        key: identifies the weights and the clock; results with another key are dropped.
+        clock: the clock for the seconds.
     """
     about = {"key": f"{key} samples {samples} pictures {prompts}", **machine()}
     store = Store(folder, about)
@@ -322,9 +343,9 @@ def run(
         here = [m for m in chosen if m.sizes or size == sizes[0]]
         missing = [m for m in here if "deviation" not in store.row(m, size)]
         fewer = max(2, samples * sizes[0][0] * sizes[0][1] // (size[0] * size[1]))
-        found = cases(pipe, size, fewer) if missing else []
-        for method in tqdm(missing, desc=f"deviation {size[0]}×{size[1]}"):
-            store.row(method, size)["deviation"] = deviations(pipe, method, found)
+        noised = cases(pipe, size, fewer) if missing else []
+        for method in tqdm(missing, desc=f"deviation {_shown(size)}"):
+            store.row(method, size)["deviation"] = deviations(pipe, method, noised)
             store.save()
         if any("seconds" not in store.row(m, size) for m in here):
             for name, value in seconds(pipe, here, size, rounds, clock).items():
@@ -332,10 +353,10 @@ def run(
             store.save()
     index = [i * len(pipe.prompts) // prompts for i in range(prompts)] if prompts else []
     missing = [m for m in chosen if m.pictures and "retrieved" not in store.row(m, sizes[0])] if prompts else []
-    base = pictures(pipe, chosen[0], index) if missing else None
+    unpatched = pictures(pipe, chosen[0], index) if missing else None
     for method in tqdm(missing, desc="pictures"):
-        latents = base if method is chosen[0] else pictures(pipe, method, index)
-        store.row(method, sizes[0]).update(judged(pipe, index, latents, base))
+        latents = unpatched if method is chosen[0] else pictures(pipe, method, index)
+        store.row(method, sizes[0]).update(judge(pipe, index, latents, unpatched))
         store.save()
     write_csv(store, folder / "fidelity.csv")
     (folder / "table.md").write_text(table(store, sizes), encoding="utf-8")
@@ -345,7 +366,7 @@ def run(
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were made on."""
+    """The machine that the figures come from."""
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
 
 
@@ -355,7 +376,7 @@ def mean(row: Mapping[str, Any]) -> float:
 
 
 def write_csv(store: Store, file: Path) -> None:
-    """One line a method and size."""
+    """Write one line for each method and size."""
     head = ["method", "height", "width", "seconds", "speedup", "deviation", "worst"]
     head += [f"t{t}" for t in TIMESTEPS] + ["picture_deviation", "retrieved", "distance"]
     with file.open("w", newline="", encoding="utf-8") as out:
@@ -363,7 +384,8 @@ def write_csv(store: Store, file: Path) -> None:
         writer.writerow(head)
         for row in store.rows:
             means = [statistics.fmean(case) for case in row["deviation"]]
-            numbers = [row["seconds"], unpatched(store, row["size"])["seconds"] / row["seconds"], mean(row), worst(row)]
+            speedup = unpatched_row(store, row["size"])["seconds"] / row["seconds"]
+            numbers = [row["seconds"], speedup, mean(row), worst(row)]
             numbers += [*means, *(row.get(name, "") for name in head[-3:])]
             writer.writerow([row["method"], *row["size"], *(n if n == "" else f"{n:.5f}" for n in numbers)])
 
@@ -373,23 +395,23 @@ def worst(row: Mapping[str, Any]) -> float:
     return max(value for case in row["deviation"] for value in case)
 
 
-def unpatched(store: Store, size: Sequence[int]) -> dict[str, Any]:
+def unpatched_row(store: Store, size: Sequence[int]) -> dict[str, Any]:
     """The unpatched model's row at this size."""
     return next(row for row in store.rows if row["method"] == "unpatched" and row["size"] == list(size))
 
 
 def table(store: Store, sizes: Sequence[tuple[int, int]]) -> str:
-    """The Markdown tables, one a size."""
+    """The results in Markdown, one table for each size."""
     parts = []
     for size in sizes:
         rows = [row for row in store.rows if row["size"] == list(size)]
-        base = unpatched(store, size)["seconds"]
-        lines = [f"Latent {size[0]} × {size[1]}, N = {size[0] * size[1]}:", ""]
-        lines += ["| method | s a forward | speed-up | " + " | ".join(f"t={t}" for t in TIMESTEPS)
+        unpatched = unpatched_row(store, size)["seconds"]
+        lines = [f"Latent {_shown(size)}, N = {size[0] * size[1]}:", ""]
+        lines += ["| method | s per forward | speed-up | " + " | ".join(f"t={t}" for t in TIMESTEPS)
                   + " | mean | worst | picture | retrieved |"]  # fmt: skip
         lines += ["|---|" + "---:|" * (len(TIMESTEPS) + 6)]
         for row in rows:
-            cells = [row["method"], f"{row['seconds']:.3f}", f"{base / row['seconds']:.2f}x"]
+            cells = [row["method"], f"{row['seconds']:.3f}", f"{unpatched / row['seconds']:.2f}×"]
             cells += [_thousandths(statistics.fmean(case)) for case in row["deviation"]]
             cells += [f"**{_thousandths(mean(row))}**", _thousandths(worst(row))]
             cells += [_thousandths(row["picture_deviation"]) if "retrieved" in row else ""]
@@ -399,19 +421,24 @@ def table(store: Store, sizes: Sequence[tuple[int, int]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _shown(size: Sequence[int]) -> str:
+    """(height, width) as people read it, width first."""
+    return f"{size[1]}×{size[0]}"
+
+
 def _thousandths(x: float) -> str:
     return f"{x:.4f}".lstrip("0") if x else "0"
 
 
 def plot(store: Store, size: tuple[int, int], file: Path) -> None:
-    """Deviation against seconds; what lies on the frontier is joined by the grey steps."""
+    """Draw deviation over seconds, a line for each family."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for row in store.rows if row["size"] == list(size) and row["method"] != "unpatched"]
-    base = unpatched(store, size)["seconds"]
+    unpatched = unpatched_row(store, size)["seconds"]
     figure, axes = plt.subplots(figsize=(12, 7.5), layout="constrained")
     families = list(dict.fromkeys(row["family"] for row in rows))
     for i, family in enumerate(families):
@@ -422,11 +449,11 @@ def plot(store: Store, size: tuple[int, int], file: Path) -> None:
         axes.plot(*zip(*[p[:2] for p in points], strict=True), **style, color=f"C{i % 10}", alpha=0.85, label=family)
         for x, y, name in points:
             axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.axvline(base, color="grey", linewidth=0.8, linestyle=":", label="unpatched")
+    axes.axvline(unpatched, color="grey", linewidth=0.8, linestyle=":", label="unpatched")
     axes.set_yscale("log")
-    axes.set_xlabel("seconds a forward (two rows)")
+    axes.set_xlabel("seconds per forward (two rows)")
     axes.set_ylabel("relative deviation from the unpatched model, mean over t")
-    axes.set_title(f"Embedded model, latent {size[0]} × {size[1]}: lower left is better")
+    axes.set_title(f"Embedded model, latent {_shown(size)}: lower left is better")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(file, dpi=110)
@@ -437,17 +464,17 @@ QUICK = ("unpatched", "tomesd .5", "grid 4×4", "K/V pooled 2×2", "K/V pooled 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for the results (docs/fidelity; with --quick out/fidelity)")
-    parser.add_argument("--quick", action="store_true", help="few methods, one size, no pictures")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="methods whose names contain one of these")
-    parser.add_argument("--sizes", nargs="+", metavar="HxW", help="latents, e.g. 64x64 64x96")
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for the results (docs/fidelity, or out/fidelity with --quick)")
+    parser.add_argument("--quick", action="store_true", help="few methods, one size, no final pictures")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only methods whose names contain one of these")
+    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="latent sizes, WIDTHxHEIGHT: 64x64 96x64")
     parser.add_argument("--samples", type=int, default=8, help="pictures at each timestep (8)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
-    parser.add_argument("--pictures", type=int, default=10, help="final pictures a method (10)")
+    parser.add_argument("--pictures", type=int, default=10, help="final pictures per method (10)")
     parser.add_argument(
-        "--cpu-time", action="store_true", help="one thread, seconds of CPU: for a machine that is not quiet"
+        "--cpu-time", action="store_true", help="measure CPU seconds of one thread, on a machine with other work to do"
     )
     args = parser.parse_args(arguments)
 
@@ -457,7 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = methods()
     if args.only:
         chosen = [m for m in chosen if m.name == "unpatched" or any(part in m.name for part in args.only)]
-    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes] if args.sizes else list(SIZES)
+    sizes = [_size(text) for text in args.sizes] if args.sizes else list(SIZES)
     if args.quick:
         chosen = [m for m in chosen if m.name in QUICK or m.family.startswith("corrected")]
         args.samples, args.rounds, args.pictures, sizes = 2, 3, 0, [(64, 64)]
@@ -470,6 +497,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clock=clock, key=f"{_digest(WEIGHTS / 'model.safetensors')} {clock.__name__}")  # fmt: skip
     print((folder / "table.md").read_text())
     print(f"written to {folder}/")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of a size that is written width first."""
+    width, height = map(int, text.replace("×", "x").split("x"))
+    return height, width
 
 
 def _digest(file: Path) -> str:

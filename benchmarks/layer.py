@@ -1,4 +1,4 @@
-"""Time of one self-attention layer (SD 1.5's first level: 8 heads of 40) over the number of tokens."""
+"""Time of one self-attention layer over the number of tokens; the layer is SD 1.5's at its first level."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agentsd.attention import add_scaled, agent_attention, join_heads, pool_tokens, split_heads
-from agentsd.config import AgentConfig, plan_layer
+from agentsd.config import AgentConfig
 from agentsd.merging import match, partition
+from agentsd.methods.agents import agent_attention
+from agentsd.plan import plan_layer
+from agentsd.tensors import add_scaled, join_heads, pool_tokens, split_heads
 
 WIDTH, HEADS, BATCH = 320, 8, 2
-# images of 256², 512², 768², 1024² and 2048²
+# images of 256×256, 512×512, 768×768, 1024×1024 and 2048×2048
 TOKENS = (1024, 4096, 9216, 16384, 65536)
-# Rounds for at most so many tokens: a call takes less than a millisecond at first, and minutes in the end.
+# (most tokens, rounds): a call of the smallest layer takes less than a millisecond, one of the largest minutes.
 ROUNDS = ((1500, 200), (10_000, 5), (2**31, 1))
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
-    """The four projections of a self-attention."""
+    """The four projections of a self-attention, around a step in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,28 +74,28 @@ def _similarity(side: int) -> Step:
     plan = plan_layer(AgentConfig(ratio=0.0), side, side, 1)
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        part = partition(side, side, 4, 4, 0).to(q.device)
-        return _agents(q, k, v, match(q, part, 0, plan.agent_r).agents.merge(q))
+        cells = partition(side, side, 4, 4, 0).to(q.device)
+        return _agents(q, k, v, match(q, cells, 0, plan.agent_r).agents.merge(q))
 
     return step
 
 
 def steps(side: int) -> dict[str, Step]:
-    """What is compared, by label."""
+    """The methods that are compared, by label."""
     return {
         "SDPA": _sdpa,
         "limit": _limit,
         "naive": _naive,
-        "grid agents, 8 × 8 cells": _grid(side, agent_ratio=1 - 1 / 64),
-        "grid agents, 4 × 4 cells": _grid(side, agent_ratio=1 - 1 / 16),
+        "grid agents, 8×8 cells": _grid(side, agent_ratio=1 - 1 / 64),
+        "grid agents, 4×4 cells": _grid(side, agent_ratio=1 - 1 / 16),
         "grid agents, at most 64": _grid(side, agent_ratio=1 - 1 / 64, max_agents=64),
         "similarity agents, .95": _similarity(side),
-        "keys and values pooled 2 × 2": _pool(side),
+        "keys and values pooled 2×2": _pool(side),
     }
 
 
 def measure_layer(machine: Any, dtype: torch.dtype, tokens: list[int], patience: float) -> list[dict[str, Any]]:
-    """Median seconds of each method for each number of tokens; a method is dropped where it takes patience / 8."""
+    """Median seconds of each method for each number of tokens; a method is skipped where it would take patience / 8."""
     layer = Layer().to(machine.device, dtype)
     rows: list[dict[str, Any]] = []
     last: dict[str, dict[str, Any]] = {}
@@ -107,7 +109,7 @@ def measure_layer(machine: Any, dtype: torch.dtype, tokens: list[int], patience:
                 machine.skip(f"one layer, {side * side} tokens", label, reason)
             else:
                 active[label] = step
-        times = _interleaved(layer, x, active, machine, next(rounds for most, rounds in ROUNDS if n <= most))
+        times = _interleaved(layer, x, active, machine, next(count for most, count in ROUNDS if n <= most))
         for label, seconds in times.items():
             last[label] = {"tokens": side * side, "label": label, "seconds": median(seconds), "times": seconds}
             rows.append(last[label])
@@ -122,7 +124,7 @@ def _out_of_reach(
     scores = 2 * BATCH * HEADS * tokens**2 * dtype.itemsize if label == "naive" else 0
     if scores > 0.3 * machine.available_memory():
         return f"needs {scores / 2**30:.0f} GiB for its scores"
-    return f"would take up to {expected:.0f} s a call" if expected > patience else ""
+    return f"would take up to {expected:.0f} s per call" if expected > patience else ""
 
 
 def _interleaved(layer: Layer, x: Tensor, active: dict[str, Step], machine: Any, rounds: int) -> dict[str, list[float]]:
@@ -139,10 +141,10 @@ def _interleaved(layer: Layer, x: Tensor, active: dict[str, Step], machine: Any,
 
 
 def _captured(rows: list[dict[str, Any]], tokens: int) -> None:
-    """(t_sdpa − t) / (t_sdpa − t_limit) of each round, their median."""
-    here = {row["label"]: row for row in rows if row["tokens"] == tokens}
-    if "SDPA" not in here:
+    """Add the median over the rounds of (t_sdpa − t) / (t_sdpa − t_limit) to each row."""
+    by_label = {row["label"]: row for row in rows if row["tokens"] == tokens}
+    if "SDPA" not in by_label:
         return
-    for row in here.values():
-        rounds = zip(here["SDPA"]["times"], row["times"], here["limit"]["times"], strict=True)
-        row["captured"] = median((b - t) / (b - least) for b, t, least in rounds)
+    for row in by_label.values():
+        rounds = zip(by_label["SDPA"]["times"], row["times"], by_label["limit"]["times"], strict=True)
+        row["captured"] = median((sdpa - t) / (sdpa - limit) for sdpa, t, limit in rounds)

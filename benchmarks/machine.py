@@ -1,4 +1,4 @@
-"""Where the benchmark runs, and how fast that is."""
+"""The machine that a benchmark runs on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,13 +18,27 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the figures depend on; the rest of the repository may change between two runs.
-_MEASURED = ("agentsd/*.py", "agentsd/webui/settings.py", "benchmarks/methods.py", "benchmarks/models.py")
+# The code that the figures depend on; the rest of the repository may change between two runs.
+_MEASURED = (
+    "agentsd/*.py",
+    "agentsd/methods/*.py",
+    "agentsd/hosts/*.py",
+    "agentsd/settings/table.py",
+    "benchmarks/methods.py",
+    "benchmarks/models.py",
+)
 
 
 @dataclass
 class Machine:
-    """A device, its speed so far, and the time that is left on it."""
+    """A device, and the time that is left on it.
+
+    Attributes:
+        device: the device.
+        flops_per_second: a first estimate of its speed, by `probe`.
+        skipped: what was left out, and why.
+        deadline: when the program has to end, in seconds of `time.monotonic`.
+    """
 
     device: torch.device
     flops_per_second: float = 0.0
@@ -35,16 +50,22 @@ class Machine:
         return self.deadline - time.monotonic()
 
     def skip(self, case: str, method: str, reason: str) -> None:
-        """Remember, and say, what is left out."""
-        told = {"case": case, "method": method, "reason": reason}
-        self.skipped[:] = [s for s in self.skipped if (s["case"], s["method"]) != (case, method)] + [told]
+        """Record that a method is left out, and say so."""
+        self.unskip(case, method)
+        self.skipped.append({"case": case, "method": method, "reason": reason})
         tqdm.write(f"skipped: {method} at {case}: {reason}")
 
+    def unskip(self, case: str, method: str) -> None:
+        """Take back an earlier `skip`."""
+        self.skipped[:] = [s for s in self.skipped if (s["case"], s["method"]) != (case, method)]
+
     def sync(self) -> None:
+        """Wait for the device."""
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
 
     def available_memory(self) -> int:
+        """Bytes that are free, or an estimate of them."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info()[0]
         try:
@@ -54,9 +75,9 @@ class Machine:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
     def probe(self, dtype: torch.dtype) -> None:
-        """A first idea of the machine's speed in a dtype, from one matrix product."""
+        """Estimate the machine's speed in a dtype from one matrix product."""
         a = torch.randn(1024, 1024).to(self.device, dtype)
-        a @ a  # the first call is slow
+        a @ a  # warm up
         self.sync()
         start = time.perf_counter()
         for _ in range(4):
@@ -65,7 +86,7 @@ class Machine:
         self.flops_per_second = 0.3 * 4 * 2 * 1024**3 / (time.perf_counter() - start)
 
     def describe(self) -> dict[str, Any]:
-        """What has to be the same for rounds of two runs to be counted together."""
+        """All that must be the same in two runs for their rounds to count together."""
         return {
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
             "processor": _processor(),
@@ -77,19 +98,30 @@ class Machine:
         }
 
 
-def this_run(arguments: list[str]) -> dict[str, Any]:
-    """What may differ between two runs."""
+def this_run(module: str, arguments: list[str], paths: Iterable[Path] = ()) -> dict[str, Any]:
+    """All that may differ between two runs.
+
+    Args:
+        module: the benchmark, as `python -m` is given it.
+        arguments: its arguments.
+        paths: those among them that are paths; only their last names are kept, since results are published.
+    """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "revision": _revision(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        # results are published: a folder's name says enough, and where it lies on this machine is nobody's affair
-        "arguments": [Path(a).name if Path(a).is_absolute() else a for a in arguments],
+        "arguments": ["python", "-m", module, *_without_paths(arguments, set(paths))],
     }
 
 
+def _without_paths(arguments: list[str], paths: set[Path]) -> Iterator[str]:
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")  # --out=FOLDER
+        yield f"{option}{equals}{Path(value).name}" if Path(value) in paths else argument
+
+
 def choose_device(name: str) -> torch.device:
-    """ "auto" takes CUDA, then MPS, then the CPU."""
+    """The device of this name; "auto" stands for the first of CUDA, MPS and CPU that there is."""
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
@@ -98,7 +130,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _digest() -> str:
-    """Names the state of the measured code."""
+    """Identify the state of the measured code."""
     files = sorted(file for pattern in _MEASURED for file in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 

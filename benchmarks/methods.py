@@ -1,4 +1,4 @@
-"""What is compared: each method puts something on a U-Net and takes it off again."""
+"""The methods that the speed benchmark compares; each installs something on a U-Net and removes it again."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import agentsd
-from agentsd.hosts import Call, find_sites, first_downsample
-from agentsd.webui.settings import DEFAULTS, to_config
+from agentsd.hosts import Call, Handler, Seam, find_sites
+from agentsd.settings.table import DEFAULTS, to_config
 
-# Gives a function that raises RuntimeError where the method has not done what it is measured for.
+# A context manager; it yields a function that raises RuntimeError if the method did not do what it is measured for.
 Install = Callable[[nn.Module], Any]
 
 
@@ -27,12 +27,13 @@ class Method:
     """One row of the table.
 
     Attributes:
-        name: its key on the command line.
-        label: what the table calls it.
-        install: a context manager: on the U-Net within it, off after it.
-        limit: the limit that it is measured against; empty where it has none.
-        calls: U-Net calls that one measurement is the mean of, where not all calls cost the same.
+        name: its name on the command line.
+        label: its name in the table.
+        install: installs it on a U-Net in a `with` block.
+        limit: the limit that it is compared with; empty if there is none.
+        calls: U-Net calls that one measurement averages over, more than 1 if not all calls cost the same.
         naive: whether it keeps an N × N matrix in memory.
+        quadratic: whether its time grows with the square of N, as unpatched attention's does.
     """
 
     name: str
@@ -41,15 +42,16 @@ class Method:
     limit: str = ""
     calls: int = 1
     naive: bool = False
+    quadratic: bool = False
 
 
-def _fine() -> None:
+def _no_check() -> None:
     pass
 
 
 @contextmanager
-def _nothing(unet: nn.Module) -> Iterator[Callable[[], None]]:
-    yield _fine
+def _unpatched(unet: nn.Module) -> Iterator[Callable[[], None]]:
+    yield _no_check
 
 
 @contextmanager
@@ -71,13 +73,12 @@ def _ours(**settings: Any) -> Install:
 
 
 def _panel(unet: nn.Module) -> Any:
-    """What the panel does once it is switched on."""
-    values = {**DEFAULTS, "enabled": True}
-    return _patched(unet, to_config(values, first_downsample=first_downsample(unet)))
+    """The panel, switched on and otherwise as it is."""
+    return _patched(unet, to_config({**DEFAULTS, "enabled": True}))
 
 
-def _by_handler(make: Callable[[nn.Module, Any], Callable[[Call], Tensor]], max_downsample: int = 8) -> Install:
-    """Put a function of our own in the place of each self-attention down to a level."""
+def _by_handler(make: Callable[[nn.Module, Seam], Handler], max_downsample: int = 8) -> Install:
+    """Replace every self-attention down to a level by a handler."""
 
     @contextmanager
     def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
@@ -88,7 +89,7 @@ def _by_handler(make: Callable[[nn.Module, Any], Callable[[Call], Tensor]], max_
                     seam = site.seam()
                     seam.install(make(site.block.attn1, seam))
                     seams.append(seam)
-            yield _fine
+            yield _no_check
         finally:
             for seam in seams:
                 seam.remove()
@@ -96,7 +97,7 @@ def _by_handler(make: Callable[[nn.Module, Any], Callable[[Call], Tensor]], max_
     return install
 
 
-def _limit(attn: nn.Module, seam: Any) -> Callable[[Call], Tensor]:
+def _limit(attn: nn.Module, seam: Seam) -> Handler:
     """The four projections and nothing between them: out = to_out(to_v(x)), with to_q and to_k computed."""
 
     def handler(call: Call) -> Tensor:
@@ -107,7 +108,7 @@ def _limit(attn: nn.Module, seam: Any) -> Callable[[Call], Tensor]:
     return handler
 
 
-def _naive(attn: nn.Module, seam: Any) -> Callable[[Call], Tensor]:
+def _naive(attn: nn.Module, seam: Seam) -> Handler:
     """softmax(Q Kᵀ) V as three operations."""
 
     def handler(call: Call) -> Tensor:
@@ -123,16 +124,16 @@ def _naive(attn: nn.Module, seam: Any) -> Callable[[Call], Tensor]:
 
 
 def _foreign(package: Any, **settings: Any) -> Install:
-    """A package with apply_patch and remove_patch; whatever it leaves behind is cleared away."""
+    """A package with apply_patch and remove_patch; anything that it leaves behind is removed."""
 
     @contextmanager
     def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
         before = {module: (module.__class__, set(module.__dict__)) for module in unet.modules()}
-        # the packages tell a diffusers model by its class, and look for an LDM model's U-Net at this place
+        # such packages recognise a diffusers model by its class, and find the U-Net of an LDM model by its path
         model = unet if hasattr(unet, "down_blocks") else _LatentDiffusion(unet)
         try:
             package.apply_patch(model, **settings)
-            yield _fine
+            yield _no_check
         finally:
             package.remove_patch(model)
             for module, (cls, names) in before.items():
@@ -163,7 +164,7 @@ def peer(folder: Path, settings: dict[str, Any], name: str) -> Method:
     """A method from a folder that is a Python package with apply_patch and remove_patch.
 
     Raises:
-        ValueError: the folder holds no such package.
+        ValueError: the folder is no such package.
     """
     init = folder / "__init__.py"
     if not init.is_file():
@@ -175,17 +176,16 @@ def peer(folder: Path, settings: dict[str, Any], name: str) -> Method:
     for function in ("apply_patch", "remove_patch"):
         if not hasattr(package, function):
             raise ValueError(f"--peer must be a package with {function}, {folder} has none")
-    said = ", ".join(f"{k} {v}" for k, v in settings.items())
-    return Method(
-        f"peer:{folder.name}", f"peer {folder.name} {said}".strip(), _foreign(package, **settings), naive=True
-    )
+    label = f"peer {folder.name} " + ", ".join(f"{k} {v}" for k, v in settings.items())
+    install = _foreign(package, **settings)
+    return Method(f"peer:{folder.name}", label.strip(), install, naive=True, quadratic=True)
 
 
-# No token is merged: no partition, and nobody has to wait for the device to tell the timestep.
+# Merge no tokens: no partition is drawn, and nothing waits for the device to read the timestep.
 WHOLE: dict[str, Any] = {"ratio": 0.0, "use_rand": False}
-# agent_ratio for cells of 8 × 8 and of 4 × 4 tokens.
+# agent_ratio for cells of 8×8 and of 4×4 tokens.
 CELL_8, CELL_4 = 1 - 1 / 64, 1 - 1 / 16
-# a stage that never holds: installed, and idle
+# A stage that leaves the model untouched throughout: the patch is installed, and idle.
 NEVER = (agentsd.Stage(1.0, None),)
 
 
@@ -200,18 +200,18 @@ def _corrected(agent_ratio: float) -> Install:
 METHODS = {
     method.name: method
     for method in (
-        Method("sdpa", "SDPA, unpatched", _nothing),
+        Method("sdpa", "SDPA, unpatched", _unpatched, quadratic=True),
         Method("limit", "limit: nothing between the projections", _by_handler(_limit, 1)),
         Method("limit2", "limit, two levels", _by_handler(_limit, 2)),
         Method("limit4", "limit, three levels", _by_handler(_limit, 4)),
         Method("limit8", "limit, all levels", _by_handler(_limit, 8)),
-        Method("naive", "naive attention", _by_handler(_naive), naive=True),
+        Method("naive", "naive attention", _by_handler(_naive), naive=True, quadratic=True),
         Method("idle", "patch installed, stage inactive", _grid(CELL_8, stages=NEVER)),
-        Method("grid8", "grid agents, 8 × 8 cells", _grid(CELL_8), "limit"),
-        Method("grid4", "grid agents, 4 × 4 cells", _grid(CELL_4), "limit"),
-        Method("grid8d2", "grid agents, 8 × 8 cells, two levels", _grid(CELL_8, max_downsample=2), "limit2"),
-        Method("grid4d2", "grid agents, 4 × 4 cells, two levels", _grid(CELL_4, max_downsample=2), "limit2"),
-        Method("grid8d4", "grid agents, 8 × 8 cells, three levels", _grid(CELL_8, max_downsample=4), "limit4"),
+        Method("grid8", "grid agents, 8×8 cells", _grid(CELL_8), "limit"),
+        Method("grid4", "grid agents, 4×4 cells", _grid(CELL_4), "limit"),
+        Method("grid8d2", "grid agents, 8×8 cells, two levels", _grid(CELL_8, max_downsample=2), "limit2"),
+        Method("grid4d2", "grid agents, 4×4 cells, two levels", _grid(CELL_4, max_downsample=2), "limit2"),
+        Method("grid8d4", "grid agents, 8×8 cells, three levels", _grid(CELL_8, max_downsample=4), "limit4"),
         Method("panel", "the panel's defaults, while their stage lasts", _panel),
         Method("grid64", "grid agents, at most 64", _grid(CELL_8, max_agents=64), "limit"),
         Method(
@@ -221,7 +221,7 @@ METHODS = {
             "limit8",
         ),
         Method("grid256", "grid agents, at most 256", _grid(CELL_4, max_agents=256), "limit"),
-        Method("paper", "AgentSD's settings (similarity, .4, .95, 4 × 4)", _ours(), "limit"),
+        Method("paper", "AgentSD's settings (similarity, .4, .95, 4×4)", _ours(), "limit"),
         Method(
             "reuse",
             "AgentSD's settings, clusters shared, and reused in every second call",
@@ -229,15 +229,15 @@ METHODS = {
             "limit",
             calls=2,
         ),
-        Method("similarity", "similarity agents, .95, 4 × 4, queries kept", _ours(ratio=0.0), "limit"),
-        Method("corrected8", "corrected agents, 8 × 8 cells", _corrected(CELL_8), "limit"),
-        Method("corrected4", "corrected agents, 4 × 4 cells", _corrected(CELL_4), "limit"),
+        Method("similarity", "similarity agents, .95, 4×4, queries kept", _ours(ratio=0.0), "limit"),
+        Method("corrected8", "corrected agents, 8×8 cells", _corrected(CELL_8), "limit"),
+        Method("corrected4", "corrected agents, 4×4 cells", _corrected(CELL_4), "limit"),
         Method("merge.3", "token merging .3 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.3}), "limit"),
         Method("merge.5", "token merging .5 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.5}), "limit"),
-        Method("pool2", "keys and values pooled 2 × 2", _ours(**WHOLE, method="pool", sx=2, sy=2), "limit"),
-        Method("pool4", "keys and values pooled 4 × 4", _ours(**WHOLE, method="pool", sx=4, sy=4), "limit"),
-        Method("tomesd.3", "tomesd .3", _tomesd(0.3)),
-        Method("tomesd.4", "tomesd .4", _tomesd(0.4)),
-        Method("tomesd.5", "tomesd .5", _tomesd(0.5)),
+        Method("pool2", "keys and values pooled 2×2", _ours(**WHOLE, method="pool", sx=2, sy=2), "limit"),
+        Method("pool4", "keys and values pooled 4×4", _ours(**WHOLE, method="pool", sx=4, sy=4), "limit"),
+        Method("tomesd.3", "tomesd .3", _tomesd(0.3), quadratic=True),
+        Method("tomesd.4", "tomesd .4", _tomesd(0.4), quadratic=True),
+        Method("tomesd.5", "tomesd .5", _tomesd(0.5), quadratic=True),
     )
 }

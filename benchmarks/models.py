@@ -1,4 +1,4 @@
-"""U-Nets of the layouts that people use, with random weights: speed does not depend on what they have learned."""
+"""U-Nets of the layouts that people use, with random weights: speed does not depend on their values."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ PROMPT_TOKENS = 77
 
 @dataclass(frozen=True)
 class Layout:
-    """A U-Net as it is published.
+    """A U-Net as published.
 
     Attributes:
-        name: its key on the command line.
-        label: what people call it.
-        context: width of a prompt token.
-        build: makes the module, without weights worth anything.
-        heads: heads of self-attention at the first level that has one.
-        width: channels there.
-        downsample: how far down that level is.
+        name: its name on the command line.
+        label: the name that people know it by.
+        context: channels of a prompt token.
+        build: makes the module; its weights mean nothing.
+        heads: heads of the largest self-attention layers.
+        width: channels of these layers.
+        downsample: how far down the U-Net they are.
     """
 
     name: str
@@ -83,7 +83,7 @@ LAYOUTS = {
     for layout in (
         Layout("sd15", "SD 1.5", 768, _SD15, 8, 320),
         Layout("sd21", "SD 2.1", 1024, _SD21, 5, 320),
-        # as many blocks with hardly any work in them: what is left is what a call costs whatever its size
+        # as many blocks with hardly any work in them: what remains is the cost of a call whatever its size
         Layout("mini", "SD 1.5 with 32 channels instead of 320", 768, _MINI, 1, 32),
         Layout("sdxl", "SDXL", 2048, _sdxl, 10, 640, 2),
     )
@@ -91,7 +91,7 @@ LAYOUTS = {
 
 
 def sdpa_forward(self: nn.Module, x: Tensor, context: Tensor | None = None, mask: Any = None) -> Tensor:
-    """LDM's CrossAttention by PyTorch's fused kernel: what the WebUI puts in its place, and our baseline."""
+    """LDM's CrossAttention with PyTorch's fused kernel, as the WebUI replaces it; our baseline."""
     context = x if context is None else context
     q, k, v = (
         t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -113,12 +113,12 @@ def build(layout: Layout, device: torch.device, dtype: torch.dtype, channels_las
 
 @cache
 def _fused(attention: type[nn.Module]) -> type[nn.Module]:
-    """The class with the fused kernel: one of its own, since other U-Nets of this process keep theirs."""
+    """A subclass with the fused kernel, so that other U-Nets of this process keep theirs."""
     return type(attention.__name__, (attention,), {"forward": sdpa_forward})
 
 
 def _adapt(module: nn.Module, dtype: torch.dtype) -> None:
-    """Make LDM's modules run in any dtype with the fused kernel, as a host does."""
+    """Make LDM's modules run in any dtype and with the fused kernel, as a host does."""
     if type(module).__module__.startswith("ldm."):
         if type(module).__name__ == "CrossAttention":
             module.__class__ = _fused(type(module))
@@ -131,7 +131,7 @@ def _adapt(module: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def fill(unet: nn.Module) -> None:
-    """Weights that keep activations in range: norms near 1, matrices with variance 1 / fan-in."""
+    """Fill in weights that keep activations in range: norms of 1, matrices with variance 1 / fan-in."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2**20, generator=generator)
     for p in unet.parameters():
@@ -148,7 +148,7 @@ def fill(unet: nn.Module) -> None:
             module.weight.fill_(1.0)
 
 
-def inputs(
+def make_inputs(
     layout: Layout,
     size: tuple[int, int],
     batch: int,
@@ -156,7 +156,7 @@ def inputs(
     dtype: torch.dtype,
     channels_last: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of one call of the U-Net for an image of `size` = (height, width) pixels."""
+    """Arguments to call the U-Net with, for an image of `size` = (height, width) pixels."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> Tensor:
@@ -171,9 +171,9 @@ def inputs(
     return {"x": x, "context": context}
 
 
-def call(unet: nn.Module, given: dict[str, Any], timestep: float) -> Tensor:
+def call(unet: nn.Module, inputs: dict[str, Any], timestep: float) -> Tensor:
     """One forward of the U-Net at a timestep, the same for each row of the batch."""
-    x = given.get("x", given.get("sample"))
+    x = inputs.get("x", inputs.get("sample"))
     t = torch.full((x.shape[0],), timestep, device=x.device)
-    rest = {name: value for name, value in given.items() if name not in ("x", "sample")}
-    return unet(x, t, **rest) if "x" in given else unet(x, t, **rest, return_dict=False)[0]
+    rest = {name: value for name, value in inputs.items() if name not in ("x", "sample")}
+    return unet(x, t, **rest) if "x" in inputs else unet(x, t, **rest, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""The results as plots."""
+"""The results of the speed benchmark as plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 
 
 def draw(out: dict[str, Any], stem: Path) -> None:
-    """STEM-LAYOUT-speedup.png and -seconds.png for each layout with more than one size, and STEM-cost.png."""
+    """Draw STEM-LAYOUT-speedup.png and -seconds.png for each layout with more than one size, and STEM-cost.png."""
     by_layout: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for case in out["cases"]:
         by_layout[case["layout"], case["dtype"], case["batch"], case["channels_last"]].append(case)
@@ -29,7 +29,7 @@ def _axes(title: str, x: str, y: str) -> Any:
     _, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(True, which="major", alpha=0.3)
-    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # ten colours are fewer than there are methods
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # the default has only ten colours
     return axes
 
 
@@ -40,7 +40,7 @@ def _save(axes: Any, path: Path) -> None:
 
 
 def _lines(cases: list[dict[str, Any]], value: str) -> dict[str, list[tuple[float, float]]]:
-    """A method's value over the pixels of the image; the table has what was measured at one size only."""
+    """A line of (pixels, value) for each method; a method that was measured at one size only has none."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for case in cases:
         for result in case["results"].values():
@@ -55,7 +55,7 @@ def _line(axes: Any, label: str, xs: list[float], ys: list[float]) -> None:
 
 
 def _speedup(cases: list[dict[str, Any]], path: Path) -> None:
-    """Speed-up over the side of the image, with the limit as a dashed line."""
+    """Draw the speed-up over the side of the image, with the limit as a dashed line."""
     axes = _axes("One U-Net forward against unpatched SDPA", "side of the image, pixels", "speed-up")
     for label, points in _lines(cases, "speedup").items():
         _line(axes, label, [pixels**0.5 for pixels, _ in points], [y for _, y in points])
@@ -63,7 +63,7 @@ def _speedup(cases: list[dict[str, Any]], path: Path) -> None:
 
 
 def _seconds(cases: list[dict[str, Any]], path: Path) -> None:
-    """Seconds of a forward over its pixels, both logarithmic."""
+    """Draw the seconds of a forward over the pixels of the image, both logarithmic."""
     axes = _axes("One U-Net forward", "pixels of the image", "seconds")
     axes.set(xscale="log", yscale="log")
     for label, points in _lines(cases, "seconds").items():
@@ -72,7 +72,7 @@ def _seconds(cases: list[dict[str, Any]], path: Path) -> None:
 
 
 def _cost(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time of one layer over its tokens, both logarithmic."""
+    """Draw the time of one layer over its tokens, both logarithmic."""
     axes = _axes("One self-attention layer, projections included", "tokens", "milliseconds")
     axes.set(xscale="log", yscale="log")
     for label in dict.fromkeys(row["label"] for row in rows):

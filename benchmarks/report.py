@@ -1,4 +1,4 @@
-"""The results as Markdown."""
+"""The results of the speed benchmark as Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def markdown(out: dict[str, Any]) -> str:
-    """A table for each case, and what was left out."""
+    """A table for each case, and a list of what was skipped."""
     return "\n".join(
         [
             *_machine(out["machine"], out["runs"]),
@@ -19,11 +19,11 @@ def markdown(out: dict[str, Any]) -> str:
 
 def _machine(machine: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
     threads = f"{machine['threads']} threads" if machine["device"] == "cpu" else ""
-    told = [machine["processor"] if machine["device"] == "cpu" else machine["device"], threads]
+    facts = [machine["processor"] if machine["device"] == "cpu" else machine["device"], threads]
     revisions = ", ".join(dict.fromkeys(run["revision"] for run in runs))
-    told += [f"PyTorch {machine['torch']}", f"revision {revisions}"]
-    told += [" to ".join(dict.fromkeys((runs[0]["date"], runs[-1]["date"])))]
-    return ["; ".join(filter(None, told)) + ".", ""]
+    facts += [f"PyTorch {machine['torch']}", f"revision {revisions}"]
+    facts += [" to ".join(dict.fromkeys((runs[0]["date"], runs[-1]["date"])))]
+    return ["; ".join(filter(None, facts)) + ".", ""]
 
 
 def _cases(cases: list[dict[str, Any]]) -> list[str]:
@@ -42,7 +42,7 @@ def _cases(cases: list[dict[str, Any]]) -> list[str]:
 
 def _row(result: dict[str, Any]) -> str:
     seconds = f"{result['seconds']:.3g}"
-    if result["seconds"] < 0.1 and result["added"]:  # where milliseconds are the point
+    if result["seconds"] < 0.1 and result["added"]:  # so short that milliseconds matter
         seconds = f"{result['seconds']:.4f} ({1e3 * result['added']:+.2f} ms)"
     digits = 3 if result["speedup"] is not None and 0 < abs(result["speedup"] - 1) < 0.02 else 2
     speedup = "–" if result["speedup"] is None else f"{result['speedup']:.{digits}f}×"
@@ -58,10 +58,10 @@ def _layer(rows: list[dict[str, Any]]) -> list[str]:
         return []
     tokens = sorted({row["tokens"] for row in rows})
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    found = {(row["label"], row["tokens"]): _cell(row) for row in rows}
+    cells = {(row["label"], row["tokens"]): _cell(row) for row in rows}
     lines = ["**One self-attention layer** (8 heads of 40, batch 2, projections included), milliseconds (captured)", ""]
     lines += ["| tokens | " + " | ".join(map(str, tokens)) + " |", "|---" * (len(tokens) + 1) + "|"]
-    lines += ["| " + " | ".join([label, *(found.get((label, n), "–") for n in tokens)]) + " |" for label in labels]
+    lines += ["| " + " | ".join([label, *(cells.get((label, n), "–") for n in tokens)]) + " |" for label in labels]
     return [*lines, ""]
 
 

@@ -1,10 +1,11 @@
-"""Whole images on a running WebUI: off, the host's token merging, and agent attention, in interleaved rounds.
+"""Whole images on a running WebUI: without a patch, with the host's token merging, and with agent attention.
 
     python -m benchmarks.webui --url http://127.0.0.1:7860
 
-Start the WebUI with --api and the extension installed. It is set to the fused kernel (cross_attention_optimization
-"sdp-no-mem") while it is measured, and gets its own settings back. The result is written after each image; --resume
-adds what is missing to it. Seconds are those of the whole request: text encoder, steps, VAE and the answer.
+Install the extension and start the WebUI with --api. While it is measured it uses the fused kernel
+(cross_attention_optimization "sdp-no-mem"); its own options are restored afterwards. The rounds are interleaved, and
+results are written after each image; --resume adds the missing images. Seconds are those of the whole request: text
+encoder, steps, VAE and response.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Way:
     """One way to make the image.
 
     Attributes:
-        label: what the table calls it.
-        agents: what differs from the panel's defaults; None where the panel is off.
-        merging: ratio of the host's own token merging.
+        label: its name in the table.
+        agents: the panel's settings that differ from its defaults; None if the panel is off.
+        merging: the ratio of the host's own token merging.
     """
 
     label: str
@@ -51,7 +52,7 @@ WAYS = {
     "host": Way("the host's token merging, .5", merging=0.5),
     "defaults": Way("agent attention, the panel's defaults", {}),
     "all": Way("agent attention, the panel's defaults on all steps", {"until": 1.0}),
-    "all8": Way("agent attention, 8 × 8 cells on all steps", {"until": 1.0, "agent_ratio": 0.984}),
+    "all8": Way("agent attention, 8×8 cells on all steps", {"until": 1.0, "agent_ratio": 0.984}),
 }
 
 
@@ -63,14 +64,15 @@ class WebUI:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def call(self, path: str, body: Any = None) -> Any:
+        """The response to a GET request, or to a POST request if there is a `body`."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with self._opener.open(request, timeout=3600) as answer:
-            return json.loads(answer.read() or b"null")
+        with self._opener.open(request, timeout=3600) as response:
+            return json.loads(response.read() or b"null")
 
     @contextmanager
     def options(self, **wanted: Any) -> Iterator[None]:
-        """Options for a while: override_settings would leave those behind that the host's file does not name."""
+        """Set options in a `with` block. override_settings would not restore options that the host's file lacks."""
         before = self.call("/sdapi/v1/options")
         self.call("/sdapi/v1/options", wanted)
         try:
@@ -81,7 +83,15 @@ class WebUI:
 
 @dataclass
 class Image:
-    """One image, the ways to make it, and the seconds of each way, round by round."""
+    """One image to make.
+
+    Attributes:
+        name: its name in the table.
+        body: the request for it.
+        ways: the ways to make it.
+        rounds: seconds of each way, round by round.
+        passes: the extension's report of its sampling passes, for each way.
+    """
 
     name: str
     body: dict[str, Any]
@@ -90,29 +100,29 @@ class Image:
     passes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def missing(self, rounds: int) -> Iterator[tuple[dict[str, float], str]]:
-        """The round and the way of each image still to be made, beginning at another way in each round."""
+        """(round, way) of each image that is missing; each round begins with a different way."""
         while len(self.rounds) < rounds:
             self.rounds.append({})
-        for turn, times in enumerate(self.rounds):
-            start = turn % len(self.ways)
+        for number, times in enumerate(self.rounds):
+            start = number % len(self.ways)
             yield from ((times, way) for way in self.ways[start:] + self.ways[:start] if way not in times)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Medians, and the median of each round's own ratio to "off"."""
-        found = []
+        """A row of the table for each way: median seconds, and the median of the speed-up within each round."""
+        rows = []
         for way in filter(set().union(*self.rounds).__contains__, WAYS):
-            times = [one[way] for one in self.rounds if way in one]
-            both = [(one["off"], one[way]) for one in self.rounds if {"off", way} <= set(one)]
-            speedup = median(off / t for off, t in both) if both else None
+            times = [seconds[way] for seconds in self.rounds if way in seconds]
+            pairs = [(seconds["off"], seconds[way]) for seconds in self.rounds if {"off", way} <= set(seconds)]
+            speedup = median(off / t for off, t in pairs) if pairs else None
             row = {"image": self.name, "way": WAYS[way].label, "rounds": len(times), "seconds": median(times)}
-            found.append({**row, "speedup": speedup, "passes": self.passes.get(way)})
-        return found
+            rows.append({**row, "speedup": speedup, "passes": self.passes.get(way)})
+        return rows
 
 
-def images(options: argparse.Namespace) -> list[Image]:
-    """What is made."""
+def plan_images(options: argparse.Namespace) -> list[Image]:
+    """The images that the options ask for."""
     side = options.size
-    first = {
+    body = {
         "prompt": "a cat",
         "seed": 1,
         "sampler_name": "Euler a",
@@ -130,21 +140,21 @@ def images(options: argparse.Namespace) -> list[Image]:
         "steps": options.hires_first,
         "hr_second_pass_steps": options.hires,
     }
-    found = []
+    images = []
     if options.steps:
-        found.append(Image(f"{side} × {side}, {options.steps} steps", first, options.ways))
+        images.append(Image(f"{side}×{side}, {options.steps} steps", body, options.ways))
     if options.hires:
         steps = f"{options.hires_first} step{'s' if options.hires_first > 1 else ''}"
-        name = f"{side} × {side}, {steps}, hires to {2 * side} × {2 * side}, {options.hires} steps"
-        found.append(Image(name, {**first, **hires}, options.hires_ways))
-    return found
+        name = f"{side}×{side}, {steps}, hires to {2 * side}×{2 * side}, {options.hires} steps"
+        images.append(Image(name, {**body, **hires}, options.hires_ways))
+    return images
 
 
 def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds that one image takes, and what the extension tells of its passes.
+    """Seconds of one image, and the extension's report of its sampling passes.
 
     Raises:
-        RuntimeError: agent attention was asked for and did nothing, or stood down.
+        RuntimeError: agent attention was on, and did nothing or stood down.
     """
     settings = {"enabled": way.agents is not None, **(way.agents or {})}
     with webui.options(**dict.fromkeys(MERGING, way.merging)):
@@ -152,20 +162,20 @@ def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, list[dict
         webui.call("/sdapi/v1/txt2img", {**body, "alwayson_scripts": {SCRIPT: {"args": [settings]}}})
         seconds = time.perf_counter() - start
     passes = webui.call("/agent-attention/status")["passes"] if way.agents is not None else []
-    if way.agents is not None and not any(set(one["calls"]) - {"untouched"} for one in passes):
+    if way.agents is not None and not any(set(report["calls"]) - {"untouched"} for report in passes):
         raise RuntimeError(f"agent attention did nothing: {passes}")
-    if any(one["notes"] or one["obstacles"] for one in passes):
+    if any(report["notes"] or report["obstacles"] for report in passes):
         raise RuntimeError(f"agent attention stood down: {passes}")
     return seconds, passes
 
 
-def measure(webui: WebUI, todo: list[Image], rounds: int, write: Callable[[float], None]) -> None:
-    """Make the images that are missing; `write` is given the seconds of an image of one step, and called after each."""
-    missing = [(image, *one) for image in todo for one in image.missing(rounds)]
+def measure(webui: WebUI, images: list[Image], rounds: int, write: Callable[[float], None]) -> None:
+    """Make the missing images; `write` is called after each, with the seconds of an image of one step."""
+    missing = [(image, times, way) for image in images for times, way in image.missing(rounds)]
     if not missing:
         return
-    short = {**todo[0].body, "steps": 1, "enable_hr": False}
-    one_step = min(make(webui, short, WAYS["off"])[0] for _ in range(2))  # the first warms up
+    short = {**images[0].body, "steps": 1, "enable_hr": False}
+    one_step = min(make(webui, short, WAYS["off"])[0] for _ in range(2))  # the first one warms up
     with tqdm(missing, unit="image") as bar:
         for image, times, way in bar:
             bar.set_postfix_str(f"{image.name}, {WAYS[way].label}")
@@ -173,50 +183,59 @@ def measure(webui: WebUI, todo: list[Image], rounds: int, write: Callable[[float
             write(one_step)
 
 
-class File:
-    """The results, as JSON and as a table.
+class ResultFile:
+    """The results as JSON and as a table.
+
+    Args:
+        stem: path of the files without their endings.
+        about: the checkpoint and the system; they must be the same in two runs.
+        images: the images of this run.
+        resume: add to the file if there is one.
 
     Raises:
-        ValueError: resuming what was measured with another checkpoint or another WebUI.
+        ValueError: the file to resume was measured with another checkpoint or on another system.
     """
 
-    def __init__(self, stem: Path, about: dict[str, Any], todo: list[Image], resume: bool) -> None:
+    def __init__(self, stem: Path, about: dict[str, Any], images: list[Image], resume: bool) -> None:
         self.json, self.markdown = (stem.with_name(stem.name + ending) for ending in (".json", ".md"))
-        self.about, self.todo, self.runs = about, todo, []
+        self.about, self.images, self.runs = about, images, []
         if resume and self.json.exists():
-            self._take(json.loads(self.json.read_text(encoding="utf-8")))
+            self._resume(json.loads(self.json.read_text(encoding="utf-8")))
         stem.parent.mkdir(parents=True, exist_ok=True)
 
-    def _take(self, before: dict[str, Any]) -> None:
+    def _resume(self, before: dict[str, Any]) -> None:
         for name, value in self.about.items():
             if before["about"].get(name) != value:
                 raise ValueError(f"{self.json} was measured with {name} {before['about'].get(name)}, this is {value}")
         self.runs = before["runs"]
-        known = {image["name"]: image for image in before["images"]}
-        for image in self.todo:
-            image.rounds = known.get(image.name, {}).get("rounds", [])
-            image.passes = known.get(image.name, {}).get("passes", {})
-        here = {image.name for image in self.todo}
-        self.todo += [Image(**image) for name, image in known.items() if name not in here]
+        # earlier results have spaces in their sizes
+        measured = {(name := image["name"].replace(" × ", "×")): {**image, "name": name} for image in before["images"]}
+        for image in self.images:
+            image.rounds = measured.get(image.name, {}).get("rounds", [])
+            image.passes = measured.get(image.name, {}).get("passes", {})
+        names = {image.name for image in self.images}
+        self.images += [Image(**image) for name, image in measured.items() if name not in names]
 
     def write(self, one_step: float) -> None:
+        """Write both files; `one_step`: seconds of an image of one step."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         run = {"date": now, "one_step": one_step}
-        out = {"about": self.about, "runs": [*self.runs, run], "images": [vars(image) for image in self.todo]}
+        out = {"about": self.about, "runs": [*self.runs, run], "images": [vars(image) for image in self.images]}
         self.json.write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self.markdown.write_text(self.table(one_step), encoding="utf-8")
 
     def table(self, one_step: float) -> str:
-        rows = [row for image in self.todo for row in image.rows()]
-        told = ", ".join(f"{name} {value}" for name, value in self.about.items())
-        lines = [f"{told}. An image of one step takes {one_step:.3g} s.", ""]
-        lines += ["| image | way | s | speed-up | rounds | s a step |", "|---|---|---|---|---|---|"]
+        """The results as Markdown."""
+        rows = [row for image in self.images for row in image.rows()]
+        about = ", ".join(f"{name} {value}" for name, value in self.about.items())
+        lines = [f"{about}. An image of one step takes {one_step:.3g} s.", ""]
+        lines += ["| image | way | s | speed-up | rounds | s per step |", "|---|---|---|---|---|---|"]
         return "\n".join([*lines, *map(_row, rows), ""])
 
 
 def _row(row: dict[str, Any]) -> str:
     speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2f}×"
-    paces = [one["pace"] for one in row["passes"] or []]
+    paces = [report["pace"] for report in row["passes"] or []]
     steps = "; ".join(
         ", ".join(f"{pace[kind]:.3g} {kind}" for kind in ("patched", "untouched") if pace.get(kind)) for pace in paces
     )
@@ -225,27 +244,35 @@ def _row(row: dict[str, Any]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What can be said on the command line."""
+    """The command line's parser."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.webui", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     ways = {"nargs": "+", "choices": list(WAYS), "metavar": "WAY"}
     add = parser.add_argument
-    add("--url", default="http://127.0.0.1:7860", help="where the WebUI answers (default http://127.0.0.1:7860)")
-    add("--checkpoint", help="load this checkpoint first (default: the one that is loaded)")
+    add("--url", default="http://127.0.0.1:7860", help="address of the WebUI (default http://127.0.0.1:7860)")
+    add("--checkpoint", help="checkpoint to load first (default: keep the loaded one)")
     add("--rounds", type=int, default=3, help="rounds (default 3)")
-    add("--size", type=int, default=512, help="side of the image, which the hires pass doubles (default 512)")
-    add("--steps", type=int, default=20, help="steps of the image without hires pass; 0 leaves it out (default 20)")
-    add("--hires-first", type=int, default=20, help="steps of the hires image's first pass (default 20)")
-    add("--hires", type=int, default=5, help="steps of its second pass; 0 leaves it out (default 5)")
+    add("--size", type=int, default=512, help="side of the image in pixels; the hires pass doubles it (default 512)")
+    add("--steps", type=int, default=20, help="steps of the image without a hires pass; 0 skips it (default 20)")
+    add("--hires-first", type=int, default=20, help="steps of the first pass of the hires image (default 20)")
+    add("--hires", type=int, default=5, help="steps of its second pass; 0 skips the image (default 5)")
     add("--denoising", type=float, default=0.6, help="denoising strength of the second pass (default 0.6)")
     listed = ", ".join(f"{name} ({way.label})" for name, way in WAYS.items())
-    add("--ways", **ways, default=["off", "host", "defaults", "all"], help=f"of {listed}; the default leaves out all8")
-    add("--hires-ways", **ways, default=["off", "host", "defaults"], help="the same for the hires image")
-    add("--resume", action="store_true", help="make only the images that are missing in the file")
     add(
-        "--out", type=Path, default=Path("out/bench/webui"), help="stem of the results' files (default out/bench/webui)"
+        "--ways",
+        **ways,
+        default=["off", "host", "defaults", "all"],
+        help=f"one or more of {listed} (default all but all8)",
     )
+    add(
+        "--hires-ways",
+        **ways,
+        default=["off", "host", "defaults"],
+        help="the same for the hires image (default off host defaults)",
+    )
+    add("--resume", action="store_true", help="make only the images that are missing in the file")
+    add("--out", type=Path, default=Path("out/bench/webui"), help="stem of the result files (default out/bench/webui)")
     return parser
 
 
@@ -257,14 +284,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.checkpoint:
         webui.call("/sdapi/v1/options", {"sd_model_checkpoint": options.checkpoint})
     checkpoint = webui.call("/sdapi/v1/options")["sd_model_checkpoint"]
-    todo = images(options)
+    images = plan_images(options)
     try:
         about = {"checkpoint": checkpoint, "system": platform.system()}
-        file = File(options.out, about, list(todo), options.resume)
+        file = ResultFile(options.out, about, list(images), options.resume)
     except ValueError as error:
         parser.error(f"--resume: {error}")
     with webui.options(**{OPTIMIZATION: FUSED}):
-        measure(webui, todo, options.rounds, file.write)
+        measure(webui, images, options.rounds, file.write)
     print(file.markdown.read_text(encoding="utf-8"))
     return 0
 

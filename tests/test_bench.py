@@ -1,4 +1,4 @@
-"""The benchmark: rounds are gathered over several runs, costs are counted, and methods leave no trace."""
+"""The benchmark: rounds add up over several runs, costs are counted, and methods leave no trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import bench, measure, meter, report, results
 from benchmarks.cases import PRESETS, Case
 from benchmarks.machine import Machine
 from benchmarks.methods import METHODS
-from benchmarks.models import LAYOUTS, build, call, inputs
+from benchmarks.models import LAYOUTS, build, call, make_inputs
 
 CPU = torch.device("cpu")
 MACHINE = {"device": "cpu", "processor": "a processor", "threads": 1, "torch": "2", "code": "abc"}
@@ -28,37 +28,37 @@ def unet() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def given() -> dict:
-    return inputs(LAYOUTS["mini"], (128, 128), 2, CPU, torch.float32)
+def inputs() -> dict:
+    return make_inputs(LAYOUTS["mini"], (128, 128), 2, CPU, torch.float32)
 
 
 def a_bar() -> SimpleNamespace:
     return SimpleNamespace(set_postfix_str=lambda text: None, update=lambda: None)
 
 
-def run(case: Case, entry: dict, unet: torch.nn.Module, methods: dict | None = None, **more: float) -> Machine:
-    machine = Machine(CPU, flops_per_second=1e12, **more)
+def run(case: Case, entry: dict, unet: torch.nn.Module, methods: dict | None = None, **limits: float) -> Machine:
+    machine = Machine(CPU, flops_per_second=1e12, **limits)
     measure.Run(case, entry, unet, machine, methods or METHODS, lambda: None, a_bar()).measure()
     return machine
 
 
 def an_entry(**rounds: list[float]) -> dict:
-    """A case with the seconds of each method, round by round; None where it was left out."""
+    """A case with the seconds of each method, round by round; None where a method was left out."""
     count = max(map(len, rounds.values()))
-    said = [{name: times[i] for name, times in rounds.items() if times[i] is not None} for i in range(count)]
-    told = {name: {"label": name, "flops": 1, "bytes": 10 if name == "limit" else 30} for name in rounds}
-    return {"case": "a case", "rounds": said, "results": told}
+    seconds = [{name: times[i] for name, times in rounds.items() if times[i] is not None} for i in range(count)]
+    costs = {name: {"label": name, "flops": 1, "bytes": 10 if name == "limit" else 30} for name in rounds}
+    return {"case": "a case", "rounds": seconds, "results": costs}
 
 
-def test_channels_last_weights_are_the_same_weights(unet, given):
+def test_channels_last_weights_are_the_same_weights(unet, inputs):
     last = build(LAYOUTS["mini"], CPU, torch.float32, channels_last=True)
     convolution = next(module for module in last.modules() if isinstance(module, torch.nn.Conv2d))
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        torch.testing.assert_close(call(last, given, 500.0), call(unet, given, 500.0), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(call(last, inputs, 500.0), call(unet, inputs, 500.0), rtol=1e-3, atol=1e-3)
 
 
-def test_ratios_are_medians_of_each_round_s_own():
+def test_ratios_are_medians_of_the_ratios_within_a_round():
     entry = an_entry(
         sdpa=[10.0, 20.0, 12.0], limit=[6.0, 12.0, 8.0], grid8=[7.0, 14.0, 8.0], **{"tomesd.4": [8.0, None, None]}
     )
@@ -80,13 +80,13 @@ def test_nothing_is_captured_of_a_limit_within_the_noise():
 def test_the_table_states_the_rounds():
     entry = an_entry(sdpa=[10.0, 20.0], limit=[6.0, 12.0], grid8=[7.0, None])
     results.summarise(entry)
-    told = report.markdown({"machine": MACHINE, "runs": [RUN], "cases": [entry], "layer": [], "skipped": []})
-    rows = {line.split(" | ")[0]: line for line in told.splitlines() if line.startswith("| ")}
+    text = report.markdown({"machine": MACHINE, "runs": [RUN], "cases": [entry], "layer": [], "skipped": []})
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     assert rows["| sdpa"].endswith("| 2 |")
     assert rows["| grid8"].endswith("| 1 |")
 
 
-def test_rounds_of_two_runs_are_gathered(tmp_path):
+def test_rounds_of_two_runs_add_up(tmp_path):
     words = ["--layouts", "mini", "--sizes", "64", "--methods", "sdpa", "limit", "--no-plots", "--out", str(tmp_path)]
     bench.main([*words, "--rounds", "1"])
     first = json.loads((tmp_path / "bench.json").read_text())
@@ -95,7 +95,7 @@ def test_rounds_of_two_runs_are_gathered(tmp_path):
     assert len(both["cases"]) == 1
     assert len(both["runs"]) == 2
     assert both["cases"][0]["rounds"][0] == first["cases"][0]["rounds"][0]
-    assert [len(one) for one in both["cases"][0]["rounds"]] == [2, 2, 2]
+    assert [len(times) for times in both["cases"][0]["rounds"]] == [2, 2, 2]
     assert (tmp_path / "bench.md").read_text().count("| 3 |\n") == 2
 
 
@@ -117,35 +117,35 @@ def test_a_method_that_stands_down_is_no_result(unet, monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr("agentsd.patch.agent_attention", failing)
+    monkeypatch.setattr("agentsd.methods.agents.agent_attention", failing)
     entry = {"results": {}, "rounds": []}
     machine = run(Case("mini", (64, 64), ("sdpa", "grid4"), dtype="float32", rounds=1), entry, unet)
-    assert [list(one) for one in entry["rounds"]] == [["sdpa"]]
+    assert [list(times) for times in entry["rounds"]] == [["sdpa"]]
     assert "no such kernel" in machine.skipped[0]["reason"]
 
 
 @pytest.mark.parametrize("name", ["sdpa", "limit", "grid4", "corrected4", "pool2"])
-def test_costs_are_counted_without_computing(unet, given, name, monkeypatch):
+def test_costs_are_counted_without_computing(unet, inputs, name, monkeypatch):
     case = Case("mini", (128, 128), (name,), dtype="float32")
-    one = measure.Run(case, {"results": {}, "rounds": []}, unet, Machine(CPU), METHODS, lambda: None, a_bar())
+    measuring = measure.Run(case, {"results": {}, "rounds": []}, unet, Machine(CPU), METHODS, lambda: None, a_bar())
     calls = []
-    monkeypatch.setattr(measure, "call", lambda *what: calls.append(what) or call(*what))
+    monkeypatch.setattr(measure, "call", lambda *arguments: calls.append(arguments) or call(*arguments))
     with torch.inference_mode():
-        counted = one._counted(METHODS[name])
+        counted = measuring._count(METHODS[name])
         with METHODS[name].install(unet):
-            truth = meter.count(lambda: call(unet, given, 500.0))
+            truth = meter.count(lambda: call(unet, inputs, 500.0))
     assert len(calls) == 1  # a second one would have computed it
     assert counted == truth
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_change_the_u_net_and_leave_no_trace(unet, given, name):
+def test_methods_change_the_u_net_and_leave_no_trace(unet, inputs, name):
     with torch.inference_mode():
-        before = call(unet, given, 500.0)
+        before = call(unet, inputs, 500.0)
         with METHODS[name].install(unet) as check:
-            within = call(unet, given, 500.0)
+            within = call(unet, inputs, 500.0)
             check()
-        after = call(unet, given, 500.0)
+        after = call(unet, inputs, 500.0)
     assert torch.equal(before, after)
     assert torch.allclose(before, within, atol=1e-4) == (name in ("sdpa", "idle", "naive"))
 
@@ -157,6 +157,25 @@ def test_presets_know_their_methods(name):
         assert case.layout in LAYOUTS
         limits = {METHODS[method].limit for method in case.methods} - {""}
         assert name == "never-slower" or limits & set(case.methods) or limits == set()
+
+
+def test_results_name_no_path_of_the_machine(tmp_path):
+    out = tmp_path / "results"
+    words = ["--layouts", "mini", "--sizes", "64", "--methods", "sdpa", "--rounds", "1", "--no-plots"]
+    bench.main([*words, f"--out={out}"])
+    bench.main([*words, "--out", str(out), "--resume"])
+    text = (out / "bench.json").read_text()
+    assert str(tmp_path) not in text
+    runs = json.loads(text)["runs"]
+    assert runs[0]["arguments"] == ["python", "-m", "benchmarks.bench", *words, "--out=results"]
+    assert runs[1]["arguments"] == ["python", "-m", "benchmarks.bench", *words, "--out", "results", "--resume"]
+
+
+def test_sizes_are_written_width_first():
+    options = bench.parse(bench.make_parser(), ["--sizes", "128x64", "192"])
+    cases = bench.choose_cases(options)
+    assert [case.size for case in cases] == [(64, 128), (192, 192)]
+    assert "128×64" in cases[0].name
 
 
 def test_a_size_that_is_no_multiple_of_64_is_refused(capsys):

@@ -1,4 +1,4 @@
-"""The WebUI benchmark, on an answering stand-in: rounds, resuming, and images that were not made as they should."""
+"""The WebUI benchmark on a stand-in for the WebUI: rounds, resuming, and images that failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACTED = {"calls": {"agents": 5, "untouched": 11}, "notes": {}, "obstacles": [], 
 
 
 class Stub:
-    """A WebUI that keeps what it was sent."""
+    """A WebUI that records its requests."""
 
     def __init__(self, status: dict[str, Any] = ACTED) -> None:
         self.images: list[tuple[dict, dict]] = []
@@ -44,7 +44,7 @@ def test_each_way_is_made_in_each_round(monkeypatch, tmp_path):
     run(monkeypatch, stub, *words, "--rounds", "2")
     made = stub.images[2:]  # the first two warm up
     agents = [body["alwayson_scripts"][webui.SCRIPT]["args"][0] for body, _ in made]
-    assert [bool(one["enabled"]) for one in agents] == [False, False, True, False, True, False]
+    assert [bool(settings["enabled"]) for settings in agents] == [False, False, True, False, True, False]
     assert [options["token_merging_ratio"] for _, options in made] == [0, 0.5, 0, 0.5, 0, 0]
     assert {options[webui.OPTIMIZATION] for _, options in made} == {webui.FUSED}
     assert stub.set[webui.OPTIMIZATION] == "Automatic"
@@ -56,9 +56,20 @@ def test_only_what_is_missing_is_made(monkeypatch, tmp_path):
     stub = Stub()
     run(monkeypatch, stub, *words, "all", "--rounds", "2", "--resume")
     assert len(stub.images) == 2 + 3
-    found = json.loads((tmp_path / "webui.json").read_text())["images"][0]["rounds"]
-    assert [set(one) for one in found] == [{"off", "host", "all"}, {"off", "all"}]
+    rounds = json.loads((tmp_path / "webui.json").read_text())["images"][0]["rounds"]
+    assert [set(seconds) for seconds in rounds] == [{"off", "host", "all"}, {"off", "all"}]
     assert "the host's token merging" in (tmp_path / "webui.md").read_text()
+
+
+def test_results_whose_sizes_have_spaces_are_resumed(monkeypatch, tmp_path):
+    words = ["--steps", "3", "--hires", "0", "--rounds", "1", "--out", str(tmp_path / "webui"), "--ways", "off"]
+    run(monkeypatch, Stub(), *words)
+    file = tmp_path / "webui.json"
+    file.write_text(file.read_text().replace("512×512", "512 × 512"))
+    stub = Stub()
+    run(monkeypatch, stub, *words, "host", "--resume")
+    assert len(stub.images) == 2 + 1
+    assert [image["name"] for image in json.loads(file.read_text())["images"]] == ["512×512, 3 steps"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Draw the loss curve of a run from its logs (``body.csv`` and ``full.csv``)."""
+"""Draw the loss curves of a run from its logs, `body.csv` and `full.csv`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import matplotlib.pyplot as plt
 
 
 def draw(run: Path, out: Path) -> None:
-    """One panel a phase: the loss over the steps, raw and averaged over 100 steps."""
+    """Draw one panel for each phase: the loss over the steps, raw and averaged over 100 steps."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, phase, title in zip(
-        axes, ("body", "full"), ("body, 32x32, batch 16", "full, 64x64, batch 8"), strict=True
+        axes, ("body", "full"), ("body, 32×32, batch 16", "full, 64×64, batch 8"), strict=True
     ):
         rows = [(int(row[0]), float(row[1])) for row in csv.reader((run / f"{phase}.csv").open())]
         steps, losses = zip(*rows, strict=True)
@@ -32,6 +32,6 @@ def draw(run: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("run", type=Path, help="the run folder of train.py")
+    parser.add_argument("out", type=Path, help="file for the picture")
     draw(**vars(parser.parse_args()))

@@ -1,14 +1,14 @@
-"""The training set: 100 Noto emoji of 64x64 pixels and their prompts.
+"""The training set: 100 Noto emoji of 64×64 pixels and their prompts.
 
-The pictures are those of the npm package ``emoji-datasource-google`` (``img/google/64``), drawn by the Noto Emoji
-project and licensed under the Apache License 2.0.  Fetch and unpack it, then build the sheet::
+The pictures come from the npm package `emoji-datasource-google` (`img/google/64`). The Noto Emoji project drew them and
+licensed them under the Apache License 2.0. Fetch and unpack the package, then build the sheet:
 
     npm pack emoji-datasource-google@15.1.2
     tar xzf emoji-datasource-google-15.1.2.tgz
     python training/data.py package agentsd/embedded/weights
 
-This writes ``pictures.png`` (all pictures as one RGBA sheet, ten in a row, in the order of the prompts) and
-``prompts.json`` (the prompts).  Both ship with the model: they are all that training needs.
+This writes `pictures.png` (all pictures on one RGBA sheet, ten in a row, in the order of the prompts) and
+`prompts.json` (the prompts). Both ship with the model: training needs nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 SIZE = 64
 COLUMNS = 10
 
-# Prompt, then the package's short name where it differs (spaces for underscores).
+# Each prompt, followed by the package's short name unless that is the prompt with underscores for spaces.
 PICTURES = """
 red apple=apple; banana; grapes; watermelon; strawberry; cherries; pineapple; lemon; orange=tangerine; avocado;
 eggplant; carrot; corn; chili pepper=hot_pepper; broccoli; hamburger; pizza; taco; hot dog=hotdog; french fries=fries;
@@ -40,22 +40,22 @@ alien; robot=robot_face; heart; sunglasses face=sunglasses
 """
 
 
-def table() -> dict[str, str]:
-    """Prompt -> short name of the picture in the package."""
+def short_names() -> dict[str, str]:
+    """The picture's short name in the package, by prompt."""
     entries = [entry.strip() for entry in PICTURES.replace("\n", " ").split(";")]
     pairs = [entry.split("=") if "=" in entry else (entry, entry.replace(" ", "_")) for entry in entries]
     return dict(pairs)
 
 
 def build(package: Path, out: Path) -> None:
-    """Write the sheet and the prompts from the unpacked npm package."""
+    """Make the sheet and the prompts from the unpacked npm package."""
     files = {name: e["image"] for e in json.loads((package / "emoji.json").read_text()) for name in e["short_names"]}
-    prompts = table()
+    prompts = short_names()
     sheet = Image.new("RGBA", (COLUMNS * SIZE, -(-len(prompts) // COLUMNS) * SIZE))
     for k, short_name in enumerate(prompts.values()):
         picture = Image.open(package / "img/google/64" / files[short_name]).convert("RGBA")
         if picture.size != (SIZE, SIZE):
-            raise ValueError(f"{short_name}: {picture.size}, expected {SIZE}x{SIZE}")
+            raise ValueError(f"{short_name}: {picture.size}, expected ({SIZE}, {SIZE})")
         sheet.paste(picture, (k % COLUMNS * SIZE, k // COLUMNS * SIZE))
     out.mkdir(parents=True, exist_ok=True)
     sheet.save(out / "pictures.png", optimize=True)

@@ -1,10 +1,11 @@
 """Train the embedded model on a CPU; see training/README.md.
 
-Two phases, each resumable from the run folder:
+There are two phases, each of which resumes from the run folder:
 
-``body``  levels 1-3 of the U-Net at 32x32.  Noise and timesteps are those that 2x2 average pooling makes of the 64x64
-          problem, so the body learns its part of that problem, four times cheaper.
-``full``  the whole U-Net at 64x64, starting from the body.
+`body`: levels 1 to 3 of the U-Net at 32×32. Pictures and noise are those of the 64×64 problem, averaged over 2×2
+pixels, so the body learns its part of that problem at a quarter of the cost.
+
+`full`: the whole U-Net at 64×64, starting from the body.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LEVEL_0 = ("conv_in", "down_blocks.0", "up_blocks.2.upsamplers", "up_blocks.3", 
 
 
 class Model(nn.Module):
-    """U-Net and text encoder; for the first phase also a stem and a head for the body at 32x32."""
+    """U-Net and text encoder; in the first phase also a stem and a head for the body at 32×32."""
 
     def __init__(self, config: dict[str, Any], vocabulary: list[str], body: bool):
         super().__init__()
@@ -52,40 +53,44 @@ class Model(nn.Module):
         return self._inner(x, t, context) if self.body else self.unet(x, t, context).sample
 
     def trained(self) -> list[nn.Parameter]:
-        """List the parameters that the phase trains."""
+        """The parameters that the phase trains."""
         outer = tuple(f"unet.{name}" for name in LEVEL_0) if self.body else ()
         return [p for name, p in self.named_parameters() if not name.startswith(outer)]
 
     def _inner(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Levels 1-3 of the U-Net, with the stem for level 0's way down and the head for its way up."""
+        """Levels 1 to 3 of the U-Net, with the stem and the head in place of level 0's ways down and up."""
         u = self.unet
         emb = u.time_embedding(u.get_time_embed(sample=x, timestep=t)) + u.add_embedding(context)
         h = self.stem(x)
         skips = [h]
         for block in u.down_blocks[1:]:
-            h, more = block(hidden_states=h, temb=emb, encoder_hidden_states=context)
-            skips.extend(more)
+            h, states = block(hidden_states=h, temb=emb, encoder_hidden_states=context)
+            skips.extend(states)
         h = u.mid_block(h, emb, encoder_hidden_states=context)
         for block in u.up_blocks[:-1]:
-            taken, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            popped, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
             upsamplers = block.upsamplers
             if block is u.up_blocks[-2]:
-                block.upsamplers = None  # the body ends at 32x32
-            h = block(hidden_states=h, temb=emb, res_hidden_states_tuple=tuple(taken), encoder_hidden_states=context)
+                block.upsamplers = None  # the body ends at 32×32
+            h = block(hidden_states=h, temb=emb, res_hidden_states_tuple=tuple(popped), encoder_hidden_states=context)
             block.upsamplers = upsamplers
         return self.head(h)
 
 
 class Level0Attention:
-    """Self-attention of level 0 over a random subset of the keys, drawn anew every step.
+    """Self-attention of level 0 over a random subset of the keys, drawn anew at every step.
 
-    An estimate of the whole at a fraction of its time; the last part of the training attends to all keys.
+    It estimates full attention in a fraction of the time. The last part of the training attends to all keys.
+
+    Attributes:
+        index: the keys of this step, the same for all layers; None for all keys.
     """
 
-    index: Tensor | None = None  # of the step, the same for all layers; None: all keys
+    index: Tensor | None = None
 
     @classmethod
     def draw(cls, keys: int) -> None:
+        """Draw the keys of the next step."""
         cls.index = torch.randperm(TOKENS)[:keys].sort().values if keys < TOKENS else None
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -100,7 +105,7 @@ class Level0Attention:
 
 
 class Ema:
-    """Exponential moving average of the weights, with a warm-up of its decay."""
+    """Exponential moving average of the weights; its decay warms up."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.step = decay, 0
@@ -115,20 +120,21 @@ class Ema:
 
 
 class Batches:
-    """Shuffled epochs of picture indices, and stratified timesteps; the same in every worker."""
+    """Picture indices in shuffled epochs, and stratified timesteps; the same in every worker."""
 
     def __init__(self, count: int, size: int):
         self.count, self.size, self.queue = count, size, torch.zeros(0, dtype=torch.long)
         self.order = torch.Generator().manual_seed(0)
 
     def pictures(self) -> Tensor:
+        """Indices of the next batch's pictures."""
         while len(self.queue) < self.size:
             self.queue = torch.cat([self.queue, torch.randperm(self.count, generator=self.order)])
         head, self.queue = self.queue[: self.size], self.queue[self.size :]
         return head
 
     def timesteps(self, noisy: float, start: int = 650, end: int = 1000) -> Tensor:
-        """Draw timesteps, the share ``noisy`` of them in [start, end), where the layout is decided."""
+        """Draw timesteps, a share `noisy` of them in [start, end), where the layout of the picture is decided."""
         strata = torch.randperm(self.size, generator=self.order) + torch.rand(self.size, generator=self.order)
         u = strata / self.size
         clean = u / (1 - noisy) * start
@@ -137,7 +143,7 @@ class Batches:
 
 
 def drop_words(ids: Tensor) -> Tensor:
-    """No prompt in one case of ten (for guidance), and one word missing in one of ten prompts of several words."""
+    """Drop one prompt in ten (for guidance), and one word of one in ten prompts of several words."""
     ids = ids.clone()
     for row in ids:
         n = int((row > 0).sum())
@@ -150,7 +156,7 @@ def drop_words(ids: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, progress: float, peak: float, final: float, warmup: int = 60) -> float:
-    """Linear warm-up over steps, then a cosine over the progress in [0, 1] from the peak to the final rate."""
+    """A cosine over the progress in [0, 1] from the peak to the final rate, with a linear warm-up over steps."""
     return min(1.0, (step + 1) / warmup) * (final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -162,17 +168,17 @@ def average(parameters: list[nn.Parameter], workers: int) -> None:
         p.grad.copy_(part.view_as(p))
 
 
-def grow(model: Model, before: dict[str, Tensor]) -> None:
-    """Start the whole U-Net from the body: level 0's way down is fitted to the stem, its residual branches are zero."""
-    model.load_state_dict({k: v for k, v in before.items() if not k.startswith(("stem.", "head."))})
+def grow(model: Model, body: dict[str, Tensor]) -> None:
+    """Initialise the whole U-Net from the body: fit level 0's way down to the stem, and zero its residual branches."""
+    model.load_state_dict({k: v for k, v in body.items() if not k.startswith(("stem.", "head."))})
     u = model.unet
-    way = [u.conv_in, u.down_blocks[0].downsamplers[0].conv]
-    optimizer = torch.optim.Adam([p for m in way for p in m.parameters()], 3e-3)
+    way_down = [u.conv_in, u.down_blocks[0].downsamplers[0].conv]
+    optimizer = torch.optim.Adam([p for m in way_down for p in m.parameters()], 3e-3)
     for _ in range(400):
         coarse = F.interpolate(torch.randn(8, 4, 8, 8), scale_factor=4, mode="bilinear")
         x = torch.randn(8, 4, 32, 32) * torch.rand(8, 1, 1, 1) + coarse
-        target = F.conv2d(F.avg_pool2d(x, 2), before["stem.weight"], before["stem.bias"], padding=1)
-        loss = F.mse_loss(way[1](way[0](x)), target)
+        target = F.conv2d(F.avg_pool2d(x, 2), body["stem.weight"], body["stem.bias"], padding=1)
+        loss = F.mse_loss(way_down[1](way_down[0](x)), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -184,7 +190,7 @@ def grow(model: Model, before: dict[str, Tensor]) -> None:
 
 
 class Training:
-    """One worker's state: model, optimizer, average, data; saved by the first worker."""
+    """The state of one worker: model, optimizer, average and data. The first worker saves it."""
 
     def __init__(self, rank: int, args: argparse.Namespace):
         self.rank, self.args = rank, args
@@ -198,7 +204,7 @@ class Training:
         torch.manual_seed(0)  # the same weights in every worker
         self.model = Model(config, vocabulary_of(prompts), self.body).to(memory_format=torch.channels_last)
         self.ids = self.model.text.tokenize(prompts)
-        self._use_some_keys()
+        self._sample_keys()
         self.step, self.clock = 0, 0.0
         state = torch.load(self.file, weights_only=False) if self.file.exists() else None
         if state is None and not self.body:
@@ -211,11 +217,11 @@ class Training:
         torch.manual_seed(self.step * args.workers + rank)
 
     def loss(self, progress: float) -> Tensor:
-        """Draw this worker's part of a batch and return its loss."""
+        """Draw this worker's part of a batch, and return its loss."""
         mine = slice(self.rank * self.size, (self.rank + 1) * self.size)
         k, t = self.batches.pictures()[mine], self.batches.timesteps(self.args.noisy)[mine]
         x = self.x0[k]
-        eps = torch.randn_like(x) * (0.5 if self.body else 1.0)  # 2x2 pooling halves the noise
+        eps = torch.randn_like(x) * (0.5 if self.body else 1.0)  # pooling over 2×2 pixels halves the noise
         noisy = (self.root_a[t] * x + self.root_1a[t] * eps).to(memory_format=torch.channels_last)
         v = self.root_a[t] * eps - self.root_1a[t] * x
         Level0Attention.draw(self.args.keys if progress < self.args.all_keys_from else TOKENS)
@@ -224,7 +230,7 @@ class Training:
         return F.mse_loss(predicted.float(), v)
 
     def update(self, rate: float) -> float:
-        """Take a step with the gradients of all workers and return their norm."""
+        """Take a step with the average gradients of all workers, and return their norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         average(self.trained, self.args.workers)
@@ -237,7 +243,7 @@ class Training:
         return norm.item()
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.shadow,
@@ -259,7 +265,7 @@ class Training:
         self.batches.order.set_state(state["order"])
 
     def _latents(self, pictures: Tensor) -> Tensor:
-        """Normalise every channel, and keep how."""
+        """Normalise every channel, and save the mean and the deviation."""
         mean, std = pictures.mean((0, 2, 3), keepdim=True), pictures.std((0, 2, 3), keepdim=True)
         if self.rank == 0:
             norm = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
@@ -273,30 +279,30 @@ class Training:
 
         return DDIMScheduler(**config).alphas_cumprod
 
-    def _use_some_keys(self) -> None:
+    def _sample_keys(self) -> None:
         for block in (self.model.unet.down_blocks[0], self.model.unet.up_blocks[-1]):
             for attention in block.attentions:
                 attention.transformer_blocks[0].attn1.set_processor(Level0Attention())
 
 
 def minutes_of(args: argparse.Namespace) -> float:
-    """The wall time of the phase; the file ``<phase>.minutes`` of the run folder changes it while the training runs."""
+    """Wall time of the phase; the file `<phase>.minutes` in the run folder can change it during the training."""
     file = args.run / f"{args.phase}.minutes"
     return float(file.read_text()) if file.exists() else args.minutes
 
 
 def train(rank: int, args: argparse.Namespace, meeting: Path) -> None:
-    """Work; no barrier but the one on the gradients, so that a busy machine slows it down in proportion only."""
+    """Run one worker. The workers wait for one another at the gradients only, which costs least on a busy machine."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", timedelta(days=1), args.workers, rank)
     training = Training(rank, args)
-    began, before, saved = time.monotonic(), training.clock, time.monotonic()
+    start, before, saved = time.monotonic(), training.clock, time.monotonic()
     progress, total, cpu = 0.0, 0.0, time.process_time()
     while progress < 1:
-        training.clock = before + time.monotonic() - began
-        told = torch.tensor([training.clock / (60 * minutes_of(args))])
-        dist.broadcast(told, 0)  # the workers' clocks differ, so the first one's holds
-        progress = min(1.0, told.item())
+        training.clock = before + time.monotonic() - start
+        share = torch.tensor([training.clock / (60 * minutes_of(args))])
+        dist.broadcast(share, 0)  # clocks differ: the first worker's decides
+        progress = min(1.0, share.item())
         loss = training.loss(progress)
         loss.backward()
         total += loss.item()
@@ -317,17 +323,27 @@ def train(rank: int, args: argparse.Namespace, meeting: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("phase", choices=["body", "full"])
+    parser.add_argument("phase", choices=["body", "full"], help="the phase to train")
     parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and logs")
-    parser.add_argument("--minutes", type=float, required=True, help="wall time; the learning rate follows it")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--lr-end", type=float, default=4e-5)
-    parser.add_argument("--ema", type=float, default=0.995)
-    parser.add_argument("--keys", type=int, default=512, help=f"keys per self-attention at level 0 ({TOKENS}: all)")
-    parser.add_argument("--all-keys-from", type=float, default=0.6, help="when all keys come in (share of time)")
-    parser.add_argument("--noisy", type=float, default=0.35, help="share of the timesteps from 650 on (0.35: uniform)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each, sharing the batch")
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="wall time of the phase; the learning rate follows it"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="pictures per step (16)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
+    parser.add_argument("--lr-end", type=float, default=4e-5, help="final learning rate (4e-5)")
+    parser.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights (.995)")
+    parser.add_argument(
+        "--keys", type=int, default=512, help=f"keys in self-attention at level 0; {TOKENS} is all (512)"
+    )
+    parser.add_argument(
+        "--all-keys-from", type=float, default=0.6, help="share of the time from which all keys are used (.6)"
+    )
+    parser.add_argument(
+        "--noisy", type=float, default=0.35, help="share of timesteps from 650 on; .35 is uniform (.35)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread each, which share the batch (2)"
+    )
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
     meeting = (args.run / "meeting").absolute()
