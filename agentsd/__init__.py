@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "1.1.0"
 
-# Where each public name is at home
+# Module that defines each public name
 _HOMES = {
     "calibration": ("Calibration", "Timing", "calibrate"),
     "config": ("TOKEN_MERGING", "AgentConfig", "Rule", "SettingError", "Stage", "early", "paper_stages"),

@@ -20,24 +20,24 @@ from .plan import limit
 
 SIZES = (256, 384, 512, 640, 768, 1024)
 MIN_SIDE, MAX_SIDE = 64, 8192
-# Agents of 4 × 4 tokens: the panel's.
+# The panel's default: grid agents over 4×4 tokens.
 GRID = AgentConfig(ratio=0.0, agent_source="grid")
-# A layer counts as faster from here on: less than that is noise.
+# Time ratio up to which a layer counts as faster: a smaller gain is noise.
 _WORTH = 0.98
-# With so much gained no larger size needs a look: what is gained grows with the number of tokens.
+# Time ratio below which no larger size needs timing: the gain grows with the number of tokens.
 _CLEAR = 0.5
 _ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One self-attention layer, timed both ways.
+    """Timings of one self-attention layer, with and without the patch.
 
     Attributes:
-        tokens: N, its number of tokens.
+        tokens: N, the number of tokens of the layer.
         channels: C, the width of a token.
-        unpatched: seconds of one call as the host makes it.
-        patched: seconds of one call with the patch.
+        unpatched: seconds per call of the host's own attention.
+        patched: seconds per call with the patch.
     """
 
     tokens: int
@@ -48,12 +48,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """Result of `calibrate`.
 
     Attributes:
-        min_tokens: the proposal for the setting of that name: from so many tokens on, each layer that was timed was
-            faster with the patch. One more than the largest layer where none was.
-        timings: what it rests on, by number of tokens.
+        min_tokens: proposed value of the setting of that name: the smallest number of tokens at or above which every
+            timed layer was faster with the patch. One more than the largest layer's tokens if none was.
+        timings: the underlying measurements, sorted by number of tokens.
     """
 
     min_tokens: int
@@ -72,16 +72,16 @@ def calibrate(
 ) -> Calibration:
     """Time a model's own self-attention layers with and without the patch, and propose `min_tokens`.
 
-    Only single layers run, on random tokens, for a few seconds in all. The model is the same afterwards, patched or
-    not. Note that `min_tokens` changes the image: layers below it are left alone.
+    Run single layers only, on random tokens, for a few seconds in total. The model is left as it was, patched or not.
+    Note that `min_tokens` changes the image: layers below it are left alone.
 
     Args:
         model: as for `apply_patch`.
         sizes: image sizes in pixels: the side of a square or (height, width), from 64 to 8192.
-        config: the settings to time; their own `min_tokens`, stages and rules are put aside.
-        batch: rows of the batch, at least 1; 2 for cond and uncond.
-        seconds: how long it may take, above 0. Sizes that would take longer are left out.
-        dtype: dtype of the tokens; None takes the weights'.
+        config: the settings to time; their `min_tokens`, stages and rules are ignored.
+        batch: batch size, at least 1; 2 for cond and uncond.
+        seconds: time budget in seconds, above 0. Sizes that would exceed it are skipped.
+        dtype: dtype of the tokens; None means that of the weights.
 
     Raises:
         SettingError: an argument is outside its range.
@@ -91,15 +91,15 @@ def calibrate(
         raise SettingError(f"batch must be a whole number from 1, got {batch!r}")
     if not seconds > 0:
         raise SettingError(f"seconds must be above 0, got {seconds!r}")
-    found = sorted({_checked_size(size) for size in sizes}, key=lambda size: size[0] * size[1])
-    if not found:
+    pixel_sizes = sorted({_checked_size(size) for size in sizes}, key=lambda size: size[0] * size[1])
+    if not pixel_sizes:
         raise SettingError("sizes must name at least one size in pixels, got none")
     timings: list[Timing] = []
     layers = _distinct(find_sites(find_unet(model)), config)
     if not layers:
         raise UnsupportedModelError("none of the model's self-attentions can be patched")
     for layer in layers:
-        timings += _time_layer(layer, found, _always(config), batch, seconds / len(layers), dtype)
+        timings += _time_layer(layer, pixel_sizes, _always(config), batch, seconds / len(layers), dtype)
     return Calibration(_threshold(timings), tuple(sorted(timings, key=lambda t: (t.tokens, t.channels))))
 
 
@@ -114,12 +114,12 @@ def _checked_size(size: Any) -> tuple[int, int]:
 
 
 def _always(config: AgentConfig) -> AgentConfig:
-    """These settings at any number of tokens, and at the level that a layer alone counts as."""
+    """Make the settings apply at any number of tokens, and at level 1, which is where a single layer sits."""
     return replace(config, min_tokens=0, stages=(), rules=(), max_downsample=1)
 
 
 def _distinct(sites: list[Site], config: AgentConfig) -> list[Site]:
-    """One site of each kind (how far down, how wide), down to a level or to the first that has any, as SDXL's."""
+    """Pick one site per (downsample, channels), down to the config's limit, or to the first level with any."""
     usable = [site for site in sites if site.downsample is not None and not site.obstacle]
     first = min((site.downsample for site in usable), default=1)
     deepest = max(limit(config, first), first)
@@ -130,7 +130,7 @@ def _distinct(sites: list[Site], config: AgentConfig) -> list[Site]:
 def _time_layer(
     site: Site, sizes: list[tuple[int, int]], config: AgentConfig, batch: int, seconds: float, dtype: torch.dtype | None
 ) -> list[Timing]:
-    """Time one layer at growing sizes, until the gain is clear or the time is up."""
+    """Time one layer at increasing sizes, until the gain is clear or the time is up."""
     weight = weight_of(site.block.attn1)
     unit = 8 * (site.downsample or 1)
     end, timings = time.perf_counter() + seconds, []
@@ -147,22 +147,22 @@ def _time_layer(
 
 
 def _forecast(last: Timing, tokens: int) -> float:
-    """Seconds that two rounds at so many tokens may take."""
+    """Estimate the seconds that two rounds at `tokens` tokens will take."""
     return 2 * (last.unpatched + last.patched) * (tokens / last.tokens) ** 2
 
 
 def _time_both(site: Site, image: Tensor, config: AgentConfig, end: float) -> tuple[float, float]:
-    """Seconds of a call without and with the patch: medians of interleaved rounds, at least one."""
-    alone = SingleAttention(site)
+    """Measure the seconds per call without and with the patch: medians over at least one interleaved round."""
+    layer = SingleAttention(site)
     unpatched, patched = [], []
-    for turn in range(1 + _ROUNDS):
-        unpatched.append(_seconds(lambda: alone(image, 500.0), image.device))
-        patch = patch_unet(alone, config)
+    for round_ in range(1 + _ROUNDS):
+        unpatched.append(_seconds(lambda: layer(image, 500.0), image.device))
+        patch = patch_unet(layer, config)
         try:
-            patched.append(_seconds(lambda: alone(image, 500.0), image.device))
+            patched.append(_seconds(lambda: layer(image, 500.0), image.device))
         finally:
             patch.remove()
-        if turn and time.perf_counter() > end:
+        if round_ and time.perf_counter() > end:
             break
     return median(unpatched[1:]), median(patched[1:])  # the first is a warm-up
 
@@ -177,7 +177,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _threshold(timings: list[Timing]) -> int:
-    """The fewest tokens from which on no layer was slower."""
+    """Return the smallest number of tokens at or above which no layer was slower."""
     best = max((t.tokens for t in timings), default=0) + 1
     for tokens in sorted({t.tokens for t in timings}, reverse=True):
         if any(t.tokens == tokens and t.patched > _WORTH * t.unpatched for t in timings):

@@ -1,6 +1,6 @@
-"""Settings of the patch: one frozen, validated dataclass, and the rules by which they differ by layer and stage.
+"""Settings of the patch: one frozen, validated dataclass, and the rules that vary them by layer and stage.
 
-Imports neither torch nor a host, so that a panel, a command line or a cost model can use it alone.
+Imports neither torch nor a host, so that a panel, a command line or a cost model can use it on its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AGENT_SOURCES = ("similarity", "grid")
 PRECISIONS = (None, "fp32")
 DOWNSAMPLES = (1, 2, 4, 8)
 MAX_TIMESTEP = 1000
-# What a pattern of block names is made of. The text form of rules divides by all other signs.
+# Characters of a pattern of block names. Rules as text use others as separators.
 _PATTERN = re.compile(r"[\w.*?\[\]!-]+")
 
 
@@ -63,7 +63,7 @@ def _checked_number(name: str, value: Any, meta: Mapping[str, Any]) -> float | i
         allowed += ", or None"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _reject(name, value, allowed)
-    if not meta["low"] <= value <= meta["high"]:  # which NaN is not
+    if not meta["low"] <= value <= meta["high"]:  # also rejects NaN
         raise _reject(name, value, allowed)
     if whole and value != int(value):
         raise _reject(name, value, allowed)
@@ -93,7 +93,7 @@ def _checked_fraction(name: str, value: Any) -> float:
 
 
 def _checked_overrides(settings: Any) -> dict[str, Any] | None:
-    """A copy, so that settings that were checked once never change; the config checks their names and values."""
+    """Copy the overrides, so that they cannot change once checked; the config checks their names and values."""
     if settings is None:
         return None
     if not isinstance(settings, Mapping):
@@ -107,12 +107,12 @@ def _hashable(settings: Mapping[str, Any] | None) -> Any:
 
 @dataclass(frozen=True)
 class Block:
-    """Where a transformer block is in its U-Net.
+    """Position of a transformer block in its U-Net.
 
     Attributes:
-        name: its name.
-        downsample: how far down the U-Net it is: 1, 2, 4 or 8; None where that is unknown.
-        first: how far down the U-Net's largest self-attention layers are, which is what "auto" stands for.
+        name: the block's name.
+        downsample: its level in the U-Net: 1, 2, 4 or 8; None if unknown.
+        first: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
     """
 
     name: str = ""
@@ -125,15 +125,16 @@ _ANYWHERE = Block()
 
 @dataclass(frozen=True)
 class Rule:
-    """What differs in some blocks and some part of the diffusion.
+    """Settings that differ in some blocks or during a part of the diffusion.
 
     Args:
-        settings: the settings that differ there, by name; None leaves full attention.
-        downsample: the rule holds in blocks this far down the U-Net: 1, 2, 4 or 8, or several of them. Empty: any.
-        blocks: the rule holds in blocks whose whole name fits this pattern, or one of several. `*` stands for any
-            characters, `?` for one, `[...]` for one of some. Empty: any.
-        since: fraction of the diffusion done at which the rule begins to hold, from 0 to below `until`.
-        until: fraction done at which it ends, above 0 and at most 1; progress = 1 − t / 1000.
+        settings: settings to override, by name; None means full attention.
+        downsample: apply the rule only to blocks at this level of the U-Net: 1, 2, 4 or 8, or several of them. Empty:
+            any level.
+        blocks: apply the rule only to blocks whose full name matches this pattern, or one of several. `*` matches any
+            characters, `?` any one character, `[...]` one of those listed. Empty: any block.
+        since: progress at which the rule starts to apply, from 0 to below `until`.
+        until: progress at which it stops, above 0 and at most 1; progress = 1 − t / 1000.
 
     Raises:
         SettingError: a value is outside its range; the message names it, the value and the range.
@@ -164,17 +165,17 @@ class Rule:
 
     @property
     def timed(self) -> bool:
-        """Whether it holds in a part of the diffusion only."""
+        """Whether it applies during only a part of the diffusion."""
         return self.since > 0.0 or self.until < 1.0
 
     def holds(self, progress: float | None) -> bool:
-        """Whether it holds when the fraction `progress` of the diffusion is done."""
-        if progress is None:
-            return not self.timed
-        return self.since <= progress and (progress < self.until or self.until == 1.0)
+        """Whether it applies at `progress`, the fraction of the diffusion that is done."""
+        if not self.timed:
+            return True
+        return progress is not None and self.since <= progress and (progress < self.until or self.until == 1.0)
 
     def names(self, block: Block) -> bool:
-        """Whether it holds in this block."""
+        """Whether it applies to this block."""
         return (not self.downsample or block.downsample in self.downsample) and (
             not self.blocks or any(fnmatchcase(block.name, pattern) for pattern in self.blocks)
         )
@@ -194,11 +195,11 @@ def _checked_pattern(pattern: Any) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the diffusion, and what differs there: a rule that names no blocks and begins where the last ended.
+    """One part of the diffusion and its settings: a rule for all blocks that starts where the previous stage ended.
 
     Args:
-        until: fraction of the diffusion done at which the stage ends, in (0, 1]; progress = 1 − t / 1000.
-        settings: the settings that differ from the config's own; None leaves the model untouched.
+        until: progress at which the stage ends, in (0, 1]; progress = 1 − t / 1000.
+        settings: settings to override, by name; None leaves the model untouched.
     """
 
     until: float
@@ -216,7 +217,7 @@ class Stage:
 
 
 def _as_rules(stages: tuple[Stage, ...]) -> tuple[Rule, ...]:
-    """Stages as rules; the model is untouched where the last one has ended."""
+    """Convert stages to rules; after the last one the model is untouched."""
     ends = [0.0, *(stage.until for stage in stages)]
     rules = [Rule(stage.settings, since=since, until=stage.until) for since, stage in zip(ends, stages, strict=False)]
     return (*rules, Rule(None, since=ends[-1])) if stages and ends[-1] < 1.0 else tuple(rules)
@@ -228,35 +229,35 @@ class AgentConfig:
 
     Attributes:
         ratio: share of the tokens merged away before self-attention, 0–0.99; capped at 1 − 1/(sx·sy).
-        max_downsample: patch layers at most this far down the U-Net: 1, 2, 4 or 8; "auto" for the largest
-            self-attention layers that the U-Net has (1 in SD 1 and SD 2, 2 in SDXL).
+        max_downsample: patch layers down to this level of the U-Net: 1, 2, 4 or 8; "auto" for the level of the U-Net's
+            largest self-attention layers (1 in SD 1 and SD 2, 2 in SDXL).
         sx: width of a cell of the partition in tokens, 1–16.
         sy: height of a cell of the partition in tokens, 1–16.
         agent_ratio: share of the tokens merged away to make the agent tokens, 0–0.99; 0 means no agents.
         k_scale2: exponent of the broadcast's scale, (d^-½)^k_scale2, 0–2. Smaller is sharper.
-        k_shortcut: weight of V added to the output, 0–1. With method "pool": weight of what pooling V lost.
-        attn_precision: None, or "fp32" to compute attention in float32 whatever the weights are. Attention that is only
-            merged stays the host's, and so does its precision.
-        use_rand: draw the partition's destination tokens at random instead of each cell's first one.
-        merge_attn: act on self-attention at all.
-        merge_crossattn: merge the tokens of cross-attention by `ratio` too.
-        merge_mlp: merge the tokens of the feed-forward layer by `ratio` too.
+        k_shortcut: weight of V added to the output, 0–1. With method "pool": weight of the detail that pooling V lost.
+        attn_precision: None, or "fp32" to compute attention in float32 whatever the dtype of the weights. With merging
+            alone the host computes attention, and its precision applies.
+        use_rand: draw the partition's destination tokens at random instead of taking the first of each cell.
+        merge_attn: patch self-attention at all.
+        merge_crossattn: also merge the tokens of cross-attention by `ratio`.
+        merge_mlp: also merge the tokens of the feed-forward layer by `ratio`.
         agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
         method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), "corrected"
-            (attention to one key of each square cell, as many as grid agents; their values are fitted to full
-            attention at the cells' queries; the cells are smaller in layers where there would be fewer than 32),
-            "merge" (token merging by `ratio`, no agents), or another that is registered.
-        min_tokens: leave layers with fewer tokens than this alone, 0–2²⁴.
+            (attention to one key of each square cell, as many as grid agents, with values fitted to full attention at
+            the cells' queries; cells shrink in layers that would otherwise have fewer than 32), "merge" (token merging
+            by `ratio`, no agents), or any other registered method.
+        min_tokens: leave alone layers with fewer tokens than this, 0–2²⁴.
         max_agents: upper limit on the number of agent tokens, 1–2²⁴; None for no limit. Similarity agents are never
             fewer than the partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
         seed: seed of the partition, 0–2⁶³−1.
-        share_match: match tokens once for all blocks of one size in a call of the U-Net, in the first of them.
-        reuse_match: fraction of the diffusion for which a block's clusters are used again before its tokens are
-            matched anew, 0–1; 0 matches in every call. Assumes that a falling timestep means the same image.
-        stages: parts of the diffusion with settings of their own; empty means one set of settings throughout. Where
-            a stage leaves the model untouched, no rule changes that.
-        rules: what differs by block and by part of the diffusion. They apply in their order, after the stages: what
-            a later one says counts.
+        share_match: match tokens once per U-Net call for all blocks of the same size, in the first of them.
+        reuse_match: fraction of the diffusion for which a block's clusters are reused before its tokens are matched
+            again, 0–1; 0 matches in every call. Assumes that a falling timestep means the same image.
+        stages: settings that vary over the diffusion; empty means the same settings throughout. Where a stage leaves
+            the model untouched, no rule changes that.
+        rules: settings that vary by block and over the diffusion. Rules apply in order, after the stages; later ones
+            win.
 
     Raises:
         SettingError: a value is outside its range; the message names the setting, the value and the range.
@@ -291,11 +292,11 @@ class AgentConfig:
                 object.__setattr__(self, f.name, check(f.name, getattr(self, f.name), f.metadata))
         object.__setattr__(self, "stages", _checked_stages(self.stages))
         object.__setattr__(self, "rules", _checked_rules(self.rules))
-        for part in (*self.stages, *self.rules):  # a bad override must be found now, not at its timestep
+        for part in (*self.stages, *self.rules):  # reject a bad override now, not at its timestep
             self.within(part)
 
     def within(self, part: Stage | Rule) -> AgentConfig | None:
-        """The settings that hold in a stage, or by a rule alone; None where it leaves full attention."""
+        """Return the settings of one stage or rule by itself; None where it means full attention."""
         if part.settings is None:
             return None
         check_names(part.settings, STAGE_SETTINGS)
@@ -303,13 +304,13 @@ class AgentConfig:
 
     @property
     def timed(self) -> bool:
-        """Whether settings differ over the diffusion, so that the timestep has to be known."""
+        """Whether settings vary over the diffusion, so that the timestep has to be known."""
         return bool(self.stages) or any(rule.timed for rule in self.rules)
 
     def at(self, progress: float | None, block: Block = _ANYWHERE) -> AgentConfig | None:
-        """The settings in `block` when the fraction `progress` of the diffusion is done; None: full attention.
+        """Return the settings in `block` at `progress`, the fraction of the diffusion done; None for full attention.
 
-        Where they differ over the diffusion, a progress that is unknown (None) or outside 0–1 leaves full attention.
+        Where settings vary over the diffusion, a progress that is unknown (None) or outside 0–1 means full attention.
         """
         if not self.stages and not self.rules:
             return self
@@ -318,30 +319,31 @@ class AgentConfig:
         return _resolve(self, progress, block)
 
     def parts(self) -> tuple[tuple[float, float], ...]:
-        """(since, until) of the parts of the diffusion within which nothing changes, in their order."""
+        """List the intervals (since, until) of the diffusion within which no setting changes, in order."""
         rules = (*_as_rules(self.stages), *self.rules)
         edges = sorted({0.0, 1.0, *(edge for rule in rules for edge in (rule.since, rule.until))})
         return tuple(pairwise(edges))
 
     def ever(self, name: str) -> bool:
-        """Whether the switch `name` is on anywhere, at any time."""
+        """Whether the setting `name` is on in any stage or rule, or in the config itself."""
         rules = (rule.settings or {} for rule in (*self.stages, *self.rules))
         return getattr(self, name) or any(settings.get(name) for settings in rules)
 
 
 @lru_cache(maxsize=4096)
 def _resolve(config: AgentConfig, progress: float | None, block: Block) -> AgentConfig | None:
-    overrides: dict[str, Any] = {}
+    stage_settings: dict[str, Any] = {}
     for rule in _as_rules(config.stages):
         if rule.holds(progress):
             if rule.settings is None:
                 return None
-            overrides = dict(rule.settings)
-    kept: dict[str, Any] | None = overrides
+            stage_settings = dict(rule.settings)
+    overrides: dict[str, Any] | None = stage_settings
     for rule in config.rules:
         if rule.holds(progress) and rule.names(block):
-            kept = None if rule.settings is None else {**(overrides if kept is None else kept), **rule.settings}
-    return None if kept is None else replace(config, stages=(), rules=(), **kept)
+            base = stage_settings if overrides is None else overrides
+            overrides = None if rule.settings is None else {**base, **rule.settings}
+    return None if overrides is None else replace(config, stages=(), rules=(), **overrides)
 
 
 def _checked_rules(rules: Any) -> tuple[Rule, ...]:
@@ -380,29 +382,29 @@ SETTINGS = tuple(f.name for f in fields(AgentConfig))
 STAGE_SETTINGS = tuple(name for name in SETTINGS if name not in ("stages", "rules", "seed"))
 LIMITS: Mapping[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(AgentConfig)}
 
-# Token merging alone: with agent_ratio 0 every token would be its own agent, so no agents are used.
+# Token merging alone: with agent_ratio 0 every token would be its own agent, so none are used.
 TOKEN_MERGING: Mapping[str, Any] = {"ratio": 0.4, "sx": 2, "sy": 2, "agent_ratio": 0.0, "agent_source": "similarity"}
 
 
 def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None = None) -> tuple[Stage, ...]:
-    """Stages that use the config's own settings from `since` to `until`, and `after` from there on.
+    """Build stages that use the config's own settings from `since` to `until`, and `after` from then on.
 
     Args:
-        until: fraction of the diffusion done at which they end, above `since` and at most 1.
-        since: fraction done at which they begin, 0–1; before that the model is left untouched.
-        after: settings for the rest, such as `agentsd.TOKEN_MERGING`; None leaves the rest untouched.
+        until: progress at which the config's own settings end, above `since` and at most 1.
+        since: progress at which they begin, 0–1; before that the model is untouched.
+        after: settings to override for the rest, such as `agentsd.TOKEN_MERGING`; None leaves the rest untouched.
     """
-    use = Stage(until)
+    stage = Stage(until)
     since = _checked_number("since", since, {"kind": "float", "low": 0.0, "high": 1.0})
-    if since >= use.until:
-        raise _reject("since", since, f"below until, which is {use.until}")
+    if since >= stage.until:
+        raise _reject("since", since, f"below until, which is {stage.until}")
     stages = [Stage(since, None)] if since else []
-    stages.append(use)
-    if use.until < 1:
+    stages.append(stage)
+    if stage.until < 1:
         stages.append(Stage(1.0, after))
     return tuple(stages)
 
 
 def paper_stages() -> tuple[Stage, ...]:
-    """AgentSD's schedule: agents for the first 40 % of the diffusion, then token merging (ratio .4, 2 × 2 cells)."""
+    """Build AgentSD's schedule: agents for the first 40% of the diffusion, then merging (ratio 0.4, 2×2 cells)."""
     return early(0.4, after=TOKEN_MERGING)

@@ -1,11 +1,11 @@
-"""What a config does to a U-Net's arithmetic: tokens, agents, layers and floating-point operations (FLOPs).
+"""Cost model: the tokens, agents, layers and floating-point operations (FLOPs) of a U-Net under a config.
 
 Imports neither torch nor a host. Layouts of the usual U-Nets are in costs.json; `agentsd.hosts.layout` reads one off a
-model. What is done in a layer is asked of `agentsd.plan`, and what that costs of the method.
+model. `agentsd.plan` decides what is done in a layer, and the method knows what that costs.
 
-FLOPs are those of matrix products and convolutions, two for each multiply-add, for one row of the batch and a prompt
-of 77 tokens: what `torch.utils.flop_counter` counts. They are not time: sorting, gathering and memory traffic cost time
-and no FLOPs, and a fused attention kernel is faster per FLOP than most.
+FLOPs are those of matrix products and convolutions, two per multiply-add, for one row of the batch and a prompt of 77
+tokens: what `torch.utils.flop_counter` counts. FLOPs are not time: sorting, gathering and memory traffic take time but
+no FLOPs, and a fused attention kernel is faster per FLOP than most.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ COSTS_FILE = Path(__file__).with_name("costs.json")
 
 @dataclass(frozen=True)
 class CountedBlock:
-    """One transformer block, as far as its arithmetic goes.
+    """What the cost model needs to know of one transformer block.
 
     Attributes:
-        name: its name in the U-Net.
-        downsample: how far down the U-Net it is: 1, 2, 4 or 8.
+        name: the block's name in the U-Net.
+        downsample: its level in the U-Net: 1, 2, 4 or 8.
         channels: C, the width of a token.
     """
 
@@ -44,13 +44,13 @@ class CountedBlock:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a U-Net is made of, as far as its arithmetic goes.
+    """What the cost model needs to know of a U-Net.
 
     Attributes:
-        name: what people call it.
-        blocks: its transformer blocks, in its order.
+        name: the U-Net's common name.
+        blocks: its transformer blocks, in order.
         rest: (downsample, FLOPs per position of that level) of everything outside the transformer blocks.
-        constant: FLOPs that do not depend on the image's size: timestep embedding, keys and values of the prompt.
+        constant: FLOPs that do not depend on the image size: timestep embedding, keys and values of the prompt.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Layout:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Layout:
-        """The layout that `to_dict` wrote."""
+        """Read the layout that `to_dict` wrote."""
         blocks = tuple(CountedBlock(*block) for block in data["blocks"])
         rest = tuple((level, flops) for level, flops in data["rest"])
         return cls(data["name"], blocks, rest, data["constant"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON."""
+        """Convert to plain lists, numbers and strings, for JSON."""
         blocks = [[block.name, block.downsample, block.channels] for block in self.blocks]
         return {"name": self.name, "blocks": blocks, "rest": [list(r) for r in self.rest], "constant": self.constant}
 
@@ -77,30 +77,30 @@ class Layout:
 
     @cached_property
     def places(self) -> tuple[Block, ...]:
-        """Where each block is, for `agentsd.plan`."""
+        """Position of each block, for `agentsd.plan`."""
         first = min((block.downsample for block in self.blocks), default=1)
         return tuple(Block(block.name, block.downsample, first) for block in self.blocks)
 
 
 @cache
 def layouts() -> dict[str, Layout]:
-    """The layouts that are known without a model: "SD 1", "SD 2" and "SDXL"."""
+    """Return the layouts that are known without a model: "SD 1", "SD 2" and "SDXL"."""
     data = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
     return {entry["name"]: Layout.from_dict(entry) for entry in data["layouts"]}
 
 
 @dataclass(frozen=True)
 class LevelEstimate:
-    """What happens in blocks that are alike, and in which the same is done.
+    """Estimate for a group of identical blocks under the same plan.
 
     Attributes:
-        downsample: how far down the U-Net they are.
+        downsample: their level in the U-Net.
         channels: C, the width of a token.
-        count: how many there are.
+        count: number of blocks.
         size: (height, width) of their tokens.
-        plan: what is done in each of them.
-        flops: FLOPs of one of them unpatched, for one row of the batch.
-        flops_left: FLOPs of one of them patched.
+        plan: what is done in each block.
+        flops: FLOPs of one block unpatched, for one row of the batch.
+        flops_left: FLOPs of one block patched.
     """
 
     downsample: int
@@ -114,12 +114,12 @@ class LevelEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a config does to one forward pass of a U-Net.
+    """Estimate for one forward pass of a U-Net under a config.
 
     Attributes:
-        levels: what happens in each kind of block, the largest first.
+        levels: the estimate for each kind of block, largest first.
         flops: FLOPs of the unpatched U-Net, one row of the batch.
-        flops_left: FLOPs of the patched one.
+        flops_left: FLOPs of the patched U-Net.
     """
 
     levels: tuple[LevelEstimate, ...]
@@ -128,31 +128,31 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """Share of the U-Net's FLOPs that is left; 1 where nothing happens. Above 1 if the settings cost more."""
+        """Share of the U-Net's FLOPs that is left; 1 if nothing changes, above 1 if the settings cost more."""
         return self.flops_left / self.flops
 
     @property
     def layers(self) -> int:
-        """Number of blocks whose self-attention is changed."""
+        """Number of blocks with changed self-attention."""
         return sum(level.count for level in self.changed)
 
     @property
     def changed(self) -> tuple[LevelEstimate, ...]:
-        """The kinds of blocks whose self-attention is changed."""
+        """The kinds of blocks with changed self-attention."""
         return tuple(level for level in self.levels if level.plan.acts)
 
 
 def block_flops(channels: int, size: tuple[int, int], plan: LayerPlan, config: AgentConfig | None) -> int:
-    """FLOPs of one transformer block under `plan`.
+    """Count the FLOPs of one transformer block under `plan`.
 
-    Self-attention takes what its method says (`Method.flops`), 8 N C² + 4 N² C where it is full; cross-attention takes
-    4 N C² + 4 · 77 · N C, and the gated feed-forward 24 N C².
+    Self-attention is counted by its method (`Method.flops`), 8 N C² + 4 N² C where it is full; cross-attention takes
+    4 N C² + 4 · 77 · N C, and the gated feed-forward layer 24 N C².
 
     Args:
         channels: C, the width of a token.
         size: (height, width) of the layer's tokens.
-        plan: what is done there.
-        config: the settings that hold there; None where full attention is left.
+        plan: what is done in the layer.
+        config: the settings in force there; None for full attention.
     """
     C, N = channels, plan.tokens
     r = 0 if config is None else merged_tokens(config, plan)
@@ -170,20 +170,20 @@ def block_flops(channels: int, size: tuple[int, int], plan: LayerPlan, config: A
 def estimate(
     layout: Layout, config: AgentConfig | None, height: int, width: int, progress: float | None = None
 ) -> Estimate:
-    """What `config` (None: nothing) does to one forward pass of a U-Net for a latent of `height` × `width`.
+    """Estimate one forward pass of a U-Net under `config` (None: unpatched) for a latent of `height` × `width`.
 
     Args:
-        layout: the U-Net, one of `layouts()` or what `agentsd.hosts.layout.layout_of` reads off a model.
+        layout: the U-Net, one of `layouts()` or read off a model by `agentsd.hosts.layout.layout_of`.
         config: the settings, with their stages and rules.
         height: rows of the latent (image height / 8).
         width: columns of the latent.
-        progress: fraction of the diffusion done, 0–1; needed only where settings differ over the diffusion.
+        progress: fraction of the diffusion done, 0–1; needed only where settings vary over the diffusion.
     """
-    alike: Counter[tuple[Any, ...]] = Counter()
+    kinds: Counter[tuple[Any, ...]] = Counter()
     for block, place in zip(layout.blocks, layout.places, strict=True):
-        found = None if config is None else plan_block(config, place, (height, width), progress)
-        alike[block.downsample, block.channels, found] += 1
-    levels = tuple(_level(*kind, count, (height, width)) for kind, count in alike.items())
+        settings_and_plan = None if config is None else plan_block(config, place, (height, width), progress)
+        kinds[block.downsample, block.channels, settings_and_plan] += 1
+    levels = tuple(_level(*kind, count, (height, width)) for kind, count in kinds.items())
     levels = tuple(sorted(levels, key=lambda level: (level.downsample, level.channels)))
     rest = layout.constant + sum(flops * positions(height, width, level) for level, flops in layout.rest)
     flops = rest + sum(level.count * level.flops for level in levels)
@@ -194,31 +194,31 @@ def estimate(
 def _level(
     downsample: int,
     channels: int,
-    found: tuple[AgentConfig, LayerPlan] | None,
+    settings_and_plan: tuple[AgentConfig, LayerPlan] | None,
     count: int,
     latent: tuple[int, int],
 ) -> LevelEstimate:
     size = grid_of(latent, downsample)
     full = untouched(size[0] * size[1], "full attention was asked for", "rules")
-    config, plan = (None, full) if found is None else found
+    config, plan = (None, full) if settings_and_plan is None else settings_and_plan
     unpatched = block_flops(channels, size, full, None)
     return LevelEstimate(downsample, channels, count, size, plan, unpatched, block_flops(channels, size, plan, config))
 
 
 def positions(height: int, width: int, downsample: int) -> int:
-    """Positions of a level of the U-Net: ⌈height / downsample⌉ · ⌈width / downsample⌉."""
+    """Count the positions of a level of the U-Net: ⌈height / downsample⌉ · ⌈width / downsample⌉."""
     return cells(height, downsample) * cells(width, downsample)
 
 
 def share_of_run(layout: Layout, config: AgentConfig, height: int, width: int, start: float = 0.0) -> float:
-    """Share of the FLOPs that is left over a whole pass, averaged over the timesteps; nearly that over the steps.
+    """Return the share of FLOPs left over a whole pass, averaged over timesteps, which is close to that over steps.
 
     Args:
         layout: the U-Net.
         config: the settings, with their stages and rules.
         height: rows of the latent.
         width: columns of the latent.
-        start: fraction of the diffusion done when the pass begins, 0–1: 1 − denoising strength.
+        start: progress at which the pass begins, 0–1: 1 − denoising strength.
     """
     if not config.timed:
         return estimate(layout, config, height, width).share

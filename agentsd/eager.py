@@ -1,4 +1,4 @@
-"""Keeping functions out of torch.compile, without importing the compiler for those who never use it."""
+"""Keep functions out of torch.compile without importing the compiler for users who never compile."""
 
 from __future__ import annotations
 
@@ -15,20 +15,33 @@ _COMPILER = "torch._dynamo"
 
 
 def not_compiled(function: F) -> F:
-    """Function decorator: torch.compile breaks its graph at calls of it, and compiles nothing inside.
+    """Decorator: make torch.compile break its graph at calls of `function`, and compile nothing inside.
 
-    It does what `torch.compiler.disable` does, which loads the compiler: a second or two at every start.
+    Like `torch.compiler.disable`, but without loading the compiler at import, which costs a second or two.
     """
     disabled: list[Callable[..., Any]] = []
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _COMPILER not in sys.modules:  # then nothing is compiled
+        if _COMPILER not in sys.modules:  # nothing can be compiled
             return function(*args, **kwargs)
         if not disabled:
+            _skip(call)
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
 
-    # what the compiler looks for before it follows a call into a function
+    # the compiler checks this before it traces into a function
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
+
+
+def _skip(function: Callable[..., Any]) -> None:
+    """Keep the compiler from compiling the frame of `function` by itself, which it does behind a broken graph."""
+    try:
+        from torch._dynamo.decorators import skip
+    except ImportError:
+        return
+    skip(function)
+
+
+_skip._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Token merging (Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604): match, merge, unmerge.
 
-A matching is indices only: it says for every token which cluster it belongs to, so that merging is one indexed sum and
-unmerging one row look-up.
+A matching holds indices only: the cluster of every token, so that merging is one indexed sum and unmerging one row
+look-up.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores are compared in slabs of at most this many entries a row of the batch: the N_src × N_dst matrix never exists.
+# Similarities are computed in slabs of at most this many entries per row of the batch, so that the N_src × N_dst matrix
+# is never materialised.
 _SLAB = 2**20
-# Where PyTorch has a kernel for means over bags of rows. It adds in float32, and in the same order each time.
+# Devices with a PyTorch kernel for means over bags of rows. It accumulates in float32, always in the same order.
 _BAG_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Destination and source tokens of a grid, the same for every row of a batch.
+    """Destination and source tokens of a grid, shared by all rows of a batch.
 
     Attributes:
-        dst: indices of the destination tokens (N_dst,), one for each whole cell.
+        dst: indices of the destination tokens (N_dst,), one per whole cell.
         src: indices of all other tokens (N − N_dst,).
     """
 
@@ -37,15 +38,15 @@ class Partition:
 
 @dataclass(frozen=True)
 class Clusters:
-    """Which cluster each token belongs to.
+    """Assignment of tokens to clusters.
 
     Attributes:
-        shape: (B, N), the batch and tokens that this was made for.
-        count: number of clusters in a row of the batch.
-        index: the cluster of each token in the flattened batch (B · N,), row b's clusters being [b·count, (b+1)·count).
-        weight: 1 / members of each cluster (B · count, 1), float32.
+        shape: (B, N), batch size and number of tokens.
+        count: number of clusters per row of the batch.
+        index: cluster of each token of the flattened batch (B · N,); row b has clusters [b·count, (b+1)·count).
+        weight: 1 / number of members of each cluster (B · count, 1), float32.
         order: the tokens of the flattened batch sorted by cluster (B · N,), int32.
-        starts: where each cluster's tokens begin in `order` (B · count,), int32.
+        starts: offset of each cluster's first token in `order` (B · count,), int32.
     """
 
     shape: tuple[int, int]
@@ -61,13 +62,13 @@ class Clusters:
         if x.device.type in _BAG_DEVICES:
             # an order of magnitude faster than an indexed sum
             return F.embedding_bag(self.order, x.reshape(B * N, C), self.starts, mode="mean").view(B, self.count, C)
-        # float32 sums: in half precision a cluster of hundreds of tokens would lose its last members
+        # sum in float32: in half precision a cluster of hundreds of tokens would lose its last members
         total = x.new_zeros(B * self.count, C, dtype=torch.float32)
         total.index_add_(0, self.index, x.reshape(B * N, C).float())
         return (total * self.weight).to(x.dtype).view(B, self.count, C)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Give every token its cluster's value: (B, count, C) → (B, N, C)."""
+        """Copy each cluster's value to its tokens: (B, count, C) → (B, N, C)."""
         B, N = self.shape
         return y.reshape(B * self.count, -1).index_select(0, self.index).view(B, N, -1)
 
@@ -77,9 +78,9 @@ class Matching:
     """The clusters of one block.
 
     Attributes:
-        shape: (B, N), the batch and tokens that this was made for.
-        merged: the clusters of merged tokens; None where none are merged.
-        agents: the clusters that agents are made of; None where there are none.
+        shape: (B, N), batch size and number of tokens.
+        merged: clusters of merged tokens; None if none are merged.
+        agents: clusters that agents are averaged over; None if there are none.
         dst: the destination tokens (N_dst,); in each row dst[i] belongs to cluster i.
     """
 
@@ -90,7 +91,7 @@ class Matching:
 
 
 def partition_seed(seed: int, timestep: float | None, height: int, width: int, sx: int, sy: int) -> int:
-    """A seed that depends on nothing but the arguments: not on the batch, the device, or what ran before."""
+    """Derive a seed from the arguments alone: not from the batch, the device or earlier calls."""
     key = repr((seed, timestep, height, width, sx, sy)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
@@ -103,7 +104,7 @@ def partition(height: int, width: int, sx: int, sy: int, seed: int | None = None
         width: columns of the grid.
         sx: width of a cell.
         sy: height of a cell.
-        seed: seed of the choice; None takes each cell's first token. No global generator is touched.
+        seed: seed of the random choice; None takes each cell's first token. No global generator is touched.
     """
     rows, columns = height // sy, width // sx
     if seed is None:
@@ -121,13 +122,13 @@ def partition(height: int, width: int, sx: int, sy: int, seed: int | None = None
 
 @torch.no_grad()
 def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Matching:
-    """Match source tokens to their most similar destination tokens, and cluster the best r and agent_r of them.
+    """Match source tokens to their most similar destination tokens, and cluster the r and agent_r most similar.
 
     Args:
-        x: tokens (B, N, C); only read, no reference is kept.
+        x: tokens (B, N, C); read only; no reference is kept.
         part: the partition of the N tokens.
-        r: tokens to merge away, 0 … N − N_dst.
-        agent_r: tokens to merge away to make agents, 0 … N − N_dst.
+        r: number of tokens to merge away, 0 … N − N_dst.
+        agent_r: number of tokens to merge away to make agents, 0 … N − N_dst.
     """
     B, N, _ = x.shape
     similarity, nearest = _nearest(x, part)
@@ -140,8 +141,8 @@ def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Matching:
 
 
 def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:
-    """Cosine similarity to, and number of, the best destination of each source token: two (B, N_src) tensors."""
-    # in x's own dtype, as the reference: a float32 copy of x would cost a fifth of all this
+    """Find the most similar destination of each source token: its cosine similarity and index, both (B, N_src)."""
+    # in x's own dtype, like the reference: a float32 copy of x would take a fifth of the matching time
     unit = F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
     dst = unit.index_select(1, part.dst).transpose(1, 2)
     step = max(1, _SLAB // max(1, part.dst.numel()))
@@ -150,7 +151,7 @@ def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:
 
 
 def _cluster(part: Partition, rank: Tensor, nearest: Tensor, r: int) -> Clusters:
-    """The r best source tokens join their destination's cluster, the others stay alone."""
+    """Let the r most similar source tokens join their destination's cluster; every other one is its own cluster."""
     B, n_src = rank.shape
     n_dst = part.dst.numel()
     N, count = n_src + n_dst, n_src + n_dst - r

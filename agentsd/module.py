@@ -1,4 +1,4 @@
-"""The paper's module for people who train (Han et al., ECCV 2024, arXiv 2312.08874, section 3.3)."""
+"""The paper's module, for training (Han et al., ECCV 2024, arXiv 2312.08874, section 3.3)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .tensors import join_heads, split_heads
 
 
 class AgentBias(nn.Module):
-    """Agent bias (section 3.3): column, row and block components, interpolated to the grid and summed.
+    """Agent bias (section 3.3): row, column and block components, interpolated to the grid and summed.
 
     Args:
         heads: number of heads H.
         agents: number of agent tokens n.
-        size: (height, width) of the grid that the column and row components are kept at.
+        size: (height, width) of the grid at which the row and column components are stored.
         block: side of the block component's grid, h₀ = w₀ in the paper.
     """
 
@@ -29,7 +29,7 @@ class AgentBias(nn.Module):
         self.block = nn.Parameter(torch.zeros(heads, agents, block, block))
 
     def forward(self, size: tuple[int, int]) -> Tensor:
-        """The bias for a grid of `size` = (height, width), of shape (1, H, n, height · width)."""
+        """Interpolate the bias to a grid of `size` = (height, width): (1, H, n, height · width)."""
         height, width = size
         total = (
             F.interpolate(self.row, (height, 1), mode="bilinear")
@@ -49,9 +49,9 @@ class AgentAttention(nn.Module):
         heads: number of heads H.
         agents: number of agent tokens n: (rows, columns) of the pooled grid, or a square number.
         k_scale2: exponent of the broadcast's scale; 1 is the paper's.
-        size: (height, width) that the agent bias is kept at; other sizes are interpolated.
-        qkv_bias: give the Q, K and V projections a bias.
-        dwc_kernel: odd side of the depthwise convolution's kernel.
+        size: (height, width) at which the agent bias is stored; other sizes are interpolated.
+        qkv_bias: add a bias to the Q, K and V projections.
+        dwc_kernel: side of the depthwise convolution's kernel, odd.
 
     Raises:
         ValueError: `dim` is not divisible by `heads`, `agents` is not a square number, or the kernel is even.
@@ -89,10 +89,10 @@ class AgentAttention(nn.Module):
 
         Args:
             x: tokens in row-major order (B, N, C).
-            size: (height, width) of the grid with height · width = N; None takes a square.
+            size: (height, width) of the grid with height · width = N; None means a square grid.
 
         Raises:
-            ValueError: `size` does not fit the number of tokens.
+            ValueError: `size` does not match the number of tokens.
         """
         size = _grid_size(x.shape[1], size)
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)

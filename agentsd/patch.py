@@ -1,4 +1,4 @@
-"""The patch: an object that owns its hooks and the modules it changed, and can take all of it back."""
+"""The patch: an object that owns its hooks and the changes it made to modules, and can undo all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -41,14 +41,13 @@ KVContext = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What the patch has done to one block.
+    """What the patch has done to one block so far.
 
     Attributes:
         name: the block's name in the U-Net.
         size: (height, width) of its tokens in the last call; None before the first.
-        plan: what was to be done there in the last call; None before the first or where full attention was left.
-        calls: number of self-attention calls by what was done: "agents", "merge", "pool", "corrected" … or
-            "untouched".
+        plan: the block's plan in the last call; None before the first, or where full attention stayed.
+        calls: number of self-attention calls by action: "agents", "merge", "pool", "corrected" … or "untouched".
     """
 
     name: str
@@ -58,12 +57,12 @@ class LayerReport:
 
 
 class _Moment:
-    """What holds during one call of the U-Net.
+    """State of one U-Net call.
 
     Attributes:
         latent: (height, width) of the latent; None before the first call.
-        part: the progress at which the current part of the diffusion begins: within one, no setting changes.
-        active: whether anything may be changed in this call.
+        part: progress at which the current part of the diffusion begins; no setting changes within a part.
+        active: whether anything may be patched in this call.
         partitions: the partitions drawn so far.
     """
 
@@ -75,29 +74,29 @@ class _Moment:
 
     @cached_property
     def timestep(self) -> float | None:
-        """That of the U-Net's call; read only if somebody asks, since a device is waited for."""
+        """Timestep of the U-Net call; read on demand only, since that waits for the device."""
         t, self._t = self._t, None
         return read_timestep(t)
 
     @property
     def progress(self) -> float | None:
         """The fraction of the diffusion that is done."""
-        # the quotient of whole numbers, which is the very float of `until`; 1 − t / 1000 is not
+        # a quotient of whole numbers equals the float that `until` holds; 1 − t / 1000 may not
         return None if self.timestep is None else (MAX_TIMESTEP - self.timestep) / MAX_TIMESTEP
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A self-attention call that the patch has answered, for `Patch.observer`.
+    """A patched self-attention call, as `Patch.observer` receives it.
 
     Attributes:
         name: the block's name in the U-Net.
         size: (height, width) of its tokens.
         plan: what was done.
-        matching: the clusters that were used; None where there were none.
+        matching: the clusters used; None if there were none.
         latent: (height, width) of the latent.
-        timestep: that of the U-Net's call; None where it gave none.
-        moment: the same object for all blocks of one call of the U-Net.
+        timestep: timestep of the U-Net call; None if the call had none.
+        moment: an object shared by all blocks of one U-Net call.
     """
 
     name: str
@@ -109,36 +108,36 @@ class Answer:
     moment: object
 
 
-def _still_holds(made: _Moment, now: _Moment, config: AgentConfig) -> bool:
-    """Whether clusters made then may be used now.
+def _still_holds(earlier: _Moment, now: _Moment, config: AgentConfig) -> bool:
+    """Whether clusters of an earlier moment may be reused now.
 
-    A later call must be at a smaller timestep: at the same one it may be the other half of cond and uncond, or the
-    beginning of another image.
+    The timestep must have fallen since: at the same one the call may be the other half of cond and uncond, or the start
+    of another image.
     """
-    if made is now:
+    if earlier is now:
         return config.share_match
-    if not config.reuse_match or made.timestep is None or now.timestep is None:
+    if not config.reuse_match or earlier.timestep is None or now.timestep is None:
         return False
-    return 0 < (made.timestep - now.timestep) / MAX_TIMESTEP < config.reuse_match
+    return 0 < (earlier.timestep - now.timestep) / MAX_TIMESTEP < config.reuse_match
 
 
 class Patch:
-    """Agent attention on one U-Net. Made by `apply_patch`; `remove` takes it back.
+    """Agent attention on one U-Net. Created by `apply_patch`; `remove` undoes it.
 
     Args:
         unet: the U-Net (LDM, sgm, Forge or diffusers).
         config: the settings.
-        kv_context: what keys and values are computed from, given the attention module and its input (B, N, C): a
-            host's hypernetworks, say. None: the input itself.
+        kv_context: maps the attention module and its input (B, N, C) to the inputs of the key and value projections,
+            for a host's hypernetworks, say. None: the input itself.
 
     Attributes:
         config: the settings.
-        notes: each reason for which a layer was left to the host, with the number of its calls.
-        observer: called after every patched attention; None (the default) costs nothing. It must keep no tensor of
-            an answer.
+        notes: reasons for leaving self-attention to the host, each with its number of calls.
+        observer: called with an `Answer` after every patched attention; None (the default) costs nothing. It must not
+            keep a tensor of the answer.
 
     Raises:
-        UnsupportedModelError: the U-Net has no block that could be patched.
+        UnsupportedModelError: the U-Net has no transformer blocks to patch.
     """
 
     def __init__(self, unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None) -> None:
@@ -153,6 +152,7 @@ class Patch:
         self._handles: list[Any] = []
         if not self._layers:
             raise UnsupportedModelError(f"{type(unet).__name__} has no transformer blocks to patch")
+        self._note_idle_rules()
 
     @property
     def active(self) -> bool:
@@ -160,7 +160,7 @@ class Patch:
         return bool(self._handles)
 
     def install(self) -> None:
-        """Install hooks and replace the self-attentions, all or nothing. A patch that is there already is removed."""
+        """Install hooks and replace self-attention, all or nothing. An existing patch is removed first."""
         unet = self._unet()
         if unet is None or self.active:
             return
@@ -173,11 +173,12 @@ class Patch:
                 self._handles += layer.install()
         except BaseException:
             self.remove()
+            if old is not None:
+                old.install()
             raise
-        self._note_idle_rules()
 
     def remove(self) -> None:
-        """Take everything back. Doing it again changes nothing."""
+        """Undo every change. Further calls do nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -186,39 +187,39 @@ class Patch:
             layer.remove()
 
     def report(self) -> list[LayerReport]:
-        """What was done to each block so far, in the order of the U-Net."""
-        return [LayerReport(s.site.name, s.size, s.plan, dict(s.calls)) for s in self._layers]
+        """Report what was done to each block so far, in U-Net order."""
+        return [LayerReport(layer.site.name, layer.size, layer.plan, dict(layer.calls)) for layer in self._layers]
 
     def explain(
         self, height: int, width: int, progress: float | None = None, *, done: float | None = None
     ) -> list[tuple[str, LayerPlan | None]]:
-        """What will be done to each block for a latent of `height` × `width`, without running anything.
+        """Plan each block for a latent of `height` × `width`, without running anything.
 
         Args:
             height: rows of the latent (image height / 8).
             width: columns of the latent.
-            progress: fraction of the diffusion done, 0–1; needed only where settings differ over the diffusion.
-            done: the same, by its older name.
+            progress: fraction of the diffusion done, 0–1; needed only where settings vary over the diffusion.
+            done: deprecated name of `progress`.
 
         Returns:
-            (name of the block, its plan) for each block; the plan is None where a stage or a rule leaves full
-            attention, or the block's place in the U-Net is unknown.
+            (name, plan) of each block; the plan is None where a stage or a rule means full attention, or the block's
+            level in the U-Net is unknown.
         """
         progress = done if progress is None else progress
         plans = [plan_block(self.config, layer.site.place, (height, width), progress) for layer in self._layers]
         return [
-            (layer.site.name, None if found is None else found[1])
-            for layer, found in zip(self._layers, plans, strict=True)
+            (layer.site.name, None if settings_and_plan is None else settings_and_plan[1])
+            for layer, settings_and_plan in zip(self._layers, plans, strict=True)
         ]
 
     def note(self, reason: str) -> None:
-        """Remember why a call was left to the host, and log it the first time."""
+        """Count a reason for leaving a call to the host, and log it the first time."""
         if reason not in self.notes:
-            log.info("agent attention stands down: %s", reason)
+            log.info("self-attention left to the host: %s", reason)
         self.notes[reason] += 1
 
     def partition(self, config: AgentConfig, height: int, width: int, device: torch.device) -> Partition:
-        """The partition of a height × width grid at this moment's timestep, on `device`."""
+        """Return the partition of a height × width grid at the current timestep, on `device`."""
         key = (config.use_rand, height, width, config.sx, config.sy, device)
         if key not in self.moment.partitions:
             seed = None
@@ -228,10 +229,11 @@ class Patch:
         return self.moment.partitions[key]
 
     def match(self, config: AgentConfig, name: str, x: Tensor, size: tuple[int, int], r: int, agent_r: int) -> Matching:
-        """The clusters of the block `name` for its tokens x; those that are kept, where the settings allow it."""
-        key = ("" if config.share_match else name, x.shape[:2], size, x.device, r, agent_r, config.sx, config.sy)
-        made, matching = self._kept.get(key, (None, None))
-        if made is not None and _still_holds(made, self.moment, config):
+        """Return the clusters of the block `name` for its tokens x, reusing kept ones where the settings allow it."""
+        partitioning = config.sx, config.sy, config.use_rand
+        key = ("" if config.share_match else name, x.shape[:2], size, x.device, r, agent_r, partitioning)
+        earlier, matching = self._kept.get(key, (None, None))
+        if earlier is not None and _still_holds(earlier, self.moment, config):
             return matching
         matching = match(x, self.partition(config, *size, x.device), r, agent_r)
         if config.share_match or config.reuse_match:
@@ -244,7 +246,7 @@ class Patch:
         moment.active = moment.latent is not None and (not config.timed or self._enter_part(moment))
         reuses = config.ever("reuse_match")
         if reuses and moment.active:
-            _ = moment.timestep  # read now: a later call compares with it, when the tensor may hold another
+            _ = moment.timestep  # read it now: a later call compares with it, and by then the tensor may have changed
         else:
             self._kept.clear()
         self.moment = moment
@@ -252,7 +254,7 @@ class Patch:
             layer.forget()
 
     def _enter_part(self, moment: _Moment) -> bool:
-        """Find the part of the diffusion that a call belongs to; False where it belongs to none."""
+        """Find the part of the diffusion that a call belongs to; return False if there is none."""
         progress = moment.progress
         if progress is None or not 0.0 <= progress <= 1.0:
             t = moment.timestep
@@ -266,15 +268,16 @@ class Patch:
         return [since for since, _ in self.config.parts()]
 
     def _note_idle_rules(self) -> None:
-        """Say which rules name no block of this U-Net."""
+        """Note rules that match no block of this U-Net."""
         places = [layer.site.place for layer in self._layers]
         for number, rule in enumerate(self.config.rules, 1):
-            if not any(rule.names(place) for place in places):
+            anywhere = replace(rule, downsample=())  # a block of unknown level may turn out to match
+            if not any((anywhere if place.downsample is None else rule).names(place) for place in places):
                 self.note(f"rule {number} names no block of this model")
 
 
 class _Layer:
-    """One block under the patch."""
+    """One patched block."""
 
     def __init__(self, patch: Patch, site: Site) -> None:
         self.patch = patch
@@ -295,7 +298,7 @@ class _Layer:
         self.attention_called = False
 
     def install(self) -> Iterator[Any]:
-        """Install this block's hooks; yields their handles one by one, so that none is lost if a later one fails."""
+        """Install the block's hooks, yielding each handle at once, so that none is lost if a later hook fails."""
         block, config = self.site.block, self.patch.config
         self._seam = self.site.seam()
         yield self.site.parent.register_forward_pre_hook(self._see_image, with_kwargs=True)
@@ -312,7 +315,7 @@ class _Layer:
         self._seam.remove()
         self.forget()
 
-    # Hooks, in the order in which a block meets them
+    # Hooks, in calling order
 
     @not_compiled
     def _see_image(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -326,13 +329,13 @@ class _Layer:
             return
         x = read_tokens(args, kwargs)
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != math.prod(self.size):
-            self.patch.note(f"a block got tokens that are no {self.size[0]} × {self.size[1]} grid")
+            self.patch.note(f"a block got tokens that do not form a {self.size[1]}×{self.size[0]} grid")
             return
-        found = self._plan(moment)
-        if found is None:
+        settings_and_plan = self._plan(moment)
+        if settings_and_plan is None:
             return
-        self.config, self.plan = found
-        r, agent_r = merged_tokens(*found), self.plan.agent_r
+        self.config, self.plan = settings_and_plan
+        r, agent_r = merged_tokens(self.config, self.plan), self.plan.agent_r
         if r or agent_r:
             self.matching = self._safely(
                 lambda: self.patch.match(self.config, self.site.name, x, self.size, r, agent_r), lambda: None
@@ -346,7 +349,7 @@ class _Layer:
 
     @not_compiled
     def _drop_matching(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled():  # gradient checkpointing may compute the inside of the block once more
+        if not torch.is_grad_enabled():  # gradient checkpointing may run the inside of the block again
             self.matching = None
         if self.plan is not None and self.plan.acts and not self.attention_called:
             self.patch.note(self.site.obstacle or "something else answers self-attention in its place")
@@ -356,7 +359,7 @@ class _Layer:
     @not_compiled
     def _attention(self, call: Call) -> Tensor:
         self.attention_called = True
-        reason = self._why_not(call)
+        reason = self._veto(call)
         if reason is not None:
             if reason:
                 self.patch.note(reason)
@@ -365,8 +368,8 @@ class _Layer:
         self.calls[self.plan.action] += 1
         return self._safely(lambda: self._attend(call), call.proceed)
 
-    def _why_not(self, call: Call) -> str | None:
-        """Why this call is the host's: a reason worth telling, "" where it was meant to be, None if it is ours."""
+    def _veto(self, call: Call) -> str | None:
+        """Return why this call is left to the host: a reason to note, or "" if planned so; None to patch the call."""
         if self.plan is None or not self.plan.acts:
             return ""
         if self.site.obstacle:
@@ -384,25 +387,25 @@ class _Layer:
         return None
 
     def _matched(self) -> bool:
-        """Whether self-attention itself works on clusters."""
+        """Whether self-attention works on clusters."""
         return method_of(self.plan.action).merges and bool(self.plan.r or self.plan.agent_r)
 
-    def _safely(self, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
-        """Our answer; if it fails, the host's. A bug of ours must never cost the user an image."""
+    def _safely(self, action: Callable[[], Any], fallback: Callable[[], Any]) -> Any:
+        """Return what `action` returns, or `fallback` if it fails. A bug of ours must never cost the user an image."""
         try:
-            return ours()
-        except Exception as error:  # whatever it was, the host's own attention can still make the image
+            return action()
+        except Exception as error:  # whatever went wrong, the host's own attention can still make the image
             self.patch.note(f"an error of ours: {type(error).__name__}: {error}")
             log.debug("agent attention failed in %s", self.site.name, exc_info=True)
-            return theirs()
+            return fallback()
 
     def _attend(self, call: Call) -> Tensor:
-        answer = method_of(self.plan.action).attend(self._as_method_sees(call))
+        answer = method_of(self.plan.action).attend(self._for_method(call))
         if self.patch.observer is not None:
-            self._safely(self._tell, lambda: None)
+            self._safely(self._notify_observer, lambda: None)
         return answer
 
-    def _as_method_sees(self, call: Call) -> SelfAttention:
+    def _for_method(self, call: Call) -> SelfAttention:
         attn = self.site.block.attn1
         return SelfAttention(
             x=call.x,
@@ -418,21 +421,21 @@ class _Layer:
             proceed=call.proceed,
         )
 
-    def _tell(self) -> None:
-        """Tell the patch's observer of the answer that was just given."""
+    def _notify_observer(self) -> None:
+        """Pass the answer just given to the patch's observer."""
         moment, matching = self.patch.moment, self.matching if self._matched() else None
         answer = Answer(self.site.name, self.size, self.plan, matching, moment.latent, moment.timestep, moment)
         self.patch.observer(answer)
 
 
 def _projected(attn: nn.Module, kv_context: KVContext | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of tokens x."""
+    """Project tokens x to queries, keys and values."""
     context_k, context_v = (x, x) if kv_context is None else kv_context(attn, x)
     return attn.to_q(x), attn.to_k(context_k), attn.to_v(context_v)
 
 
 class _MergeAround:
-    """Hooks that merge the tokens in front of cross-attention or the feed-forward layer, and unmerge them behind it."""
+    """Hooks that merge tokens before cross-attention or the feed-forward layer, and unmerge them after it."""
 
     def __init__(self, layer: _Layer, switch: str) -> None:
         self.layer, self.switch = layer, switch
@@ -488,40 +491,40 @@ def apply_patch(
     rules: Sequence[Rule] = _DEFAULTS.rules,
     **unknown: Any,
 ) -> Model:
-    """Put agent attention on a Stable Diffusion model, in place. A patch that is there already is replaced.
+    """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
 
     Args:
         model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, or a U-Net.
-        **: the settings, as in `AgentConfig`, which says what each means and its range.
+        **: the settings of `AgentConfig`, which documents their meanings and ranges.
 
     Returns:
         The model.
 
     Raises:
-        SettingError: a setting is unknown or outside its range. Nothing has been touched.
-        UnsupportedModelError: the model has no transformer blocks. Nothing has been touched.
+        SettingError: a setting is unknown or outside its range. The model is unchanged.
+        UnsupportedModelError: the model has no transformer blocks. The model is unchanged.
     """
-    given = {k: v for k, v in locals().items() if k in SETTINGS}
+    settings = {k: v for k, v in locals().items() if k in SETTINGS}
     check_names(unknown, SETTINGS)
-    patch_unet(find_unet(model), AgentConfig(**given))
+    patch_unet(find_unet(model), AgentConfig(**settings))
     return model
 
 
 def patch_unet(unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None) -> Patch:
-    """Patch a U-Net with a config, replacing a patch that is there already; see `Patch` for the arguments."""
-    patch = Patch(unet, config, kv_context)  # which may raise, before anything is touched
+    """Patch a U-Net with a config, replacing an existing patch; see `Patch` for the arguments."""
+    patch = Patch(unet, config, kv_context)  # may raise, before anything has been changed
     patch.install()
     return patch
 
 
 def _patch_on(unet: nn.Module) -> Patch | None:
-    """The patch on a U-Net. The U-Net owns it by its hook: both go together, and a deep copy has a copy of its own."""
+    """Find the patch on a U-Net, which owns it through a hook: both are freed together and deep-copied together."""
     owners = (getattr(hook, "__self__", None) for hook in unet._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, Patch)), None)
 
 
 def get_patch(model: Any) -> Patch | None:
-    """The patch that is on the model, if any."""
+    """Return the patch on the model, if any."""
     try:
         return _patch_on(find_unet(model))
     except UnsupportedModelError:
@@ -529,7 +532,7 @@ def get_patch(model: Any) -> Patch | None:
 
 
 def remove_patch(model: Model) -> Model:
-    """Take the patch off the model, if there is one; returns the model."""
+    """Remove the patch from the model, if there is one, and return the model."""
     patch = get_patch(model)
     if patch is not None:
         patch.remove()
@@ -538,17 +541,17 @@ def remove_patch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, *args: Any, **settings: Any) -> Iterator[Model]:
-    """A `with` block during which the model is patched; the arguments are those of `apply_patch`.
+    """Patch the model for the length of a `with` block; takes the arguments of `apply_patch`.
 
-    A patch that was on the model before is put back afterwards.
+    An earlier patch on the model is restored afterwards.
     """
     outer = get_patch(model)
     apply_patch(model, *args, **settings)
-    ours = get_patch(model)
+    inner = get_patch(model)
     try:
         yield model
     finally:
-        if ours is not None:
-            ours.remove()
-        if outer is not None and get_patch(model) is None:  # unless another one has replaced ours meanwhile
+        if inner is not None:
+            inner.remove()
+        if outer is not None and get_patch(model) is None:  # another patch may have replaced the inner one meanwhile
             outer.install()

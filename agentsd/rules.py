@@ -1,15 +1,16 @@
-"""Rules as text: what the panel's field, the infotext and the command line hold.
+"""Rules as text, for the panel's field, the infotext and the command line.
 
     downsample=2+4 until=0.4 method=corrected | blocks=middle_block.* full
 
-Rules are divided by `|`, and apply in their order. A rule is words divided by spaces: where it holds (`downsample`,
-`blocks`, `since`, `until`), and the settings that differ there by their names in `AgentConfig`, or `full` for full
-attention. There is no comma, colon, semicolon, quote or line break in it, so it fits into an infotext.
+Rules are separated by `|` and apply in order. A rule is a list of words separated by spaces: where it applies
+(`downsample`, `blocks`, `since`, `until`), and the settings to override by their names in `AgentConfig`, or `full` for
+full attention. Without commas, colons, semicolons, quotes and line breaks, it fits into an infotext.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from .config import LIMITS, STAGE_SETTINGS, AgentConfig, Rule, SettingError, check_names
@@ -21,23 +22,23 @@ _NONE = "none"
 
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
-    """The rules that a text stands for; blank text has none.
+    """Parse rules; blank text has none.
 
     Raises:
-        SettingError: it cannot be read, a name is unknown, or a value is outside its range.
+        SettingError: the text is malformed, a name is unknown, or a value is outside its range.
     """
     rules = tuple(_parse(part) for part in text.split("|") if part.strip())
-    AgentConfig(rules=rules)  # names and ranges
+    AgentConfig(rules=rules)  # checks names and ranges
     return rules
 
 
 def format_rules(rules: Iterable[Rule]) -> str:
-    """The text that `parse_rules` reads back as the same rules."""
+    """Write rules as text that `parse_rules` reads back as the same rules."""
     return " | ".join(_format(rule) for rule in rules)
 
 
 def rules_from(value: Any) -> tuple[Rule, ...]:
-    """Rules from what a program hands over: text, rules, or mappings by the arguments of `Rule`.
+    """Convert text, rules, or mappings with the arguments of `Rule` to rules.
 
     Raises:
         SettingError: it is none of these, a name is unknown, or a value is outside its range.
@@ -50,9 +51,9 @@ def rules_from(value: Any) -> tuple[Rule, ...]:
     return AgentConfig(rules=rules).rules
 
 
-def _from_mapping(given: Mapping[str, Any]) -> Rule:
-    check_names(given, (*_CONDITIONS, "settings"))
-    return Rule(**given)
+def _from_mapping(arguments: Mapping[str, Any]) -> Rule:
+    check_names(arguments, (*_CONDITIONS, "settings"))
+    return Rule(**arguments)
 
 
 def _parse(text: str) -> Rule:
@@ -61,6 +62,8 @@ def _parse(text: str) -> Rule:
     for word in text.split():
         name, equals, value = word.partition("=")
         if word.lower() == FULL:
+            if settings:
+                raise SettingError(f"rules with {FULL!r} have no other settings, got {', '.join(settings)}")
             settings = None
         elif not equals:
             raise SettingError(f"rules must be words such as NAME=VALUE or {FULL!r}, got {word!r}")
@@ -112,7 +115,8 @@ def _format(rule: Rule) -> str:
     words = [f"{name}={text}" for name, text in where.items() if text]
     if rule.settings is None:
         return " ".join([*words, FULL])
-    return " ".join([*words, *(f"{name}={_written(value)}" for name, value in rule.settings.items())])
+    words += [f"{name}={_written(value)}" for name, value in rule.settings.items()]
+    return " ".join(words) or "since=0"  # empty text would be read back as no rule
 
 
 def _written(value: Any) -> str:
@@ -120,6 +124,6 @@ def _written(value: Any) -> str:
         return "on" if value else "off"
     if value is None:
         return _NONE
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
+    if isinstance(value, Real):
+        return str(int(value) if value == int(value) else float(value))
     return str(value)

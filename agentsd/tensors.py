@@ -1,4 +1,4 @@
-"""What every method does with tokens: split and join heads, pool and sample over the cells of a grid."""
+"""Token operations shared by the methods: split and join heads, pool and sample over the cells of a grid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .grid import cells, sampled
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A `with` block without autocast, also on devices that have none, where torch.autocast may raise."""
+    """Disable autocast in a `with` block, also on devices without autocast, where torch.autocast may raise."""
     try:
         return torch.autocast(device_type, enabled=False)
     except RuntimeError:
@@ -21,24 +21,24 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def add_scaled(out: Tensor, v: Tensor, weight: float) -> Tensor:
-    """out + weight · v, in place where autograd does not need `out`."""
+    """Compute out + weight · v, in place where autograd does not need `out`."""
     if not weight:
         return out
     return torch.add(out, v, alpha=weight) if out.requires_grad else out.add_(v, alpha=weight)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, H·d) → (B, H, N, d), as a view."""
+    """Split heads, as a view: (B, N, H·d) → (B, H, N, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """(B, H, N, d) → (B, N, H·d); a view where the fused kernel laid its output out by tokens."""
+    """Join heads: (B, H, N, d) → (B, N, H·d); a view where the fused kernel laid out its output by tokens."""
     return x.transpose(1, 2).flatten(2)
 
 
 def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
-    """Average tokens over cells of the grid; the ragged edge is averaged over what it has.
+    """Average tokens over the cells of the grid; cells cut short by the edge average the tokens they have.
 
     Args:
         x: tokens in row-major order (B, height · width, C).
@@ -49,17 +49,17 @@ def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Te
     Returns:
         (B, ⌈height / cell height⌉ · ⌈width / cell width⌉, C), in row-major order.
     """
-    # A view in the channels-last layout, which is what this kernel is fast in: several times faster than a mean over
-    # two axes, and the result is laid out by tokens again.
+    # A channels-last view: pooling it is several times faster than a mean over two axes, and the result is laid out by
+    # tokens again.
     image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     pooled = F.avg_pool2d(image, cell, ceil_mode=True, count_include_pad=False)
     return pooled.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def sample_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
-    """Take one token near the middle of each cell of the grid: a regular sample; shapes as in `pool_tokens`.
+    """Take the token nearest the middle of each cell of the grid; shapes as in `pool_tokens`.
 
-    A cell cut short by the edge before its middle gives none.
+    A cell that the edge cuts short before its middle gives none.
     """
     rows, columns = sampled(height, cell[0]), sampled(width, cell[1])
     grid = x.unflatten(1, (height, width))
@@ -67,7 +67,7 @@ def sample_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> 
 
 
 def lost_by_pooling(x: Tensor, pooled: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
-    """x − up(pooled): what averaging over cells took from each token; shapes as in `pool_tokens`."""
+    """Compute x − up(pooled), the detail lost by averaging over cells; shapes as in `pool_tokens`."""
     sy, sx = cell
     rows, columns = cells(height, sy), cells(width, sx)
     up = pooled.unflatten(1, (rows, 1, columns, 1)).expand(-1, rows, sy, columns, sx, -1)

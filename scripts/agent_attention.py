@@ -1,4 +1,4 @@
-"""Agent Attention in the WebUI: callbacks only, the work is done in agentsd.webui."""
+"""Agent Attention in the WebUI: callbacks only; agentsd.webui does the work."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from modules import script_callbacks, scripts, shared
 
 import agentsd
 
-# Found by the folder of the extension, which the host puts on sys.path only while this file is being imported
+# Check that agentsd is this extension's: the host has its folder on sys.path only while importing this file
 if Path(agentsd.__file__).resolve().parents[1] != Path(__file__).resolve().parents[1]:
     raise ImportError(
         f"Agent Attention can't start: another extension's package of the same name, {agentsd.__file__}, was imported "
@@ -30,11 +30,11 @@ class AgentAttentionScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        built = controls.build("img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map)
-        _panels.append(built)
-        self.infotext_fields = [(built.controls[name], infotext.reader(name)) for name in NAMES]
+        panel = controls.build("img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map)
+        _panels.append(panel)
+        self.infotext_fields = [(panel.controls[name], infotext.reader(name)) for name in NAMES]
         self.paste_field_names = [infotext.reader(name) for name in NAMES]
-        return built.inputs
+        return panel.inputs
 
     def before_process(self, p, *args):
         session.before_process(p)
@@ -50,8 +50,8 @@ class AgentAttentionScript(scripts.Script):
 
 
 def on_app_started(demo, app):
-    for built in _panels:
-        built.tidy()
+    for panel in _panels:
+        panel.tidy()
     Routes(compat.HOST).add(app)
 
 

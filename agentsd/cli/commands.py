@@ -20,12 +20,12 @@ from .options import ROWS, config_of
 from .runs import Run, draw, infotext_of, record, warm_up
 from .sheets import AMPLIFIED, difference, enlarged, sheet
 
-SIDE = 256  # small pictures are shown at about this size
+SIDE = 256  # longer side, in pixels, to which small pictures are enlarged
 
 
 def opened(args: argparse.Namespace) -> tuple[Model, Request]:
-    """The model and the picture that a command line asks for."""
-    logging.getLogger("agentsd").setLevel(logging.WARNING)  # what the patch has to say is printed below
+    """Open the model of a command line, and complete its request."""
+    logging.getLogger("agentsd").setLevel(logging.WARNING)  # the notes of the patch are printed below
     model = open_model(args.model, download=args.download, config=args.config, device=args.device, dtype=args.dtype)
     request = Request(args.prompt, args.seed, args.steps, args.guidance, args.negative, args.size)
     return model, model.complete(request)
@@ -37,15 +37,15 @@ def generate(args: argparse.Namespace) -> None:
     values = None if args.off else args.settings
     config = None if args.off else config_of(values)
     run = draw(model, request, config, request.prompt, args.quiet)
-    made = record(model, request, values, seconds=round(run.seconds, 3), unet_seconds=round(run.unet_seconds, 3))
+    metadata = record(model, request, values, seconds=round(run.seconds, 3), unet_seconds=round(run.unet_seconds, 3))
     path = Path(args.out) if args.out else fresh(f"{slug(request.prompt)}-seed{request.seed}")
-    save_picture(path, enlarged(run.picture, SIDE), made, infotext_of(made))
+    save_picture(path, enlarged(run.picture, SIDE), metadata, infotext_of(metadata))
     print(f"{path}: {run.timings()}")
     say_what_was_done(run, config is not None)
 
 
 def say_what_was_done(run: Run, patched: bool) -> None:
-    """What agent attention did in a run, in a line; and why it stood down where it did."""
+    """Print what agent attention did in a run, and why it left layers to the model."""
     if not patched:
         print("agent attention: off")
         return
@@ -58,53 +58,53 @@ def say_what_was_done(run: Run, patched: bool) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Draw a picture both ways."""
+    """Draw a picture with and without agent attention."""
     model, request = opened(args)
     config = config_of(args.settings)
     warm_up(model, request, [None, config], args.quiet)
     plain = draw(model, request, None, "without", args.quiet)
-    ours = draw(model, request, config, "with", args.quiet)
-    apart = distance(plain.picture, ours.picture)
-    made = record(
+    patched = draw(model, request, config, "with", args.quiet)
+    metrics = distance(plain.picture, patched.picture)
+    metadata = record(
         model,
         request,
         args.settings,
-        seconds={"without": round(plain.seconds, 3), "with": round(ours.seconds, 3)},
-        distance=as_record(apart),
+        seconds={"without": round(plain.seconds, 3), "with": round(patched.seconds, 3)},
+        distance=as_record(metrics),
     )
-    pictures = [plain.picture, ours.picture, difference(plain.picture, ours.picture)]
+    pictures = [plain.picture, patched.picture, difference(plain.picture, patched.picture)]
     page = sheet(
         [[enlarged(picture, SIDE) for picture in pictures]],
         columns=["without", "with agent attention", f"difference, {AMPLIFIED}x"],
-        captions=[[f"{plain.seconds:.2f} s", f"{ours.seconds:.2f} s, {speed(plain, ours)}", str(apart)]],
+        captions=[[f"{plain.seconds:.2f} s", f"{patched.seconds:.2f} s, {speed(plain, patched)}", str(metrics)]],
         title=f"{request.prompt}, seed {request.seed}, {request.steps} steps",
     )
     path = Path(args.out) if args.out else fresh(f"compare-{slug(request.prompt)}-seed{request.seed}")
-    save_picture(path, page, made, infotext_of(made))
+    save_picture(path, page, metadata, infotext_of(metadata))
     print_table(
         ["", "seconds", "U-Net seconds", "speed", "distance"],
         [
             ["without", f"{plain.seconds:.2f}", f"{plain.unet_seconds:.2f}", "1.00x", ""],
-            ["with", f"{ours.seconds:.2f}", f"{ours.unet_seconds:.2f}", speed(plain, ours), str(apart)],
+            ["with", f"{patched.seconds:.2f}", f"{patched.unet_seconds:.2f}", speed(plain, patched), str(metrics)],
         ],
     )
-    say_what_was_done(ours, True)
+    say_what_was_done(patched, True)
     print(path)
 
 
 def speed(plain: Run, ours: Run) -> str:
-    """How many times as fast as the unpatched run, as a whole."""
+    """Format the speed-up of the whole run over the unpatched one."""
     return f"{plain.seconds / ours.seconds:.2f}x"
 
 
 def as_record(apart: Distance) -> dict[str, float | None]:
-    """A distance for JSON and CSV, which know no infinity: equal pictures have no PSNR."""
+    """Convert a distance for JSON and CSV, which have no infinity: equal pictures get no PSNR."""
     psnr = round(apart.psnr, 3) if apart.rmse else None
     return {"rmse": round(apart.rmse, 4), "psnr": psnr, "ssim": None if apart.ssim is None else round(apart.ssim, 5)}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table with aligned columns, those of numbers to the right."""
+    """Print a table with aligned columns, numbers to the right."""
     table = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     right = [all(text[:1].isdigit() or text in ("", "–") for text in column) for column in zip(*rows, strict=True)]
@@ -140,11 +140,11 @@ def sweep(args: argparse.Namespace) -> None:
             cell = Cell(values, run, distance(plain.picture, run.picture))
             cells[i].append(cell)
             _save(folder / f"{i + 1:02}-{j + 1:02}.png", model, request, values, run, cell.apart)
-            # after every cell, so that an interrupted sweep keeps what it has measured
+            # save after every cell, so that an interrupted sweep keeps its measurements
             _save_csv(folder / "sweep.csv", x, y, plain, cells)
     _save_grid(folder / "sweep.png", model, request, args, plain, cells, lambda picture: picture)
-    apart = partial(difference, plain.picture)
-    _save_grid(folder / "difference.png", model, request, args, plain, cells, apart, f", difference, {AMPLIFIED}x")
+    compared = partial(difference, plain.picture)
+    _save_grid(folder / "difference.png", model, request, args, plain, cells, compared, f", difference, {AMPLIFIED}x")
     print_table(
         [x, *([y] if y else []), "seconds", "speed", "distance"],
         [
@@ -164,10 +164,10 @@ def _where(cell: Cell, x: str, y: str) -> list[str]:
     return [ROWS[name].text(cell.values[name]) for name in (x, y) if name]
 
 
-def _save(path: Path, model: Model, request: Request, values: Any, run: Run, apart: Distance | None = None) -> None:
-    more = {} if apart is None else {"distance": as_record(apart)}
-    made = record(model, request, values, seconds=round(run.seconds, 3), **more)
-    save_picture(path, enlarged(run.picture, SIDE), made, infotext_of(made))
+def _save(path: Path, model: Model, request: Request, values: Any, run: Run, metrics: Distance | None = None) -> None:
+    more = {} if metrics is None else {"distance": as_record(metrics)}
+    metadata = record(model, request, values, seconds=round(run.seconds, 3), **more)
+    save_picture(path, enlarged(run.picture, SIDE), metadata, infotext_of(metadata))
 
 
 def _save_csv(path: Path, x: str, y: str, plain: Run, cells: list[list[Cell]]) -> None:
@@ -178,8 +178,8 @@ def _save_csv(path: Path, x: str, y: str, plain: Run, cells: list[list[Cell]]) -
     ]
     for cell in _flat(cells):
         times = [round(cell.run.seconds, 4), round(cell.run.unet_seconds, 4)]
-        apart = ["" if value is None else value for value in as_record(cell.apart).values()]
-        rows.append([*_where(cell, x, y), *times, round(plain.seconds / cell.run.seconds, 3), *apart])
+        metrics = ["" if value is None else value for value in as_record(cell.apart).values()]
+        rows.append([*_where(cell, x, y), *times, round(plain.seconds / cell.run.seconds, 3), *metrics])
     save_table(path, header, rows)
 
 
@@ -190,13 +190,13 @@ def _save_grid(
     args: argparse.Namespace,
     plain: Run,
     cells: list[list[Cell]],
-    shown: Callable[[Image], Image],
+    view: Callable[[Image], Image],
     what: str = "",
 ) -> None:
-    """The picture without and what is `shown` of each cell's, labelled."""
+    """Save the unpatched picture and a `view` of the picture of each cell, labelled."""
     (x, columns), (y, lines) = args.x, args.y or ("", (None,))
     first = [enlarged(plain.picture, SIDE)] + [None] * (len(lines) - 1)
-    pictures = [[first[i], *(enlarged(shown(cell.run.picture), SIDE) for cell in row)] for i, row in enumerate(cells)]
+    pictures = [[first[i], *(enlarged(view(cell.run.picture), SIDE) for cell in row)] for i, row in enumerate(cells)]
     captions = [
         [f"{plain.seconds:.2f} s" if i == 0 else "", *(_caption(plain, cell) for cell in row)]
         for i, row in enumerate(cells)
@@ -209,8 +209,8 @@ def _save_grid(
         title=f"{request.prompt}, seed {request.seed}, {request.steps} steps, {model.name}{what}",
     )
     axes = {x: list(columns), **({y: list(lines)} if y else {})}
-    made = record(model, request, args.settings, sweep=axes)
-    save_picture(path, page, made, infotext_of(made))
+    metadata = record(model, request, args.settings, sweep=axes)
+    save_picture(path, page, metadata, infotext_of(metadata))
 
 
 def _caption(plain: Run, cell: Cell) -> str:

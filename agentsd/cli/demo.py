@@ -15,12 +15,12 @@ from .options import config_of
 from .runs import draw, record, warm_up
 from .sheets import AMPLIFIED, difference, enlarged, sheet
 
-# Recognisable at a glance, and different from each other in shape and colour
+# Recognisable at a glance, with distinct shapes and colours
 FAVOURITES = ("red apple", "avocado", "sunglasses face", "panda", "rose", "american football", "frog", "rainbow")
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Draw some of the embedded model's prompts both ways; write a sheet and a table; print the table."""
+    """Draw some prompts of the embedded model with and without agent attention; write a sheet and a table."""
     logging.getLogger("agentsd").setLevel(logging.WARNING)
     model = open_model("embedded")
     config = config_of(args.settings)
@@ -30,33 +30,35 @@ def demo(args: argparse.Namespace) -> None:
     results = []
     for request in requests:
         plain = draw(model, request, None, f"{request.prompt}, without", args.quiet)
-        ours = draw(model, request, config, f"{request.prompt}, with", args.quiet)
-        results.append((request.prompt, plain, ours, distance(plain.picture, ours.picture)))
+        patched = draw(model, request, config, f"{request.prompt}, with", args.quiet)
+        results.append((request.prompt, plain, patched, distance(plain.picture, patched.picture)))
 
     folder = Path(args.out)
-    rows = [[plain.picture, ours.picture, difference(plain.picture, ours.picture)] for _, plain, ours, _ in results]
+    rows = [
+        [plain.picture, patched.picture, difference(plain.picture, patched.picture)] for _, plain, patched, _ in results
+    ]
     page = sheet(
         [[enlarged(picture, SIDE // 2) for row in pair for picture in row] for pair in _in_pairs(rows)],
         columns=["without", "with agent attention", f"difference, {AMPLIFIED}x"] * min(2, len(rows)),
         captions=[
-            [text for prompt, plain, ours, apart in pair for text in (prompt, speed(plain, ours), str(apart))]
+            [text for prompt, plain, patched, metrics in pair for text in (prompt, speed(plain, patched), str(metrics))]
             for pair in _in_pairs(results)
         ],
         title=f"Agent attention on the embedded model: {args.steps} steps, seed {args.seed}",
     )
-    made = record(model, requests[0], args.settings, prompts=list(prompts))
-    image = save_picture(folder / "demo.png", page, made)
+    metadata = record(model, requests[0], args.settings, prompts=list(prompts))
+    image = save_picture(folder / "demo.png", page, metadata)
     table = save_table(
         folder / "demo.csv",
         ["prompt", "seconds without", "seconds with", "speed", "rmse", "psnr", "ssim"],
         [
             [
                 prompt,
-                *(round(run.seconds, 4) for run in (plain, ours)),
-                round(plain.seconds / ours.seconds, 3),
-                *("" if value is None else value for value in as_record(apart).values()),
+                *(round(run.seconds, 4) for run in (plain, patched)),
+                round(plain.seconds / patched.seconds, 3),
+                *("" if value is None else value for value in as_record(metrics).values()),
             ]
-            for prompt, plain, ours, apart in results
+            for prompt, plain, patched, metrics in results
         ],
     )
     _print(results)
@@ -65,7 +67,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def choose(prompts: list[str], count: int) -> list[str]:
-    """So many of the model's prompts: favourites that it knows first, then evenly from the rest."""
+    """Choose `count` of the model's prompts: first the favourites that it knows, then evenly from the rest."""
     first = [prompt for prompt in FAVOURITES if prompt in prompts][:count]
     rest = [prompt for prompt in prompts if prompt not in first]
     more = min(count, len(prompts)) - len(first)
@@ -78,8 +80,8 @@ def _in_pairs(items: list) -> list[list]:
 
 def _print(results: list) -> None:
     rows = [
-        [prompt, f"{plain.seconds:.2f}", f"{ours.seconds:.2f}", speed(plain, ours), str(apart)]
-        for prompt, plain, ours, apart in results
+        [prompt, f"{plain.seconds:.2f}", f"{patched.seconds:.2f}", speed(plain, patched), str(metrics)]
+        for prompt, plain, patched, metrics in results
     ]
     seconds = [mean(run.seconds for run in runs) for runs in zip(*((p, o) for _, p, o, _ in results), strict=True)]
     rows.append(["mean", *(f"{s:.2f}" for s in seconds), f"{seconds[0] / seconds[1]:.2f}x", ""])

@@ -1,4 +1,4 @@
-"""How far two pictures are apart."""
+"""Distance between two pictures."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distance:
-    """Of two pictures of the same size.
+    """Distance between two pictures of the same size.
 
     Attributes:
         rmse: root mean square difference of the RGB values, 0–255.
         psnr: peak signal-to-noise ratio in dB; infinite for equal pictures.
-        ssim: structural similarity (Wang et al., IEEE TIP 2004), −1–1, 1 for equal pictures; None where scikit-image
-            is not installed.
+        ssim: structural similarity (Wang et al., IEEE TIP 2004), −1–1, 1 for equal pictures; None if scikit-image is
+            not installed.
     """
 
     rmse: float
@@ -35,10 +35,10 @@ class Distance:
 
 
 def distance(a: Image, b: Image) -> Distance:
-    """The distance of two RGB pictures.
+    """Measure the distance between two RGB pictures.
 
     Raises:
-        ValueError: they differ in size.
+        ValueError: the pictures differ in size.
     """
     x, y = pixels(a), pixels(b)
     if x.shape != y.shape:
@@ -48,7 +48,7 @@ def distance(a: Image, b: Image) -> Distance:
 
 
 def pixels(picture: Image) -> np.ndarray:
-    """RGB values (height, width, 3) as floats, 0–255."""
+    """Return the RGB values (height, width, 3) as floats, 0–255."""
     return np.asarray(picture.convert("RGB"), dtype=np.float64)
 
 
@@ -57,6 +57,6 @@ def _ssim(x: np.ndarray, y: np.ndarray) -> float | None:
         from skimage.metrics import structural_similarity
     except ImportError:
         return None
-    # the constants of the paper: Gaussian windows of σ = 1.5, population covariance
-    given = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(structural_similarity(x, y, channel_axis=2, data_range=255, **given))
+    # the paper's constants: Gaussian windows of σ = 1.5, population covariance
+    constants = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(structural_similarity(x, y, channel_axis=2, data_range=255, **constants))

@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there, and pictures that carry their settings."""
+"""Write files atomically, and pictures that carry their settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUTPUTS = Path("outputs")
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
-    """Let `write` fill a file that appears under its name only once it is complete; returns the path.
+    """Let `write` fill a file that appears under its name only once it is complete; return the path.
 
     Raises:
         CommandError: the file cannot be written; the message says why.
@@ -60,7 +60,7 @@ def save_picture(path: Path, picture: Image.Image, record: Mapping[str, Any], in
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The settings that `save_picture` wrote."""
+    """Read the settings that `save_picture` wrote."""
     with Image.open(path) as picture:
         return json.loads(picture.text["agentsd"])
 
@@ -78,7 +78,7 @@ def save_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def fresh(stem: str, suffix: str = ".png") -> Path:
-    """A path in the folder of outputs that no file has yet."""
+    """Return an unused path in the output folder."""
     path = OUTPUTS / f"{stem}{suffix}"
     number = 2
     while path.exists():
@@ -88,5 +88,5 @@ def fresh(stem: str, suffix: str = ".png") -> Path:
 
 
 def slug(text: str) -> str:
-    """A short file name that reminds of a text."""
+    """Make a short file name from a text."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "picture"

@@ -1,4 +1,4 @@
-"""info: which layers of a model would be patched at which size, and what that saves."""
+"""info: show which layers of a model would be patched at which size, and what that saves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GIGA = 1e9
 
 
 def info(args: argparse.Namespace) -> None:
-    """Say what the settings would do to a model's layers; nothing is run and no weights are read."""
+    """Show what the settings would do to a model's layers, without running it or reading its weights."""
     bare, side, factor = bare_unet(args.model, args.download)
     unet = find_unet(bare)
     layout = layout_of(unet, args.model)
@@ -42,20 +42,20 @@ def _print_size(layout: Layout, config: AgentConfig, size: tuple[int, int], fact
     height, width = (side // factor for side in size)
     print(f"\n{size[1]}×{size[0]} pixels, a latent of {width}×{height}")
     for since, until in config.parts():
-        found = estimate(layout, config, height, width, since)
-        changed = found.flops_left != found.flops or found.layers
+        cost = estimate(layout, config, height, width, since)
+        changed = cost.flops_left != cost.flops or cost.layers
         print(f"\n  {since:.0%} to {until:.0%} of the diffusion:", "" if changed else "nothing is changed")
-        _print_levels(found)
+        _print_levels(cost)
     share = share_of_run(layout, config, height, width)
     print(f"\n  the whole diffusion: {share:.1%} of the unpatched U-Net's FLOPs")
 
 
-def _print_levels(found: Estimate) -> None:
-    rows = [_row(level) for level in found.levels]
+def _print_levels(cost: Estimate) -> None:
+    rows = [_row(level) for level in cost.levels]
     print_table(
         ["", "down", "blocks", "channels", "tokens", "queries", "agents", "GFLOPs", "left", "self-attention"], rows
     )
-    print(f"  U-Net: {found.flops / GIGA:.4g} GFLOPs, {found.flops_left / GIGA:.4g} are left ({found.share:.1%})")
+    print(f"  U-Net: {cost.flops / GIGA:.4g} GFLOPs, {cost.flops_left / GIGA:.4g} are left ({cost.share:.1%})")
 
 
 def _row(level: LevelEstimate) -> list[str]:
@@ -84,10 +84,10 @@ def _as_record(layout: Layout, config: AgentConfig, size: tuple[int, int], facto
     height, width = (side // factor for side in size)
     parts = []
     for since, until in config.parts():
-        found = estimate(layout, config, height, width, since)
-        levels = [_level_record(level) for level in found.levels]
+        cost = estimate(layout, config, height, width, since)
+        levels = [_level_record(level) for level in cost.levels]
         parts.append(
-            {"since": since, "until": until, "flops": found.flops, "flops_left": found.flops_left, "levels": levels}
+            {"since": since, "until": until, "flops": cost.flops, "flops_left": cost.flops_left, "levels": levels}
         )
     share = share_of_run(layout, config, height, width)
     return {"width": size[1], "height": size[0], "latent": [height, width], "share": share, "parts": parts}

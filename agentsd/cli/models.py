@@ -1,4 +1,4 @@
-"""The models that the command line knows: the embedded one, diffusers folders, single files and hub ids."""
+"""Models of the command line: the embedded one, diffusers folders, single files and hub ids."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SINGLE_FILES = (".safetensors", ".ckpt")
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw.
+    """Picture to draw.
 
     Attributes:
         prompt: the text.
         seed: seed of the initial noise.
-        steps: sampling steps; None for the model's usual number.
-        guidance: scale of classifier-free guidance; None for the model's usual one.
+        steps: sampling steps; None for the model's default.
+        guidance: scale of classifier-free guidance; None for the model's default.
         negative: the negative prompt.
-        size: (height, width) in pixels; None for the model's own.
+        size: (height, width) in pixels; None for the model's default.
     """
 
     prompt: str
@@ -51,9 +51,9 @@ class Model(Protocol):
     """A text-to-image model with a U-Net.
 
     Attributes:
-        name: what the user called it.
+        name: name given by the user.
         unet: the U-Net.
-        factor: pixels to a position of the latent.
+        factor: pixels per position of the latent, along one side.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Model(Protocol):
     factor: int
 
     def complete(self, request: Request) -> Request:
-        """The request with the model's own values where it leaves them open."""
+        """Fill in the model's defaults where the request is None."""
 
     def draw(self, request: Request, step: Callable[[], Any]) -> Image:
         """Draw a complete request; `step` is called after each sampling step."""
 
 
 class EmbeddedModel:
-    """The model that comes with the library."""
+    """The model that ships with the library."""
 
     factor = 1
     name = EMBEDDED
@@ -83,17 +83,16 @@ class EmbeddedModel:
         if request.negative:
             raise CommandError("the embedded model takes no negative prompt")
         height, width = request.size
-        given = {"seed": request.seed, "steps": request.steps, "guidance": request.guidance}
+        options = {"seed": request.seed, "steps": request.steps, "guidance": request.guidance}
+        options |= {"height": height, "width": width, "callback": lambda number, steps: step()}
         try:
-            return self.pipe(request.prompt, **given, height=height, width=width, callback=lambda done, steps: step())[
-                0
-            ]
-        except ValueError as error:  # words that it does not know
+            return self.pipe(request.prompt, **options)[0]
+        except ValueError as error:  # an unknown word
             raise CommandError(str(error)) from error
 
 
 class DiffusersModel:
-    """A pipeline of diffusers."""
+    """A diffusers pipeline."""
 
     def __init__(self, name: str, pipe: DiffusionPipeline) -> None:
         self.name, self.pipe = name, pipe
@@ -106,9 +105,9 @@ class DiffusersModel:
         return _filled(request, steps=20, guidance=7.0, size=(side, side))
 
     def draw(self, request: Request, step: Callable[[], Any]) -> Image:
-        def stepped(pipe: Any, i: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        def after_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             step()
-            return given
+            return tensors
 
         height, width = request.size
         return self.pipe(
@@ -119,12 +118,12 @@ class DiffusersModel:
             height=height,
             width=width,
             generator=torch.Generator().manual_seed(request.seed),
-            callback_on_step_end=stepped,
+            callback_on_step_end=after_step,
         ).images[0]
 
 
-def _filled(request: Request, **usual: Any) -> Request:
-    return replace(request, **{name: value for name, value in usual.items() if getattr(request, name) is None})
+def _filled(request: Request, **defaults: Any) -> Request:
+    return replace(request, **{name: value for name, value in defaults.items() if getattr(request, name) is None})
 
 
 def open_model(
@@ -134,29 +133,29 @@ def open_model(
 
     Args:
         name: "embedded", a diffusers folder, a single-file checkpoint, or a hub id.
-        download: let a hub id be fetched if the local cache does not have it.
-        config: for a single file: a diffusers folder or hub id of the same architecture.
-        device: "auto", or torch's name of one.
-        dtype: "auto" (float16 on a GPU, else float32), or torch's name of one.
+        download: download a hub id that is not in the local cache.
+        config: for a single file, a diffusers folder or hub id of the same architecture.
+        device: "auto", or a torch device.
+        dtype: "auto" (float16 on a GPU, else float32), or the name of a torch dtype.
 
     Raises:
-        CommandError: there is no such model, or it cannot be loaded.
+        CommandError: the model does not exist, or it cannot be loaded.
     """
-    place = _device(device)
-    kind = _dtype(dtype, place)
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
     if name == EMBEDDED:
-        return EmbeddedModel(_load_embedded(place, kind))
+        return EmbeddedModel(_load_embedded(torch_device, torch_dtype))
     with _libraries():
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()
-        # old versions know torch_dtype only, new ones warn of it
+        # old versions support only torch_dtype, about which new ones warn
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         if Path(name).suffix in SINGLE_FILES:
-            pipe = _load_single_file(Path(name), kind, config, download)
+            pipe = _load_single_file(Path(name), torch_dtype, config, download)
         else:
-            pipe = _load_pretrained(name, kind, download)
-    return DiffusersModel(name, pipe.to(place))
+            pipe = _load_pretrained(name, torch_dtype, download)
+    return DiffusersModel(name, pipe.to(torch_device))
 
 
 def _device(name: str) -> torch.device:
@@ -176,7 +175,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """Say which libraries are needed where one is missing."""
+    """Report a missing library and how to install it."""
     try:
         yield
     except ImportError as error:
@@ -195,13 +194,13 @@ def _load_embedded(device: torch.device, dtype: torch.dtype) -> EmbeddedPipeline
 def _load_pretrained(name: str, dtype: torch.dtype, download: bool) -> DiffusionPipeline:
     from diffusers import AutoPipelineForText2Image
 
-    where = folder_or_hub_id(name)
-    given = {"torch_dtype": dtype, "local_files_only": not download}
+    source = folder_or_hub_id(name)
+    options = {"torch_dtype": dtype, "local_files_only": not download}
     try:
-        return AutoPipelineForText2Image.from_pretrained(where, **given)
+        return AutoPipelineForText2Image.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         try:  # many models on the hub have weights in half precision only
-            return AutoPipelineForText2Image.from_pretrained(where, variant="fp16", **given)
+            return AutoPipelineForText2Image.from_pretrained(source, variant="fp16", **options)
         except (OSError, ValueError):
             raise CommandError(_not_loaded(name, error, download)) from error
 
@@ -241,21 +240,21 @@ def _first_line(error: Exception) -> str:
 
 
 def config_folder(path: Path, config: str | None, download: bool) -> str:
-    """The folder with a single file's configuration and tokenizer: the given one, or that of its kind in the cache."""
+    """Find a folder with a single file's configuration and tokenizer: `config`, or one of its kind in the cache."""
     if not path.is_file():
         raise CommandError(f"there is no file {path}")
     if config is not None and Path(config).is_dir():
         return config
     from huggingface_hub import snapshot_download
 
-    where = config or _usual_config(path)
+    source = config or _usual_config(path)
     try:
         return snapshot_download(
-            where, local_files_only=not download, allow_patterns=["**/*.json", "*.json", "**/*.txt"]
+            source, local_files_only=not download, allow_patterns=["**/*.json", "*.json", "**/*.txt"]
         )
     except (OSError, ValueError) as error:
         raise CommandError(
-            f"{path} is a single file, and the configuration for it, {where}, is not in the local cache of the hub; "
+            f"{path} is a single file, and the configuration for it, {source}, is not in the local cache of the hub; "
             "--config names a diffusers folder of the same architecture, --download fetches it"
         ) from error
 
@@ -267,7 +266,7 @@ def _usual_config(path: Path) -> str:
 
 
 def shapes_of(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint without their values: on the meta device."""
+    """Read the tensors of a checkpoint without their values, on the meta device."""
     if not path.is_file():
         raise CommandError(f"there is no file {path}")
     try:
@@ -278,5 +277,5 @@ def shapes_of(path: Path) -> dict[str, torch.Tensor]:
 
         with safe_open(path, "pt") as file:
             return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # whatever the reader says of a file that is no checkpoint
+    except Exception as error:  # readers raise all kinds of errors for a file that is no checkpoint
         raise CommandError(f"{path} is no checkpoint that can be read: {_first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What the options of the command line stand for. Those of the settings are made from the panel's table of settings."""
+"""Values of command-line options. Those of the settings are built from the panel's table of settings."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..settings.table import BY_NAME, Row, check, to_config
 
 # The panel's switch is the command itself, and a command line has no hires pass.
 _NOT_HERE = ("enabled", "hires_until", "passes")
-# The core's settings that the panel has under other names
+# Settings of the core that the panel has under other names
 _RENAMED = ("attn_precision", "stages")
 _KINDS = {"bool": "flag", "int": "number", "float": "slider", "choice": "choice"}
 
 
 def _row_of(name: str) -> Row:
-    """A row for a setting of the core that the panel does not show."""
+    """Make a row for a setting of the core that the panel does not show."""
     limits, default = LIMITS[name], getattr(_CORE, name)
-    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", cleandoc(AgentConfig.__doc__ or ""), re.MULTILINE)
-    info = " ".join(found[1].split()) if found else ""
+    entry = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", cleandoc(AgentConfig.__doc__ or ""), re.MULTILINE)
+    info = " ".join(entry[1].split()) if entry else ""
     ends = {end: limits[end] for end in ("low", "high") if end in limits}
     choices = tuple(str(choice) for choice in limits.get("choices", ()))
     step = 0.01 if limits["kind"] == "float" else 1
@@ -42,19 +42,19 @@ def _row_of(name: str) -> Row:
 _CORE = AgentConfig()
 _BEYOND = {name: _row_of(name) for name in LIMITS if name not in BY_NAME and name not in _RENAMED}
 ROWS: Mapping[str, Row] = {**{name: row for name, row in BY_NAME.items() if name not in _NOT_HERE}, **_BEYOND}
-_OPTION = {"seed": "partition-seed"}  # --seed is the picture's
+_OPTION = {"seed": "partition-seed"}  # --seed is the seed of the picture
 LARGEST = 8192
 
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting: the given ones, and the others at their defaults."""
+    """Complete the given settings with the defaults of the others."""
     beyond = {name: row.checked(given.get(name)) for name, row in _BEYOND.items()}
     panel = {name: value for name, value in given.items() if name not in _BEYOND}
     return {**check({"enabled": True, **panel}), **beyond}
 
 
 def config_of(values: Mapping[str, Any]) -> AgentConfig:
-    """The config that the settings stand for."""
+    """Make the config from the settings."""
     config = to_config({name: values[name] for name in BY_NAME})
     assert config is not None  # the panel's switch is on
     return replace(config, **{name: _core_value(name, values[name]) for name in _BEYOND})
@@ -80,10 +80,10 @@ def reader(row: Row) -> Callable[[str], Any]:
 
 
 def axis(text: str) -> tuple[str, tuple[Any, ...]]:
-    """SETTING=VALUES → its name in the table and its values."""
-    given, equals, values = text.partition("=")
+    """Parse SETTING=VALUES to the setting's name in the table and its values."""
+    option, equals, values = text.partition("=")
     by_option = {option_name(row): row for row in ROWS.values()}
-    row = by_option.get(given.strip().lstrip("-").replace("_", "-"))
+    row = by_option.get(option.strip().lstrip("-").replace("_", "-"))
     if row is None or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not SETTING=VALUES with one of {', '.join(by_option)}")
     read = reader(row)
@@ -91,12 +91,12 @@ def axis(text: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def _spread(values: str) -> list[str]:
-    """ "1,2,3" or "0.2:0.8:0.2" (both ends included) → the values as text."""
-    found = []
+    """Expand "1,2,3" or "0.2:0.8:0.2" (both ends included) to values as text."""
+    result = []
     for part in values.split(","):
         ends = part.strip().split(":")
         if len(ends) != 3:
-            found.append(part.strip())
+            result.append(part.strip())
             continue
         try:
             first, last, step = (float(end) for end in ends)
@@ -105,12 +105,12 @@ def _spread(values: str) -> list[str]:
             count = 0
         if not 1 <= count <= 1000:
             raise argparse.ArgumentTypeError(f"{part!r} is no range FIRST:LAST:STEP of 1 to 1000 values")
-        found += [f"{first + i * step:.10g}" for i in range(count)]
-    return found
+        result += [f"{first + i * step:.10g}" for i in range(count)]
+    return result
 
 
 def size(text: str) -> tuple[int, int]:
-    """ "512" or "768x512" (width × height) → (height, width)."""
+    """Parse "512" or "768x512" (width × height) to (height, width)."""
     match = re.fullmatch(r"(\d+)(?:\s*[x×*]\s*(\d+))?", text.strip())
     sides = [int(side) for side in match.groups() if side] if match else []
     if not sides or not all(16 <= side <= LARGEST and side % 8 == 0 for side in sides):

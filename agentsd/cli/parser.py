@@ -15,16 +15,16 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read a command line.
+    """Parse a command line.
 
     Raises:
-        SystemExit: it was wrong (code 2), or asked for help only. What there is to say has been printed.
+        SystemExit: it was invalid (code 2), or only asked for help. The message has been printed.
     """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        args.settings = settings_of(_given(args))
-        config_of(args.settings)  # settings can exclude each other
+        args.settings = settings_of(_chosen_settings(args))
+        config_of(args.settings)  # settings can contradict each other
         for axis in ("x", "y"):
             _check_axis(args, axis)
     except SettingError as error:
@@ -32,13 +32,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, f"setting_{name}", None) for name in ROWS}
-    return {name: value for name, value in given.items() if value is not None}
+def _chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
+    settings = {name: getattr(args, f"setting_{name}", None) for name in ROWS}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _check_axis(args: argparse.Namespace, axis: str) -> None:
-    """A wrong cell of a sweep is found before the first picture is drawn."""
+    """Check every cell of a sweep before the first picture is drawn."""
     name, values = getattr(args, axis, None) or ("", ())
     for value in values:
         config_of({**args.settings, name: value})
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = _command(subs, "generate", commands.generate, "draw a picture with agent attention")
     _picture_options(sub)
-    sub.add_argument("--off", action="store_true", help="draw it without agent attention")
+    sub.add_argument("--off", action="store_true", help="draw the picture without agent attention")
     _settings(sub)
 
     sub = _command(subs, "compare", commands.compare, "draw a picture with and without agent attention, side by side")
@@ -63,13 +63,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = _command(subs, "sweep", commands.sweep, "draw a picture over ranges of one or two settings")
     _picture_options(sub, folder=True)
-    ranges = "SETTING=VALUES: values divided by commas, or FIRST:LAST:STEP; settings are named as the options below"
+    ranges = "SETTING=VALUES: values separated by commas, or FIRST:LAST:STEP; settings are named like the options below"
     sub.add_argument("--x", type=axis, required=True, metavar="SETTING=VALUES", help=f"the columns, as {ranges}")
     sub.add_argument("--y", type=axis, metavar="SETTING=VALUES", help="the rows, in the same form; may be left out")
     _settings(sub)
 
     sub = _command(
-        subs, "info", info.info, "say which layers of a model would be patched, and what that saves", "[MODEL] "
+        subs, "info", info.info, "show which layers of a model would be patched, and what that saves", "[MODEL] "
     )
     sub.add_argument("model", nargs="?", default="embedded", metavar="MODEL", help=_MODEL_HELP)
     sub.add_argument(
@@ -83,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = _command(subs, "demo", demo.demo, "draw a sheet of pictures with and without agent attention", "")
     sub.add_argument("--out", metavar="FOLDER", default="outputs/demo", help="where to put it (default: %(default)s)")
     sub.add_argument("--steps", type=whole("steps", 1, 1000), default=20, help="sampling steps (default: 20)")
-    sub.add_argument("--prompts", type=whole("prompts", 1, 100), default=6, help="how many prompts (default: 6)")
+    sub.add_argument("--prompts", type=whole("prompts", 1, 100), default=6, help="number of prompts (default: 6)")
     sub.add_argument("--seed", type=whole("seed", 0, 2**63 - 1), default=0, help="seed of the pictures (default: 0)")
     _quiet(sub)
     _settings(sub)
 
-    sub = _command(subs, "playground", _playground, "open a page with the panel of the WebUI, on this machine only", "")
+    sub = _command(subs, "playground", _playground, "serve a page with the WebUI's panel, to this machine only", "")
     sub.add_argument("--port", type=whole("port", 0, 65535), default=7860, help="port (default: 7860, or a free one)")
-    sub.add_argument("--open", action="store_true", help="open it in the browser")
+    sub.add_argument("--open", action="store_true", help="open the page in the browser")
     return parser
 
 
@@ -101,7 +101,7 @@ def _playground(args: argparse.Namespace) -> None:
 
 
 _MODEL_HELP = (
-    "embedded (the small model that comes along; the default), a diffusers folder, a .safetensors or .ckpt file, or a "
+    "embedded (the small bundled model; the default), a diffusers folder, a .safetensors or .ckpt file, or a "
     "hub id (owner/name, from the local cache)"
 )
 
@@ -121,20 +121,22 @@ def _quiet(sub: argparse.ArgumentParser) -> None:
 
 
 def _download(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--download", action="store_true", help="fetch what the hub's local cache does not have")
+    sub.add_argument("--download", action="store_true", help="download what the hub's local cache lacks")
 
 
 def _picture_options(sub: argparse.ArgumentParser, folder: bool = False) -> None:
     sub.add_argument("prompt", help="what to draw; the embedded model knows emoji by name, such as 'a cat'")
     sub.add_argument("--model", default="embedded", help=_MODEL_HELP)
-    sub.add_argument("--config", metavar="FOLDER", help="a diffusers folder or hub id that tells how to read the file")
+    sub.add_argument(
+        "--config", metavar="FOLDER", help="diffusers folder or hub id that tells how to read a single file"
+    )
     _download(sub)
     sub.add_argument("--negative", default="", metavar="PROMPT", help="negative prompt")
     sub.add_argument("--seed", type=whole("seed", 0, 2**63 - 1), default=0, help="seed of the picture (default: 0)")
     sub.add_argument("--steps", type=whole("steps", 1, 1000), help="sampling steps (default: 20)")
     sub.add_argument("--guidance", type=real("guidance", 0, 100), help="scale of classifier-free guidance")
     sub.add_argument("--size", type=size, help="size of the picture in pixels, such as 512 or 768x512 (width first)")
-    sub.add_argument("--device", default="auto", help="torch's name of a device (default: a GPU if there is one)")
+    sub.add_argument("--device", default="auto", help="torch device (default: a GPU if there is one)")
     sub.add_argument("--dtype", default="auto", choices=DTYPES, help="default: float16 on a GPU, else float32")
     where, what = ("FOLDER", "folder to write to") if folder else ("FILE", "PNG file to write")
     sub.add_argument("--out", metavar=where, help=f"{what} (default: a new one in outputs/)")
@@ -145,7 +147,7 @@ def _settings(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("agent attention", "the settings of the WebUI's panel, with its defaults")
     for row in ROWS.values():
         flag, dest = f"--{option_name(row)}", f"setting_{row.name}"
-        text = f"{row.info} (default: {row.text(row.default)})".replace("%", "%%")
+        text = f"{row.help} (default: {row.text(row.default)})".replace("%", "%%")
         if row.kind == "flag":
             group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:

@@ -1,7 +1,7 @@
-"""A local page with the panel of the WebUI, the embedded model, and a slider between before and after.
+"""A local page with the WebUI's panel, the embedded model, and a slider between before and after.
 
-It is served to this machine only, and the page may load nothing from elsewhere: the server says so in a header that
-browsers enforce.
+It is served to this machine only. A content security policy, which browsers enforce, keeps the page from loading
+anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# before gradio is imported: it reads this once
+# set before gradio is imported, which reads this once
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from .errors import CommandError
@@ -37,7 +37,6 @@ from ..panel import controls
 from ..panel.host import Busy, Hint
 from ..panel.report import STATUS, PassReport
 from ..panel.routes import Routes
-from ..patch import Patch
 from ..settings import table
 from .distance import distance
 from .runs import Run, draw
@@ -48,9 +47,9 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 TAB = "txt2img"  # the panel's script looks for the WebUI's elements
-SCALE = 8  # pixels shown to a position of the latent, as in Stable Diffusion
+SCALE = 8  # pixels shown per position of the latent, as in Stable Diffusion
 _FILES = Path(__file__).resolve().parents[2]
-# Everything from this server, but for what gradio's page writes into itself.
+# Everything comes from this server, except what gradio's page generates itself.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; worker-src 'self' blob:; "
@@ -63,7 +62,7 @@ class Stopped(Exception):
 
 
 class Playground:
-    """What the page's controls do.
+    """Actions of the page's controls.
 
     Args:
         model: the model.
@@ -75,7 +74,7 @@ class Playground:
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """End the drawing after the step that is under way."""
+        """Stop drawing after the current step."""
         self._stop.set()
 
     def draw(
@@ -87,13 +86,13 @@ class Playground:
             prompt: the prompt.
             seed: seed of the initial noise.
             steps: sampling steps.
-            width: of the picture as it is shown, in pixels.
-            height: of the picture as it is shown, in pixels.
+            width: width of the displayed picture in pixels.
+            height: height of the displayed picture in pixels.
             *values: the panel's settings, in the table's order.
             progress: called with (step, steps) and the label.
 
         Returns:
-            The pictures, or None where there are none; the table of timings, or what went wrong, as HTML; and the
+            The pictures, or None if drawing failed; the table of timings, or the error message, as HTML; and the
             panel's status line.
         """
         self._stop.clear()
@@ -102,7 +101,7 @@ class Playground:
             request = self.model.complete(Request(prompt.strip(), int(seed or 0), int(steps), size=size))
             config = table.to_config(table.from_args([dict(zip(table.NAMES, values, strict=True))]))
             with self.in_use:
-                return self._draw_both(request, config, progress or (lambda *given, **named: None))
+                return self._draw_both(request, config, progress or (lambda *arguments, **options: None))
         except Stopped:
             return None, _message("Stopped."), ""
         except (CommandError, SettingError) as error:
@@ -112,22 +111,22 @@ class Playground:
         STATUS.begin(config is not None)
         report = PassReport(hires=False)
 
-        def one(label: str, config: Any) -> Run:
-            done = iter(range(1, request.steps + 1))
+        def draw_one(label: str, config: Any) -> Run:
+            numbers = iter(range(1, request.steps + 1))
 
             def step() -> None:
-                progress((next(done), request.steps), desc=label)
+                progress((next(numbers), request.steps), desc=label)
                 if self._stop.is_set():
                     raise Stopped
 
-            return draw(self.model, request, config, label, True, step, lambda patch: _tell(report, patch))
+            return draw(self.model, request, config, label, True, step, lambda patch: report.add(patch, 0.0))
 
-        plain = one("without", None)
-        ours = one("with agent attention", config) if config is not None else None
-        if ours is not None:
+        plain = draw_one("without", None)
+        patched = draw_one("with agent attention", config) if config is not None else None
+        if patched is not None:
             STATUS.add(report)
-        pictures = (_shown(plain.picture), _shown((ours or plain).picture))
-        return pictures, _timings(plain, ours), f"<div>{escape(STATUS.text())}</div>"
+        pictures = (_shown(plain.picture), _shown((patched or plain).picture))
+        return pictures, _timings(plain, patched), f"<div>{escape(STATUS.text())}</div>"
 
     # The host of the panel: see `agentsd.panel.host.PanelHost`
 
@@ -154,10 +153,6 @@ class Playground:
             self.in_use.release()
 
 
-def _tell(report: PassReport, patch: Patch) -> None:
-    report.add(patch, 0.0)
-
-
 def _shown(picture: Image) -> Image:
     return enlarged(picture, SCALE * max(picture.size))
 
@@ -166,38 +161,40 @@ def _message(text: str) -> str:
     return f'<p role="alert">{escape(text)}</p>'
 
 
-def _timings(plain: Run, ours: Run | None) -> str:
-    """Seconds and distance as a table."""
+def _timings(plain: Run, patched: Run | None) -> str:
+    """Format seconds and distance as a table."""
     rows = [("without", plain, "1.00×", "")]
-    if ours is not None:
-        apart = str(distance(plain.picture, ours.picture))
-        rows.append(("with", ours, f"{plain.seconds / ours.seconds:.2f}×", apart))
+    if patched is not None:
+        metrics = str(distance(plain.picture, patched.picture))
+        rows.append(("with", patched, f"{plain.seconds / patched.seconds:.2f}×", metrics))
     head = "".join(f"<th>{text}</th>" for text in ("", "seconds", "U-Net seconds", "speed", "difference"))
     lines = "".join(
         f"<tr><td>{name}</td><td>{run.seconds:.2f}</td><td>{run.unet_seconds:.2f}</td><td>{speed}</td>"
-        f"<td>{escape(apart)}</td></tr>"
-        for name, run, speed, apart in rows
+        f"<td>{escape(metrics)}</td></tr>"
+        for name, run, speed, metrics in rows
     )
-    off = "" if ours is not None else "<p>With these settings agent attention is off: both pictures are the same.</p>"
-    return f"<table><tr>{head}</tr>{lines}</table>{off}"
+    note = (
+        "" if patched is not None else "<p>With these settings agent attention is off: both pictures are the same.</p>"
+    )
+    return f"<table><tr>{head}</tr>{lines}</table>{note}"
 
 
 @contextmanager
 def _accordion(value: bool, label: str, elem_id: str) -> Iterator[Any]:
-    """The WebUI's InputAccordion: an accordion with a checkbox of its own."""
+    """Stand in for the WebUI's InputAccordion: an accordion with a checkbox."""
     with gr.Accordion(label, open=True, elem_id=elem_id):
-        # on, unlike in the WebUI: who comes here wants to see what it does
+        # on, unlike in the WebUI: the playground is for seeing what it does
         yield gr.Checkbox(True, label="On", container=False, elem_id=f"{elem_id}-checkbox")
 
 
 def build(playground: Playground) -> gr.Blocks:
-    """The page."""
+    """Build the page."""
     prompts = getattr(getattr(playground.model, "pipe", None), "prompts", [])
     with gr.Blocks(title="Agent attention", analytics_enabled=False) as page:
         gr.Markdown(
             "# Agent attention\nThe same picture, without and with agent attention. The model is a small one that "
-            f"comes along; its pictures are shown {SCALE} times as large as it draws them, so that a size has as many "
-            "tokens as in Stable Diffusion."
+            f"ships with the library; its pictures are shown {SCALE} times as large as it draws them, so that a size "
+            "has as many tokens as in Stable Diffusion."
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=380):
@@ -218,7 +215,7 @@ def build(playground: Playground) -> gr.Blocks:
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id=f"{TAB}_generate")
                     stop = gr.Button("Stop", elem_id="playground_stop")
-                built = controls.build(TAB, _accordion)
+                panel = controls.build(TAB, _accordion)
             with gr.Column(scale=3, min_width=420):
                 pictures = gr.ImageSlider(
                     type="pil",
@@ -229,30 +226,30 @@ def build(playground: Playground) -> gr.Blocks:
                 )
                 timings = gr.HTML("", elem_id="playground_timings")
 
-        def drawn(*given: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, str, str]:  # noqa: B008
-            return playground.draw(*given, progress=progress)
+        def drawn(*values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, str, str]:  # noqa: B008
+            return playground.draw(*values, progress=progress)
 
-        inputs = [prompt, seed, steps, width, height, *built.controls.values()]
-        go.click(drawn, inputs, [pictures, timings, built.status], show_progress_on=[pictures], concurrency_limit=1)
+        inputs = [prompt, seed, steps, width, height, *panel.controls.values()]
+        go.click(drawn, inputs, [pictures, timings, panel.status], show_progress_on=[pictures], concurrency_limit=1)
         stop.click(playground.stop, queue=False, concurrency_limit=None)
     return page
 
 
 def _own_files() -> dict[str, Any]:
-    """The extension's script and style, where they are: in a checkout, not in an installed package."""
+    """Return the extension's script and style, which exist in a checkout, but not in an installed package."""
     script, style = _FILES / "javascript" / "agent_attention.js", _FILES / "style.css"
     if not script.is_file():
         return {}
-    # the names that the WebUI gives its scripts
+    # the function that the WebUI provides to scripts
     host = "<script>function gradioApp() { return document; }</script>"
-    # the panel's controls are there once gradio has drawn the page: the script looks for them again and again
+    # the script polls for the panel's controls, which exist once gradio has rendered the page
     return {
         "head": f"{host}<script>{script.read_text(encoding='utf-8')}</script>",
         "css": style.read_text(encoding="utf-8") + _STYLE,
     }
 
 
-# gradio 6 squeezes a slider's description beside its number
+# gradio 6 would squeeze a slider's description beside its number
 _STYLE = """
 #playground_timings table { width: 100%; border-collapse: collapse; }
 #playground_timings :is(th, td) { padding: 4px 8px; text-align: right; }
@@ -264,7 +261,7 @@ _STYLE = """
 
 
 class _Header:
-    """Adds the content security policy to every answer."""
+    """Middleware that adds the content security policy to every response."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -279,7 +276,7 @@ class _Header:
 
 
 def make_app(model: Model) -> FastAPI:
-    """The page and its routes as an application."""
+    """Make an application of the page and its routes."""
     playground = Playground(model)
     app = FastAPI(openapi_url=None)
     Routes(playground).add(app)
@@ -300,8 +297,8 @@ def serve(port: int = 7860, browser: bool = False) -> None:
     """Serve the page to this machine until Ctrl-C.
 
     Args:
-        port: the port; another is taken if it is in use. 0 for any.
-        browser: open the page.
+        port: the port, or 0 for any; if it is in use, another one is chosen.
+        browser: open the page in the browser.
     """
     app = make_app(open_model("embedded"))
     with _listening(port) as listener:

@@ -1,4 +1,4 @@
-"""Drawing a picture, with or without a patch, and what there is to say of it."""
+"""Draw a picture with or without a patch, time it, and record its settings."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """One picture.
+    """One picture, and how it was drawn.
 
     Attributes:
         picture: the picture.
-        seconds: the whole time: text encoder, U-Net, sampler and decoder.
-        unet_seconds: the U-Net's part of it.
-        calls: number of the U-Net's calls.
-        actions: number of self-attentions by what was done there: "agents", "merge", "pool", "untouched".
-        notes: reasons for which self-attentions were left to the model, with their number.
+        seconds: total time: text encoder, U-Net, sampler and decoder.
+        unet_seconds: time in the U-Net.
+        calls: number of U-Net calls.
+        actions: number of self-attention calls by action: "agents", "merge", "pool", "untouched".
+        notes: reasons for leaving self-attention to the model, each with its number of calls.
     """
 
     picture: Image
@@ -48,7 +48,7 @@ class Run:
 
 
 class Stopwatch:
-    """Measures a module's calls while the `with` block runs."""
+    """Timer of a module's calls during a `with` block."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.seconds, self.calls = module, 0.0, 0
@@ -73,7 +73,7 @@ class Stopwatch:
 
 
 def _now() -> float:
-    """The time when everything that a GPU was given is done."""
+    """Return the time after waiting for all work on the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.backends.mps.is_available():
@@ -95,16 +95,16 @@ def draw(
     Args:
         model: the model.
         request: what to draw, complete.
-        config: the settings; None: unpatched.
-        label: what the progress bar says.
+        config: the settings; None for unpatched.
+        label: label of the progress bar.
         quiet: show no progress bar.
-        step: called after each sampling step; what it raises ends the drawing.
-        before_removal: given the patch, if there is one, when the picture is done.
+        step: called after each sampling step; raising stops the drawing.
+        before_removal: called with the patch, if there is one, when the picture is done.
     """
     with _patch(model.unet, config), _bar(label, request.steps, quiet) as bar, Stopwatch(model.unet) as watch:
-        began = _now()
+        start = _now()
         picture = model.draw(request, lambda: (bar.update(), step and step()))
-        seconds = _now() - began
+        seconds = _now() - start
         patch = get_patch(model.unet)
         actions: Counter[str] = Counter()
         for layer in patch.report() if patch else ():
@@ -135,13 +135,13 @@ class _Silent:
 
 
 def warm_up(model: Model, request: Request, configs: list[AgentConfig | None], quiet: bool = False) -> None:
-    """One step each, so that what happens only once (memory, kernels) is not counted against the first."""
+    """Run one step with each config, so that one-time costs (memory, kernels) do not count against the first."""
     for config in configs:
         draw(model, replace(request, steps=1), config, "warming up", quiet)
 
 
 def record(model: Model, request: Request, values: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
-    """What a picture's file says of how it was made; `values` are the settings, None where there was no patch."""
+    """Make the metadata of a picture's file; `values` are the settings, None if unpatched."""
     height, width = request.size
     return {
         "agentsd": __version__,
@@ -159,7 +159,7 @@ def record(model: Model, request: Request, values: Mapping[str, Any] | None, **m
 
 
 def infotext_of(made: Mapping[str, Any]) -> str:
-    """A record as the WebUI writes it, for its "PNG Info" tab."""
+    """Format a record as the WebUI's infotext, for its "PNG Info" tab."""
     lines = [made["prompt"]]
     if made["negative_prompt"]:
         lines.append(f"Negative prompt: {made['negative_prompt']}")

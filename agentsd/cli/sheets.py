@@ -15,7 +15,7 @@ AMPLIFIED = 4
 
 
 def difference(a: Image.Image, b: Image.Image) -> Image.Image:
-    """|a − b|, amplified 4 times: black where the pictures are equal."""
+    """Compute |a − b|, amplified 4 times: black where the pictures are equal."""
     return Image.fromarray(np.clip(AMPLIFIED * np.abs(pixels(a) - pixels(b)), 0, 255).astype(np.uint8))
 
 
@@ -27,14 +27,14 @@ def sheet(
     captions: Sequence[Sequence[str]] = (),
     title: str = "",
 ) -> Image.Image:
-    """Pictures in rows and columns.
+    """Arrange pictures in rows and columns.
 
     Args:
-        rows: pictures of one size, row by row; None leaves a cell empty.
+        rows: pictures of the same size, row by row; None leaves a cell empty.
         columns: a heading for each column.
-        labels: a label for each row, left of it.
-        captions: a text under each picture; lines are divided by line breaks.
-        title: a line above it all.
+        labels: a label to the left of each row.
+        captions: a text below each picture; may contain line breaks.
+        title: a line at the top.
     """
     font = ImageFont.load_default(FONT_SIZE)
     width, height = max((p.size for row in rows for p in row if p is not None), default=(1, 1))
@@ -71,6 +71,6 @@ def _texts(columns: Sequence[str], captions: Sequence[Sequence[str]]) -> list[st
 
 
 def enlarged(picture: Image.Image, side: int) -> Image.Image:
-    """The picture, enlarged by a whole number so that its longer side comes near `side` pixels; never smaller."""
+    """Enlarge the picture by a whole factor, so that its longer side is close to `side` pixels; never shrink it."""
     factor = max(1, round(side / max(picture.size)))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""A model's U-Net without its weights: for commands that need only its structure."""
+"""U-Nets without weights, for commands that need only their structure."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _PREFIX = "model.diffusion_model."
 
 
 def bare_unet(name: str, download: bool = False) -> tuple[nn.Module, int, int]:
-    """The U-Net of a model on the meta device, its usual latent size, and the pixels to a position of its latent.
+    """Build a model's U-Net on the meta device; return it, its default latent size, and the pixels per latent position.
 
     Args:
         name: "embedded", a diffusers folder, a single-file checkpoint, or a hub id.
-        download: let the configuration be fetched if the local cache does not have it.
+        download: download a configuration that is not in the local cache.
 
     Raises:
-        CommandError: there is no such model, or it has no U-Net that diffusers knows.
+        CommandError: the model does not exist, or it has no U-Net that diffusers knows.
     """
     if name == EMBEDDED:
         from ..embedded.model import SIZE, read_json
@@ -46,7 +46,7 @@ def _built(name: str, config: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(dict(config))
-    except Exception as error:  # a configuration can be wrong in many ways
+    except Exception as error:  # an invalid configuration can raise all kinds of errors
         raise CommandError(f"the U-Net of {name} cannot be built: {error}") from error
 
 
@@ -68,10 +68,10 @@ def _read_config(name: str, download: bool) -> dict[str, Any]:
 
 
 def config_of_checkpoint(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The diffusers configuration of an LDM or sgm checkpoint's U-Net, read off its tensors' names and shapes.
+    """Derive the diffusers configuration of an LDM or sgm checkpoint's U-Net from its tensors' names and shapes.
 
-    The number of heads cannot be read; it is that of Stable Diffusion 1 (8 heads), or of 2 and XL (heads of 64
-    channels, which come with linear projections). None where there is no such U-Net.
+    The number of heads cannot be derived: it is taken to be that of Stable Diffusion 1 (8 heads), or of 2 and XL (heads
+    of 64 channels) if the projections are linear. Return None if there is no such U-Net.
     """
     unet = {name.removeprefix(_PREFIX): x.shape for name, x in state.items() if name.startswith(_PREFIX)}
     if "input_blocks.0.0.weight" not in unet:
@@ -106,7 +106,7 @@ def config_of_checkpoint(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def _levels(unet: Mapping[str, torch.Size]) -> list[dict[str, int]]:
-    """Channels, residual blocks and depth of the transformers of each level of the encoder."""
+    """Count the channels, residual blocks and transformer depth of each level of the encoder."""
     levels = [{"channels": 0, "resnets": 0, "depth": 0}]
     count = 1 + max(int(m[1]) for name in unet if (m := re.match(r"input_blocks\.(\d+)\.", name)))
     for i in range(1, count):

@@ -1,7 +1,7 @@
 """The embedded text-to-image model: a latent diffusion model of six million parameters.
 
-Its latents are pictures of 64x64 RGBA pixels, normalised channel by channel, so that level 0 of the U-Net has 4096
-tokens, as Stable Diffusion's has at 512x512.  Its text encoder is a table of word embeddings.  The noise schedule is
+Its latents are pictures of 64×64 RGBA pixels, normalised channel by channel, so that its U-Net has 4096 tokens at full
+resolution, like Stable Diffusion at 512×512. Its text encoder is a table of word embeddings. The noise schedule is
 Stable Diffusion's, rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891), with v-prediction.
 """
 
@@ -56,9 +56,9 @@ def read_pictures() -> Tensor:
 
 
 class TextEncoder(nn.Module):
-    """Word embeddings plus position embeddings: prompts of at most ``tokens`` words -> (B, tokens, channels).
+    """Word embeddings plus position embeddings: prompts of at most `tokens` words → (B, tokens, channels).
 
-    Token 0 pads; the empty prompt, all padding, is the unconditional one.
+    Token 0 is padding; the empty prompt, all padding, is the unconditional one.
     """
 
     def __init__(self, vocabulary: Sequence[str], tokens: int, channels: int):
@@ -69,7 +69,11 @@ class TextEncoder(nn.Module):
         self.position = nn.Parameter(0.1 * torch.randn(tokens, channels))
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> word indices (B, tokens); ``ValueError`` for an unknown word or too many words."""
+        """Convert prompts to word indices (B, tokens).
+
+        Raises:
+            ValueError: a prompt has an unknown word or too many words.
+        """
         ids = torch.zeros(len(prompts), self.tokens, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             words = words_of(prompt)
@@ -93,9 +97,9 @@ class TextEncoder(nn.Module):
 
 
 class Position(nn.Module):
-    """A learned projection of the position in the picture, to be added to features (B, C, h, w).
+    """Learned projection of the position in the picture, added to features (B, C, h, w).
 
-    A U-Net learns positions from the zero padding of its convolutions alone, in time; this one is told.
+    A U-Net would eventually learn positions from the zero padding of its convolutions; this gives them explicitly.
     """
 
     def __init__(self, channels: int, waves: int = 4):
@@ -117,7 +121,7 @@ class Position(nn.Module):
 
 
 def build_unet(config: dict) -> UNet2DConditionModel:
-    """Build diffusers' U-Net, told the position before the first residual block of the deepest level and the way up."""
+    """Build diffusers' U-Net, with positions added to the deepest level and to the first three stages of the way up."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(**config)
@@ -129,12 +133,12 @@ def build_unet(config: dict) -> UNet2DConditionModel:
 
 
 class EmbeddedPipeline:
-    """Text to picture with the embedded model; see :func:`load`.
+    """Text-to-image pipeline of the embedded model; see `load`.
 
     Attributes:
-        unet: the U-Net, to be patched as that of any diffusers pipeline.
-        scheduler: a DDIM scheduler with the training's noise schedule.
-        prompts: the 100 prompts of the training pictures, in the order of ``nearest``'s indices.
+        unet: the U-Net, patched like that of any diffusers pipeline.
+        scheduler: a DDIM scheduler with the noise schedule of the training.
+        prompts: the 100 prompts of the training pictures, in the order of the indices of `nearest`.
     """
 
     def __init__(
@@ -160,10 +164,10 @@ class EmbeddedPipeline:
         return self.unet.dtype
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> context (B, L, C) of the U-Net; the empty prompt is the unconditional one.
+        """Encode prompts as context (B, L, C) of the U-Net; the empty prompt is the unconditional one.
 
         Raises:
-            ValueError: a prompt has a word that the model does not know (the message names it), or too many words.
+            ValueError: a prompt has an unknown word (the message names it), or too many words.
         """
         with torch.no_grad():
             return self._text(self._text.tokenize(prompts).to(self.device))
@@ -175,7 +179,7 @@ class EmbeddedPipeline:
 
     @torch.no_grad()
     def predict(self, latents: Tensor, t: int | Tensor, prompts: Sequence[str]) -> Tensor:
-        """Evaluate the U-Net once: latents (B, 4, h, w) at timestep t in [0, 999] -> velocity v (B, 4, h, w)."""
+        """Evaluate the U-Net once: latents (B, 4, h, w) at timestep t in [0, 999] → velocity v (B, 4, h, w)."""
         return self.unet(latents, t, self.encode(prompts)).sample
 
     @torch.no_grad()
@@ -199,9 +203,9 @@ class EmbeddedPipeline:
             steps: sampling steps, 1 to 1000.
             guidance: classifier-free guidance scale; 1 evaluates the prompt only.
             height: latent height, a multiple of 8, at least 16; the model was trained at 64.
-            width: latent width, likewise.
+            width: latent width, with the same limits.
             callback: called with (step, steps) after every step, from 1 on.
-            latents: initial noise (B, 4, height, width) in place of the seed's.
+            latents: initial noise (B, 4, height, width) to use instead of the seed's.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         _check(prompts, steps, guidance, height, width)
@@ -224,11 +228,11 @@ class EmbeddedPipeline:
         return x
 
     def __call__(self, prompt: str | Sequence[str], *, scale: int = 1, **kwargs: Any) -> list[Image]:
-        """Sample and decode: :meth:`sample`'s arguments -> RGB pictures, enlarged ``scale`` times."""
+        """Sample, with the arguments of `sample`, and decode to RGB pictures enlarged `scale` times."""
         return self.decode(self.sample(prompt, **kwargs), scale=scale)
 
     def decode(self, latents: Tensor, *, scale: int = 1, alpha: bool = False) -> list[Image]:
-        """Latents (B, 4, h, w) -> B pictures of scale*h x scale*w pixels: RGB over white, or RGBA with ``alpha``."""
+        """Decode latents (B, 4, h, w) to B pictures enlarged `scale` times: RGB over white, or RGBA with `alpha`."""
         from PIL import Image
 
         pixels = (self._pixels(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -244,8 +248,8 @@ class EmbeddedPipeline:
         """Find the nearest training picture of each of B pictures or latents (B, 4, 64, 64).
 
         Returns:
-            its index in ``prompts`` (B,), and the distance (B,): the root mean square difference of the RGB values in
-            [0, 1], over white, at 64x64 pixels.
+            Its index in `prompts` (B,), and the distance (B,): the root mean square difference of the RGB values in
+            [0, 1], over white, at 64×64 pixels.
         """
         x = self._pixels(pictures)[:, :3] if isinstance(pictures, Tensor) else _rgb(pictures)
         distance = (
@@ -263,7 +267,7 @@ class EmbeddedPipeline:
         return self._pictures
 
     def latents_of(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 4, h, w) in [0, 1], as in ``pictures``, -> latents."""
+        """Encode pictures (B, 4, h, w) in [0, 1], as in `pictures`, as latents."""
         return ((pictures - self._mean) / self._std).to(self.device, self.dtype)
 
     def _pixels(self, latents: Tensor) -> Tensor:
@@ -307,7 +311,7 @@ def load(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32)
     with torch.device("meta"):
         unet = build_unet(config["unet"])
     for module, prefix in ((unet, "unet."), (text, "text.")):
-        own = {k.removeprefix(prefix): v.to(device, dtype) for k, v in state.items() if k.startswith(prefix)}
-        module.load_state_dict(own, assign=True)
+        weights = {k.removeprefix(prefix): v.to(device, dtype) for k, v in state.items() if k.startswith(prefix)}
+        module.load_state_dict(weights, assign=True)
         module.eval().requires_grad_(False)
     return EmbeddedPipeline(unet, DDIMScheduler(**config["scheduler"]), text, prompts, config["latents"])

@@ -1,4 +1,4 @@
-"""What the library knows of hosts: their models' U-Nets, blocks, calls. Each family is one file of this folder."""
+"""Host models: their U-Nets, blocks and calls. Each family of models is one file of this folder."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ _TIMESTEPS = tuple(name for host in HOSTS for name in host.timesteps)
 
 
 def find_unet(model: Any) -> nn.Module:
-    """The U-Net of an LDM or sgm model, of a Forge model, of a diffusers pipeline, or the U-Net itself.
+    """Find the U-Net of an LDM, sgm or Forge model, or of a diffusers pipeline; a U-Net is returned as it is.
 
     Raises:
-        UnsupportedModelError: there is none with transformer blocks.
+        UnsupportedModelError: the model has no U-Net with transformer blocks.
     """
     for path in (*(path for host in HOSTS for path in host.paths), ""):
         unet = _follow(model, path)
@@ -77,12 +77,12 @@ def _follow(model: Any, path: str) -> Any:
 
 
 def host_of(attn: nn.Module) -> Host:
-    """The family that an attention module is of."""
+    """Return the family that an attention module belongs to."""
     return next(host for host in HOSTS if host.owns(attn))
 
 
 def find_sites(unet: nn.Module) -> list[Site]:
-    """All blocks of the U-Net that can be patched, in the order of their names in it."""
+    """List all transformer blocks of the U-Net, in the order of its modules."""
     levels, sites = dict(downsamples(unet)), []
     for name, module in unet.named_modules():
         if not hasattr(module, "transformer_blocks"):
@@ -104,7 +104,7 @@ def _of_prefix(name: str, levels: Mapping[str, int]) -> int | None:
 
 
 def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
-    """(name of a stage of the U-Net, its downsample), by the first family whose layout the U-Net has."""
+    """Yield (name, downsample) of each stage of the U-Net, by the first family whose layout matches."""
     for host in HOSTS:
         stages = list(host.stages(unet))
         if stages:
@@ -113,14 +113,14 @@ def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def example_call(unet: nn.Module, height: int, width: int, progress: float, rows: int = 2) -> ExampleCall:
-    """Arguments to call a U-Net with on noise, always the same.
+    """Make arguments for calling a U-Net on noise; the same every time.
 
     Args:
         unet: the U-Net.
         height: rows of the latent.
         width: columns of the latent.
         progress: fraction of the diffusion done, 0–1.
-        rows: rows of the batch; 2 for cond and uncond.
+        rows: batch size; 2 for cond and uncond.
     """
     host, weight = host_of(find_sites(unet)[0].block.attn1), weight_of(unet)
     generator, dtype = torch.Generator().manual_seed(0), host.dtype(unet)
@@ -133,7 +133,7 @@ def example_call(unet: nn.Module, height: int, width: int, progress: float, rows
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The tensor that a U-Net has answered with: alone, first in a tuple, or in diffusers' output object."""
+    """Extract the tensor from a U-Net's output: bare, first in a tuple, or in diffusers' output object."""
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, (tuple, list)) else output.sample
@@ -144,23 +144,23 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, .
 
 
 def read_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The tokens (B, N, C) that a block was given."""
+    """Read the tokens (B, N, C) from a block's arguments."""
     return _first(args, kwargs, _TOKENS)
 
 
 def find_timestep(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The timesteps that a U-Net was given, as they are; None where there are none."""
+    """Find the timesteps among a U-Net's arguments, unread; None if there are none."""
     return args[1] if len(args) > 1 else next((kwargs[name] for name in _TIMESTEPS if name in kwargs), None)
 
 
 def read_timestep(t: Any) -> float | None:
-    """The largest timestep of a batch; None where there is none. Waits for the device that they are on."""
+    """Read the largest timestep of a batch; None if there is none. Waits for the device."""
     if isinstance(t, Tensor):
         return float(t.detach().max()) if t.numel() else None
     return float(t) if isinstance(t, (int, float)) else None
 
 
 def read_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width) of the image-shaped tensor (B, C, height, width) that a module was given."""
+    """Read (height, width) off the image-shaped tensor (B, C, height, width) among a module's arguments."""
     x = _first(args, kwargs, _IMAGES)
     return tuple(x.shape[-2:]) if isinstance(x, Tensor) and x.dim() == 4 else None

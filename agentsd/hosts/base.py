@@ -1,7 +1,7 @@
-"""What a host is to the library: a family of models whose U-Nets share their classes and call signatures.
+"""Interface of a host: a family of models whose U-Nets share classes and call signatures.
 
-A host is one file in this folder: a subclass of `Host`, and its line in `agentsd.hosts.HOSTS`. No other file of the
-core knows a host's class names, call signatures or dtypes.
+A host is one file in this folder: a subclass of `Host`, listed in `agentsd.hosts.HOSTS`. No other file of the core
+knows a host's class names, call signatures or dtypes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ PROMPT_TOKENS = 77
 
 
 class UnsupportedModelError(ValueError):
-    """The model has no Stable Diffusion U-Net, or its U-Net has no transformer block that could be patched."""
+    """The model has no Stable Diffusion U-Net, or its U-Net has no transformer block to patch."""
 
 
 @dataclass
 class Call:
-    """One call of a self-attention, as the host made it.
+    """One self-attention call, as made by the host.
 
     Attributes:
         x: tokens (B, N, C).
-        context: what keys and values come from; None means x.
+        context: input of the key and value projections; None means x.
         mask: the attention mask, if any.
-        extras: whatever else was passed and is neither None nor empty, by name.
-        proceed: makes the call that the host made; given a tensor, the same call with these tokens for x.
+        extras: other arguments that are neither None nor empty, by name.
+        proceed: makes the host's original call; given tokens, makes the same call with these in place of x.
     """
 
     x: Tensor
@@ -48,21 +48,21 @@ Handler = Callable[[Call], Tensor]
 
 
 class Seam(Protocol):
-    """Where one attention module is cut open, so that a handler answers its calls."""
+    """Replacement point in one attention module, through which a handler answers its calls."""
 
     def install(self, handler: Handler) -> None:
-        """Send every call to `handler`; once in the life of a seam."""
+        """Send every call to `handler`; at most once per seam."""
 
     def remove(self) -> None:
-        """Put back what was there."""
+        """Restore the module."""
 
     def project_out(self, x: Tensor) -> Tensor:
-        """The attention's output projection."""
+        """Apply the attention's output projection."""
 
 
 @dataclass(frozen=True)
 class ExampleCall:
-    """Arguments that a U-Net can be called with, on its device and in the dtype that its host computes in."""
+    """Arguments for calling a U-Net, on its device and in the dtype that its host computes in."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -72,12 +72,12 @@ class Host(ABC):
     """A family of models.
 
     Attributes:
-        paths: where a model object of this family keeps its U-Net, as dotted attributes.
+        paths: dotted attributes under which a model of this family may hold its U-Net.
         images: names of the argument that holds an image-shaped tensor (B, C, height, width).
         tokens: names of the argument that holds tokens (B, N, C).
         timesteps: names of the U-Net's argument that holds the timestep.
-        resamplers: where a resampling module convolves, relative to the downsample of the stage that it is in, by the
-            module's class name.
+        resamplers: by class name of a resampling module, the downsample at which it convolves, relative to that of its
+            stage.
     """
 
     paths: tuple[str, ...] = ()
@@ -88,40 +88,40 @@ class Host(ABC):
 
     @abstractmethod
     def owns(self, attn: nn.Module) -> bool:
-        """Whether this attention module is one of this family's."""
+        """Whether this attention module belongs to this family."""
 
     @abstractmethod
     def seam(self, attn: nn.Module) -> Seam:
-        """A seam in this attention module."""
+        """Make a seam in this attention module."""
 
     @abstractmethod
     def obstacle(self, attn: nn.Module) -> str:
-        """Why this self-attention can't be answered by us; empty where it can."""
+        """Explain why this self-attention can't be patched; empty if it can."""
 
     @abstractmethod
     def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
-        """(name of a stage of the U-Net, its downsample); nothing where the U-Net is not of this family's layout."""
+        """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is another family's."""
 
     @abstractmethod
     def example_call(
         self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
     ) -> ExampleCall:
-        """A call of the U-Net on noise.
+        """Make arguments for calling the U-Net on noise.
 
         Args:
             unet: a U-Net of this family.
-            noise: makes a tensor of a given shape; its first side is the batch.
+            noise: makes a tensor of the given shape; the batch is its first dimension.
             size: (height, width) of the latent.
-            t: timesteps, one for each row of the batch.
+            t: timesteps, one per row of the batch.
         """
 
     def dtype(self, unet: nn.Module) -> torch.dtype:
-        """What the host computes this U-Net in."""
+        """Return the dtype in which the host computes this U-Net."""
         return weight_of(unet).dtype
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The first floating-point parameter, which tells the device and the dtype."""
+    """Return the first floating-point parameter, for its device and dtype."""
     return next(p for p in module.parameters() if p.is_floating_point())
 
 
@@ -132,9 +132,9 @@ class Site:
     Attributes:
         block: the block: attn1, attn2 and ff.
         parent: the module around it that sees the tokens as an image.
-        place: its name, and how far down the U-Net it is by the U-Net's structure.
-        host: the family that its self-attention is of.
-        obstacle: why its self-attention can't be answered by us; empty where it can.
+        place: its name and its level, read off the U-Net's structure.
+        host: the family that its self-attention belongs to.
+        obstacle: why its self-attention can't be patched; empty if it can.
     """
 
     block: nn.Module
@@ -164,14 +164,14 @@ class Site:
         return self.host.seam(self.block.attn1)
 
     def wrapped(self) -> bool:
-        """Whether somebody wraps the projections of this very instance and may count on seeing all N tokens."""
+        """Whether another extension wraps this instance's projections and may rely on seeing all N tokens."""
         return any("forward" in getattr(self.block.attn1, name).__dict__ for name in PROJECTIONS[:3])
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether this is a BasicTransformerBlock with a self-attention that we can read.
+    """Whether this is a BasicTransformerBlock whose self-attention has the expected parts.
 
-    Told by the class's name and parts, since every host has a class of its own.
+    Recognised by class name and attributes, since every host has its own class.
     """
     if not any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__):
         return False
@@ -180,19 +180,19 @@ def is_block(module: nn.Module) -> bool:
 
 
 def says_something(value: Any) -> bool:
-    """Whether an argument that was passed can change the result."""
+    """Whether an argument can change the result: it is neither None, empty, zero nor False."""
     if value is None:
         return False
     return bool(value) if isinstance(value, (bool, int, float, str, dict, list, tuple)) else True
 
 
 def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, given the names of the positional ones."""
-    given = dict(zip(names, args, strict=False), **kwargs)
-    given.update({f"argument {i}": value for i, value in enumerate(args[len(names) :])})
-    return given
+    """Map the arguments of a call to names, given the names of the positional ones."""
+    arguments = dict(zip(names, args, strict=False), **kwargs)
+    arguments.update({f"argument {i}": value for i, value in enumerate(args[len(names) :])})
+    return arguments
 
 
 def timestep_at(progress: float) -> float:
-    """The timestep, 0–999, when the fraction `progress` of the diffusion is done."""
+    """Return the timestep, 0–999, at which the fraction `progress` of the diffusion is done."""
     return (1 - progress) * (MAX_TIMESTEP - 1)

@@ -1,4 +1,4 @@
-"""The U-Nets of diffusers."""
+"""U-Nets of diffusers."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Diffusers(Host):
         prompt = noise(len(t), PROMPT_TOKENS, config.cross_attention_dim)
         more: dict[str, Any] = {}
         if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL
-            numbers = 6
-            pooled = unet.add_embedding.linear_1.in_features - numbers * config.addition_time_embed_dim
-            more["added_cond_kwargs"] = {"text_embeds": noise(len(t), pooled), "time_ids": noise(len(t), numbers)}
+            ids = 6  # original size, crop and target size, two numbers each
+            pooled = unet.add_embedding.linear_1.in_features - ids * config.addition_time_embed_dim
+            more["added_cond_kwargs"] = {"text_embeds": noise(len(t), pooled), "time_ids": noise(len(t), ids)}
         return ExampleCall((noise(len(t), config.in_channels, *size), t, prompt), more)
 
 
 class ProcessorSeam:
-    """Replaces the processor of one diffusers attention module."""
+    """Replacement of the processor of one diffusers attention module."""
 
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
@@ -65,12 +65,12 @@ class ProcessorSeam:
     def install(self, handler: Handler) -> None:
         """Send every call to `handler`."""
         if isinstance(self._previous, nn.Module):
-            return  # its weights would leave the module tree, out of reach of to() and of state_dict()
+            return  # its weights would leave the module tree, out of reach of to() and state_dict()
         self._processor = _Processor(self._previous, handler)
         self.attn.set_processor(self._processor)
 
     def remove(self) -> None:
-        """Put the processor back, unless somebody has set another one since."""
+        """Restore the processor, unless another one has been set since."""
         if self._processor is None:
             return
         self._processor.handler = None
@@ -86,8 +86,8 @@ class ProcessorSeam:
 class _Processor:
     """A diffusers attention processor that asks a handler first.
 
-    Whoever asks is told the class and the parameters of the processor underneath: diffusers chooses by the class (and
-    makes a new one of it when an IP-Adapter is loaded), and passes only the arguments that `__call__` names.
+    It presents the class and the call signature of the processor underneath: diffusers decides by the class (and
+    creates a new instance of it when an IP-Adapter is loaded), and passes only the arguments that `__call__` names.
     """
 
     _NAMES = ("encoder_hidden_states", "attention_mask", "temb")
@@ -101,30 +101,30 @@ class _Processor:
         return self.previous.__class__
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = named(self._NAMES, args, kwargs)
-        context, mask = (given.pop(name, None) for name in self._NAMES[:2])
+        arguments = named(self._NAMES, args, kwargs)
+        context, mask = (arguments.pop(name, None) for name in self._NAMES[:2])
 
         def proceed(tokens: Tensor | None = None) -> Tensor:
             if tokens is None:
                 return self.previous(attn, hidden_states, *args, **kwargs)
-            rest = given if context is None else {"encoder_hidden_states": tokens, **given}
+            rest = arguments if context is None else {"encoder_hidden_states": tokens, **arguments}
             return self.previous(attn, tokens, **rest)
 
         if self.handler is None:
             return proceed()
-        extras = {name: value for name, value in given.items() if says_something(value)}
+        extras = {name: value for name, value in arguments.items() if says_something(value)}
         return self.handler(Call(hidden_states, context, mask, extras, proceed))
 
 
 def host_processor(attn: nn.Module) -> Any:
-    """The processor of a diffusers attention, without those of ours that were removed but are kept by others."""
+    """Return an attention's processor, skipping ours that were removed but are still referenced by others."""
     processor = attn.processor
     while type(processor) is _Processor and processor.handler is None:
         processor = processor.previous
     return processor
 
 
-# The processors that compute plain attention, each by another kernel.
+# Processors that compute plain attention, each with a different kernel.
 _PLAIN_PROCESSORS = (
     "AttnProcessor",
     "AttnProcessor2_0",
@@ -138,7 +138,7 @@ _PLAIN_PROCESSORS = (
 
 
 def _obstacle(attn: nn.Module) -> str:
-    # by __class__, and not by type(): one of ours that is still at work says what is underneath
+    # __class__ instead of type(): an active processor of ours reports the one underneath
     processor = host_processor(attn).__class__.__name__
     if processor not in _PLAIN_PROCESSORS:
         return f"its attention processor is {processor}"

@@ -14,9 +14,9 @@ _RESAMPLED = {kind: factor for host in HOSTS for kind, factor in host.resamplers
 
 
 def layout_of(unet: nn.Module, name: str = "") -> Layout:
-    """The layout of a U-Net of LDM, sgm, Forge or diffusers; only shapes are read, so it may be on any device.
+    """Read the layout of a U-Net of LDM, sgm, Forge or diffusers. Only shapes are read, so any device will do.
 
-    Blocks whose place in the U-Net is unknown are left out.
+    Blocks whose level is unknown are left out.
     """
     sites = [site for site in find_sites(unet) if site.downsample is not None]
     blocks = tuple(CountedBlock(site.name, site.downsample, site.channels) for site in sites)
@@ -38,8 +38,8 @@ def layout_of(unet: nn.Module, name: str = "") -> Layout:
 
 
 def _resamplers(unet: nn.Module) -> list[tuple[str, float]]:
-    found = ((full, type(module).__name__) for full, module in unet.named_modules())
-    return [(full, _RESAMPLED[kind]) for full, kind in found if kind in _RESAMPLED]
+    modules = ((full, type(module).__name__) for full, module in unet.named_modules())
+    return [(full, _RESAMPLED[kind]) for full, kind in modules if kind in _RESAMPLED]
 
 
 def _flops_per_position(module: nn.Module) -> int:

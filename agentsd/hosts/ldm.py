@@ -1,4 +1,4 @@
-"""LDM's U-Nets, and those that have grown out of them: sgm (SDXL), Forge and reForge."""
+"""U-Nets of LDM and its descendants: sgm (SDXL), Forge and reForge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LDM(Host):
     images = ("x",)
     tokens = ("x",)
     timesteps = ("timesteps", "t")
-    # a stage begins with its Downsample, and ends with its Upsample
+    # a stage begins with its Downsample and ends with its Upsample
     resamplers = MappingProxyType({"Downsample": 1.0, "Upsample": 0.5})
 
     def owns(self, attn: nn.Module) -> bool:
@@ -50,7 +50,9 @@ class LDM(Host):
         more = {"context": noise(len(t), PROMPT_TOKENS, width)}
         labels = getattr(unet, "label_emb", None)
         if labels is not None:
-            more["y"] = noise(len(t), next(m for m in labels.modules() if isinstance(m, nn.Linear)).in_features)
+            linear = next((m for m in labels.modules() if isinstance(m, nn.Linear)), None)
+            # a vector, as sgm's; or the number of a class
+            more["y"] = t.new_zeros(len(t)).long() if linear is None else noise(len(t), linear.in_features)
         return ExampleCall((noise(len(t), channels, *size), t), more)
 
     def dtype(self, unet: nn.Module) -> torch.dtype:
@@ -62,10 +64,10 @@ def _has(stage: nn.Module, class_name: str) -> bool:
 
 
 class ForwardSeam:
-    """Replaces the `forward` of one LDM, sgm or Forge attention module, on the instance."""
+    """Replacement of the `forward` of one LDM, sgm or Forge attention module, on the instance."""
 
-    # Parameters of a host's attention that change nothing when we answer in its place: Forge's transformer_options
-    # carries patches that its block applies around attn1.
+    # Arguments that do not affect attention itself: Forge's transformer_options carries patches that its block applies
+    # around attn1.
     _HARMLESS = ("transformer_options",)
 
     def __init__(self, attn: nn.Module) -> None:
@@ -76,15 +78,15 @@ class ForwardSeam:
         self._handler: Handler | None = None
 
     def install(self, handler: Handler) -> None:
-        """Send every call to `handler`; once in the life of a seam."""
+        """Send every call to `handler`; at most once per seam."""
         self._handler, self._previous = handler, self.attn.__dict__.get("forward")
-        # a bound method and not a closure: a deep copy of the model then gets a seam of its own
+        # a bound method, not a closure, so that a deep copy of the model gets its own seam
         self._forward = self.attn.forward = self._answer
 
     def remove(self) -> None:
-        """Put back what was there. What others have put on top of us since stays, and no longer meets us."""
-        ours, self._forward, self._handler = self._forward, None, None
-        if ours is None or self.attn.__dict__.get("forward") != ours:  # equal, not the same, in a deep copy
+        """Restore `forward`. A wrapper put on top since then stays, and now wraps a pass-through."""
+        forward, self._forward, self._handler = self._forward, None, None
+        if forward is None or self.attn.__dict__.get("forward") != forward:  # equal, not identical, in a deep copy
             return
         if self._previous is None:
             del self.attn.forward
@@ -95,7 +97,7 @@ class ForwardSeam:
         return self.attn.to_out(x)
 
     def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._handler is None:  # removed, but somebody kept a reference to this method
+        if self._handler is None:  # removed, but a reference to this method survives
             return self._original(*args, **kwargs)
         return self._handler(self._read(args, kwargs))
 
@@ -105,24 +107,25 @@ class ForwardSeam:
         return type(self.attn).forward(self.attn, *args, **kwargs)
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        given = named(self._names, args, kwargs)
-        x, context, mask = (given.pop(name, None) for name in (self._names[0], "context", "mask"))
-        value = given.pop("value", None)
-        # Forge and reForge pass both whenever an attn1_patch is active; it is self-attention all the same
-        ours = value is None or value is x or value is context
-        same = {name: passed for name, passed in (("context", context), ("value", value)) if passed is not None}
+        arguments = named(self._names, args, kwargs)
+        x, context, mask = (arguments.pop(name, None) for name in (self._names[0], "context", "mask"))
+        value = arguments.pop("value", None)
+        # Forge and reForge pass context and value whenever an attn1_patch is active; it is self-attention all the same
+        plain = value is None or value is x or value is context
+        sources = {name: tensor for name, tensor in (("context", context), ("value", value)) if tensor is not None}
 
         def proceed(tokens: Tensor | None = None) -> Tensor:
             if tokens is None:
                 return self._original(*args, **kwargs)
-            return self._original(tokens, **dict.fromkeys(same, tokens), **given)
+            return self._original(tokens, **dict.fromkeys(sources, tokens), **arguments)
 
-        extras = {name: value for name, value in given.items() if says_something(value) and name not in self._HARMLESS}
-        return Call(x, context, mask, extras if ours else {**extras, "value": value}, proceed)
+        relevant = {name: value for name, value in arguments.items() if name not in self._HARMLESS}
+        extras = {name: value for name, value in relevant.items() if says_something(value)}
+        return Call(x, context, mask, extras if plain else {**extras, "value": value}, proceed)
 
 
 def _positional_names(method: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a method's positional parameters, self aside; LDM's where a wrapper hides them."""
+    """List the names of a method's positional parameters without self; LDM's if a wrapper hides them."""
     parameters = list(inspect.signature(method).parameters.values())[1:]
     names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     return names or ("x", "context", "mask")

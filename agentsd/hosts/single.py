@@ -1,4 +1,4 @@
-"""One self-attention of a U-Net by itself, as a U-Net of nothing else, so that the patch can be put on it alone."""
+"""A U-Net with nothing but one self-attention, so that the patch can be applied to that layer alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Site
 
 
 class BasicTransformerBlock(nn.Module):
-    """Told by this name, as every host's."""
+    """Wrapper that `is_block` recognises by its class name."""
 
     def __init__(self, attn1: nn.Module) -> None:
         super().__init__()

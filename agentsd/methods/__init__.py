@@ -1,4 +1,4 @@
-"""The methods of self-attention. Every file of this folder is one, and is imported here; none loads torch by that."""
+"""The methods of self-attention: one file each, all imported here, none of which loads torch."""
 
 from importlib import import_module
 from pkgutil import iter_modules

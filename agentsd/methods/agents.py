@@ -25,16 +25,16 @@ class Agents(Method):
     merges = True
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
-        """Agents exactly where 2 · n_agents < n_queries, as in AgentSD; else what merging alone does."""
+        """Plan agents if 2 · n_agents < n_queries, as in AgentSD; otherwise merging alone."""
         N = height * width
         n, cell, agent_r = _count(settings, height, width)
         if 2 * n < N - r:
             return LayerPlan(self.action, N, N - r, n, cell, r, agent_r)
-        why, remedy = too_many_agents(n, N - r), _remedy(settings, height, width, n, r)
+        reason, remedy = too_many_agents(n, N - r), _remedy(settings, height, width, n, r)
         if not r:
-            return untouched(N, why, *remedy)
-        # with agent_ratio 0 merging alone is what was asked for
-        return plan_merge(height, width, r, why, remedy) if settings.agent_ratio else plan_merge(height, width, r)
+            return untouched(N, reason, *remedy)
+        # with agent_ratio 0, merging alone is what the settings ask for: no shortfall
+        return plan_merge(height, width, r, reason, remedy) if settings.agent_ratio else plan_merge(height, width, r)
 
     def attend(self, attention: SelfAttention) -> Tensor:
         k_scale2, k_shortcut = attention.settings.k_scale2, attention.settings.k_shortcut
@@ -50,7 +50,7 @@ class Agents(Method):
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
         C, M, n = channels, plan.queries, plan.agents
-        # with merged queries the agents are projected on their own; without, they are pooled from the queries
+        # agents are pooled from the queries, or projected separately where the queries are merged
         return 8 * M * C * C + (2 * n * C * C if plan.r else 0) + 8 * n * M * C
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
@@ -63,7 +63,7 @@ class Agents(Method):
 
 
 def _count(settings: Settings, height: int, width: int) -> tuple[int, tuple[int, int] | None, int]:
-    """(agents, their cell, tokens merged away to make them), whether or not so many agents would be used."""
+    """Return (number of agents, their cell, tokens merged away to make them), before deciding whether they pay off."""
     N = height * width
     if settings.agent_source == "grid":
         s = cell_side(settings.agent_ratio, height, width, settings.max_agents)
@@ -83,11 +83,11 @@ def _remedy(settings: Settings, height: int, width: int, n: int, r: int) -> tupl
 
 
 def _project(attention: SelfAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values of the merged tokens, and agents of all tokens.
+    """Compute queries, keys and values of the merged tokens, and agents of all tokens.
 
-    A mean and a projection commute, since the projection is affine and the weights of a mean sum to 1: pool before
-    projecting where that leaves fewer tokens to project, unless somebody who wraps the projections counts on seeing
-    all tokens.
+    A mean and a projection commute, since the projection is affine and the weights of a mean sum to 1. So pool before
+    projecting where that leaves fewer tokens to project, unless another extension wraps the projections and may rely
+    on seeing all tokens.
     """
     x, merged = attention.x, attention.merged
     if merged is None or attention.wrapped:
@@ -116,7 +116,7 @@ def agent_attention(
     bias1: Tensor | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    """σ(Q Aᵀ · (d^-½)^k_scale2 + B₂) σ(A Kᵀ · d^-½ + B₁) V (section 3.2, equation 4), without the shortcut.
+    """Compute σ(Q Aᵀ · (d^-½)^k_scale2 + B₂) σ(A Kᵀ · d^-½ + B₁) V (section 3.2, equation 4), without the shortcut.
 
     Args:
         q: queries (B, H, N, d).
@@ -128,7 +128,7 @@ def agent_attention(
         bias2: agent bias of the broadcast, broadcastable to (B, H, N, n).
 
     Returns:
-        (B, H, N, d). Memory and time are linear in N and M; no (N, n) matrix is kept by a fused kernel.
+        (B, H, N, d). Memory and time are linear in N and M; a fused kernel stores no (N, n) matrix.
     """
     from torch.nn.functional import scaled_dot_product_attention
 

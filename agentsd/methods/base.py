@@ -1,9 +1,10 @@
-"""What a method of self-attention is, and the registry of all methods.
+"""Interface of a self-attention method, and the registry of all methods.
 
-A method is one file in this folder: a subclass of `Method` under `@register`. It says what it would do with a grid of
-tokens, does it, counts its FLOPs, names itself in a sentence and marks tokens for the token map. Nothing else knows it.
+A method is one file in this folder: a subclass of `Method` under `@register`. It plans a grid of tokens, computes
+attention, counts its FLOPs, describes itself in a sentence and marks tokens for the token map. Nothing outside the file
+depends on it.
 
-Importing a method loads no torch: what computes imports it where it computes.
+Importing a method loads no torch: functions that compute import it themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ UNTOUCHED = "untouched"
 
 
 class Settings(Protocol):
-    """The settings that methods read: `agentsd.AgentConfig`, which says what each means."""
+    """The settings that methods read; `agentsd.AgentConfig` documents them."""
 
     ratio: float
     sx: int
@@ -37,19 +38,19 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a config does to one transformer block.
+    """Plan of one transformer block.
 
     Attributes:
         action: what happens in self-attention: "agents", "merge", "pool", "corrected" … or "untouched".
         tokens: N, the number of tokens of the layer.
         queries: number of queries that attention is computed for.
-        agents: n, the number of agent tokens, or of pooled or sampled keys; 0 where there are none.
-        cell: (height, width) of the cell in tokens that each stands for; None where there is none.
-        r: tokens merged away, in whatever parts of the block are merged.
-        agent_r: tokens merged away to make similarity agents.
-        reason: why self-attention is untouched; empty where it is not.
-        shortfall: why less is done than was asked for, such as merging without agents; empty where it is not.
-        remedy: names of the settings that would change either.
+        agents: n, the number of agent tokens, or of pooled or sampled keys; 0 if there are none.
+        cell: (height, width) in tokens of the cell that each of them stands for; None if there are no cells.
+        r: number of tokens merged away, in all parts of the block that merge.
+        agent_r: number of tokens merged away to make similarity agents.
+        reason: why self-attention is untouched; empty if it is changed.
+        shortfall: why less is done than requested, such as merging without agents; empty if nothing falls short.
+        remedy: names of the settings that would change the reason or the shortfall.
     """
 
     action: str
@@ -60,7 +61,7 @@ class LayerPlan:
     r: int = 0
     agent_r: int = 0
     reason: str = ""
-    # words for people: two plans that do the same are equal
+    # not compared: plans that do the same are equal, however they are explained
     shortfall: str = field(default="", compare=False)
     remedy: tuple[str, ...] = field(default=(), compare=False)
 
@@ -71,12 +72,12 @@ class LayerPlan:
 
 
 def untouched(tokens: int, reason: str, *remedy: str, r: int = 0) -> LayerPlan:
-    """The plan of a layer whose self-attention is left alone; `r` as in `LayerPlan`."""
+    """Plan a layer whose self-attention is left alone; `r` as in `LayerPlan`."""
     return LayerPlan(UNTOUCHED, tokens, tokens, r=r, reason=reason, remedy=remedy)
 
 
 def too_many_agents(agents: int, queries: int) -> str:
-    """Why agents are not used where they would not pay: AgentSD asks for 2 · n_agents < n_queries."""
+    """Explain why agents would not pay off: AgentSD requires 2 · n_agents < n_queries."""
     return f"{agents} agents are too many for {queries} queries (fewer than half are needed)"
 
 
@@ -86,16 +87,16 @@ class SelfAttention:
 
     Attributes:
         x: tokens (B, N, C), in row-major order.
-        plan: what is to be done.
-        settings: the settings that hold in this layer now.
-        size: (height, width) of the grid of tokens.
+        plan: the layer's plan.
+        settings: the settings in force in this layer now.
+        size: (height, width) of the token grid.
         heads: number of heads H.
-        matching: the clusters of merged tokens and of similarity agents; None where there are none.
-        wrapped: whether somebody wraps the projections and may count on seeing all N tokens.
-        project: queries, keys and values of tokens, by the host's own projections.
-        project_q: queries of tokens.
+        matching: clusters of merged tokens and of similarity agents; None if there are none.
+        wrapped: whether another extension wraps the projections and may rely on seeing all N tokens.
+        project: maps tokens to queries, keys and values by the host's own projections.
+        project_q: maps tokens to queries.
         project_out: the host's output projection.
-        proceed: the call that the host made; given tokens, the same call with these in place of x.
+        proceed: makes the host's original call; given tokens, makes the same call with these in place of x.
     """
 
     x: Tensor
@@ -112,33 +113,33 @@ class SelfAttention:
 
     @property
     def merged(self) -> Clusters | None:
-        """The clusters of merged tokens; None where none are merged."""
+        """The clusters of merged tokens; None if none are merged."""
         return None if self.matching is None else self.matching.merged
 
     def by_heads(self, step: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """Split tensors (B, M, C) into heads (B, H, M, d), take a `step` of attention on them, and join its result.
+        """Split tensors (B, M, C) into heads (B, H, M, d), apply `step` to them, and join the heads of its result.
 
-        The step is taken in the precision that was asked for; the result has the tensors' own.
+        The step runs in the requested precision; the result has the dtype of the tensors.
         """
         from ..tensors import join_heads, no_autocast, split_heads
 
-        def joined(given: Sequence[Tensor]) -> Tensor:
-            return join_heads(step(*(split_heads(t, self.heads) for t in given)))
+        def apply(inputs: Sequence[Tensor]) -> Tensor:
+            return join_heads(step(*(split_heads(t, self.heads) for t in inputs)))
 
         if self.settings.attn_precision is None:
-            return joined(tensors)
+            return apply(tensors)
         first = tensors[0]
         with no_autocast(first.device.type):
-            return joined([t.float() for t in tensors]).to(first.dtype)
+            return apply([t.float() for t in tensors]).to(first.dtype)
 
     def full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Full attention among these queries, keys and values, each (B, M, C)."""
+        """Compute full attention of queries, keys and values, each (B, M, C)."""
         from torch.nn.functional import scaled_dot_product_attention
 
         return self.by_heads(scaled_dot_product_attention, q, k, v)
 
 
-# (top, left, bottom, right) in tokens, bottom and right not included
+# (top, left, bottom, right) in tokens, bottom and right excluded
 Span = tuple[int, int, int, int]
 
 
@@ -146,12 +147,12 @@ class Method(ABC):
     """One way to compute self-attention.
 
     Attributes:
-        name: the value of the setting `method` that asks for it.
-        action: what plans and reports call it; the name where it is not set.
+        name: the value of the setting `method` that selects it.
+        action: its name in plans and reports; `name` unless set.
         summary: what it does, for the panel's help: a clause without a full stop.
-        noun: what its agents are called in a sentence, in the plural.
-        phrase: what is said of a number of calls: "40 `phrase`".
-        selectable: whether `method` can ask for it.
+        noun: plural noun for its agents in sentences.
+        phrase: description of its calls after their number: "40 `phrase`".
+        selectable: whether the setting `method` can select it.
         merges: whether its self-attention works on the `r` merged tokens.
     """
 
@@ -169,29 +170,29 @@ class Method(ABC):
 
     @abstractmethod
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
-        """What it would do with a grid of `height` × `width` tokens of which `r` may be merged away."""
+        """Plan a grid of `height` × `width` tokens, of which `r` may be merged away."""
 
     @abstractmethod
     def attend(self, attention: SelfAttention) -> Tensor:
-        """The layer's output (B, N, C) for one call of its self-attention."""
+        """Compute the layer's output (B, N, C) for one self-attention call."""
 
     @abstractmethod
     def flops(self, plan: LayerPlan, channels: int) -> int:
-        """FLOPs of self-attention with its projections under `plan`, one row of the batch, C = `channels`."""
+        """Count the FLOPs of self-attention and its projections under `plan`: one row of the batch, C = `channels`."""
 
     def words(self, plan: LayerPlan) -> str:
-        """What it does to a layer, such as "4096 tokens → 256 agents"."""
+        """Describe what it does to a layer, such as "4096 tokens → 256 agents"."""
         merged = f" ({plan.queries} queries)" if plan.queries < plan.tokens else ""
         return f"{plan.tokens} tokens → {plan.agents} {self.noun}{merged}"
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
-        """Where its agents are on the grid; a mark is drawn in the middle of each span.
+        """Locate its agents on the grid; the token map draws a mark in the middle of each span.
 
         Args:
             plan: what was done.
             height: rows of the grid.
             width: columns of the grid.
-            agent_tokens: the tokens at which similarity agents are; empty where there are none.
+            agent_tokens: tokens at which similarity agents sit; empty if there are none.
         """
         if plan.cell is None:
             return []
@@ -201,7 +202,7 @@ class Method(ABC):
         ]
 
     def caption(self, plan: LayerPlan) -> str:
-        """What the marks are, in a sentence; empty where there are none."""
+        """Explain the marks in a sentence; empty if there are none."""
         return f"Dots: {plan.agents} {self.noun}, each the mean of its cell." if plan.cell else ""
 
 
@@ -211,33 +212,34 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
-    """Class decorator: make a method known everywhere. One of the same action takes its place."""
+    """Class decorator: register a method. A later one with the same action replaces it."""
     _BY_ACTION[cls.action] = cls()
     return cls
 
 
 def unregister(action: str) -> None:
-    """Forget a method."""
+    """Remove a method from the registry."""
     del _BY_ACTION[action]
 
 
 def method_of(action: str) -> Method:
-    """The method whose plans have this `action`."""
+    """Return the method whose plans have this `action`."""
     return _BY_ACTION[action]
 
 
 def method_named(name: str) -> Method:
-    """The method that the setting `method` asks for by this name."""
+    """Return the method that the setting `method` selects by this name."""
     return next(method for method in selectable() if method.name == name)
 
 
 def selectable() -> list[Method]:
-    """All methods that can be asked for, as they are registered now."""
-    return [method for method in _BY_ACTION.values() if method.selectable]
+    """List the selectable methods that are registered now."""
+    # by name: the order of registration is that of the imports
+    return sorted((method for method in _BY_ACTION.values() if method.selectable), key=lambda method: method.name)
 
 
 class _Names(Sequence[str]):
-    """The names of all methods that can be asked for, as they are registered now."""
+    """Live view of the names of all selectable methods."""
 
     def __getitem__(self, index: Any) -> Any:
         return [method.name for method in selectable()][index]

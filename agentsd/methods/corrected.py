@@ -11,11 +11,11 @@ from .base import LayerPlan, Method, SelfAttention, Settings, Span, register, to
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Steps of the fit.
+# Number of conjugate steps of the fit.
 FIT_STEPS = 3
-# How far fitted values may exceed what they are fitted from.
+# Largest ratio of fitted values to the values they are fitted to and from, beyond which the fit is rejected.
 FIT_GROWTH = 16.0
-# With fewer agents than this, corrected values overshoot between them: docs/fidelity.md has the figures.
+# With fewer agents, corrected values overshoot between them: see docs/fidelity.md for figures.
 FEWEST = 32
 
 
@@ -23,8 +23,8 @@ FEWEST = 32
 class Corrected(Method):
     name = "corrected"
     summary = (
-        "as many keys as grid agents, one of each cell, their values fitted to full attention; it has no k_scale2 and "
-        "no k_shortcut"
+        "attention to one key of each cell, as many as grid agents, with values fitted to full attention; uses neither "
+        "k_scale2 nor k_shortcut"
     )
     noun = "corrected agents"
 
@@ -48,7 +48,7 @@ class Corrected(Method):
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
         C, N, n = channels, plan.tokens, plan.agents
-        # full attention at n queries, n × n weights and their fit, attention of all queries to n keys
+        # projections; full attention at n queries and broadcast to n keys; n × n weights and their fit
         return 8 * N * C * C + 8 * n * N * C + (4 + 4 * FIT_STEPS) * n * n * C
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
@@ -62,30 +62,30 @@ class Corrected(Method):
 def corrected_attention(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, k_bar: Tensor, v_bar: Tensor, *, steps: int = FIT_STEPS
 ) -> Tensor:
-    """Attention to a few keys whose values are fitted, so that at the agents it is full attention.
+    """Compute attention to a few keys whose values are fitted so that it equals full attention at the agents.
 
         V_A = σ(A Kᵀ · d^-½) V                 agent aggregation
         W   = σ(A K̄ᵀ · d^-½)
         Y   ≈ argmin ‖W Y − V_A‖, from Y = V̄
         O   = σ(Q K̄ᵀ · d^-½) Y                 agent broadcast, corrected
 
-    Without the fit (Y = V̄) this is attention to the few keys and values. With an exact one it is the Nyström
-    approximation σ(Q K̄ᵀ) W⁺ σ(A Kᵀ) V (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902), whose inverse is
-    what agent attention leaves out. W is close to singular: a few steps of the fit recover what carries weight and
-    leave alone what would only be amplified.
+    Without the fit (Y = V̄) this is attention to the few keys and values. With an exact fit it is the Nyström
+    approximation σ(Q K̄ᵀ) W⁺ σ(A Kᵀ) V (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902), whose inverse
+    agent attention leaves out. W is close to singular: a few steps of the fit recover the directions that carry weight
+    and leave alone those that would only amplify noise.
 
     Args:
         q: queries (B, H, N, d).
         k: keys (B, H, M, d).
         v: values (B, H, M, d).
-        a: agent tokens (B, H, m, d), queries too.
-        k_bar: the few keys (B, H, n, d): a sample, as the patch takes it, or means.
-        v_bar: their values (B, H, n, d), which the fit begins with.
-        steps: steps of the fit, at least 0.
+        a: agent tokens (B, H, m, d), which are queries too.
+        k_bar: the few keys (B, H, n, d): a sample, as in the patch, or means.
+        v_bar: their values (B, H, n, d), the start of the fit.
+        steps: number of steps of the fit, at least 0.
 
     Returns:
-        (B, H, N, d). The m × n matrix W and the fit are float32 whatever the tensors are. A row of the batch and head
-        whose fit is not finite, or grows out of proportion, uses V̄: attention to the few keys and values.
+        (B, H, N, d). The m × n matrix W and the fit are float32 whatever the dtype of the tensors. Where the fit of a
+        row and head is not finite, or grows out of proportion, V̄ is used: attention to the few keys and values.
     """
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -100,24 +100,24 @@ def corrected_attention(
 def _fitted(a: Tensor, k_bar: Tensor, v_a: Tensor, v_bar: Tensor, steps: int) -> Tensor:
     w = (a @ k_bar.mT * a.shape[-1] ** -0.5).softmax(dim=-1)
     y = fit_values(w, v_a, v_bar, steps)
-    # A comparison with NaN is false. Decided on the device: nothing waits for it.
+    # False for NaN. Decided on the device, so that nothing waits for it.
     bounded = _largest(y) <= FIT_GROWTH * _largest(v_a).maximum(_largest(v_bar))
     return y.where(bounded, v_bar)
 
 
 def fit_values(w: Tensor, v_a: Tensor, y: Tensor, steps: int) -> Tensor:
-    """Take `steps` conjugate directions of ‖W Y − V_A‖² from Y, for every column (channel) by itself.
+    """Minimise ‖W Y − V_A‖² from Y by `steps` conjugate directions, for every column (channel) separately.
 
-    The directions are those of conjugate gradients on the least-squares problem (CGLS). Each image W p is made
-    orthogonal to all earlier ones: left to the recursion, rounding errors grow a thousandfold within six steps, and
-    the picture would depend on the batch. The residual never grows, whatever W is. Products only: no factorisation,
-    and nothing that waits for the device.
+    The directions are those of conjugate gradients on the least-squares problem (CGLS). Each image W p is explicitly
+    orthogonalised against all earlier ones: by the recursion alone, rounding errors grow a thousandfold within six
+    steps, and the picture would depend on the batch. The residual never grows, whatever W is. Products only: no
+    factorisation, and nothing that waits for the device.
 
     Args:
         w: (..., m, n).
         v_a: (..., m, d).
-        y: (..., n, d), the start.
-        steps: at least 0.
+        y: start of the fit (..., n, d).
+        steps: number of steps, at least 0.
 
     Returns:
         The fitted values (..., n, d).
@@ -131,7 +131,7 @@ def fit_values(w: Tensor, v_a: Tensor, y: Tensor, steps: int) -> Tensor:
             overlap = _dot(image, other_image)
             p, image = p - overlap * other, image - overlap * other_image
         square = _dot(image, image)
-        # a direction that is rounding errors only is none: the column is solved, or W can do no more for it
+        # drop a direction that is only rounding error: the column is solved, or W cannot improve it further
         fresh = square > 1e-8 * before
         length = square.where(fresh, 1.0).rsqrt() * fresh
         p, image = p * length, image * length

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @register
 class Full(Method):
-    """Not to be asked for by name: rules and stages ask for it by settings of None."""
+    """Full attention. Cannot be selected by name: rules and stages ask for it with settings of None."""
 
     name = action = phrase = UNTOUCHED
     selectable = False

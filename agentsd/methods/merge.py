@@ -1,4 +1,4 @@
-"""Token merging alone: full attention among the tokens that are left.
+"""Token merging alone: full attention among the remaining tokens.
 
 Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604.
 """
@@ -16,7 +16,7 @@ _ACTION = "merge"
 
 
 def plan_merge(height: int, width: int, r: int, shortfall: str = "", remedy: tuple[str, ...] = ()) -> LayerPlan:
-    """Merge `r` tokens away; `shortfall` and `remedy` as in `LayerPlan`."""
+    """Plan to merge `r` tokens away; `shortfall` and `remedy` as in `LayerPlan`."""
     N = height * width
     return LayerPlan(_ACTION, N, N - r, r=r, shortfall=shortfall, remedy=remedy)
 
@@ -24,7 +24,7 @@ def plan_merge(height: int, width: int, r: int, shortfall: str = "", remedy: tup
 @register
 class Merge(Method):
     name = action = _ACTION
-    summary = "token merging by Ratio, and no agents"
+    summary = "token merging by Ratio, without agents"
     phrase = "merged"
     merges = True
 
@@ -37,7 +37,7 @@ class Merge(Method):
         merged = attention.merged
         if not attention.wrapped:
             return merged.unmerge(attention.proceed(merged.merge(attention.x)))
-        # whoever wraps the projections counts on seeing all tokens
+        # an extension that wraps the projections may rely on seeing all tokens
         q, k, v = (merged.merge(t) for t in attention.project(attention.x))
         return merged.unmerge(attention.project_out(attention.full(q, k, v)))
 

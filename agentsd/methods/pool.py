@@ -1,4 +1,4 @@
-"""Token downsampling: all queries, with keys and values averaged over cells.
+"""Token downsampling: all queries attend to keys and values averaged over cells.
 
 Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", arXiv 2402.13573.
 """

@@ -1,4 +1,4 @@
-"""The panel, made from the table of settings. Knows gradio, and no WebUI."""
+"""The panel, built from the table of settings. Imports gradio, but no WebUI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..settings.table import ARGUMENTS, BY_NAME, DEFAULTS, SETTINGS, Row
 from ..settings.table import RECORD as RECORD_NAME
 from .tokenmap import RECORD, View
 
-# Controls that share a line, by their group's number
+# Controls that share a line
 _LINES = (
     ("ratio", "agent_ratio"),
     ("k_scale2", "k_shortcut"),
@@ -34,13 +34,13 @@ _LINE = {name: i for i, line in enumerate(_LINES) for name in line}
 
 @dataclass(frozen=True)
 class Panel:
-    """What was built.
+    """Controls of a panel.
 
     Attributes:
         controls: the control of each setting by name, in the table's order; "enabled" is the accordion's checkbox.
-        summary: the line that says what the settings mean at the current size.
-        status: the line that says what became of the last run.
-        record: the checkbox that asks for the token map's record; None where the panel has no token map.
+        summary: the line of the preview.
+        status: the line of the last run.
+        record: the checkbox that turns on recording for the token map; None if the panel has no token map.
     """
 
     controls: Mapping[str, Any]
@@ -50,13 +50,13 @@ class Panel:
 
     @property
     def inputs(self) -> list[Any]:
-        """What a generation is given, in the order of `agentsd.settings.ARGUMENTS`; only with a token map."""
+        """Inputs of a generation, in the order of `agentsd.settings.ARGUMENTS`; requires a token map."""
         return [self.record if name == RECORD_NAME else self.controls[name] for name in ARGUMENTS]
 
     def tidy(self) -> None:
-        """Give each control's default its own type again, which a saved ui-config may have lost.
+        """Restore the type of each control's default, which a saved ui-config may have changed.
 
-        The host casts what it reads from an infotext to that type: a 0 saved for 0.0 would turn 0.4 into 0.
+        The host casts values from an infotext to that type: a 0 saved for 0.0 would turn 0.4 into 0.
         """
         for name, control in self.controls.items():
             row = BY_NAME[name]
@@ -67,7 +67,7 @@ class Panel:
 
 
 def element_id(tab: str, name: str = "") -> str:
-    """The id of a control, of "summary" or of "status"; without a name, of the accordion."""
+    """Return the element id of a control, "summary" or "status"; without a name, that of the accordion."""
     return f"{tab}_agent_attention" + (f"_{name}" if name else "")
 
 
@@ -80,8 +80,8 @@ def build(
 
     Args:
         tab: prefix of the elements' ids: "txt2img" or "img2img".
-        accordion: makes an accordion that is an input, such as the WebUI's InputAccordion.
-        token_map: gives the last run's token map, as `tokenmap.view` does; without it the panel has none.
+        accordion: makes an accordion with a checkbox as its value, such as the WebUI's InputAccordion.
+        token_map: makes the token map of the last run from (call, layer); without it the panel has none.
     """
     enabled = BY_NAME["enabled"]
     with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:
@@ -99,7 +99,7 @@ def build(
 
 
 def _preset(tab: str) -> tuple[Any, Any]:
-    """The choice of a preset, and a hidden button by which the page sets it."""
+    """Make the preset dropdown, and a hidden button through which the page sets it."""
     preset = gr.Dropdown(
         choices=[*PRESETS, CUSTOM],
         value=preset_of(DEFAULTS),
@@ -108,13 +108,13 @@ def _preset(tab: str) -> tuple[Any, Any]:
         elem_id=element_id(tab, "preset"),
     )
     sync = gr.Button("", elem_id=element_id(tab, "sync"), elem_classes=["agent-attention-hidden"])
-    # what it shows follows from the other controls: nothing to save
+    # the preset follows from the other controls: nothing to save
     preset.do_not_save_to_config = sync.do_not_save_to_config = True
     return preset, sync
 
 
 def _connect(tab: str, preset: Any, sync: Any, controls: list[Any]) -> None:
-    """Have the page's script fill the controls; the server is not asked."""
+    """Let the page's script fill the controls without asking the server."""
     both = [preset, *controls]
     for listen, call in ((preset.input, "choose"), (sync.click, "sync")):
         # gradio appends the outputs' values to the inputs'
@@ -123,14 +123,14 @@ def _connect(tab: str, preset: Any, sync: Any, controls: list[Any]) -> None:
 
 
 _GRADIO_3 = gr.__version__.startswith("3.")
-# gradio 4 has renamed it
+# renamed in gradio 4
 _JS = "_js" if _GRADIO_3 else "js"
-# and drops what happens while an answer is awaited, unless it is told to answer the last of it
+# since gradio 4, events during a pending call are dropped unless the last one is asked for
 _LAST = {} if _GRADIO_3 else {"trigger_mode": "always_last"}
 
 
 def _measure(tab: str) -> None:
-    """Buttons and table of a measurement, which the page's script brings to life."""
+    """Make the buttons and the table of a measurement; the page's script operates them."""
     with gr.Accordion("Measure", open=False, elem_id=element_id(tab, "measuring")):
         with gr.Row():
             gr.Button("Measure at this size", elem_id=element_id(tab, "measure"))
@@ -139,13 +139,13 @@ def _measure(tab: str) -> None:
 
 
 def _token_map(tab: str, show: Callable[[int, int], View]) -> Any:
-    """The token map's controls; gives the checkbox that asks for a record."""
+    """Make the controls of the token map, and return the checkbox that turns on recording."""
 
     def named(name: str, **more: Any) -> dict[str, Any]:
         return {"elem_id": element_id(tab, name), **more}
 
     with gr.Accordion("Token map", open=False, elem_id=element_id(tab, "map")):
-        info = "Which tokens were merged and where the agents sat is kept of each image you make, until the next one."
+        info = "Keep which tokens were merged and where the agents sat for each image, until the next one."
         record = gr.Checkbox(False, label=RECORD, info=info, **named("record"))
         button = gr.Button("Show the token map", **named("map_show"))
         with gr.Row():
@@ -153,21 +153,21 @@ def _token_map(tab: str, show: Callable[[int, int], View]) -> Any:
             layer = gr.Slider(1, 2, 1, step=1, label="Map layer", visible=False, **named("map_layer"))
         text = gr.HTML("", **named("map_text", elem_classes=["agent-attention-status"]))
         image = gr.Image(type="pil", interactive=False, show_label=False, visible=False, **named("map_image"))
-    chosen, shown = [moment, layer], [image, text, moment, layer]
+    sliders, outputs = [moment, layer], [image, text, moment, layer]
 
     def refresh(call: float, number: float) -> list[Any]:
         return _map_updates(show(int(call or 1), int(number or 1)))
 
-    button.click(refresh, chosen, shown, show_progress="hidden")
-    for slider in chosen:
-        slider.input(refresh, chosen, shown, show_progress="hidden", **_LAST)
-    for part in (record, button, *shown):
+    button.click(refresh, sliders, outputs, show_progress="hidden")
+    for slider in sliders:
+        slider.input(refresh, sliders, outputs, show_progress="hidden", **_LAST)
+    for part in (record, button, *outputs):
         part.do_not_save_to_config = True
     return record
 
 
 def _map_updates(view: View) -> list[Any]:
-    """What image, text and the two sliders of the token map become."""
+    """Make gradio updates for the image, the text and the two sliders of the token map."""
 
     def slider(value: int, count: int) -> Any:
         return gr.update(value=value, maximum=max(2, count), visible=view.image is not None and count > 1)

@@ -1,4 +1,4 @@
-"""What the panel asks of the program that it is shown in: a WebUI, or the playground."""
+"""Interface between the panel and the program that shows it: a WebUI, or the playground."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hint:
-    """Something that the user should know or change.
+    """Advice to the user.
 
     Attributes:
         text: a clause without a full stop.
-        remedy: what would change it: names of settings, or places in the host's own settings.
+        remedy: names of the settings to change, or places in the host's own settings.
     """
 
     text: str
@@ -34,24 +34,24 @@ class PanelHost(Protocol):
     """A program that shows the panel."""
 
     def unet(self) -> nn.Module | None:
-        """The U-Net of the model in use; None where none is loaded. Loads none."""
+        """Return the U-Net of the current model; None if no model is loaded. Never loads one."""
 
     def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
-        """The config of a pass with these settings, canonical; None where that pass is to be left alone.
+        """Make the config of a pass from settings in canonical form; None if the pass is to be left alone.
 
         Raises:
-            SettingError: settings that exclude each other.
+            SettingError: settings contradict each other.
         """
 
     def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
-        """What keeps a pass from being patched, as far as the host's options say; None where nothing does."""
+        """Say what in the host's options prevents a pass from being patched; None if nothing does."""
 
     def advice(self, values: Mapping[str, Any]) -> Sequence[Hint]:
-        """What to say about the loaded model, given the settings."""
+        """Give hints about the loaded model, given the settings."""
 
     def at_rest(self) -> AbstractContextManager[tuple[nn.Module, Any]]:
-        """A `with` block that holds (U-Net, kv_context), for running the U-Net while nothing is generated.
+        """Reserve the model for a `with` block, which gets (U-Net, kv_context), while nothing is generated.
 
         Raises:
-            Busy: the model is in use, or there is none.
+            Busy: the model is in use, or none is loaded.
         """

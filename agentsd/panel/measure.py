@@ -1,6 +1,6 @@
-"""Timing the loaded model's U-Net with and without the panel's settings.
+"""Time the loaded model's U-Net with and without the panel's settings.
 
-Imports neither gradio nor a WebUI; the host's part is handed in.
+Imports neither gradio nor a WebUI: the caller supplies the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .preview import SamplingPass
 
 log = logging.getLogger("agentsd.panel")
 
-ROUNDS = 3  # pairs of forwards, without and with, after one of each to warm up
+ROUNDS = 3  # pairs of forward passes, without and with the patch, after a warm-up pair
 ROWS = 2  # cond and uncond
 CALIBRATION_SECONDS = 3.0
 MEBIBYTE = 2**20
@@ -36,7 +36,7 @@ HEAD = ("Size", "Without", "With", "Speed-up", "Peak memory", "Output differs")
 
 
 class Cancelled(Exception):
-    """The user has changed their mind."""
+    """The user has cancelled the measurement."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Task:
     """What to measure: a config in a sampling pass, at one moment of the diffusion.
 
     Attributes:
-        sampling: the sampling pass that this stands for.
+        sampling: the sampling pass.
         config: the settings.
-        progress: fraction of the diffusion done, 0–1; somewhere within the agents' range.
+        progress: fraction of the diffusion done, 0–1, within the agents' range.
     """
 
     sampling: SamplingPass
@@ -56,15 +56,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured for one task.
+    """Result of one task.
 
     Attributes:
-        sampling: the sampling pass that it stands for.
-        before: milliseconds of a forward pass of the unpatched U-Net, two rows (median).
-        after: the same of the patched one.
-        peak_before: peak memory of the unpatched U-Net in bytes; None where the device does not tell.
-        peak_after: the same of the patched one.
-        distance: ‖patched − unpatched‖ / ‖unpatched‖ of the outputs, for noise as latent and prompt.
+        sampling: the sampling pass.
+        before: milliseconds per forward pass of the unpatched U-Net, batch size 2 (median).
+        after: milliseconds per forward pass of the patched U-Net.
+        peak_before: peak memory of the unpatched U-Net in bytes; None if the device does not report it.
+        peak_after: peak memory of the patched U-Net.
+        distance: ‖patched − unpatched‖ / ‖unpatched‖ of the outputs, with noise for latent and prompt.
     """
 
     sampling: SamplingPass
@@ -75,7 +75,7 @@ class Outcome:
     distance: float
 
     def row(self) -> list[str]:
-        """The outcome under `HEAD`."""
+        """Format the outcome as a table row under `HEAD`."""
         peak = "–"
         if self.peak_before is not None and self.peak_after is not None:
             peak = f"{self.peak_before / MEBIBYTE:.0f} → {self.peak_after / MEBIBYTE:.0f} MiB"
@@ -84,11 +84,11 @@ class Outcome:
         return [str(self.sampling), *times, speed, peak, f"{self.distance:.1%}"]
 
     def words(self) -> str:
-        """Such as "410 → 330 ms a U-Net call"."""
+        """Describe the timing, as in "410 → 330 ms a U-Net call"."""
         return f"{self.before:.0f} → {self.after:.0f}\u00a0ms a U-Net call"
 
     def sentence(self) -> str:
-        """The outcome in one line."""
+        """Describe the outcome in one line."""
         size, _, _, speed, peak, distance = self.row()
         return f"{size}: {self.words()} ({speed}), peak memory {peak}, outputs differ by {distance}"
 
@@ -98,33 +98,33 @@ def tasks(
     passes: Sequence[SamplingPass],
     to_config: Callable[[Mapping[str, Any], bool], AgentConfig | None],
 ) -> list[Task]:
-    """A task for each pass in which agents act.
+    """Make a task for each pass in which agents act.
 
     Args:
-        values: every setting, canonical.
+        values: every setting, in canonical form.
         passes: the sampling passes.
-        to_config: gives the config of a pass from `values` and whether it is the hires pass; None where the pass is
-            left alone.
+        to_config: makes the config of a pass from `values` and whether it is the hires pass; None if the pass is left
+            alone.
 
     Raises:
-        SettingError: settings that exclude each other.
+        SettingError: settings contradict each other.
     """
-    found = []
-    for one in passes:
-        low, high = max(one.start, values["since"]), values[one.end]
-        config = to_config({**values, "enabled": True}, one.hires)
+    result = []
+    for sampling in passes:
+        low, high = max(sampling.start, values["since"]), values[sampling.end]
+        config = to_config({**values, "enabled": True}, sampling.hires)
         if config is not None and low < high:
-            found.append(Task(one, config, (low + high) / 2))
-    return found
+            result.append(Task(sampling, config, (low + high) / 2))
+    return result
 
 
 def measure(unet: nn.Module, task: Task, tick: Callable[[], None], kv_context: Any = None) -> Outcome:
-    """Time the U-Net with and without the patch, taking turns, and compare its outputs.
+    """Time the U-Net with and without the patch, alternating, and compare its outputs.
 
     Args:
         unet: the U-Net, not patched.
         task: what to measure.
-        tick: called after every forward; may raise to stop.
+        tick: called after every forward pass; may raise to stop.
         kv_context: as in `agentsd.patch_unet`.
     """
     call = example_call(unet, *task.sampling.latent, task.progress, ROWS)
@@ -153,7 +153,7 @@ def measure(unet: nn.Module, task: Task, tick: Callable[[], None], kv_context: A
 
 
 def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, int | None, Tensor]:
-    """(seconds, peak bytes or None, output) of one call on `device`."""
+    """Time one call on `device`: (seconds, peak bytes or None, output)."""
     module = getattr(torch, device.type, None)
     wait = getattr(module, "synchronize", lambda: None)
     if device.type == "cuda":
@@ -168,7 +168,7 @@ def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, int
 
 @dataclass
 class State:
-    """Where a measurement is: "idle", "running", "done", "cancelled", "busy" or "failed"."""
+    """State of a measurement: "idle", "running", "done", "cancelled", "busy" or "failed"."""
 
     state: str = "idle"
     progress: float = 0.0
@@ -182,12 +182,12 @@ class State:
         return {"state": self.state, "progress": self.progress, "text": text, **rows, "min_tokens": self.min_tokens}
 
 
-# Settings that change no time
+# Settings that do not affect timings
 _TIMELESS = ("enabled",)
 
 
 class Job:
-    """The one measurement that may be under way, in a thread of its own, and what was measured before."""
+    """The measurement that may be running, in its own thread, and earlier outcomes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -201,12 +201,12 @@ class Job:
         todo: list[Task],
         model: Callable[[], AbstractContextManager[tuple[nn.Module, Any]]],
     ) -> str:
-        """Begin; returns why not, or "".
+        """Start measuring; return why not, or "".
 
         Args:
             values: the settings that the tasks are made from.
-            todo: what to measure, in turn.
-            model: makes a `with` block that holds the model: (U-Net, kv_context). Raises Busy where it is in use.
+            todo: the tasks, in order.
+            model: reserves the model for a `with` block, which gets (U-Net, kv_context); raises Busy if it is in use.
         """
         if not todo:
             return "Nothing to measure: with these settings no pass is changed."
@@ -220,15 +220,15 @@ class Job:
         return ""
 
     def cancel(self) -> None:
-        """Stop after the forward that is under way."""
+        """Stop after the current forward pass."""
         self._cancel.set()
 
     def as_dict(self) -> dict[str, Any]:
-        """State, progress 0–1, text, table and the proposed "min_tokens" (None before there is one)."""
+        """Return the state, progress 0–1, text, table and the proposed "min_tokens" (None until known) for JSON."""
         return self._state.to_dict()
 
     def words(self, unet: nn.Module | None, values: Mapping[str, Any], one: SamplingPass) -> str:
-        """What was measured for a pass of this U-Net with these settings; empty where nothing was."""
+        """Describe the outcome for a pass of this U-Net with these settings; empty if there is none."""
         outcome = self._measured.get(unet, {}).get(_key(values, one)) if unet is not None else None
         return "" if outcome is None else outcome.words()
 
@@ -241,7 +241,7 @@ class Job:
             state.text, state.state = "Cancelled.", "cancelled"
         except Busy as error:
             state.text, state.state = str(error), "busy"
-        except Exception as error:  # told in the panel; the host has no part in it
+        except Exception as error:  # report it in the panel; it must not reach the host
             log.debug("measuring failed", exc_info=True)
             state.text, state.state = f"Measuring failed: {type(error).__name__}: {error}", "failed"
 
@@ -252,10 +252,10 @@ class Job:
             log.info("measured %s", outcome.sentence())
             state.rows = (*state.rows, outcome.row())
             self._measured.setdefault(unet, {})[_key(values, task.sampling)] = outcome
-        found = calibrate(unet, config=todo[0].config, batch=ROWS, seconds=CALIBRATION_SECONDS).min_tokens
-        log.info("on this machine layers of %d tokens and more are faster with these settings", found)
-        state.text = f"Layers of {found} tokens and more are faster with these settings on this machine."
-        state.min_tokens, state.progress, state.state = found, 1.0, "done"
+        min_tokens = calibrate(unet, config=todo[0].config, batch=ROWS, seconds=CALIBRATION_SECONDS).min_tokens
+        log.info("on this machine layers of %d tokens and more are faster with these settings", min_tokens)
+        state.text = f"Layers of {min_tokens} tokens and more are faster with these settings on this machine."
+        state.min_tokens, state.progress, state.state = min_tokens, 1.0, "done"
 
     def _ticks(self, total: int) -> Iterator[None]:
         for i in range(total):
@@ -265,10 +265,10 @@ class Job:
             yield
 
 
-def _key(values: Mapping[str, Any], one: SamplingPass) -> str:
-    """What a measurement holds for."""
-    kept = {name: value for name, value in values.items() if name not in _TIMELESS}
-    return json.dumps([kept, one.width, one.height, one.hires], sort_keys=True)
+def _key(values: Mapping[str, Any], sampling: SamplingPass) -> str:
+    """Key of a measurement: the settings and the pass for which it is valid."""
+    timed = {name: value for name, value in values.items() if name not in _TIMELESS}
+    return json.dumps([timed, sampling.width, sampling.height, sampling.hires], sort_keys=True)
 
 
 JOB = Job()

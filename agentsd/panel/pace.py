@@ -1,4 +1,4 @@
-"""How fast the steps of a pass were, where agents acted and where not.
+"""Speed of the steps of a pass, patched and untouched.
 
 Imports neither gradio nor the WebUI.
 """
@@ -15,18 +15,18 @@ from ..methods import UNTOUCHED
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds a U-Net call, with what the sampler does around it (median); None where there was none.
+    """Median seconds per U-Net call, including the sampler's own work; None if there was no such call.
 
     Attributes:
-        patched: of the calls in which some self-attention was changed.
-        untouched: of the others.
+        patched: over the calls in which some self-attention was changed.
+        untouched: over the other calls.
     """
 
     patched: float | None = None
     untouched: float | None = None
 
     def words(self) -> str:
-        """Such as "0.41 s/it patched, 0.52 s/it untouched"; empty where nothing was timed."""
+        """Describe the pace, as in "0.41 s/it patched, 0.52 s/it untouched"; empty if nothing was timed."""
         named = (("patched", self.patched), ("untouched", self.untouched))
         return ", ".join(f"{_digits(seconds)} s/it {name}" for name, seconds in named if seconds is not None)
 
@@ -36,12 +36,12 @@ def _digits(seconds: float) -> str:
 
 
 def changed(calls: Mapping[str, int]) -> int:
-    """Number of self-attention calls that were changed."""
+    """Count the self-attention calls that were changed."""
     return sum(n for action, n in calls.items() if action != UNTOUCHED)
 
 
 class StepClock:
-    """Times the calls of the U-Net from one to the next, without waiting for a device that runs behind.
+    """Timer of U-Net calls, from one to the next, without waiting for a device that lags behind.
 
     Args:
         now: the clock, in seconds.
@@ -54,12 +54,12 @@ class StepClock:
         self._laps: dict[bool, list[float]] = {True: [], False: []}
 
     def lap(self, count: int) -> None:
-        """A call begins, or the pass ends; `count` self-attention calls have been changed so far."""
+        """Mark the start of a call or the end of the pass, with `count` changed self-attention calls so far."""
         now = self._now()
         if self._begun is not None:
             self._laps[count > self._count].append(now - self._begun)
         self._begun, self._count = now, count
 
     def pace(self) -> Pace:
-        """The pace of the pass so far."""
+        """Return the pace of the pass so far."""
         return Pace(*(statistics.median(self._laps[key]) if self._laps[key] else None for key in (True, False)))

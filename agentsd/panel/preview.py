@@ -1,6 +1,6 @@
-"""What the settings will do at the current size, in a sentence for each sampling pass.
+"""The preview: what the settings will do at the current size, in a sentence for each sampling pass.
 
-The page's script reads the controls and asks; all that it shows is worded here. Imports neither gradio nor a WebUI.
+The page's script reads the controls and asks; all wording is here. Imports neither gradio nor a WebUI.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .host import Hint, PanelHost
 if TYPE_CHECKING:
     from torch import nn
 
-# Pixels to a position of the latent
+# Pixels per position of the latent, along one side
 FACTOR = 8
-# Taken for the model while none is loaded
+# Layout used while no model is loaded
 USUAL = "SD 1"
 
-# Reading a layout walks over every module of the U-Net.
+# Layouts read so far: reading one walks over every module of the U-Net.
 _LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class SamplingPass:
-    """One sampling pass of the image that the page would make now.
+    """One sampling pass of the image that the page would generate now.
 
     Attributes:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        start: fraction of the diffusion done when it begins, 0–1.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        start: progress at which the pass begins, 0–1.
         hires: whether it is the hires pass.
     """
 
@@ -53,7 +53,7 @@ class SamplingPass:
 
     @property
     def end(self) -> str:
-        """Name of the setting that says when agents end in this pass."""
+        """Name of the setting for when agents end in this pass."""
         return "hires_until" if self.hires else "until"
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class SamplingPass:
 
 
 def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: int) -> tuple[int, int]:
-    """(width, height) of the hires pass, as the WebUI makes it of its sliders."""
+    """Compute the (width, height) of the hires pass from the WebUI's sliders, as the WebUI does."""
     if not resize_x and not resize_y:
         return int(width * scale), int(height * scale)
     if not resize_y:
@@ -72,7 +72,7 @@ def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: i
 
 
 def page_data() -> dict[str, Any]:
-    """What the page's script has to know of the settings, in JSON's types."""
+    """Collect what the page's script needs to know about the settings, in JSON types."""
     rows = [
         {"name": row.name, "kind": row.kind, "low": row.low, "high": row.high, "choices": list(row.choices)}
         for row in SETTINGS
@@ -92,7 +92,7 @@ class Line:
 
     Attributes:
         text: what happens.
-        hint: what to know or change; its own remedy where nothing happens.
+        hint: advice; where nothing happens, the reason and its remedy.
         acts: whether anything is changed.
     """
 
@@ -101,7 +101,7 @@ class Line:
     acts: bool = False
 
     def to_dict(self) -> dict[str, str]:
-        """The line as two runs of full sentences."""
+        """Convert the line to full sentences for the page."""
         return {"text": f"{self.text}." if self.text else "", "hint": "" if self.hint is None else sentence(self.hint)}
 
 
@@ -113,31 +113,41 @@ def preview(
     img2img: bool = False,
     measured: Callable[[SamplingPass], str] | None = None,
 ) -> dict[str, Any]:
-    """What the page shows: {"lines": [{"text", "hint"}, …], "preset": name}.
+    """Make the preview: {"lines": [{"text", "hint"}, …], "preset": name, "model": whether one is loaded}.
 
     Args:
-        values: settings by name; what is missing or None is at its default.
+        values: settings by name; missing ones and None give the default.
         passes: the sampling passes that the page would make.
-        host: the program that the panel is shown in.
+        host: the program that shows the panel.
         img2img: whether it is the img2img tab.
-        measured: what was measured for a pass with these settings, in words; empty where nothing was.
+        measured: describes the measurement of a pass with these settings; empty if there is none.
     """
+    unet = host.unet()
     try:
         checked = check({**values, "enabled": True})
     except SettingError as error:
-        return {"lines": [Line("", Hint(str(error))).to_dict()], "preset": CUSTOM}
-    unet = host.unet()
+        return _answer([Line("", Hint(_labelled(str(error))))], CUSTOM, unet)
     layout = layouts()[USUAL] if unet is None else layout_of_unet(unet)
-    lines = _chosen([_line(checked, one, layout, host, img2img, measured) for one in passes], checked)
+    lines = _chosen([_line(checked, sampling, layout, host, img2img, measured) for sampling in passes], checked)
     if unet is None:
         lines.append(Line(f"No model is loaded yet: figures are those of {USUAL}"))
     else:
         lines += [Line("", hint) for hint in host.advice(checked)]
-    return {"lines": [line.to_dict() for line in lines], "preset": preset_of(checked)}
+    return _answer(lines, preset_of(checked), unet)
+
+
+def _answer(lines: Sequence[Line], preset: str, unet: nn.Module | None) -> dict[str, Any]:
+    return {"lines": [line.to_dict() for line in lines], "preset": preset, "model": unet is not None}
+
+
+def _labelled(message: str) -> str:
+    """Call the setting that an error begins with by its label."""
+    name, _, rest = message.partition(" ")
+    return f"{BY_NAME[name].label} {rest}" if name in BY_NAME else message
 
 
 def layout_of_unet(unet: nn.Module) -> Layout:
-    """The layout of a U-Net, read once."""
+    """Return the layout of a U-Net, reading it only once."""
     from ..hosts.layout import layout_of
 
     if unet not in _LAYOUTS:
@@ -146,7 +156,7 @@ def layout_of_unet(unet: nn.Module) -> Layout:
 
 
 def sentence(hint: Hint) -> str:
-    """A hint that names the controls to change by their labels."""
+    """Word a hint, naming the controls to change by their labels."""
     if not hint.text:
         return ""
     labels = [f"“{BY_NAME[name].label if name in BY_NAME else name}”" for name in hint.remedy]
@@ -155,7 +165,7 @@ def sentence(hint: Hint) -> str:
 
 
 def _chosen(lines: list[Line], values: Mapping[str, Any]) -> list[Line]:
-    """A pass that the user left out is not worth a line, unless no other is."""
+    """Drop the lines of passes that the user excluded, unless no other pass remains."""
     left_out = [line for line in lines if line.hint is not None and line.hint.remedy == ("passes",)]
     if len(left_out) < len(lines) or not lines:
         return [line for line in lines if line not in left_out]
@@ -165,99 +175,99 @@ def _chosen(lines: list[Line], values: Mapping[str, Any]) -> list[Line]:
 
 def _line(
     values: Mapping[str, Any],
-    one: SamplingPass,
+    sampling: SamplingPass,
     layout: Layout,
     host: PanelHost,
     img2img: bool,
     measured: Callable[[SamplingPass], str] | None,
 ) -> Line:
     def nothing(text: str, *remedy: str) -> Line:
-        return Line(f"{one}: nothing happens", Hint(text, remedy))
+        return Line(f"{sampling}: nothing happens", Hint(text, remedy))
 
-    obstacle = host.obstacle(one.hires, img2img)
+    obstacle = host.obstacle(sampling.hires, img2img)
     if obstacle is not None:
         return nothing(obstacle.text, *obstacle.remedy)
-    if values["since"] >= values[one.end]:
-        return nothing(f"agents begin at {values['since']} and end at {values[one.end]}", "since", one.end)
-    config = host.config(values, one.hires)
+    if values["since"] >= values[sampling.end]:
+        return nothing(f"agents begin at {values['since']} and end at {values[sampling.end]}", "since", sampling.end)
+    config = host.config(values, sampling.hires)
     if config is None:
         return nothing("this pass is left out", "passes")
-    parts = _parts(config, values, one, layout)
+    parts = _parts(config, values, sampling, layout)
     acting = next((part for part in parts if part.acts), None)
     own = next((part for part in parts if part.own), None)
     if acting is None and own is not None:
-        why = _why_nothing(own.found)
-        return nothing(why.text, *why.remedy)
+        hint = _why_nothing(own.cost)
+        return nothing(hint.text, *hint.remedy)
     if acting is None:
-        begins = f"{percent(one.start)} of the diffusion is done when this pass begins"
-        return nothing(f"{begins}, and agents end at {percent(values[one.end])}", one.end)
-    text = f"{one}: {_describe(acting.found)}"
+        begins = f"{percent(sampling.start)} of the diffusion is done when this pass begins"
+        return nothing(f"{begins}, and agents end at {percent(values[sampling.end])}", sampling.end)
+    text = f"{sampling}: {_describe(acting.cost)}"
     if config.timed:
-        text += f", {percent(share_of_run(layout, config, *one.latent, one.start))} over the whole pass"
-    timed = measured(one) if measured is not None else ""
-    return Line(f"{text}; measured: {timed}" if timed else text, _advice(acting, own, one), acts=True)
+        text += f", {percent(share_of_run(layout, config, *sampling.latent, sampling.start))} over the whole pass"
+    timing = measured(sampling) if measured is not None else ""
+    return Line(f"{text}; measured: {timing}" if timing else text, _advice(acting, own, sampling), acts=True)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the diffusion: what happens there, and whether the panel's own settings hold, and not what follows."""
+    """A part of the diffusion: its cost, and whether the panel's settings apply rather than those for afterwards."""
 
-    found: Estimate
+    cost: Estimate
     own: bool
 
     @property
     def acts(self) -> bool:
-        return self.found.layers > 0 or self.found.flops_left != self.found.flops
+        return self.cost.layers > 0 or self.cost.flops_left != self.cost.flops
 
 
-def _parts(config: AgentConfig, values: Mapping[str, Any], one: SamplingPass, layout: Layout) -> list[_Part]:
-    """The parts of the diffusion that the pass reaches."""
+def _parts(config: AgentConfig, values: Mapping[str, Any], sampling: SamplingPass, layout: Layout) -> list[_Part]:
+    """List the parts of the diffusion that the pass reaches."""
     return [
-        _Part(estimate(layout, config, *one.latent, since), values["since"] <= since < values[one.end])
+        _Part(estimate(layout, config, *sampling.latent, since), values["since"] <= since < values[sampling.end])
         for since, until in config.parts()
-        if until > one.start
+        if until > sampling.start
     ]
 
 
-# The settings that decide before the method does, in the order of the vetoes in agentsd.plan
+# Settings that veto a layer before its method is asked, in the order of agentsd.plan
 _VETOES = ("rules", "max_downsample", "min_tokens", "merge_attn")
 
 
-def _why_nothing(found: Estimate) -> Hint:
-    """The veto that came last: the layers that it kept came closest to being changed."""
+def _why_nothing(cost: Estimate) -> Hint:
+    """Name the last veto: the layers that it stopped came closest to being changed."""
 
     def rank(level: LevelEstimate) -> int:
         remedy = level.plan.remedy[:1]
         return _VETOES.index(remedy[0]) if remedy and remedy[0] in _VETOES else len(_VETOES)
 
-    plan = max(found.levels, key=rank).plan
+    plan = max(cost.levels, key=rank).plan
     return Hint(plan.reason, plan.remedy)
 
 
-def _advice(acting: _Part, own: _Part | None, one: SamplingPass) -> Hint | None:
-    """What to say beside a part that acts."""
+def _advice(acting: _Part, own: _Part | None, sampling: SamplingPass) -> Hint | None:
+    """Give advice on a part of the diffusion in which something is changed."""
     if own is None:
-        return Hint("agents end before this pass begins, so only what comes afterwards is done", (one.end,))
+        return Hint("agents end before this pass begins, so only what comes afterwards is done", (sampling.end,))
     if not acting.own:
-        why = _why_nothing(own.found)
-        return Hint(f"no agents: {why.text}", why.remedy)
-    changed = acting.found.changed
+        hint = _why_nothing(own.cost)
+        return Hint(f"no agents: {hint.text}", hint.remedy)
+    changed = acting.cost.changed
     if changed and all(level.plan.shortfall for level in changed):
         return Hint(f"no agents: {changed[0].plan.shortfall}", changed[0].plan.remedy)
-    return Hint("this costs more than it saves", ("agent_ratio",)) if acting.found.share > 1 else None
+    return Hint("this costs more than it saves", ("agent_ratio",)) if acting.cost.share > 1 else None
 
 
-def _describe(found: Estimate) -> str:
-    words = [f"{method_of(level.plan.action).words(level.plan)} {in_layers(level.count)}" for level in found.changed]
+def _describe(cost: Estimate) -> str:
+    words = [f"{method_of(level.plan.action).words(level.plan)} {in_layers(level.count)}" for level in cost.changed]
     what = ", ".join(words) or "tokens merged outside self-attention"
-    return f"{what}; {percent(found.share)} of the U-Net's FLOPs left"
+    return f"{what}; {percent(cost.share)} of the U-Net's FLOPs left"
 
 
 def in_layers(count: int) -> str:
-    """Such as "in 5 layers"."""
+    """Format a number of layers, as in "in 5 layers"."""
     return f"in {count} layer{'' if count == 1 else 's'}"
 
 
 def percent(share: float) -> str:
-    """A share as a percentage, in which a line must not break."""
+    """Format a share as a percentage, rounded half up and without a space."""
     return f"{math.floor(share * 100 + 0.5)}%"

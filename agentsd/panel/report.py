@@ -1,4 +1,4 @@
-"""What became of the last run: for the panel's status line, the console and the status route.
+"""The last run: for the panel's status line, the console and the status route.
 
 Imports neither gradio nor the WebUI.
 """
@@ -23,18 +23,18 @@ _TOLD = ("action", "tokens", "queries", "agents")
 
 @dataclass
 class PassReport:
-    """What was done in one sampling pass.
+    """Report of one sampling pass.
 
     Attributes:
         hires: whether it was the hires pass.
         latent: (height, width) of the latent; None before the first call of the U-Net.
-        calls: number of self-attention calls by what was done: "agents", "merge", "pool", "untouched" …
-        layers: the different plans of the layers that were changed, each with the number of its layers.
-        idle: why the layers that could have been changed were not meant to be.
-        obstacles: why the whole pass was left to the host.
-        notes: why single calls were left to the host, with their number.
-        models: number of U-Nets that were patched; 2 where a refiner took over.
-        pace: how fast its steps were.
+        calls: number of self-attention calls by action: "agents", "merge", "pool", "untouched" …
+        layers: the distinct plans of the changed layers, each with its number of layers.
+        idle: reasons why other layers were planned as untouched.
+        obstacles: reasons for leaving the whole pass to the host.
+        notes: reasons for leaving single calls to the host, each with its number of calls.
+        models: number of U-Nets that were patched; 2 if a refiner took over.
+        pace: speed of the steps.
     """
 
     hires: bool
@@ -52,7 +52,7 @@ class PassReport:
         return "hires pass" if self.hires else "first pass"
 
     def add(self, patch: Patch, progress: float) -> None:
-        """Take over what a patch has to tell before it is removed; `progress` is where its first stage begins."""
+        """Collect the report of a patch before it is removed; `progress` is where its agents begin."""
         self.models += 1
         self.notes.update(patch.notes)
         for layer in patch.report():
@@ -68,15 +68,15 @@ class PassReport:
                 counts[plan] += 1
             else:
                 _append_new(self.idle, plan.reason)
-        for found in counts.items():  # a refiner's layers are not the model's once more
-            _append_new(self.layers, found)
+        for plan_and_count in counts.items():  # a refiner's layers do not add to the model's
+            _append_new(self.layers, plan_and_count)
 
     def changed(self) -> int:
-        """Number of self-attention calls that were changed."""
+        """Count the self-attention calls that were changed."""
         return changed(self.calls)
 
     def sentence(self) -> str:
-        """The pass in one sentence."""
+        """Describe the pass in one sentence."""
         if self.obstacles:
             return f"{self.name}: not applied, {' and '.join(self.obstacles)}"
         size = "" if self.latent is None else f", {self.latent[1] * 8}×{self.latent[0] * 8}"
@@ -90,7 +90,7 @@ class PassReport:
         return f"{self.name}{size}: nothing to do, {why}"
 
     def _calls_in_words(self) -> str:
-        """Such as "40 calls with agents, 88 untouched"."""
+        """Describe the calls, as in "calls: 40 with agents, 88 untouched"."""
         counts = sorted(self.calls.items(), key=_changed_first)
         return "calls: " + ", ".join(f"{n} {method_of(action).phrase}" for action, n in counts)
 
@@ -99,20 +99,20 @@ def _changed_first(item: tuple[str, int]) -> bool:
     return item[0] == UNTOUCHED
 
 
-def _append_new(where: list[Any], what: Any) -> None:
-    if what not in where:
-        where.append(what)
+def _append_new(items: list[Any], item: Any) -> None:
+    if item not in items:
+        items.append(item)
 
 
 class Status:
-    """The last run.
+    """Status of the last run.
 
     Attributes:
-        run: its number.
-        enabled: whether it was made with us.
-        error: why it was not, though it should have been.
-        passes: what was done in its sampling passes.
-        recording: what its token map is drawn from; None where that was not asked for.
+        run: number of the run.
+        enabled: whether the extension was on and its settings were valid.
+        error: why the settings were invalid; empty if they were not.
+        passes: reports of its sampling passes.
+        recording: the recording for its token map; None if none was requested.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Status:
         self.recording: Recording | None = None
 
     def begin(self, enabled: bool, error: str = "") -> None:
-        """A generation begins; with an `error` it is made unpatched."""
+        """Start a generation; with an `error` it runs unpatched."""
         self.clear()
         self.run += 1
         self.enabled, self.error = enabled, error
@@ -135,28 +135,28 @@ class Status:
             self.say(f"not applied: {error}")
 
     def add(self, report: PassReport) -> None:
-        """A pass has ended."""
+        """Add the report of a pass that has ended."""
         self.passes.append(report)
         if report.changed():
             log.info(report.sentence())
         for reason in (*report.obstacles, *report.notes):
-            self.say(f"stands down: {reason}")
+            self.say(f"left to the host: {reason}")
 
     def say(self, message: str) -> None:
-        """Tell the console, once for each different message."""
+        """Print a message to the console, each distinct message only once."""
         if message not in self._said:
             self._said.add(message)
             print(f"[Agent Attention] {message}")
 
     def obstacles(self) -> list[str]:
-        """Why whole passes were left to the host."""
+        """List the reasons for leaving whole passes to the host."""
         return list(dict.fromkeys(reason for report in self.passes for reason in report.obstacles))
 
     def notes(self) -> list[str]:
         return list(dict.fromkeys(note for report in self.passes for note in report.notes))
 
     def text(self) -> str:
-        """The status line; empty where the extension is off."""
+        """Return the status line; empty while the extension is off."""
         if self.error:
             return f"Not applied: {self.error}"
         # a batch count repeats its passes
@@ -165,7 +165,7 @@ class Status:
         return f"Last run: {'. '.join(lines)}." if lines else ""
 
     def as_dict(self) -> Mapping[str, Any]:
-        """The same for the status route, in JSON's types."""
+        """Return the status for the status route, in JSON types."""
         return {
             "run": self.run,
             "enabled": self.enabled,

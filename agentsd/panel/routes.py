@@ -1,4 +1,4 @@
-"""Our routes of the host's HTTP API, all under /agent-attention, and behind the login of the host's own page."""
+"""Our routes in the host's HTTP API, all under /agent-attention and behind the login of the host's own page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .report import STATUS
 PREFIX = "/agent-attention"
 SMALLEST, LARGEST = 64, 4096  # sides of an image in pixels
 NO_MODEL = "No Stable Diffusion model is loaded."
-LONGEST = 60  # characters of a value that are repeated in an answer
+LONGEST = 60  # characters of a value to repeat in an error message
 _PYDANTIC_1 = VERSION.startswith("1.")
 
 
@@ -30,9 +30,9 @@ class HiresSliders(BaseModel, extra="forbid"):
 
 
 class PanelState(BaseModel, extra="forbid"):
-    """What the page shows: our controls by name, and the host's controls that say which passes there are."""
+    """State of the page: our controls by name, and the host's controls that determine the passes."""
 
-    # pydantic 1 and Python 3.9 know no "X | None" here
+    # pydantic 1 and Python 3.9 do not support "X | None" here
     tab: str = Field("txt2img", max_length=7)
     values: dict[str, Any]
     width: int = Field(..., ge=SMALLEST, le=LARGEST)
@@ -45,18 +45,18 @@ class PanelState(BaseModel, extra="forbid"):
         return self.tab == "img2img"
 
     def passes(self) -> list[SamplingPass]:
-        """The sampling passes of the image that would be made.
+        """List the sampling passes of the image that would be generated.
 
         Raises:
-            ValueError: the hires pass would be smaller or larger than a size may be.
+            ValueError: the size of the hires pass would be out of range.
         """
         late = round(1.0 - self.denoising, 6)
         if self.img2img:
             return [SamplingPass(self.width, self.height, late)]
         passes = [SamplingPass(self.width, self.height)]
         if self.hires is not None:
-            given = self.hires.scale, self.hires.resize_x, self.hires.resize_y
-            width, height = hires_size(self.width, self.height, *given)
+            sliders = self.hires.scale, self.hires.resize_x, self.hires.resize_y
+            width, height = hires_size(self.width, self.height, *sliders)
             if not (SMALLEST <= width <= LARGEST and SMALLEST <= height <= LARGEST):
                 raise ValueError(f"sides of the hires pass must be from {SMALLEST} to {LARGEST}, got {width}×{height}")
             passes.append(SamplingPass(width, height, late, hires=True))
@@ -64,21 +64,21 @@ class PanelState(BaseModel, extra="forbid"):
 
 
 class Routes:
-    """What the routes answer.
+    """Handlers of the routes.
 
     Args:
-        host: the program that the panel is shown in.
+        host: the program that shows the panel.
     """
 
     def __init__(self, host: PanelHost) -> None:
         self.host = host
 
     def preview(self, body: Any = Body(...)) -> dict[str, Any]:  # noqa: B008
-        """What the settings will do; see `preview.preview`. The body is a `PanelState`."""
+        """Preview the settings; see `preview.preview`. The body is a `PanelState`."""
         state, passes = _read(body)
 
-        def measured(one: SamplingPass) -> str:
-            return measure.JOB.words(self.host.unet(), check({**state.values, "enabled": True}), one)
+        def measured(sampling: SamplingPass) -> str:
+            return measure.JOB.words(self.host.unet(), check({**state.values, "enabled": True}), sampling)
 
         return preview(state.values, passes, self.host, img2img=state.img2img, measured=measured)
 
@@ -89,10 +89,10 @@ class Routes:
             return {"error": NO_MODEL}
         try:
             values = check({**state.values, "enabled": True})
-            todo = measure.tasks(values, passes, self.host.config)
+            tasks = measure.tasks(values, passes, self.host.config)
         except SettingError as error:
             return {"error": str(error)}
-        return {"error": measure.JOB.start(values, todo, self.host.at_rest)}
+        return {"error": measure.JOB.start(values, tasks, self.host.at_rest)}
 
     def add(self, app: FastAPI) -> None:
         """Add all routes to the host's application."""
@@ -109,9 +109,9 @@ class Routes:
 
 
 def _read(body: Any) -> tuple[PanelState, list[SamplingPass]]:
-    """The state that a body holds, and the passes of its image; 422 with a sentence where it is wrong.
+    """Parse the state in a body and the passes of its image; answer 422 with a sentence if it is invalid.
 
-    Not left to FastAPI: its answer repeats what it was given, and fails where that is an infinity.
+    FastAPI's own validation would repeat the input in its answer, which fails if that contains an infinity.
     """
     try:
         state = PanelState.parse_obj(body) if _PYDANTIC_1 else PanelState.model_validate(body)
@@ -130,5 +130,5 @@ def _sentence(error: Any, body: Any) -> str:
 
 
 def _login(app: FastAPI) -> list[Any]:
-    """What gradio asks for before it hands out the page's configuration: with a login, the cookie of one."""
+    """Return the dependencies of gradio's own /config route, which check the cookie if a login is required."""
     return next((list(route.dependencies) for route in app.routes if getattr(route, "path", "") == "/config"), [])

@@ -1,7 +1,7 @@
 """The token map: which tokens of the last image were merged, and where its agents sat.
 
-What is drawn is what was used: the clusters are copied while the image is made, where that was asked for, and nothing
-is computed again. Imports neither gradio nor the WebUI.
+The map shows the clusters that were actually used: they are copied during generation, if recording is on, and never
+recomputed. Imports neither gradio nor the WebUI.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from ..methods import LayerPlan, method_of
 from ..patch import Answer
 from ..plan import downsample_of, grid_of
 
-# The control that asks for a record
+# Label of the checkbox that turns on recording
 RECORD = "Record tokens for the map"
-# Of each pass one call of the U-Net is kept for every 1/MOMENTS of the diffusion
+# In each pass, one U-Net call is kept per 1/MOMENTS of the diffusion
 MOMENTS = 20
 SMALLEST, LARGEST = 768, 1536  # longer side of a map, in pixels
 FILL = 0.5  # how much of a merged token's colour covers the image
-SHADE = 0.35  # how much of the lines between cells covers it
+SHADE = 0.35  # how strongly the lines between cells darken it
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What was done in one layer to the first row of the batch.
+    """Record of one layer, for the first row of the batch.
 
     Attributes:
-        name: of the block in the U-Net.
+        name: the block's name in the U-Net.
         size: (height, width) of its tokens.
         plan: what was done.
-        merged: the cluster of each token (N,); None where no token was merged.
-        agents: the same for the tokens that agents are made of; None where they are no clusters.
-        dst: destination tokens (N_dst,): dst[i] belongs to cluster i; None where there are no clusters.
+        merged: merge cluster of each token (N,); None if no token was merged.
+        agents: agent cluster of each token (N,); None if agents are not averaged over clusters.
+        dst: destination tokens (N_dst,): dst[i] belongs to cluster i; None if there are no clusters.
     """
 
     name: str
@@ -49,28 +49,28 @@ class Layer:
     dst: np.ndarray | None = None
 
     def coloured(self) -> np.ndarray | None:
-        """The clusters that the map colours: merged tokens, or what agents are made of where none were merged."""
+        """Return the clusters to colour: those of merged tokens, or of agents if no tokens were merged."""
         return self.agents if self.merged is None else self.merged
 
     def agent_tokens(self) -> np.ndarray:
-        """The tokens at which similarity agents sit, one each: the destination of a cluster, or a token by itself."""
+        """List the token at which each similarity agent sits: the destination of its cluster, or its only token."""
         if self.agents is None or self.dst is None:
             return np.empty(0, dtype=np.int64)
-        where = np.empty(self.plan.agents, dtype=np.int64)
-        where[self.agents] = np.arange(self.agents.size)
-        where[: self.dst.size] = self.dst
-        return where
+        tokens = np.empty(self.plan.agents, dtype=np.int64)
+        tokens[self.agents] = np.arange(self.agents.size)
+        tokens[: self.dst.size] = self.dst
+        return tokens
 
 
 @dataclass
 class Call:
-    """One call of the U-Net.
+    """Record of one U-Net call.
 
     Attributes:
         hires: whether it belongs to the hires pass.
         latent: (height, width) of the latent.
-        progress: fraction of the diffusion done, 0–1; None where the U-Net was not told.
-        layers: the layers that were changed, in the order of the U-Net.
+        progress: fraction of the diffusion done, 0–1; None if the call had no timestep.
+        layers: the changed layers, in U-Net order.
     """
 
     hires: bool
@@ -80,12 +80,12 @@ class Call:
 
 
 class Recording:
-    """What a map is drawn from: index lists of one generation, on the CPU.
+    """Record of one generation, from which maps are drawn: indices on the CPU.
 
     Attributes:
-        calls: the calls of the U-Net that were kept, in their order.
-        image: the image that was made; None before it is there.
-        parts: whether the U-Net was called on parts of the latent, as tiles, of which no map can be made.
+        calls: the recorded U-Net calls, in order.
+        image: the generated image; None until it exists.
+        parts: whether the U-Net was called on parts of the latent, such as tiles, which cannot be mapped.
     """
 
     def __init__(self) -> None:
@@ -94,40 +94,40 @@ class Recording:
         self.parts = False
 
     def observer(self, hires: bool, latent: tuple[int, int] | None) -> Callable[[Answer], None]:
-        """Records one pass; for `agentsd.Patch.observer`.
+        """Make an observer for `agentsd.Patch.observer` that records one pass.
 
         Args:
             hires: whether it is the hires pass.
-            latent: (height, width) of its latent; None where it is not known.
+            latent: (height, width) of its latent; None if unknown.
         """
-        kept: set[int | None] = set()
+        moments: set[int | None] = set()
         last: tuple[object, Call | None] = (None, None)
 
         def observe(answer: Answer) -> None:
             nonlocal last
             if answer.moment is not last[0]:
-                last = answer.moment, self._new_call(answer, hires, latent, kept)
+                last = answer.moment, self._new_call(answer, hires, latent, moments)
             if last[1] is not None:
-                last[1].layers.append(_copied(answer))
+                last[1].layers.append(_layer_of(answer))
 
         return observe
 
     def _new_call(
-        self, answer: Answer, hires: bool, latent: tuple[int, int] | None, kept: set[int | None]
+        self, answer: Answer, hires: bool, latent: tuple[int, int] | None, moments: set[int | None]
     ) -> Call | None:
         if latent is not None and answer.latent != latent:
             self.parts = True
             return None
         progress = None if answer.timestep is None else (MAX_TIMESTEP - answer.timestep) / MAX_TIMESTEP
         moment = None if progress is None else int(MOMENTS * progress)
-        if moment in kept:
+        if moment in moments:
             return None
-        kept.add(moment)
+        moments.add(moment)
         self.calls.append(Call(hires, answer.latent, progress))
         return self.calls[-1]
 
 
-def _copied(answer: Answer) -> Layer:
+def _layer_of(answer: Answer) -> Layer:
     matching = answer.matching
     if matching is None:
         return Layer(answer.name, answer.size, answer.plan)
@@ -137,11 +137,11 @@ def _copied(answer: Answer) -> Layer:
 
 
 def _first_row(clusters: Clusters | None) -> np.ndarray | None:
-    """The cluster of each token of row 0 (N,), whose clusters are numbered from 0."""
+    """Copy the cluster of each token of row 0 (N,), whose clusters are numbered from 0."""
     if clusters is None:
         return None
-    small = np.uint16 if clusters.count <= 2**16 else np.int32
-    return clusters.index[: clusters.shape[1]].cpu().numpy().astype(small)
+    dtype = np.uint16 if clusters.count <= 2**16 else np.int32
+    return clusters.index[: clusters.shape[1]].cpu().numpy().astype(dtype)
 
 
 # Drawing
@@ -149,12 +149,12 @@ def _first_row(clusters: Clusters | None) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class _Raster:
-    """How a grid of tokens lies on a map, in pixels of the map.
+    """Placement of a token grid on a map, in pixels of the map.
 
     Attributes:
         size: (height, width) of the tokens.
         side: (height, width) of a token.
-        origin: (top, left) of the first token, outside the map where the image is a part of what was computed.
+        origin: (top, left) of the first token; outside the map if the image is a crop of the computed area.
         shape: (height, width) of the map.
     """
 
@@ -164,21 +164,21 @@ class _Raster:
     shape: tuple[int, int]
 
     def places(self, axis: int) -> np.ndarray:
-        """The token that each row (axis 0) or column (axis 1) of pixels lies in."""
+        """Return the token row (axis 0) or column (axis 1) of each row or column of pixels."""
         middle = np.arange(self.shape[axis]) + 0.5
         return np.clip((middle - self.origin[axis]) // self.side[axis], 0, self.size[axis] - 1).astype(np.int64)
 
     def middle(self, axis: int, first: float, last: float) -> float:
-        """The middle of tokens `first` up to, but without, `last`, as far as they lie on the image."""
+        """Return the middle of tokens `first` to `last`, excluding `last`, as far as they lie on the image."""
         low, high = (self.origin[axis] + edge * self.side[axis] for edge in (first, last))
         return (max(low, 0.0) + min(high, float(self.shape[axis]))) / 2
 
 
 def _raster(layer: Layer, latent: tuple[int, int], shape: tuple[int, int]) -> _Raster:
-    """Where the layer's tokens lie on a map.
+    """Place the layer's tokens on a map.
 
-    A layer at level d has one token for d × d positions of the latent, the last of which may reach beyond it. An image
-    of another aspect ratio than the latent's is its middle: the host crops so between the first and the hires pass.
+    A layer at level d has one token per d × d positions of the latent; the last one may extend beyond it. An image with
+    another aspect ratio than the latent is its middle: the host crops it between the first and the hires pass.
     """
     scale = max(shape[0] / latent[0], shape[1] / latent[1])
     origin = tuple((side - scale * length) / 2 for side, length in zip(shape, latent, strict=True))
@@ -191,13 +191,13 @@ def _raster(layer: Layer, latent: tuple[int, int], shape: tuple[int, int]) -> _R
 
 
 def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Image:
-    """The map of one layer, over the image.
+    """Draw the map of one layer over the image.
 
-    Tokens of one colour belong to one cluster; those of a cluster of their own stay grey, as the image then is, so that
-    no colour is the image's. Dots are agents, or the few keys, and thin lines their cells.
+    Tokens of one colour belong to one cluster; unclustered tokens stay grey, and so does the image underneath, so that
+    no colour comes from it. Dots are agents, or sampled keys; thin lines bound their cells.
 
     Args:
-        image: the image that was made.
+        image: the generated image.
         layer: what was done.
         latent: (height, width) of the latent that the layer belongs to.
     """
@@ -210,13 +210,13 @@ def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Ima
         pixels = _coloured(pixels, index.reshape(layer.size)[rows][:, columns], index)
     if layer.plan.cell is not None:
         pixels = _with_lines(pixels, rows // layer.plan.cell[0], columns // layer.plan.cell[1])
-    drawn = Image.fromarray(pixels.round().astype(np.uint8))
-    _dots(drawn, layer, raster)
-    return drawn
+    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    _dots(picture, layer, raster)
+    return picture
 
 
 def _canvas(image: Image.Image) -> Image.Image:
-    """The image in a size at which its tokens can be told apart, and no larger than a page needs."""
+    """Resize the image so that tokens are distinguishable, but no larger than a page needs."""
     longer = max(image.size)
     factor = -(-SMALLEST // longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
     size = tuple(max(1, round(factor * side)) for side in image.size)
@@ -233,14 +233,14 @@ def _coloured(pixels: np.ndarray, clusters: np.ndarray, index: np.ndarray) -> np
 
 
 def _palette(count: int) -> np.ndarray:
-    """(count, 3): strong colours in no order, the same each time."""
-    drawn = np.random.default_rng(0).random((count, 3))
+    """Draw saturated colours at random, the same each time: (count, 3)."""
+    draws = np.random.default_rng(0).random((count, 3))
     low, high = np.array([0.0, 0.65, 0.75]), np.array([1.0, 1.0, 1.0])
-    return 255 * np.array([colorsys.hsv_to_rgb(*colour) for colour in low + (high - low) * drawn], dtype=np.float32)
+    return 255 * np.array([colorsys.hsv_to_rgb(*colour) for colour in low + (high - low) * draws], dtype=np.float32)
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
-    """The pixels whose right or lower neighbour has another label."""
+    """Mark the pixels whose right or lower neighbour has another label."""
     edges = np.zeros(labels.shape, dtype=bool)
     edges[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     edges[:-1] |= labels[1:] != labels[:-1]
@@ -253,16 +253,16 @@ def _with_lines(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np
     return pixels * (1 - strength[..., None])
 
 
-def _dots(drawn: Image.Image, layer: Layer, raster: _Raster) -> None:
-    where = _agent_places(layer, raster)
+def _dots(picture: Image.Image, layer: Layer, raster: _Raster) -> None:
+    places = _agent_places(layer, raster)
     radius = max(2.0, 0.3 * min(raster.side))
-    brush = ImageDraw.Draw(drawn)
-    for y, x in where:
+    brush = ImageDraw.Draw(picture)
+    for y, x in places:
         brush.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black")
 
 
 def _agent_places(layer: Layer, raster: _Raster) -> list[tuple[float, float]]:
-    """(y, x) of each agent on the map."""
+    """Locate each agent on the map: (y, x) in pixels."""
     marks = method_of(layer.plan.action).marks(layer.plan, *layer.size, layer.agent_tokens())
     return [(raster.middle(0, top, bottom), raster.middle(1, left, right)) for top, left, bottom, right in marks]
 
@@ -271,7 +271,7 @@ def _agent_places(layer: Layer, raster: _Raster) -> list[tuple[float, float]]:
 
 
 def caption(call: Call, number: int) -> str:
-    """What the map of layer `number` (from 1) of a call shows, in a few sentences."""
+    """Describe the map of layer `number` (from 1) of a call in a few sentences."""
     layer = call.layers[number - 1]
     height, width = layer.size
     progress = "" if call.progress is None else f", {call.progress:.0%} of the diffusion done"
@@ -295,14 +295,14 @@ def _explained(layer: Layer) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class View:
-    """What the panel shows.
+    """Contents of the panel's token map.
 
     Attributes:
-        image: the map; None where there is nothing to show.
-        text: what it shows, or why there is nothing.
-        call: which of `calls` it is, from 1.
+        image: the map; None if there is nothing to show.
+        text: caption of the map, or the reason why there is none.
+        call: number of the call shown, from 1 to `calls`.
         calls: number of calls to choose from.
-        layer: which of `layers` it is, from 1.
+        layer: number of the layer shown, from 1 to `layers`.
         layers: number of layers to choose from.
     """
 
@@ -318,13 +318,13 @@ UNRECORDED = f"No record was kept of the last image's tokens. Tick “{RECORD}�
 
 
 def view(recording: Recording | None, call: int, layer: int, outcome: str) -> View:
-    """The map of one layer at one call, each counted from 1 and taken into the range that there is.
+    """Show the map of one layer at one call; both numbers count from 1 and are clamped to the available range.
 
     Args:
-        recording: of the last generation; None where it was not recorded.
-        call: which call.
-        layer: which of the layers that were changed in it.
-        outcome: what became of the last run, in words: the reason where nothing was changed.
+        recording: recording of the last generation; None if there is none.
+        call: number of the call.
+        layer: number of the layer among those changed in that call.
+        outcome: status line of the last run, which gives the reason if nothing was changed.
     """
     if recording is None:
         return View(None, UNRECORDED)
@@ -335,8 +335,8 @@ def view(recording: Recording | None, call: int, layer: int, outcome: str) -> Vi
         return View(None, f"There is nothing to show. {why}".strip())
     calls = len(recording.calls)
     call = min(max(1, call), calls)
-    chosen = recording.calls[call - 1]
-    layers = len(chosen.layers)
+    record = recording.calls[call - 1]
+    layers = len(record.layers)
     layer = min(max(1, layer), layers)
-    drawn = draw(recording.image, chosen.layers[layer - 1], chosen.latent)
-    return View(drawn, caption(chosen, layer), call, calls, layer, layers)
+    picture = draw(recording.image, record.layers[layer - 1], record.latent)
+    return View(picture, caption(record, layer), call, calls, layer, layers)

@@ -1,4 +1,4 @@
-"""The settings in an image's infotext: one compact entry, written when on, and read back exactly.
+"""Settings in an image's infotext: one compact entry, written while the extension is on and read back exactly.
 
 Imports neither gradio nor the WebUI.
 """
@@ -18,9 +18,10 @@ NOTE = "Agent Attention note"
 
 
 def write(values: Mapping[str, Any]) -> str:
-    """What stands under KEY, such as "agent_ratio=0.95; until=0.6": no comma, colon or line break, so no quotes.
+    """Write the entry under KEY, such as "agent_ratio=0.95; until=0.6".
 
-    The main settings are always named; the others where they differ from the table's defaults.
+    It needs no quotes, having no comma, colon or line break. The main settings are always named, others only if they
+    differ from the table's defaults.
     """
     rows = [row for row in SETTINGS if row.name != "enabled"]
     named = [row for row in rows if row.written or values[row.name] != row.default]
@@ -28,7 +29,7 @@ def write(values: Mapping[str, Any]) -> str:
 
 
 def read(entry: str) -> dict[str, Any]:
-    """Every setting that an entry stands for. What cannot be read (a later version's, say) is at its default."""
+    """Read all settings from an entry. Those that cannot be read (a later version's, say) get their defaults."""
     values = {**DEFAULTS, "enabled": True}
     for pair in entry.split(";"):
         name, _, text = pair.strip().partition("=")
@@ -42,11 +43,10 @@ def read(entry: str) -> dict[str, Any]:
 
 @cache
 def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A function from the host's parsed infotext to the control's value; None leaves the control as it is.
+    """Return a function from the host's parsed infotext to the control's value; None leaves the control as it is.
 
-    An image of the older extension counts as ours. One that was made without either switches the extension off and
-    changes nothing else. There is one function for
-    each name, so that the host can match the controls of two tabs by it.
+    Images of the older extension are read too. An image made with neither extension switches the extension off and
+    changes nothing else. Each name has exactly one function, so that the host can match the controls of two tabs by it.
     """
 
     def value(params: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Reading the infotext of the older extension sd-webui-agentattention ("AgAt …" keys).
+"""Read the infotext of the older extension sd-webui-agentattention ("AgAt …" keys).
 
 Imports neither gradio nor the WebUI.
 """
@@ -25,11 +25,11 @@ _SAME = {
 
 
 def read(params: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Our settings for an image that was made with the older extension; None for any other image.
+    """Read our settings from an image made with the older extension; None for any other image.
 
-    It patches either the first pass or the hires pass, changes at "Second Pass Step", and knows no k_scale2 and
-    k_shortcut. Its second settings become our token merging, whatever their values. What cannot be read is at our
-    default.
+    The older extension patches either the first pass or the hires pass, changes settings at "Second Pass Step", and has
+    neither k_scale2 nor k_shortcut. Its second settings become our token merging, whatever their values. Settings that
+    cannot be read get our defaults.
     """
     if str(params.get(SWITCH)) != "True":
         return None
@@ -52,7 +52,7 @@ def _take(values: dict[str, Any], name: str, text: Any) -> None:
 
 
 def _end(params: Mapping[str, Any], hires: bool) -> float | None:
-    """The part of the diffusion that is done at the older extension's "Second Pass Step"."""
+    """Return the progress at the older extension's "Second Pass Step"."""
     try:
         steps = float((hires and params.get("Hires steps")) or params["Steps"])
         part = min(1.0, float(params["AgAt Second Pass Step"]) / steps)

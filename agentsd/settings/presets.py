@@ -1,4 +1,4 @@
-"""Settings chosen by intention. The page offers them and says which one the controls stand for.
+"""Presets: settings by intention. The page offers them and names the one that the controls match.
 
 Imports neither gradio nor the WebUI.
 """
@@ -12,18 +12,18 @@ from typing import Any
 from .table import BY_NAME, DEFAULTS, HIRES, MERGING, NAMES
 
 CUSTOM = "Custom"
-# The machine's, the model's and the user's own affairs: no preset touches them, and none is told by them
+# Settings that depend on the machine, the model or the user: presets neither set nor compare them
 KEPT = ("enabled", "fp32", "min_tokens", "seed")
 
-# The one place for the presets' values, as differences from the panel's defaults. They follow the deviation of the
-# U-Net's output and the time of a forward pass, both in docs/fidelity.md and docs/performance.md.
+# Values of the presets, as differences from the panel's defaults, chosen by the deviation of the U-Net's output and the
+# time of a forward pass: see docs/fidelity.md and docs/performance.md.
 _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
-    # Grid agents over 4 × 4 cells while the image is mostly noise
+    # Grid agents over 4×4 cells while the image is mostly noise
     "Fast": {},
-    # Corrected agents over 4 × 4 cells: the smallest deviation at every timestep, at nearly the seconds of Fast
+    # Corrected agents over 4×4 cells: the smallest deviation at every timestep, nearly as fast as Fast
     "Faithful": {"method": "corrected", "until": 1.0},
-    # AgentSD: 40 % of the steps with agents, the rest with token merging (Han et al., ECCV 2024, section 5). A hires
-    # pass at denoising strength 0.5 has 40 % of its own steps behind it where 70 % of the diffusion are done.
+    # AgentSD: agents for 40% of the steps, then token merging (Han et al., ECCV 2024, section 5). A hires pass at
+    # denoising strength 0.5 has done 40% of its steps when 70% of the diffusion is done.
     "Paper": {
         "ratio": 0.4,
         "agent_source": "similarity",
@@ -32,7 +32,7 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
         "after": MERGING,
     },
     "Hires only": {"passes": HIRES},
-    # SDXL has no attention at full resolution: its largest layers are at level 2, and most of it at level 4
+    # SDXL has no attention at full resolution: its largest layers are at level 2, most of its attention at level 4
     "SDXL": {"max_downsample": "4"},
 }
 
@@ -42,11 +42,11 @@ def _complete(differences: Mapping[str, Any]) -> Mapping[str, Any]:
     return MappingProxyType({name: values[name] for name in NAMES if name not in KEPT})
 
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {name: _complete(given) for name, given in _DIFFERENCES.items()}
+PRESETS: Mapping[str, Mapping[str, Any]] = {name: _complete(values) for name, values in _DIFFERENCES.items()}
 
 
 def preset_of(values: Mapping[str, Any]) -> str:
-    """The preset that these settings are, or CUSTOM."""
+    """Return the name of the preset that these settings match, or CUSTOM."""
     for name, preset in PRESETS.items():
         if all(values[setting] == value for setting, value in preset.items()):
             return name

@@ -1,4 +1,4 @@
-"""The one table of the extension's settings. Panel, infotext, XYZ axes and API are all made from it.
+"""The table of the extension's settings, from which panel, infotext, X/Y/Z axes and API are all built.
 
 Imports neither gradio nor the WebUI.
 """
@@ -23,18 +23,18 @@ class Row:
     """One setting.
 
     Attributes:
-        name: its name in the API and in the infotext.
-        label: what the panel calls it; short, constant and unique, since translations match it.
-        info: the line under the control, in plain words.
-        default: the panel's default.
+        name: name in the API and the infotext.
+        label: label in the panel; short, constant and unique, since translations match it.
+        info: help text under the control, in plain words.
+        default: default in the panel.
         kind: "flag", "slider", "number", "choice" or "text".
         low: smallest value of a slider or number.
         high: largest value of a slider or number.
-        step: step of a slider or number; whole steps make it a whole number.
-        choices: what a choice can be, as text.
-        folded: whether it is among the settings that fewer people need.
+        step: step of a slider or number; with a whole step, values are whole numbers.
+        choices: allowed values of a choice, as text.
+        folded: whether it is under "More settings".
         written: whether the infotext names it even at its default.
-        more_info: what is added to `info`, made when it is asked for.
+        more_info: makes text to append to `info`; called when the help is read.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Row:
 
     @property
     def help(self) -> str:
-        """The whole line under the control."""
+        """The complete help text under the control."""
         return self.info if self.more_info is None else f"{self.info} {self.more_info()}".strip()
 
     @property
@@ -61,16 +61,16 @@ class Row:
 
     @property
     def xyz_type(self) -> type:
-        """What an XYZ axis reads its values as."""
+        """The type of the values of an X/Y/Z axis."""
         if self.kind in ("slider", "number"):
             return int if self.whole else float
         return str
 
     def checked(self, value: Any) -> Any:
-        """The value in its one canonical form; None (a cleared field) is the default.
+        """Return the value in canonical form; None (a cleared field) gives the default.
 
         Raises:
-            SettingError: naming the setting, the value and the range.
+            SettingError: the value is invalid; the message names the setting, the value and the range.
         """
         if value is None:
             return self.default
@@ -88,7 +88,7 @@ class Row:
         raise SettingError(f"{self.name} must be True or False, got {value!r}")
 
     def _choice(self, value: Any) -> str:
-        # a number such as max_downsample=2 is as good as its text; True is not as good as "True"
+        # accept a number such as max_downsample=2 for its text, but not True for "True"
         text = value if isinstance(value, bool) else str(value)
         if text in self.choices:
             return text
@@ -96,14 +96,18 @@ class Row:
 
     def _number(self, value: Any) -> float | int:
         real = isinstance(value, Real) and not isinstance(value, bool)
-        # a NaN is in no range
+        # NaN fails the comparison
         if real and self.low <= value <= self.high and not (self.whole and value != int(value)):
             return int(value) if self.whole else float(value)
-        what = "a whole number" if self.whole else "a number"
-        raise SettingError(f"{self.name} must be {what} from {self.low} to {self.high}, got {value!r}")
+        kind = "a whole number" if self.whole else "a number"
+        raise SettingError(f"{self.name} must be {kind} from {self.low} to {self.high}, got {value!r}")
 
     def parsed(self, text: str) -> Any:
-        """The value that `text` stands for, as the infotext or an XYZ axis writes it; raises SettingError."""
+        """Parse a value as the infotext or an X/Y/Z axis writes it.
+
+        Raises:
+            SettingError: the text is no valid value.
+        """
         if self.kind == "flag":
             flags = {"on": True, "true": True, "off": False, "false": False}
             return flags[text.lower()] if text.lower() in flags else self._flag(text)
@@ -113,19 +117,19 @@ class Row:
             return self.checked(text)
         try:
             return self._number(float(text))
-        except ValueError as error:  # SettingError is one, too
+        except ValueError as error:  # SettingError is a ValueError too
             raise error if isinstance(error, SettingError) else self._not_a_number(text) from None
 
     def _not_a_number(self, text: str) -> SettingError:
         return SettingError(f"{self.name} must be a number from {self.low} to {self.high}, got {text!r}")
 
     def text(self, value: Any) -> str:
-        """The value as the infotext writes it: `parsed` reads it back exactly."""
+        """Format a value for the infotext; `parsed` reads it back exactly."""
         return ("on" if value else "off") if self.kind == "flag" else str(value)
 
 
 def _limited(name: str, kind: str, label: str, info: str, default: Any, **more: Any) -> Row:
-    """A row whose range is that of the core's setting of the same name."""
+    """Make a row with the range of the core's setting of the same name."""
     limits = LIMITS[name]
     if kind == "choice":
         more.setdefault("choices", limits["choices"])
@@ -157,8 +161,8 @@ SETTINGS: tuple[Row, ...] = (
         "agent_ratio",
         "slider",
         "Agent ratio",
-        "Share of the tokens that are left out when agent tokens are made. Higher means fewer agents: faster, less "
-        "faithful. 0.95 on a grid is one agent for 4×4 tokens.",
+        "Share of the tokens merged away to make the agent tokens. Higher means fewer agents: faster, less faithful. "
+        "0.95 on a grid is one agent per 4×4 tokens.",
         0.95,
         step=0.01,
         folded=False,
@@ -187,7 +191,7 @@ SETTINGS: tuple[Row, ...] = (
     Row(
         "fp32",
         "FP32 precision",
-        "Compute the patched attention in 32 bits. Slower; for black or noisy images.",
+        "Compute the patched attention in 32 bits. Slower; try it if images come out black or noisy.",
         False,
         "flag",
         folded=False,
@@ -196,8 +200,8 @@ SETTINGS: tuple[Row, ...] = (
         "agent_source",
         "choice",
         "Agent source",
-        "grid: averages over square cells, the fastest and right for every device. similarity: clusters of similar "
-        "tokens, as the authors' AgentSD.",
+        "grid: averages over square cells, the fastest, and right for every device. similarity: clusters of similar "
+        "tokens, as in the authors' AgentSD.",
         "grid",
         written=True,
     ),
@@ -212,7 +216,7 @@ SETTINGS: tuple[Row, ...] = (
     Row(
         "since",
         "From",
-        "Part of the diffusion that is done when agents begin. 0 is pure noise, 1 the finished image.",
+        "Fraction of the diffusion done when agents begin. 0 is pure noise, 1 the finished image.",
         0.0,
         "slider",
         high=0.95,
@@ -221,7 +225,7 @@ SETTINGS: tuple[Row, ...] = (
     Row(
         "until",
         "Until",
-        "Part of the diffusion that is done when agents end. Early steps bear agents best.",
+        "Fraction of the diffusion done when agents end. Early steps tolerate agents best.",
         0.6,
         "slider",
         low=0.05,
@@ -231,7 +235,7 @@ SETTINGS: tuple[Row, ...] = (
     Row(
         "hires_until",
         "Until, hires pass",
-        "The same for the hires pass, which starts late: at denoising strength 0.5 half of the diffusion is done.",
+        "When agents end in the hires pass, which starts late: at denoising strength 0.5 the diffusion is half done.",
         1.0,
         "slider",
         low=0.05,
@@ -240,7 +244,7 @@ SETTINGS: tuple[Row, ...] = (
     Row(
         "after",
         "Afterwards",
-        "What is done from there to the end: nothing (the model is untouched), or token merging (ratio 0.4, 2×2).",
+        "What to do after the agents end: nothing (the model is untouched), or token merging (ratio 0.4, 2×2).",
         NOTHING,
         "choice",
         choices=(NOTHING, MERGING),
@@ -248,7 +252,7 @@ SETTINGS: tuple[Row, ...] = (
     Row(
         "passes",
         "Passes",
-        "Which passes are made faster. hires: only the hires pass, where the image is large.",
+        "Which passes to speed up. hires: only the hires pass, where the image is large.",
         BOTH,
         "choice",
         choices=(BOTH, FIRST, HIRES),
@@ -257,8 +261,8 @@ SETTINGS: tuple[Row, ...] = (
         "max_downsample",
         "choice",
         "Layers down to",
-        "How far down the U-Net layers are patched. auto: the largest self-attention layers that the model has "
-        "(1 in SD 1 and SD 2, 2 in SDXL).",
+        "Deepest level of the U-Net to patch. auto: the level of the model's largest self-attention layers (1 in SD 1 "
+        "and SD 2, 2 in SDXL).",
         AUTO,
         choices=(AUTO, *(str(c) for c in LIMITS["max_downsample"]["choices"] if c != AUTO)),
     ),
@@ -281,7 +285,7 @@ SETTINGS: tuple[Row, ...] = (
         "sx",
         "slider",
         "Cell width",
-        "sx: width in tokens of the cells that similar tokens are merged into (and of the pool method's cells). "
+        "sx: width in tokens of the cells of the merging partition, and of the cells of the pool method. "
         "At most 1 − 1/(sx·sy) of the tokens can be merged.",
         4,
     ),
@@ -290,39 +294,39 @@ SETTINGS: tuple[Row, ...] = (
         "use_rand",
         "flag",
         "Random partition",
-        "Draw the token that each cell's others are merged into, instead of the first. The same settings give the "
-        "same image.",
+        "Draw the token of each cell that others merge into at random, instead of taking the first. The same settings "
+        "still give the same image.",
         True,
     ),
-    _limited("merge_attn", "flag", "Merge self-attention", "Act on self-attention at all.", True),
+    _limited("merge_attn", "flag", "Merge self-attention", "Patch self-attention at all.", True),
     _limited(
         "merge_crossattn",
         "flag",
         "Merge cross-attention",
-        "Merge tokens by Ratio before cross-attention too. Not recommended.",
+        "Also merge tokens by Ratio before cross-attention. Not recommended.",
         False,
     ),
     _limited(
         "merge_mlp",
         "flag",
         "Merge MLP",
-        "Merge tokens by Ratio before the feed-forward layer too. Not recommended.",
+        "Also merge tokens by Ratio before the feed-forward layer. Not recommended.",
         False,
     ),
     _limited(
         "seed",
         "number",
         "Partition seed",
-        "Seed of the random partition. It has nothing to do with the image's seed.",
+        "Seed of the random partition, independent of the image's seed.",
         0,
-        # what a browser's numbers hold exactly
+        # the largest integer that a browser represents exactly
         high=2**53 - 1,
     ),
     Row(
         "rules",
         "Rules",
-        "What differs in some layers or a part of the diffusion, such as “downsample=2+4 method=corrected | "
-        "blocks=middle_block.* full”. Later rules count more; “full” is full attention.",
+        "Settings for some layers or a part of the diffusion, such as “downsample=2+4 method=corrected | "
+        "blocks=middle_block.* full”. Later rules win; “full” is full attention.",
         "",
         "text",
     ),
@@ -332,18 +336,17 @@ BY_NAME: Mapping[str, Row] = {row.name: row for row in SETTINGS}
 NAMES: tuple[str, ...] = tuple(BY_NAME)
 DEFAULTS: Mapping[str, Any] = {row.name: row.default for row in SETTINGS}
 
-# What a script is given, in this order. The order is a contract of the API: what is new goes to the end. "record" asks
-# for the token map's record.
+# Order of a script's arguments. It is a contract of the API: append new ones. "record" asks for the token map's record.
 RECORD = "record"
 _AT = NAMES.index("seed") + 1
 ARGUMENTS: tuple[str, ...] = (*NAMES[:_AT], RECORD, *NAMES[_AT:])
 
-# Rows that the core has under the same name and in the same form
+# Rows that the core has under the same name and with the same values
 _AS_IN_THE_CORE = tuple(n for n in NAMES if n in LIMITS and n not in ("max_downsample", "max_agents", "rules"))
 
 
 def check(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting in its canonical form, those not given at their default.
+    """Return every setting in canonical form, missing ones at their defaults.
 
     Raises:
         SettingError: a name is unknown or a value is outside its range.
@@ -353,15 +356,16 @@ def check(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings that a script's positional arguments stand for.
+    """Read the settings from a script's positional arguments.
 
     Args:
-        args: values in the order of `ARGUMENTS`; or fewer; or more, which are ignored; or one mapping by name, which
-            switches the extension on unless it says otherwise, and after which the arguments go on in that order.
-        overrides: settings by name that count more than the arguments: an XYZ cell's.
+        args: values in the order of `ARGUMENTS`; missing ones get their defaults, extra ones are ignored. The first may
+            be a mapping of settings by name, which switches the extension on unless it says otherwise; the remaining
+            arguments follow in order.
+        overrides: settings by name that take precedence over the arguments, such as those of an X/Y/Z cell.
 
     Returns:
-        Every setting, canonical. Where the extension is off the others are not looked at: all are at their defaults.
+        Every setting, in canonical form. While the extension is off, all settings are at their defaults, unchecked.
 
     Raises:
         SettingError: a name is unknown or a value is outside its range.
@@ -380,14 +384,14 @@ def wants_record(args: Sequence[Any]) -> bool:
 
 
 def to_config(values: Mapping[str, Any], *, hires: bool = False) -> AgentConfig | None:
-    """The core's config for one sampling pass; None where that pass is to be left alone.
+    """Make the core's config for one sampling pass; None if the pass is to be left alone.
 
     Args:
-        values: every setting, canonical (from `check`).
+        values: every setting, in canonical form (from `check`).
         hires: whether it is the hires pass.
 
     Raises:
-        SettingError: settings that exclude each other; the message names them.
+        SettingError: settings contradict each other; the message names them.
     """
     if not values["enabled"] or values["passes"] == (FIRST if hires else HIRES):
         return None

@@ -1,6 +1,6 @@
-"""What differs between hosts and their versions: AUTOMATIC1111 WebUI, Forge, reForge.
+"""Differences between hosts and their versions: AUTOMATIC1111 WebUI, Forge, reForge.
 
-The only file that imports the WebUI, apart from the script itself. Whatever a host does not have counts as not in use.
+The only file that imports the WebUI, apart from the script itself. A feature that a host lacks counts as off.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HYPERTILE = "HyperTile is on"
 
 
 def current_unet() -> nn.Module | None:
-    """The U-Net of the checkpoint that is in use now; a refiner changes it in the middle of a pass."""
+    """Return the U-Net of the current checkpoint; a refiner replaces it in the middle of a pass."""
     try:
         return find_unet(shared.sd_model)
     except UnsupportedModelError:
@@ -47,27 +47,27 @@ def current_unet() -> nn.Module | None:
 
 
 def loaded_unet() -> nn.Module | None:
-    """The same; None where no checkpoint is loaded yet. Loads none."""
+    """Return the U-Net of the current checkpoint; None if none is loaded yet. Never loads one."""
     return None if getattr(sd_models.model_data, "sd_model", None) is None else current_unet()
 
 
 def kv_context() -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None:
-    """What AUTOMATIC1111's attention makes keys and values of: its hypernetworks, where some are loaded."""
+    """Return AUTOMATIC1111's hypernetworks as a `kv_context`; None if none are loaded."""
     if not getattr(shared, "loaded_hypernetworks", None):
         return None
     from modules.hypernetworks.hypernetwork import apply_hypernetworks
 
-    # given the attention module as well, it would leave its networks on it as attributes
+    # without the attention module, on which it would leave its networks as attributes
     return lambda attn, x: apply_hypernetworks(shared.loaded_hypernetworks, x)
 
 
 def upcasts() -> bool:
-    """Whether the host is told to compute attention in float32."""
+    """Whether the host's options upcast attention to float32."""
     return bool(_option("upcast_attn"))
 
 
 def config_of(values: Mapping[str, Any], *, hires: bool) -> AgentConfig | None:
-    """The config of a pass, with the host's own options heeded; None where that pass is to be left alone."""
+    """Make the config of a pass, respecting the host's own options; None if the pass is to be left alone."""
     config = table.to_config(values, hires=hires)
     if config is None or not upcasts():
         return config
@@ -75,9 +75,9 @@ def config_of(values: Mapping[str, Any], *, hires: bool) -> AgentConfig | None:
 
 
 def obstacles(p: Any, hires: bool) -> Iterator[str]:
-    """Why a pass cannot be patched: others that change the same layers, or models that never reach them."""
+    """Yield the reasons why a pass cannot be patched: other changes to the same layers, or models that bypass them."""
     if _active_sd_unet() is not None:
-        yield "a SD Unet (such as TensorRT) is active and takes the U-Net's place"
+        yield "an SD Unet (such as TensorRT) replaces the U-Net"
     if _token_merging_ratio(p, hires) > 0:
         yield TOKEN_MERGING
     if _hypertile(hires):
@@ -89,12 +89,12 @@ def _hypertile(hires: bool) -> bool:
 
 
 def replaced_blocks(unet: nn.Module) -> bool:
-    """Whether another extension has put a forward of its own on a transformer block (ControlNet's reference, say)."""
+    """Whether another extension (ControlNet's reference, say) has replaced the forward of a transformer block."""
     return any({"forward", "_forward"} & vars(site.block).keys() for site in find_sites(unet))
 
 
 def first_image(p: Any, processed: Any) -> Image.Image | None:
-    """The first image of a generation, or the part of it that was inpainted; None where there is none."""
+    """Return the first image of a generation, or its inpainted region; None if there is no image."""
     images = processed.images[processed.index_of_first_image :]
     if not images or not isinstance(images[0], Image.Image):
         return None
@@ -115,7 +115,7 @@ class _WebUI:
         return config_of(values, hires=hires)
 
     def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
-        """As `obstacles`, before there is anything to generate: by the options alone."""
+        """Like `obstacles`, but before generation: judged by the options alone."""
         if _hypertile(hires):
             return Hint(HYPERTILE, ("Settings → HyperTile",))
         ratio = _option("token_merging_ratio_hr") if hires else img2img and _option("token_merging_ratio_img2img")
@@ -124,12 +124,12 @@ class _WebUI:
         return None
 
     def advice(self, values: Mapping[str, Any]) -> list[Hint]:
-        """When to compute in 32 bits."""
+        """Advise 32 bits where half precision may overflow."""
         if values["fp32"] or not (upcasts() or _is_sd2()):
             return []
         sd2 = "attention of SD 2 models can overflow in half precision"
-        why = "the host's upcast option is on" if upcasts() else sd2
-        return [Hint(f"{why}: 32 bits are advised", ("fp32",))]
+        reason = "the host's upcast option is on" if upcasts() else sd2
+        return [Hint(f"{reason}: 32 bits are advised", ("fp32",))]
 
     def at_rest(self) -> AbstractContextManager[tuple[nn.Module, Any]]:
         return _model_at_rest()
@@ -144,10 +144,10 @@ def _is_sd2() -> bool:
 
 @contextmanager
 def _model_at_rest() -> Iterator[tuple[nn.Module, Any]]:
-    """The U-Net in use and its `kv_context`, for running it while nothing is generated.
+    """Reserve the current U-Net and its `kv_context` for a `with` block while nothing is generated.
 
     Raises:
-        Busy: something is being generated, or there is no model.
+        Busy: an image is being generated, or no model is loaded.
     """
     from modules import devices
     from modules.call_queue import queue_lock
@@ -166,7 +166,7 @@ def _model_at_rest() -> Iterator[tuple[nn.Module, Any]]:
 
 
 def _bring_to_device() -> None:
-    """Forge keeps the U-Net on the CPU until it is sampled with."""
+    """Load Forge's U-Net to the device: it stays on the CPU until sampling."""
     objects = getattr(shared.sd_model, "forge_objects", None)
     if objects is not None:
         from backend import memory_management
@@ -175,7 +175,7 @@ def _bring_to_device() -> None:
 
 
 def xyz_grids() -> list[Any]:
-    """The modules of the X/Y/Z plot script, where axes are registered."""
+    """List the modules of the X/Y/Z plot script, where axes are registered."""
     names = ("xyz_grid.py", "scripts.xyz_grid")
     return [data.module for data in scripts.scripts_data if data.script_class.__module__ in names]
 

@@ -1,4 +1,4 @@
-"""The life of a patch: on for one sampling pass, and off whatever way the pass ends."""
+"""The lifetime of a patch: installed for one sampling pass, and removed however the pass ends."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from ..settings import infotext, table
 from . import compat
 from .xyz import XYZ
 
-# On the host's processing object: this generation
+# Attribute of the host's processing object that holds the `Generation`
 _GENERATION = "_agent_attention"
 
 
 @dataclass
 class Generation:
-    """The settings of one generation that is made with us, what became of its passes, and the token map's record."""
+    """One patched generation: its settings, the reports of its passes, and the recording for the token map."""
 
     values: Mapping[str, Any]
     recording: tokenmap.Recording | None = None
     reports: list[PassReport] = field(default_factory=list)
 
     def entries(self) -> dict[str, str]:
-        """What the infotext is to say: the settings, unless every pass was left to the host, and which were."""
+        """Make the infotext entries: the settings, unless every pass was left to the host, and why passes were."""
         obstacles = dict.fromkeys(reason for report in self.reports for reason in report.obstacles)
-        found = {}
+        result = {}
         if not self.reports or any(not report.obstacles for report in self.reports):
-            found[infotext.KEY] = infotext.write(self.values)
+            result[infotext.KEY] = infotext.write(self.values)
         if obstacles:
-            found[infotext.NOTE] = f"not applied, {' and '.join(obstacles)}"
-        return found
+            result[infotext.NOTE] = f"not applied, {' and '.join(obstacles)}"
+        return result
 
 
-# The script's callbacks, in the order in which the host makes them
+# The script's callbacks, in calling order
 
 
 def before_process(p: Any) -> None:
-    """Take back whatever an earlier generation left, and forget what an XYZ cell shares with the one before."""
+    """Undo what an earlier generation left behind, and drop what an X/Y/Z cell shares with the one before."""
     close_leftovers()
     setattr(p, _GENERATION, None)
     _write_infotext(p, {})
 
 
 def process(p: Any, args: Sequence[Any]) -> None:
-    """Read the settings and write the infotext. With a bad value the image is made unpatched, and says why."""
+    """Read the settings and write the infotext. With an invalid value, generate unpatched and say why."""
     try:
         values = table.from_args(args, getattr(p, XYZ, None))
         for hires in (False, True):
@@ -72,13 +72,13 @@ def process(p: Any, args: Sequence[Any]) -> None:
 
 
 def before_sampling(p: Any, latent: Tensor | None = None) -> None:
-    """Sample the next pass under the patch; `latent` is its (B, C, height, width), where the host hands it over."""
+    """Sample the next pass under the patch; `latent` is its (B, C, height, width), if the host provides it."""
     generation = getattr(p, _GENERATION, None)
     hires = bool(getattr(p, "is_hr_pass", False))
     if generation is not None and table.to_config(generation.values, hires=hires) is not None:
         observer = _observer(p, generation.recording, hires, latent)
         wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires, observer))
-    elif _running:  # an image without us, made in the middle of one with us
+    elif _running:  # an unpatched image generated in the middle of a patched one
         wrap_sampling(p.sampler, lambda: under_way(Pass({}, PassReport(hires, obstacles=["it is off"]))))
 
 
@@ -89,7 +89,7 @@ def before_model_call() -> None:
 
 
 def postprocess(p: Any, processed: Any) -> None:
-    """Keep the image that the token map is drawn over."""
+    """Keep the image over which the token map is drawn."""
     generation = getattr(p, _GENERATION, None)
     if generation is not None and generation.recording is not None:
         generation.recording.image = compat.first_image(p, processed)
@@ -97,14 +97,14 @@ def postprocess(p: Any, processed: Any) -> None:
 
 
 def token_map(call: int, layer: int) -> tokenmap.View:
-    """The token map of the last run; see `tokenmap.view`."""
+    """Show the token map of the last run; see `tokenmap.view`."""
     return tokenmap.view(STATUS.recording, call, layer, STATUS.text())
 
 
 def _observer(
     p: Any, recording: tokenmap.Recording | None, hires: bool, latent: Tensor | None
 ) -> Callable[[Answer], None] | None:
-    """Records the coming pass, if it is one of the first image's."""
+    """Make an observer that records the next pass, if it belongs to the first image."""
     if recording is None or getattr(p, "iteration", 0):
         return None
     return recording.observer(hires, None if latent is None else tuple(latent.shape[-2:]))
@@ -120,7 +120,7 @@ def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
 
 
 def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) -> None:
-    """Make the sampler's next launch run inside `around()`; afterwards the sampler is as it was."""
+    """Run the sampler's next launch inside `around()`, and restore the sampler afterwards."""
     unwrap = getattr(vars(sampler).get("launch_sampling"), "unwrap", None)
     if unwrap is not None:  # Forge announces a hires pass twice
         unwrap()
@@ -135,7 +135,7 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
 
     def restore() -> None:
         if vars(sampler).get("launch_sampling") is not launch_sampling:
-            return  # somebody has wrapped us: taking ours out would take theirs out
+            return  # another extension has wrapped our wrapper: removing ours would remove both
         if before is None:
             del sampler.launch_sampling
         else:
@@ -149,7 +149,7 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
 def sampling_pass(
     p: Any, generation: Generation, hires: bool, observer: Callable[[Answer], None] | None = None
 ) -> Iterator[None]:
-    """Patch the U-Net in use, and one that takes over from it; take both back however the pass ends."""
+    """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends."""
     current = Pass(generation.values, PassReport(hires, obstacles=list(compat.obstacles(p, hires))), observer)
     try:
         with under_way(current):
@@ -162,7 +162,7 @@ def sampling_pass(
 
 @contextmanager
 def under_way(current: Pass) -> Iterator[None]:
-    """Make `current` the pass under way. Passes around it lose their patch, and get it back at their next step."""
+    """Make `current` the pass under way. Enclosing passes lose their patch until their next step."""
     for outer in _running:
         outer.suspend()
     _running.append(current)
@@ -187,7 +187,7 @@ class Pass:
         self._models: set[int] = set()
 
     def follow(self, unet: nn.Module | None) -> None:
-        """Put the patch on `unet`, and only there. Never raises: the image is made without us instead."""
+        """Patch `unet`, and only that. Never raises: the image is generated unpatched instead."""
         if self.report.obstacles or unet is self._unet:
             return
         self.suspend()
@@ -199,12 +199,12 @@ class Pass:
             self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
 
     def next_call(self, unet: nn.Module | None) -> None:
-        """The U-Net is about to be called: `unet`, which a refiner may have put in the other's place."""
+        """Prepare for a call of `unet`, which may be a refiner's."""
         self._lap()
         self.follow(unet)
 
     def close(self) -> None:
-        """Take the patch back. Doing it again changes nothing."""
+        """Remove the patch and end the pass. Further calls do nothing."""
         if self in _running:
             self._lap()
             self.report.pace = self._clock.pace()
@@ -225,7 +225,7 @@ class Pass:
         self._clock.lap(0 if self._patch is None else sum(changed(layer.calls) for layer in self._patch.report()))
 
     def suspend(self) -> None:
-        """Take the patch back until `follow` is called again."""
+        """Remove the patch until `follow` is called again."""
         patch, self._patch, self._unet = self._patch, None, None
         if patch is not None:
             try:
@@ -235,11 +235,11 @@ class Pass:
                 patch.remove()
 
 
-# Passes under way: nested where a script generates an image in the middle of another one
+# Passes under way, nested if a script generates an image in the middle of another one
 _running: list[Pass] = []
 
 
 def close_leftovers() -> None:
     """Close passes that other threads left behind: the host makes one image at a time."""
-    for left in [one for one in _running if one.thread != threading.get_ident()]:
-        left.close()
+    for leftover in [running for running in _running if running.thread != threading.get_ident()]:
+        leftover.close()

@@ -1,6 +1,6 @@
-"""Our section of the host's settings page, and what it says about the console.
+"""Our section of the host's settings page, and the log level that it sets.
 
-Imports gradio, and no WebUI: the host's options are handed in.
+Imports gradio, but no WebUI: the host's options are passed in.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_leve
 AS_SAVED = "as saved"
 LEVELS = ("warning", "info", "debug")
 _HANDLER = "agent attention"
-# one line without tags: translations match whole texts
+# a single line without tags, since translations match whole texts
 _ABOUT = (
-    "What the panel starts with: set its controls as you want them, press Apply in Settings → Defaults, and restart "
-    "the WebUI. A preset chosen below takes their place each time the page loads; FP32 precision, Minimum tokens and "
-    "Partition seed are of no preset and keep your defaults."
+    "To change what the panel starts with, set its controls, press Apply in Settings → Defaults and restart the WebUI. "
+    "A preset chosen below overrides them each time the page loads; FP32 precision, Minimum tokens and Partition seed "
+    "belong to no preset and keep your defaults."
 )
 
 
@@ -31,8 +31,8 @@ def register(opts: Any, option: Callable[..., Any], text: Callable[[str], Any]) 
 
     Args:
         opts: the host's options.
-        option: makes an option (`modules.shared.OptionInfo`).
-        text: makes a paragraph between options (`modules.shared.OptionHTML`).
+        option: makes an option: `modules.shared.OptionInfo`.
+        text: makes a paragraph between options: `modules.shared.OptionHTML`.
     """
     choices = {"choices": [AS_SAVED, *PRESETS]}
     rows = {
@@ -41,9 +41,9 @@ def register(opts: Any, option: Callable[..., Any], text: Callable[[str], Any]) 
             "“as saved” leaves the controls at your defaults"
         ),
         LEVEL: option("info", "Agent Attention: messages in the console", gr.Radio, {"choices": list(LEVELS)}).info(
-            "info: a line for each pass that was made faster; debug: the library's messages too; warning: neither"
+            "info: a line for each patched pass; debug: also the library's messages; warning: neither"
         ),
-        STATUS_LINE: option(True, "Agent Attention: show the last run in the panel").info("the console has it too"),
+        STATUS_LINE: option(True, "Agent Attention: show the last run in the panel").info("also shown in the console"),
     }
     for name, row in rows.items():
         row.section = SECTION
@@ -52,9 +52,9 @@ def register(opts: Any, option: Callable[..., Any], text: Callable[[str], Any]) 
 
 
 def set_level(level: str) -> None:
-    """Send our messages of `level` and above to the console, once, whatever the host does with its own.
+    """Send our messages of `level` and above to the console, once each, independently of the host's logging.
 
-    The library's own messages repeat at every pass, and come only at "debug".
+    The library's own messages repeat in every pass and are shown only at "debug".
     """
     logger = logging.getLogger("agentsd")
     if not any(handler.name == _HANDLER for handler in logger.handlers):

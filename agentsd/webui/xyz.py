@@ -1,4 +1,4 @@
-"""Axes of the X/Y/Z plot, made from the table of settings. Imports no WebUI: the plot's module is handed in."""
+"""Axes of the X/Y/Z plot, built from the table of settings. Imports no WebUI: the plot's module is passed in."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from ..settings.table import SETTINGS, Row
 
 PREFIX = "[Agent Attention] "
-# Attribute of the host's processing object: the settings that a plot's cell changes, by name
+# Attribute of the host's processing object that holds the settings changed by a cell of the plot, by name
 XYZ = "_agent_attention_xyz"
 
 
 def register(grids: Iterable[Any]) -> None:
-    """Add an axis for every setting to each of the plot's modules, once."""
+    """Add an axis for every setting to each plot module, unless it has one."""
     for grid in grids:
-        there = {option.label for option in grid.axis_options}
-        grid.axis_options.extend(axis(grid, row) for row in SETTINGS if _label(row) not in there)
+        labels = {option.label for option in grid.axis_options}
+        grid.axis_options.extend(axis(grid, row) for row in SETTINGS if _label(row) not in labels)
 
 
 def axis(grid: Any, row: Row) -> Any:
-    """The axis of one setting. It switches the extension on by itself, unless it is the switch."""
+    """Make the axis of one setting. It switches the extension on, unless the setting is the switch itself."""
     choices = {"flag": ("True", "False"), "choice": row.choices}.get(row.kind)
     more = {} if choices is None else {"choices": lambda: list(choices)}
     return grid.AxisOption(_label(row), row.xyz_type, _apply(row), confirm=_confirm(row), **more)
@@ -32,7 +32,7 @@ def _label(row: Row) -> str:
 
 def _apply(row: Row) -> Callable[[Any, Any, Any], None]:
     def apply(p: Any, value: Any, values: Any) -> None:
-        # a new dictionary each time: a cell's p is a shallow copy
+        # make a new dictionary each time, since a cell's p is a shallow copy
         setattr(p, XYZ, {"enabled": True, **getattr(p, XYZ, {}), row.name: _value(row, value)})
 
     return apply
