@@ -50,7 +50,7 @@ def sdxl_like_unet() -> nn.Module:
 
 def initialised(**layout: Any) -> nn.Module:
     """A U-Net of this layout with the golden outputs' kind of weights."""
-    unet = openaimodel.UNetModel(**_COMMON, **layout).eval()
+    unet = openaimodel.UNetModel(**{**_COMMON, **layout}).eval()
     generator = torch.Generator().manual_seed(1234)
     with torch.no_grad():
         for name, p in sorted(unet.named_parameters()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import socket
 
 import pytest
 import torch
@@ -26,3 +28,67 @@ def _few_threads():
 def _seeded():
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture
+def unet():
+    """A U-Net of its own for each test, with attention at two levels."""
+    from patching import GOLDEN
+
+    return copy.deepcopy(GOLDEN)
+
+
+@pytest.fixture
+def flat():
+    """One that has a single level, for latents of any size."""
+    from patching import FLAT
+
+    return copy.deepcopy(FLAT)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The test runs in an empty folder, and off line as far as the hub is concerned."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*given):
+        raise AssertionError(f"somebody wants to go on line: {given}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Instead of the embedded model, one of random weights that knows four prompts."""
+    from diffusers import DDIMScheduler
+    from drawing import PROMPTS
+    from tiny_pipelines import tiny_unet
+
+    from agentsd import embedded
+    from agentsd.embedded import model
+
+    words = model.vocabulary_of(PROMPTS)
+    torch.manual_seed(0)
+    text = model.TextEncoder(words, 8, 32)
+    norm = {"mean": [0.5] * 4, "std": [0.3] * 4}
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    pipe = embedded.EmbeddedPipeline(tiny_unet(), scheduler, text, PROMPTS, norm)
+    monkeypatch.setattr(embedded, "load", lambda *given: pipe)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A diffusers folder of a tiny Stable Diffusion."""
+    from tiny_pipelines import tiny_sd
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_sd().save_pretrained(path)
+    return path

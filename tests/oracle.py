@@ -138,6 +138,16 @@ def attention(attn: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
     return attn.to_out(tokens_of(softmax(scores) @ v))
 
 
+def by_matrices(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, k_scale2: float = 1.0, bias1: Any = 0.0, bias2: Any = 0.0
+) -> Tensor:
+    """Agent attention as the paper's equation 4 is written."""
+    scale = q.shape[-1] ** -0.5
+    aggregation = softmax(torch.einsum("bhnd,bhmd->bhnm", a, k) * scale + bias1)
+    broadcast = softmax(torch.einsum("bhnd,bhmd->bhnm", q, a) * scale**k_scale2 + bias2)
+    return broadcast @ (aggregation @ v)
+
+
 @contextmanager
 def answering(unet: nn.Module, oracle: Oracle, latent: tuple[int, int]) -> Iterator[None]:
     """A `with` block in which the oracle computes the U-Net's transformer blocks."""

@@ -1,4 +1,4 @@
-"""Corrected agents: attention to pooled keys whose values are fitted to full attention at the agents."""
+"""Corrected agents: attention to a sample of the keys, whose values are fitted to full attention at the sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentsd import AgentConfig, early, get_patch, patch_unet, patched, plan_layer
-from agentsd.attention import corrected_attention, fit_values, join_heads, sample_tokens, split_heads
+from agentsd.methods.corrected import corrected_attention, fit_values
+from agentsd.tensors import join_heads, sample_tokens, split_heads
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 CORRECTED = {"method": "corrected", "agent_ratio": 0.75, "ratio": 0.0}
@@ -162,19 +163,6 @@ class TestFallback:
         assert out.abs().max() <= 16 * given[2].abs().max()
 
 
-class TestSample:
-    @pytest.mark.parametrize(("height", "width", "cell"), [(8, 8, 4), (9, 7, 4), (3, 10, 4), (1, 5, 2), (6, 6, 1)])
-    def test_every_token_is_one_of_its_cell(self, height, width, cell):
-        x = torch.arange(height * width).view(1, -1, 1)
-        taken = sample_tokens(x, height, width, (cell, cell)).flatten()
-        cells = [(int(i) // width // cell, int(i) % width // cell) for i in taken]
-        assert len(set(cells)) == len(cells) >= 1
-
-    def test_whole_cells_give_the_middle(self):
-        taken = sample_tokens(torch.arange(64).view(1, -1, 1), 8, 8, (4, 4)).flatten()
-        assert taken.tolist() == [9, 13, 41, 45]
-
-
 class TestPlan:
     def test_as_many_keys_as_grid_agents(self):
         config = AgentConfig(method="corrected", agent_ratio=1 - 1 / 16, ratio=0.4)
@@ -202,11 +190,14 @@ class TestPlan:
 
     def test_a_limit_below_that_leaves_the_layer_untouched(self):
         plan = plan_layer(AgentConfig(method="corrected", max_agents=16), 64, 64, 1)
-        assert (plan.action, plan.reason) == ("untouched", "max_agents 16 are too few to correct")
+        assert (plan.action, plan.reason) == ("untouched", "at most 16 agents are too few to correct")
+        assert plan.remedy == ("max_agents",)
 
     def test_too_many_agents_leave_the_layer_untouched(self):
         plan = plan_layer(AgentConfig(method="corrected", agent_ratio=0.0), 8, 8, 1)
-        assert (plan.action, plan.reason) == ("untouched", "2 × 64 agents are not below 64 queries")
+        said = "64 agents are too many for 64 queries (fewer than half are needed)"
+        assert (plan.action, plan.reason) == ("untouched", said)
+        assert plan.remedy == ("agent_ratio",)
 
 
 class TestPatch:

@@ -1,12 +1,9 @@
-"""The cost model against torch's own counter, on U-Nets of diffusers, and against the table that JavaScript shares."""
+"""The cost model against torch's own counter, on U-Nets of diffusers and LDM."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections import Counter
 
 import pytest
 import torch
@@ -14,13 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
-from agentsd import AgentConfig, Stage
+from agentsd import AgentConfig, Rule, Stage
 from agentsd.costs import Layout, estimate, layouts, positions, share_of_run
-from agentsd.layout import layout_of
+from agentsd.hosts.layout import layout_of
 
 diffusers = pytest.importorskip("diffusers", reason="the U-Nets to count are diffusers'")
 
-CASES = json.loads(Path(__file__).with_name("cases").joinpath("costs.json").read_text(encoding="utf-8"))
 FULL = {
     "SD 1": {"cross_attention_dim": 768},
     "SD 2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
@@ -67,10 +63,56 @@ def small():
 @pytest.mark.parametrize("name", FULL)
 def test_the_stored_layouts_are_those_of_the_real_unets(name):
     model = unet("meta", **FULL[name])
-    layout = layout_of(model, name)
-    assert layout == layouts()[name]
+    layout, stored = layout_of(model, name), layouts()[name]
+    # diffusers' blocks go by other names, and its middle comes last
+    in_order = sorted(
+        layout.blocks, key=lambda b: ("down_blocks", "mid_block", "up_blocks").index(b.name.split(".")[0])
+    )
+    assert [(b.downsample, b.channels) for b in in_order] == [(b.downsample, b.channels) for b in stored.blocks]
+    assert (layout.rest, layout.constant, layout.layers) == (stored.rest, stored.constant, stored.layers)
     for height, width in ((64, 64), (96, 64), (128, 128)):
-        assert estimate(layout, None, height, width).flops == counted(model, height, width)
+        for known in (layout, stored):
+            assert estimate(known, None, height, width).flops == counted(model, height, width)
+
+
+@pytest.mark.parametrize(("name", "linear"), [("SD 1", False), ("SD 2", True)])
+def test_the_stored_layouts_have_ldm_s_names(name, linear):
+    openaimodel = pytest.importorskip(
+        "ldm.modules.diffusionmodules.openaimodel", reason="needs stable-diffusion-sdkit's ldm"
+    )
+    with torch.device("meta"):
+        model = openaimodel.UNetModel(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=320,
+            attention_resolutions=[4, 2, 1],
+            num_res_blocks=2,
+            channel_mult=[1, 2, 4, 4],
+            num_heads=8,
+            use_spatial_transformer=True,
+            transformer_depth=1,
+            context_dim=1024 if linear else 768,
+            use_linear_in_transformer=linear,
+            use_checkpoint=False,
+            legacy=False,
+        )
+    assert layout_of(model, name) == layouts()[name]
+
+
+def test_sdxl_s_stored_names_are_those_of_its_depths():
+    depths = Counter(block.name.rsplit(".", 1)[0] for block in layouts()["SDXL"].blocks)
+    shallow, deep = "input_blocks.{}.1.transformer_blocks", "output_blocks.{}.1.transformer_blocks"
+    assert depths == {
+        **{shallow.format(i): depth for i, depth in ((4, 2), (5, 2), (7, 10), (8, 10))},
+        "middle_block.1.transformer_blocks": 10,
+        **{deep.format(i): depth for i, depth in ((0, 10), (1, 10), (2, 10), (3, 2), (4, 2), (5, 2))},
+    }
+
+
+def test_a_layout_is_written_and_read_back():
+    for layout in layouts().values():
+        assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
 
 
 @pytest.mark.parametrize(
@@ -91,6 +133,10 @@ def test_the_stored_layouts_are_those_of_the_real_unets(name):
         {"method": "corrected"},
         {"method": "corrected", "agent_ratio": 0.98, "max_downsample": 8},
         dict(agentsd.TOKEN_MERGING),
+        {"method": "merge", "max_downsample": 8},
+        {"max_downsample": "auto", "agent_source": "grid"},
+        {"max_downsample": 8, "rules": [Rule({"method": "pool"}, downsample=2), Rule(None, blocks="mid_block.*")]},
+        {"rules": [Rule({"method": "corrected", "agent_ratio": 0.75, "merge_mlp": True}, blocks="down_blocks.0.*")]},
     ],
     ids=str,
 )
@@ -108,7 +154,7 @@ def test_a_patched_layer_of_the_full_unet_costs_what_the_model_says():
     settings = {"agent_source": "grid", "ratio": 0.0, "agent_ratio": 0.9375, "use_rand": False}
     model = unet("meta", **FULL["SD 1"])
     expected = estimate(layouts()["SD 1"], AgentConfig(**settings), 64, 64)
-    assert (expected.layers, expected.acted[0].plan.agents) == (5, 256)
+    assert (expected.layers, expected.changed[0].plan.agents) == (5, 256)
     with agentsd.patched(model, **settings):
         assert counted(model, 64, 64) == expected.flops_left
 
@@ -127,48 +173,30 @@ def test_nothing_happens_without_a_config_or_where_no_layer_is_reached():
 def test_a_run_is_the_average_of_its_stages_from_where_it_starts():
     layout = layouts()["SD 1"]
     config = AgentConfig(stages=(Stage(0.6), Stage(1.0, None)))
-    inside = estimate(layout, config, 64, 64).share
-    assert inside < 1
+    inside = estimate(layout, config, 64, 64, 0.3).share
+    assert inside == estimate(layout, AgentConfig(), 64, 64).share < 1
+    assert estimate(layout, config, 64, 64, 0.7).share == 1
+    assert estimate(layout, config, 64, 64).share == 1  # nobody says when
     assert share_of_run(layout, config, 64, 64) == pytest.approx(0.6 * inside + 0.4)
     assert share_of_run(layout, config, 64, 64, start=0.5) == pytest.approx(0.2 * inside + 0.8)
     assert share_of_run(layout, config, 64, 64, start=0.7) == 1
     assert share_of_run(layout, config, 64, 64, start=1.0) == 1
 
 
-def answer(case: dict) -> dict:
-    """What the table of cases records of a case."""
-    given = dict(case["config"])
-    stages = tuple(Stage(stage["until"], stage["settings"]) for stage in given.pop("stages", []))
-    config = AgentConfig(**given, stages=stages)
-    layout = Layout.from_dict(case["layout"]) if isinstance(case["layout"], dict) else layouts()[case["layout"]]
-    found = estimate(layout, config, case["height"], case["width"])
-    levels = [
-        {
-            "action": level.plan.action,
-            "tokens": level.plan.tokens,
-            "queries": level.plan.queries,
-            "agents": level.plan.agents,
-            "cell": None if level.plan.cell is None else list(level.plan.cell),
-            "r": level.plan.r,
-            "agent_r": level.plan.agent_r,
-            "reason": level.plan.reason,
-            "flops": level.flops,
-            "flops_left": level.flops_left,
-        }
-        for level in found.levels
+def test_a_rule_s_part_of_the_diffusion_counts_for_its_share_of_a_run():
+    layout = layouts()["SD 1"]
+    config = AgentConfig(rules=[Rule(None, since=0.6), Rule({"method": "pool"}, downsample=1, until=0.2)])
+    pooled, inside = (estimate(layout, config, 64, 64, progress).share for progress in (0.1, 0.5))
+    assert pooled != inside < 1
+    assert estimate(layout, config, 64, 64, 0.7).share == 1
+    assert share_of_run(layout, config, 64, 64) == pytest.approx(0.2 * pooled + 0.4 * inside + 0.4)
+
+
+def test_blocks_that_are_alike_but_treated_otherwise_are_told_apart():
+    config = AgentConfig(rules=[Rule(None, blocks="output_blocks.*"), Rule({"sx": 2}, blocks="output_blocks.11.*")])
+    levels = [level for level in estimate(layouts()["SD 1"], config, 64, 64).levels if level.downsample == 1]
+    assert sorted((level.count, level.plan.action) for level in levels) == [
+        (1, "agents"),
+        (2, "agents"),
+        (2, "untouched"),
     ]
-    run = share_of_run(layout, config, case["height"], case["width"], case.get("start", 0.0))
-    return {"levels": levels, "flops": found.flops, "flops_left": found.flops_left, "layers": found.layers, "run": run}
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_the_table_of_cases(case):
-    assert answer(case) == case["expected"]
-
-
-def test_the_cost_model_imports_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import importlib.util as u\n"
-    code += "import types; p = types.ModuleType('agentsd'); p.__path__ = [sys.argv[1]]; sys.modules['agentsd'] = p\n"
-    code += "from agentsd.costs import layouts; assert set(layouts()) == {'SD 1', 'SD 2', 'SDXL'}"
-    folder = os.path.dirname(agentsd.__file__)
-    subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True)

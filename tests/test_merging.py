@@ -22,7 +22,7 @@ def leaders_by_loops(tokens: torch.Tensor, dst: list[int], r: int) -> list[int]:
     return leader
 
 
-def planned(h, w, sx, sy, share, batch=2, seed=3):
+def matched(h, w, sx, sy, share, batch=2, seed=3):
     part = partition(h, w, sx, sy, seed)
     x = torch.randn(batch, h * w, 8)
     r = int(share * part.src.numel())
@@ -74,13 +74,13 @@ class TestMatch:
     @given(**sizes, share=st.floats(0, 1))
     def test_clusters_are_those_of_a_plain_loop(self, h, w, sx, sy, share):
         assume(h >= sy and w >= sx)
-        x, part, r, plan = planned(h, w, sx, sy, share)
-        assert plan.shape == (2, h * w)
+        x, part, r, matching = matched(h, w, sx, sy, share)
+        assert matching.shape == (2, h * w)
         if r == 0:
-            assert plan.merged is None
-            assert plan.agents is None
+            assert matching.merged is None
+            assert matching.agents is None
             return
-        for clusters in (plan.merged, plan.agents):
+        for clusters in (matching.merged, matching.agents):
             assert clusters.count == h * w - r
             index = clusters.index.view(2, -1)
             for b in range(2):
@@ -89,8 +89,8 @@ class TestMatch:
 
     def test_agents_and_merged_tokens_have_numbers_of_their_own(self):
         x, part = torch.randn(1, 64, 8), partition(8, 8, 4, 4)
-        plan = match(x, part, 10, 55)
-        assert (plan.merged.count, plan.agents.count) == (54, 9)
+        matching = match(x, part, 10, 55)
+        assert (matching.merged.count, matching.agents.count) == (54, 9)
 
     def test_matching_in_slabs_changes_nothing(self, monkeypatch):
         x, part = torch.randn(2, 15 * 14, 8), partition(15, 14, 2, 2)
@@ -113,17 +113,17 @@ class TestMatch:
 
     def test_zero_tokens_of_any_norm_and_no_gradient(self):
         x = torch.zeros(1, 64, 8, requires_grad=True)
-        plan = match(x, partition(8, 8, 4, 4), 20, 0)
-        assert plan.merged.merge(x).isfinite().all()
+        matching = match(x, partition(8, 8, 4, 4), 20, 0)
+        assert matching.merged.merge(x).isfinite().all()
 
     def test_keeps_no_reference_to_the_tokens(self):
         x = torch.randn(1, 64, 8)
-        plan = match(x, partition(8, 8, 4, 4), 20, 0)
-        before = plan.merged.index.clone()
+        matching = match(x, partition(8, 8, 4, 4), 20, 0)
+        before = matching.merged.index.clone()
         x.zero_()
-        assert torch.equal(plan.merged.index, before)
+        assert torch.equal(matching.merged.index, before)
         assert x.untyped_storage().data_ptr() not in {
-            t.untyped_storage().data_ptr() for t in (plan.merged.index, plan.merged.weight)
+            t.untyped_storage().data_ptr() for t in (matching.merged.index, matching.merged.weight)
         }
 
 
@@ -132,10 +132,10 @@ class TestMergeAndUnmerge:
     @given(**sizes, share=st.floats(0, 1))
     def test_merging_averages_and_unmerging_gives_back(self, h, w, sx, sy, share):
         assume(h >= sy and w >= sx)
-        x, part, r, plan = planned(h, w, sx, sy, share)
+        x, part, r, matching = matched(h, w, sx, sy, share)
         assume(r)
         y = torch.randn(2, h * w, 5)
-        back = plan.merged.unmerge(plan.merged.merge(y))
+        back = matching.merged.unmerge(matching.merged.merge(y))
         for b in range(2):
             leader = leaders_by_loops(x[b], part.dst.tolist(), r)
             for i in range(h * w):
@@ -145,31 +145,31 @@ class TestMergeAndUnmerge:
     @given(**sizes, share=st.floats(0, 1))
     def test_merging_what_was_unmerged_is_the_identity(self, h, w, sx, sy, share):
         assume(h >= sy and w >= sx)
-        _, _, r, plan = planned(h, w, sx, sy, share)
+        _, _, r, matching = matched(h, w, sx, sy, share)
         assume(r)
-        y = torch.randn(2, plan.merged.count, 3)
-        torch.testing.assert_close(plan.merged.merge(plan.merged.unmerge(y)), y, rtol=1e-4, atol=1e-5)
+        y = torch.randn(2, matching.merged.count, 3)
+        torch.testing.assert_close(matching.merged.merge(matching.merged.unmerge(y)), y, rtol=1e-4, atol=1e-5)
 
     def test_merging_commutes_with_an_affine_projection(self):
-        x, _, _, plan = planned(8, 8, 4, 4, 0.7)
+        x, _, _, matching = matched(8, 8, 4, 4, 0.7)
         project = torch.nn.Linear(8, 6)
         with torch.no_grad():
             torch.testing.assert_close(
-                project(plan.merged.merge(x)), plan.merged.merge(project(x)), rtol=1e-4, atol=1e-5
+                project(matching.merged.merge(x)), matching.merged.merge(project(x)), rtol=1e-4, atol=1e-5
             )
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_keeps_the_dtype_and_sums_in_float32(self, dtype):
         part = partition(64, 64, 64, 64)  # one cluster of 4096
-        plan = match(torch.randn(1, 4096, 4), part, 4095, 0)
+        matching = match(torch.randn(1, 4096, 4), part, 4095, 0)
         x = torch.full((1, 4096, 4), 1.5, dtype=dtype)
-        merged = plan.merged.merge(x)
+        merged = matching.merged.merge(x)
         assert merged.dtype == dtype
         assert torch.equal(merged, x[:, :1])
-        assert plan.merged.unmerge(merged).dtype == dtype
+        assert matching.merged.unmerge(merged).dtype == dtype
 
     def test_gradients_pass_through(self):
-        x, _, _, plan = planned(6, 6, 3, 3, 0.8)
+        x, _, _, matching = matched(6, 6, 3, 3, 0.8)
         x.requires_grad_()
-        plan.merged.unmerge(plan.merged.merge(x)).sum().backward()
+        matching.merged.unmerge(matching.merged.merge(x)).sum().backward()
         torch.testing.assert_close(x.grad, torch.ones_like(x), rtol=1e-4, atol=1e-4)

@@ -11,10 +11,13 @@ import torch
 from blocks import golden_unet
 
 from agentsd import get_patch
-from agentsd.webui import measure, settings
+from agentsd.panel import measure
+from agentsd.panel.preview import SamplingPass
+from agentsd.settings import table
 
 GRID = {"agent_source": "grid", "until": 1.0}
-HERE = {"width": 128, "height": 64, "hires": False, "start": 0.0}
+VALUES = table.check(GRID)
+HERE = SamplingPass(128, 64)
 
 
 @pytest.fixture
@@ -23,11 +26,11 @@ def unet():
 
 
 def to_config(values, hires):
-    return settings.to_config(values, hires=hires)
+    return table.to_config(values, hires=hires)
 
 
 def todo(values=None, *passes):
-    return measure.tasks(settings.check(values or GRID), passes or (HERE,), to_config)
+    return measure.tasks(table.check(values or GRID), passes or (HERE,), to_config)
 
 
 @contextmanager
@@ -44,12 +47,12 @@ def finished(job, seconds=60.0):
 
 
 def test_a_task_for_each_pass_in_which_agents_act():
-    hires = {"width": 256, "height": 128, "hires": True, "start": 0.5}
+    hires = SamplingPass(256, 128, 0.5, hires=True)
     first, second = todo({"until": 0.6}, HERE, hires)
-    assert (first.width, first.height, first.hires, first.done) == (128, 64, False, 0.3)
-    assert (second.hires, second.done) == (True, 0.75)
+    assert (first.sampling, first.progress) == (HERE, 0.3)
+    assert (second.sampling, second.progress) == (hires, 0.75)
     assert not todo({"passes": "hires"}, HERE)
-    assert not todo({"until": 0.6}, {**HERE, "start": 0.7})
+    assert not todo({"until": 0.6}, SamplingPass(128, 64, 0.7))
     assert todo({"enabled": False}, HERE), "what is switched off can be measured"
 
 
@@ -75,10 +78,16 @@ def test_settings_that_change_nothing_have_no_distance(unet):
 
 def test_a_job_tells_its_progress_its_outcome_and_a_threshold(unet):
     job = measure.Job()
-    assert job.start(todo(), lambda: at_rest(unet)) == ""
+    assert job.start(VALUES, todo(), lambda: at_rest(unet)) == ""
     told = finished(job)
     assert (told["state"], told["progress"]) == ("done", 1.0)
-    assert [outcome["width"] for outcome in told["outcomes"]] == [128]
+    assert told["head"][0] == "Size"
+    assert [row[0] for row in told["rows"]] == ["128×64"]
+    assert len(told["rows"][0]) == len(told["head"])
+    assert "a U-Net call" in job.words(unet, VALUES, HERE), "the preview says it too"
+    assert job.words(unet, {**VALUES, "ratio": 0.2}, HERE) == "", "of other settings nothing is known"
+    assert job.words(unet, VALUES, SamplingPass(64, 64)) == ""
+    assert job.words(golden_unet(), VALUES, HERE) == ""
     assert told["min_tokens"] >= 0
     assert get_patch(unet) is None
 
@@ -93,14 +102,14 @@ def test_a_job_can_be_cancelled_and_is_the_only_one(unet):
         with at_rest(unet) as model:
             yield model
 
-    assert job.start(todo(), slow) == ""
+    assert job.start(VALUES, todo(), slow) == ""
     assert reached.wait(30)
-    assert "is running" in job.start(todo(), slow)
+    assert "is running" in job.start(VALUES, todo(), slow)
     job.cancel()
     go.set()
     told = finished(job)
     assert told["state"] == "cancelled"
-    assert not told["outcomes"]
+    assert not told["rows"]
     assert get_patch(unet) is None
 
 
@@ -111,7 +120,7 @@ def test_a_job_refuses_while_the_model_is_in_use():
         yield
 
     job = measure.Job()
-    job.start(todo(), in_use)
+    job.start(VALUES, todo(), in_use)
     told = finished(job)
     assert (told["state"], told["text"]) == ("busy", "An image is being generated")
 
@@ -122,7 +131,7 @@ def test_a_job_that_fails_says_so(unet):
 
     unet.forward = broken
     job = measure.Job()
-    job.start(todo(), lambda: at_rest(unet))
+    job.start(VALUES, todo(), lambda: at_rest(unet))
     told = finished(job)
     assert told["state"] == "failed"
     assert "no memory left" in told["text"]
@@ -130,4 +139,4 @@ def test_a_job_that_fails_says_so(unet):
 
 
 def test_nothing_to_measure_is_said():
-    assert "no pass is changed" in measure.Job().start([], None)
+    assert "no pass is changed" in measure.Job().start({}, [], None)

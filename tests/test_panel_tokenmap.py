@@ -9,9 +9,9 @@ from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, r
 from PIL import Image
 
 from agentsd import AgentConfig, LayerPlan, patch_unet
-from agentsd.attention import sample_tokens
-from agentsd.webui import tokenmap
-from agentsd.webui.tokenmap import Layer, Recording, draw, view
+from agentsd.panel import tokenmap
+from agentsd.panel.tokenmap import Layer, Recording, draw, view
+from agentsd.tensors import sample_tokens
 
 SIMILARITY = {"agent_source": "similarity", "agent_ratio": 0.9, "ratio": 0.0}
 PAPER = {"agent_source": "similarity", "agent_ratio": 0.95, "ratio": 0.4}
@@ -110,7 +110,7 @@ def test_pooling_and_what_is_untouched():
 def test_a_call_for_each_part_of_the_diffusion_and_no_more():
     times = range(990, 0, -10)
     calls = recorded(flat_unet(), 8, 8, t=times, batch=1, **GRID).calls
-    assert [int(tokenmap.MOMENTS * call.done) for call in calls] == list(range(tokenmap.MOMENTS))
+    assert [int(tokenmap.MOMENTS * call.progress) for call in calls] == list(range(tokenmap.MOMENTS))
     # cond and uncond in calls of their own
     assert len(recorded(flat_unet(), 8, 8, t=[500, 500], batch=1, **GRID).calls) == 1
     assert len({len(call.layers) for call in calls}) == 1

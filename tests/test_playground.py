@@ -18,10 +18,11 @@ from diffusers import DDIMScheduler  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 from tiny_pipelines import tiny_unet  # noqa: E402
 
-from agentsd import embedded, get_patch, playground  # noqa: E402
+from agentsd import embedded, get_patch  # noqa: E402
+from agentsd.cli import playground  # noqa: E402
 from agentsd.cli.models import EmbeddedModel  # noqa: E402
 from agentsd.embedded import model as embedded_model  # noqa: E402
-from agentsd.webui.settings import DEFAULTS, SETTINGS  # noqa: E402
+from agentsd.settings.table import DEFAULTS, SETTINGS  # noqa: E402
 
 PROMPTS = ["red apple", "banana"]
 ON = {**DEFAULTS, "enabled": True, "until": 1.0}
@@ -84,19 +85,21 @@ def test_stop_ends_the_drawing(model):
 
 def test_the_routes_of_the_panels_script_answer(model):
     client = TestClient(playground.make_app(model))
-    data = client.get("/agent-attention/readout").json()
+    data = client.get("/agent-attention/page").json()
     assert [row["name"] for row in data["rows"]] == [row.name for row in SETTINGS]
-    assert sum(group["count"] for group in data["model"]["layout"]["blocks"]) == 7
     assert client.get("/agent-attention/status").json()["run"] >= 0
-    task = {"width": 128, "height": 128, "hires": False, "start": 0.0}
-    assert client.post("/agent-attention/measure", json={"values": ON, "passes": [task]}).json() == {"error": ""}
+    state = {"tab": "txt2img", "values": ON, "width": 128, "height": 128, "denoising": 0.7, "hires": None}
+    told = client.post("/agent-attention/preview", json=state).json()
+    assert "256 tokens → 16 agents in 3 layers" in told["lines"][0]["text"]
+    assert client.post("/agent-attention/measure", json=state).json() == {"error": ""}
     deadline = time.monotonic() + 60
-    while (state := client.get("/agent-attention/measure").json())["state"] == "running":
+    while (job := client.get("/agent-attention/measure").json())["state"] == "running":
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert state["state"] == "done", state["text"]
-    assert state["outcomes"][0]["distance"] > 0
-    wrong = client.post("/agent-attention/measure", json={"values": {"ratio": 5}, "passes": []}).json()
+    assert job["state"] == "done", job["text"]
+    assert job["rows"][0][0] == "128×128"
+    assert "measured: " in client.post("/agent-attention/preview", json=state).json()["lines"][0]["text"]
+    wrong = client.post("/agent-attention/measure", json={**state, "values": {"ratio": 5}}).json()
     assert "ratio must be a number" in wrong["error"]
 
 

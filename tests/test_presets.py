@@ -5,37 +5,38 @@ from __future__ import annotations
 import pytest
 
 from agentsd import AgentConfig, paper_stages
-from agentsd.webui import infotext, legacy, settings
-from agentsd.webui.lastrun import StepClock
-from agentsd.webui.presets import CUSTOM, KEPT, PRESETS, preset_of
+from agentsd.panel.pace import StepClock
+from agentsd.settings import infotext, legacy, table
+from agentsd.settings.presets import CUSTOM, KEPT, PRESETS, preset_of
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_valid_and_is_told_from_the_others(name):
-    values = settings.check({**PRESETS[name], "enabled": True, "passes": "both"})
+    values = table.check({**PRESETS[name], "enabled": True, "passes": "both"})
     for hires in (False, True):
-        assert settings.to_config(values, hires=hires) is not None
-    assert preset_of({**settings.DEFAULTS, **PRESETS[name]}) == name
+        assert table.to_config(values, hires=hires) is not None
+    assert preset_of({**table.DEFAULTS, **PRESETS[name]}) == name
 
 
 def test_a_preset_leaves_the_users_own_affairs_alone():
     own = {"enabled": True, "fp32": True, "min_tokens": 4096, "seed": 5}
     assert set(own) == set(KEPT)
-    assert preset_of({**settings.DEFAULTS, **own}) == preset_of(settings.DEFAULTS)
+    assert preset_of({**table.DEFAULTS, **own}) == preset_of(table.DEFAULTS)
     assert not any(name in preset for preset in PRESETS.values() for name in KEPT)
 
 
 def test_a_touched_control_makes_it_custom():
     for name, value in PRESETS["Paper"].items():
-        other = settings.BY_NAME[name]
-        changed = not value if other.kind == "flag" else "x" if other.kind == "choice" else value + 1
-        assert preset_of({**settings.DEFAULTS, **PRESETS["Paper"], name: changed}) in (CUSTOM, *PRESETS)
-        assert preset_of({**settings.DEFAULTS, **PRESETS["Paper"], name: changed}) != "Paper"
+        other = table.BY_NAME[name]
+        text = {"choice": "x", "text": "ratio=0.2"}
+        changed = not value if other.kind == "flag" else text[other.kind] if other.kind in text else value + 1
+        assert preset_of({**table.DEFAULTS, **PRESETS["Paper"], name: changed}) in (CUSTOM, *PRESETS)
+        assert preset_of({**table.DEFAULTS, **PRESETS["Paper"], name: changed}) != "Paper"
 
 
 def test_the_papers_preset_is_the_papers_config():
-    values = settings.check({**PRESETS["Paper"], "enabled": True})
-    assert settings.to_config(values) == AgentConfig(stages=paper_stages())
+    values = table.check({**PRESETS["Paper"], "enabled": True})
+    assert table.to_config(values) == AgentConfig(stages=paper_stages(), max_downsample="auto")
 
 
 # The older extension, with its keys as the host's parser reads them
@@ -60,12 +61,12 @@ OLD = {
 
 
 def read(params: dict) -> dict:
-    return {name: infotext.reader(name)(params) for name in settings.NAMES}
+    return {name: infotext.reader(name)(params) for name in table.NAMES}
 
 
 def test_an_image_of_the_older_extension_fills_our_controls():
     expected = {
-        **settings.DEFAULTS,
+        **table.DEFAULTS,
         "enabled": True,
         "agent_source": "similarity",
         "ratio": 0.35,
@@ -79,25 +80,25 @@ def test_an_image_of_the_older_extension_fills_our_controls():
         "passes": "first",
     }
     assert read(OLD) == expected
-    assert settings.to_config(settings.check(expected)) is not None
+    assert table.to_config(table.check(expected)) is not None
 
 
 def test_its_hires_only_images_too():
     hires = {**OLD, "Fix Only": "True", "Hires steps": "20", "Denoising strength": "0.5"}
     found = read(hires)
-    assert (found["passes"], found["hires_until"], found["until"]) == ("hires", 0.8, settings.DEFAULTS["until"])
+    assert (found["passes"], found["hires_until"], found["until"]) == ("hires", 0.8, table.DEFAULTS["until"])
 
 
 def test_its_second_step_may_never_come():
     assert read({**OLD, "AgAt Second Pass Step": "40"})["until"] == 1.0
-    assert read({**OLD, "AgAt Second Pass Step": "0"})["until"] == settings.BY_NAME["until"].low
+    assert read({**OLD, "AgAt Second Pass Step": "0"})["until"] == table.BY_NAME["until"].low
 
 
 @pytest.mark.parametrize("broken", [{"AgAt First Pass sx": "0"}, {"Steps": "many"}, {"AgAt First Pass Ratio": "1.0"}])
 def test_what_cannot_be_read_is_at_our_default(broken):
     found = read({**OLD, **broken})
     assert found["enabled"] is True
-    assert settings.check(found) == found
+    assert table.check(found) == found
 
 
 def test_our_own_entry_counts_more_and_other_images_are_not_its():

@@ -13,11 +13,32 @@ from hypothesis import strategies as st
 
 from agentsd import TOKEN_MERGING, AgentConfig, SettingError
 from agentsd.config import LIMITS
-from agentsd.webui import infotext, xyz
-from agentsd.webui.settings import BY_NAME, DEFAULTS, NAMES, SETTINGS, XYZ, check, from_args, to_config
+from agentsd.rules import format_rules, parse_rules
+from agentsd.settings import infotext
+from agentsd.settings.table import (
+    ARGUMENTS,
+    BY_NAME,
+    DEFAULTS,
+    NAMES,
+    RECORD,
+    SETTINGS,
+    check,
+    from_args,
+    to_config,
+    wants_record,
+)
+from agentsd.webui import xyz
+from agentsd.webui.xyz import XYZ
 
 # How the WebUI takes an infotext apart, as documented by its format: "key: value" pairs, quoted where needed
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+RULES = [
+    "",
+    "downsample=2+4 until=0.4 method=corrected agent_ratio=0.9",
+    "blocks=middle_block.* full | blocks=input_blocks.1.*+*output* since=0.25 ratio=0.3 use_rand=off",
+]
 
 
 def values_of(row):
@@ -26,6 +47,8 @@ def values_of(row):
         return st.booleans()
     if row.kind == "choice":
         return st.sampled_from(row.choices)
+    if row.kind == "text":
+        return st.sampled_from(RULES)
     if row.whole:
         return st.integers(int(row.low), int(row.high))
     return st.floats(row.low, row.high)
@@ -49,10 +72,10 @@ def test_nothing_drifts_from_the_core():
         if name in library_only:
             continue
         row = BY_NAME[made_of_others.get(name, name)]
-        if name in made_of_others or name == "max_downsample":
+        if name in made_of_others or name in ("max_downsample", "rules"):
             continue
         if limits["kind"] == "choice":
-            assert row.choices == tuple(map(str, limits["choices"]))
+            assert tuple(row.choices) == tuple(map(str, limits["choices"]))
         elif limits["kind"] == "bool":
             assert row.kind == "flag"
         elif name not in ("max_agents", "seed"):
@@ -72,6 +95,8 @@ def test_row_is_complete(row):
 
 
 def test_the_api_order_is_a_contract():
+    """The token map's switch came before the rules did."""
+    assert (*NAMES[:23], RECORD, "rules") == ARGUMENTS
     assert NAMES[:23] == (
         "enabled", "ratio", "agent_ratio", "k_scale2", "k_shortcut", "fp32", "agent_source", "method", "since", "until",
         "hires_until", "after", "passes", "max_downsample", "min_tokens", "max_agents", "sx", "sy", "use_rand",
@@ -80,7 +105,9 @@ def test_the_api_order_is_a_contract():
 
 
 def test_imports_neither_gradio_nor_the_webui():
-    code = "import sys, agentsd.webui.settings, agentsd.webui.infotext, agentsd.webui.xyz, agentsd.webui.status as s; "
+    code = (
+        "import sys, agentsd.settings.table, agentsd.settings.infotext, agentsd.webui.xyz, agentsd.panel.report as s; "
+    )
     code += "print(sorted({'gradio', 'modules'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -144,10 +171,11 @@ def test_unknown_name_is_named():
 
 @given(settings_of(enabled=True))
 def test_list_and_dictionary_mean_the_same(values):
-    assert from_args([values[name] for name in NAMES]) == from_args([values]) == values
+    in_order = {**values, RECORD: False}
+    assert from_args([in_order[name] for name in ARGUMENTS]) == from_args([values]) == values
 
 
-@given(settings_of(enabled=True), st.integers(1, len(NAMES)))
+@given(settings_of(enabled=True), st.integers(1, 23))
 def test_short_list_keeps_the_defaults(values, n):
     head = {name: values[name] for name in NAMES[:n]}
     assert from_args(list(head.values())) == {**DEFAULTS, **head}
@@ -182,7 +210,7 @@ def on(**values):
 
 def test_panel_defaults():
     config = to_config(on())
-    assert (config.agent_source, config.ratio, config.agent_ratio, config.max_downsample) == ("grid", 0.0, 0.95, 1)
+    assert (config.agent_source, config.ratio, config.agent_ratio, config.max_downsample) == ("grid", 0.0, 0.95, "auto")
     assert config.at(0.59).agent_source == "grid"
     assert config.at(0.61) is None
     assert to_config(on(), hires=True).stages == ()
@@ -198,9 +226,42 @@ def test_passes(passes, first, hires):
     assert found == [bool(first), bool(hires)]
 
 
-def test_auto_is_the_models_first_level():
-    assert to_config(on(), first_downsample=2).max_downsample == 2
-    assert to_config(on(max_downsample="4"), first_downsample=2).max_downsample == 4
+def test_auto_is_the_cores_own_value():
+    assert to_config(on()).max_downsample == "auto"
+    assert to_config(on(max_downsample="4")).max_downsample == 4
+
+
+@pytest.mark.parametrize("text", RULES)
+def test_rules_reach_the_core(text):
+    assert to_config(on(rules=text)).rules == parse_rules(text)
+
+
+def test_rules_may_be_text_or_a_list_of_mappings():
+    written = [{"settings": {"method": "pool"}, "downsample": 2, "until": 0.5}, {"settings": None, "blocks": "mid*"}]
+    assert check({"rules": written})["rules"] == "downsample=2 until=0.5 method=pool | blocks=mid* full"
+    assert from_args([{"rules": written}])["rules"] == check({"rules": written})["rules"]
+    assert format_rules(to_config(on(rules=written)).rules) == check({"rules": written})["rules"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("ratio=2", "ratio must be"),
+        ("rato=0.2", "unknown setting rato"),
+        ([{"levels": 2}], "unknown setting levels"),
+        (7, "rules must be"),
+    ],
+)
+def test_bad_rules_are_named(value, said):
+    with pytest.raises(SettingError, match=said):
+        check({"rules": value})
+
+
+def test_the_record_is_asked_for_after_the_settings():
+    assert wants_record([True] + [None] * 22 + [True])
+    assert not wants_record([True] + [None] * 22)
+    assert not wants_record([True] + [None] * 22 + [False, "ratio=0.2"])
+    assert from_args([True] + [None] * 22 + [True, "ratio=0.2"])["rules"] == "ratio=0.2"
 
 
 def test_fp32_and_no_limit():
@@ -227,11 +288,11 @@ def test_until_must_be_above_from(hires, name):
         to_config(on(**{"since": 0.5, name: 0.5}), hires=hires)
 
 
-@given(settings_of(enabled=True), st.booleans(), st.sampled_from([1, 2]))
-def test_the_table_allows_what_the_core_allows(values, hires, first):
+@given(settings_of(enabled=True), st.booleans())
+def test_the_table_allows_what_the_core_allows(values, hires):
     """A config comes of all values that the controls can have; only from and until can exclude each other."""
     try:
-        config = to_config(values, hires=hires, first_downsample=first)
+        config = to_config(values, hires=hires)
     except SettingError:
         assert values["since"] >= values["hires_until" if hires else "until"]
         return

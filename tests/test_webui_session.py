@@ -14,8 +14,9 @@ from PIL import Image
 
 import agentsd.webui
 from agentsd import get_patch
-from agentsd.webui import infotext, tokenmap
-from agentsd.webui.settings import NAMES
+from agentsd.panel import tokenmap
+from agentsd.settings import infotext
+from agentsd.settings.table import ARGUMENTS, RECORD
 
 ON = {"until": 1.0}
 
@@ -85,7 +86,8 @@ def generate(host, settings=ON, p=None, steps=None, passes=(False,), record=Fals
         host.session.before_model_call()
         made.append(run(host.shared.sd_model.model.diffusion_model, inputs()))
 
-    args = ([settings if settings is not None else False] + [None] * (len(NAMES) - 1) + [True])[: None if record else 1]
+    args = [settings if settings is not None else False] + [None] * (ARGUMENTS.index(RECORD) - 1) + [True]
+    args = args if record else args[:1]
     host.session.before_process(p)
     host.session.process(p, args)
     for hires in passes:
@@ -250,7 +252,7 @@ def test_leftovers_of_another_thread_are_cleaned(host, unet):
     before, held = state(unet), []
 
     def lose():
-        generation = host.session.Generation(host.session.settings.check({"enabled": True, **ON}))
+        generation = host.session.Generation(host.session.table.check({"enabled": True, **ON}))
         held.append(host.session.sampling_pass(Processing(), generation, False))
         held[0].__enter__()
 
@@ -364,7 +366,7 @@ def test_a_refiners_calls_are_recorded_too(host, unet):
             run(model, inputs(t=[t, t]))
 
     generate(host, steps=steps, record=True)
-    assert [call.done for call in host.session.STATUS.recording.calls] == [0.1, 0.9]
+    assert [call.progress for call in host.session.STATUS.recording.calls] == [0.1, 0.9]
 
 
 @pytest.mark.parametrize("reason", OBSTACLES)

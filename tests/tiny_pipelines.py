@@ -1,7 +1,8 @@
-"""Diffusers pipelines of a few thousand random weights, built from configs: nothing is downloaded."""
+"""Diffusers pipelines of a few thousand random weights, built from configs; and what the tests ask of them."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -10,7 +11,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import agentsd
+from agentsd import get_patch
 
 CONTEXT = 32  # channels of one text encoder
 
@@ -44,7 +50,7 @@ def tiny_sdxl_unet() -> UNet2DConditionModel:
     )
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
+def randomised(model: nn.Module) -> nn.Module:
     """Give every weight a scale at which attention matters to the output: a fresh U-Net's last layers are near zero."""
     generator = torch.Generator().manual_seed(1234)
     with torch.no_grad():
@@ -71,6 +77,35 @@ def unet_inputs(unet: UNet2DConditionModel, height: int = 16, width: int = 16, b
     return given
 
 
+def ldm_and_diffusers(use_linear: bool = False) -> tuple[nn.Module, UNet2DConditionModel]:
+    """The same U-Net twice: as LDM builds it, and converted by diffusers."""
+    openaimodel = pytest.importorskip(
+        "ldm.modules.diffusionmodules.openaimodel", reason="needs stable-diffusion-sdkit's ldm"
+    )
+    ldm = randomised(
+        openaimodel.UNetModel(
+            image_size=16,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            attention_resolutions=[1, 2],
+            num_res_blocks=1,
+            channel_mult=[1, 2],
+            num_heads=2,
+            use_spatial_transformer=True,
+            transformer_depth=1,
+            context_dim=CONTEXT,
+            use_linear_in_transformer=use_linear,
+            use_checkpoint=False,
+            legacy=False,
+        )
+    )
+    unet = tiny_unet(use_linear_projection=use_linear)
+    state = {f"model.diffusion_model.{name}": value for name, value in ldm.state_dict().items()}
+    unet.load_state_dict(convert_ldm_unet_checkpoint(state, dict(unet.config)))
+    return ldm, unet
+
+
 def tiny_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that knows letters only."""
     letters = [chr(c) for c in range(33, 127)]
@@ -79,7 +114,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
-def _text_encoder(cls: type) -> torch.nn.Module:
+def _text_encoder(cls: type) -> nn.Module:
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=190,
@@ -143,3 +178,61 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# What the tests of the patch share
+
+GRID = {"ratio": 0.0, "sx": 2, "sy": 2, "agent_ratio": 0.75, "agent_source": "grid"}
+SIMILARITY = {"ratio": 0.4, "agent_ratio": 0.95}
+MERGING = dict(agentsd.TOKEN_MERGING)
+EVERYWHERE = {"ratio": 0.4, "agent_ratio": 0.9, "merge_crossattn": True, "merge_mlp": True, "max_downsample": 2}
+POOL = {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0}
+CORRECTED = {"method": "corrected", "agent_ratio": 0.75, "ratio": 0.0}
+KINDS = {
+    "grid": GRID,
+    "similarity": SIMILARITY,
+    "merging": MERGING,
+    "everywhere": EVERYWHERE,
+    "pool": POOL,
+    "corrected": CORRECTED,
+}
+
+by_kind = pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS.keys())
+
+
+@torch.no_grad()
+def run(unet, **changes) -> torch.Tensor:
+    return unet(**{**unet_inputs(unet), **changes}).sample
+
+
+@torch.no_grad()
+def picture(pipe, steps: int = 3):
+    generator = torch.Generator().manual_seed(1)
+    size = {"height": 128, "width": 128}
+    return torch.from_numpy(
+        pipe("cat", num_inference_steps=steps, generator=generator, output_type="np", **size).images
+    )
+
+
+def anatomy(unet: nn.Module) -> dict:
+    """Everything about the module tree that a patch could leave behind."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        name: (
+            type(module),
+            sorted(module.__dict__),
+            list(module._modules),
+            [len(getattr(module, hook)) for hook in hooks],
+            id(getattr(module, "processor", None)),
+            id(module.__dict__.get("forward")),
+        )
+        for name, module in unet.named_modules()
+    }
+
+
+def attn1s(unet: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in unet.named_modules() if name.endswith("attn1")}
+
+
+def actions(unet: nn.Module) -> dict[str, dict[str, int]]:
+    return {layer.name: layer.calls for layer in get_patch(unet).report()}

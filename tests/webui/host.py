@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image
 
-from agentsd.webui.settings import DEFAULTS as DEFAULT_SETTINGS
-from agentsd.webui.settings import NAMES
+from agentsd.settings.table import ARGUMENTS, RECORD
+from agentsd.settings.table import DEFAULTS as DEFAULT_SETTINGS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRODUCT = ("agentsd", "scripts", "javascript", "install.py", "metadata.ini", "style.css")
@@ -96,7 +96,7 @@ class Result:
 
 def with_record(settings: Mapping[str, Any]) -> list[Any]:
     """The script's arguments for these settings that also ask for a token map's record."""
-    return [settings, *[DEFAULT_SETTINGS[name] for name in NAMES[1:]], True]
+    return [settings, *[DEFAULT_SETTINGS[name] for name in ARGUMENTS[1 : ARGUMENTS.index(RECORD)]], True]
 
 
 def image_to_base64(image: Image.Image) -> str:
@@ -118,12 +118,13 @@ class Host:
         root: its folder.
         kind: "a1111" or "forge": which flags it is started with.
         checkpoint: file name of the checkpoint to start with.
+        flags: more flags to start it with.
     """
 
-    def __init__(self, root: Path, kind: str, checkpoint: str) -> None:
-        self.root, self.kind, self.checkpoint = root, kind, checkpoint
+    def __init__(self, root: Path, kind: str, checkpoint: str, flags: tuple[str, ...] = ()) -> None:
+        self.root, self.kind, self.checkpoint, self.flags = root, kind, checkpoint, flags
         self.port = free_port()
-        self.log = root / "agent-attention-tests.log"
+        self.log = root / f"agent-attention-tests{'-'.join(flags[:1])}.log"
         self._process: subprocess.Popen | None = None
         self._saved: dict[Path, bytes | None] = {}
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -168,7 +169,7 @@ class Host:
             filter(Path.exists, (self.root / "venv/bin/python", self.root / ".venv/bin/python")), sys.executable
         )
         checkpoint = self.root / "models/Stable-diffusion" / self.checkpoint
-        flags = [*COMMON_FLAGS, *FLAGS[self.kind], "--port", str(self.port), "--ckpt", str(checkpoint)]
+        flags = [*COMMON_FLAGS, *FLAGS[self.kind], *self.flags, "--port", str(self.port), "--ckpt", str(checkpoint)]
         flags += os.environ.get("AGENTSD_WEBUI_FLAGS", "").split()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -18,7 +18,7 @@ from host import Host
 from page import SECONDS, Panel, browser, generate, paste, size
 from PIL import Image
 
-from agentsd.webui.panel import element_id
+from agentsd.panel.controls import element_id
 
 FOLDS = ("more", "measuring", "map")
 

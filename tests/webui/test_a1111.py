@@ -6,8 +6,8 @@ import pytest
 from host import Host, Result
 from PIL import Image, ImageDraw
 
-from agentsd.webui import infotext
-from agentsd.webui.settings import DEFAULTS, SETTINGS, check
+from agentsd.settings import infotext
+from agentsd.settings.table import ARGUMENTS, DEFAULTS, RECORD, SETTINGS, check
 
 HIRES = {
     "enable_hr": True,
@@ -69,7 +69,7 @@ def test_on_differs_repeats_and_goes(a1111: Host, checkpoint: str):
         assert a1111.txt2img().pixels == plain.pixels
         assert a1111.state()["tree"] == before["tree"]
         assert status["passes"][0]["calls"]["agents"] > 0
-        assert status["first_downsample"] == (2 if checkpoint == "tinysdxl" else 1)
+        assert status["passes"][0]["layers"][0]["tokens"] == (64 if checkpoint == "tinysdxl" else 256)
     finally:
         use_checkpoint(a1111, "tinysd1")
 
@@ -255,6 +255,8 @@ BAD = {
     "unknown choice": [{"agent_source": "tokens"}],
     "unknown name": [{"rato": 0.4}],
     "nothing between": [{"since": 0.7}],
+    "unknown setting in a rule": [{"rules": "downsample=2 rato=0.4"}],
+    "rules that are no rules": [{"rules": 7}],
 }
 
 
@@ -269,13 +271,46 @@ def test_bad_values(a1111: Host, leaves_no_trace, plain: Result, case: str):
     assert a1111.status()["error"] in a1111.console()
 
 
+def in_order(values: dict) -> list:
+    """The settings as the API's positional arguments."""
+    return [{**values, RECORD: False}[name] for name in ARGUMENTS]
+
+
+def test_rules_by_level_and_block(a1111: Host, leaves_no_trace, plain: Result):
+    """In every form that the API knows, and from the infotext: the same image, and another than without rules."""
+    on, rules = a1111.txt2img([{"until": 1}]), {"until": 1, "rules": RULES}
+    made = a1111.txt2img([rules])
+    assert made.pixels not in (on.pixels, plain.pixels)
+    calls = a1111.status()["passes"][0]["calls"]
+    assert calls["pool"] > 0
+    assert calls["agents"] > 0
+    assert infotext.KEY in made.infotext
+    assert entry(made)["rules"] == RULES
+    listed = [
+        {"downsample": 2, "until": 0.5, "settings": {"max_downsample": 2, "method": "pool"}},
+        {"blocks": ["middle_block.*", "output_blocks.11.*"], "settings": None},
+    ]
+    assert a1111.txt2img([{"until": 1, "rules": listed}]).pixels == made.pixels
+    assert a1111.txt2img(in_order(check({"enabled": True, **rules}))).pixels == made.pixels
+    restored = a1111.txt2img(infotext=made.infotext)
+    assert restored.pixels == made.pixels
+    assert entry(restored) == entry(made)
+
+
+def test_rules_that_leave_everything_make_the_plain_image(a1111: Host, leaves_no_trace, plain: Result):
+    assert a1111.txt2img([{"until": 1, "rules": "full"}]).pixels == plain.pixels
+
+
 def test_list_short_list_and_dictionary_are_the_same(a1111: Host):
     values = check({"enabled": True, "ratio": 0.4, "agent_ratio": 0.9})
     short = a1111.txt2img([True, 0.4, 0.9])
-    assert a1111.txt2img(list(values.values())).pixels == short.pixels
+    assert a1111.txt2img(in_order(values)).pixels == short.pixels
     named = a1111.txt2img([{"ratio": 0.4, "agent_ratio": 0.9}])
     assert named.pixels == short.pixels
     assert entry(named) == entry(short) == values
+
+
+RULES = "downsample=2 until=0.5 max_downsample=2 method=pool | blocks=middle_block.*+output_blocks.11.* full"
 
 
 def other_value(row):
@@ -286,6 +321,8 @@ def other_value(row):
         return next(choice for choice in row.choices if choice != row.default)
     if row.kind == "number":
         return 1234
+    if row.kind == "text":
+        return RULES
     return {"since": 0.13, "sx": 3, "sy": 5}.get(row.name, 0.25)
 
 

@@ -6,10 +6,10 @@ import pytest
 from host import Host, Result, with_record
 from page import SECONDS, Panel, browser, paste
 
-from agentsd.webui import infotext
-from agentsd.webui.panel import element_id
-from agentsd.webui.settings import DEFAULTS, SETTINGS
-from agentsd.webui.tokenmap import SMALLEST
+from agentsd.panel.controls import element_id
+from agentsd.panel.tokenmap import SMALLEST
+from agentsd.settings import infotext
+from agentsd.settings.table import DEFAULTS, SETTINGS
 
 HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
 
@@ -68,6 +68,25 @@ def test_ways_out(forge: Host, leaves_no_trace, action: str, hires: bool):
     assert forge.state()["armed"] == {}, "the probe has not acted"
 
 
+def test_self_attention_with_an_attention_patch_is_ours(forge: Host, leaves_no_trace):
+    """With any attn1_patch active Forge hands context and value to self-attention: both are the tokens themselves."""
+    with forge.interference(attn1_patch=True):
+        off = forge.txt2img()
+        on = forge.txt2img([{"until": 1}])
+        status = forge.status()
+    assert on.pixels != off.pixels
+    assert status["passes"][0]["calls"]["agents"] > 0
+    assert status["notes"] == []
+
+
+def test_rules(forge: Host, leaves_no_trace, plain: Result):
+    rules = "downsample=2 until=0.5 max_downsample=2 method=pool | blocks=middle_block.* full"
+    made = forge.txt2img([{"until": 1, "rules": rules}])
+    assert forge.status()["passes"][0]["calls"]["pool"] > 0
+    assert made.pixels not in (plain.pixels, forge.txt2img([{"until": 1}]).pixels)
+    assert infotext.read(made.info["extra_generation_params"][infotext.KEY])["rules"] == rules
+
+
 def test_bad_value(forge: Host, leaves_no_trace, plain: Result):
     bad = forge.txt2img([True, 7])
     assert bad.pixels == plain.pixels
@@ -84,7 +103,8 @@ def test_sdxl(forge: Host):
     try:
         off, on = forge.txt2img(), forge.txt2img([{"until": 1}])
         assert on.pixels != off.pixels
-        assert forge.status()["first_downsample"] == 2
+        tokens = {layer["tokens"] for layer in forge.status()["passes"][0]["layers"]}
+        assert tokens == {64}, "the largest layers are at level 2"
         assert forge.txt2img().pixels == off.pixels
     finally:
         forge.call("/sdapi/v1/options", {"sd_model_checkpoint": "tinysd1.safetensors"})

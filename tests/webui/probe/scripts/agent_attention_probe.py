@@ -8,7 +8,7 @@ from fastapi import Body
 from modules import processing, script_callbacks, scripts, sd_models, shared
 
 ARMED = {}
-SEEN = {"calls": 0, "hires": False}
+SEEN = {"calls": 0, "hires": False, "attn1_patch": False}
 PREFIX = "/agent-attention-probe"
 
 
@@ -39,6 +39,10 @@ class Probe(scripts.Script):
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         SEEN.update(calls=0, hires=bool(getattr(p, "is_hr_pass", False)))
+        if SEEN["attn1_patch"]:  # Forge's own way; it changes nothing here, and has the block pass context and value
+            patcher = p.sd_model.forge_objects.unet.clone()
+            patcher.set_model_attn1_patch(lambda n, context, value, extra_options: (n, context, value))
+            p.sd_model.forge_objects.unet = patcher
 
     def postprocess_image(self, p, pp, *args):
         if ARMED.get("action") == "nest":
@@ -120,6 +124,7 @@ def on_app_started(demo, app):
             block.__dict__.pop("_forward", None)
             if body.get("blocks"):
                 block._forward = MethodType(extend_context, block)
+        SEEN["attn1_patch"] = bool(body.get("attn1_patch"))
         if "sd_unet" in body:
             from modules import sd_unet
 

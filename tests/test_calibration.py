@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 from blocks import golden_unet, sdxl_like_unet, tree
 
 import agentsd
-from agentsd.calibrate import Timing, calibrate
+from agentsd import calibration
+from agentsd.calibration import Timing, calibrate
 
-module = import_module("agentsd.calibrate")  # the package's attribute of that name is the function
 QUICK = {"seconds": 0.2}
 
 
@@ -39,9 +37,16 @@ def test_a_model_whose_attention_begins_further_down_is_timed_there():
     assert [t.tokens for t in found.timings] == [64]
 
 
+@pytest.mark.parametrize(("make", "tokens"), [(golden_unet, 256), (sdxl_like_unet, 64)])
+def test_auto_is_timed_where_attention_begins(make, tokens):
+    config = agentsd.AgentConfig(ratio=0.0, agent_source="grid", max_downsample="auto")
+    found = calibrate(make(), (128,), config=config, **QUICK)
+    assert [t.tokens for t in found.timings] == [tokens]
+
+
 def test_the_patched_call_uses_agents(unet, monkeypatch):
     calls = []
-    real = module.patch_unet
+    real = calibration.patch_unet
 
     def spied(alone, config):
         patch = real(alone, config)
@@ -54,7 +59,7 @@ def test_the_patched_call_uses_agents(unet, monkeypatch):
         patch.remove = spied_remove
         return patch
 
-    monkeypatch.setattr(module, "patch_unet", spied)
+    monkeypatch.setattr(calibration, "patch_unet", spied)
     settings = agentsd.AgentConfig(ratio=0.0, agent_source="grid", min_tokens=10**6, stages=agentsd.early(0.1))
     calibrate(unet, (128,), config=settings, **QUICK)
     assert len(calls) >= 2
@@ -86,7 +91,7 @@ def test_a_patch_that_is_on_the_model_stays(unet):
 )
 def test_the_proposal_is_where_nothing_above_is_slower(ratios, expected):
     timings = [Timing(tokens, 320, 1.0, ratio) for tokens, ratio in ratios.items()]
-    assert module._threshold(timings) == expected
+    assert calibration._threshold(timings) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,13 @@
+"""What the tests of the command line share."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+PROMPTS = ["red apple", "banana", "green frog", "rose"]
+SMALL = ["--steps", "2", "--size", "16", "--quiet"]
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"))

@@ -1,0 +1,130 @@
+"""What the tests of the patch share: settings of each kind, and what they look at in a patched U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, run, tree
+from torch import Tensor, nn
+
+import agentsd
+from agentsd import get_patch, patched
+
+GRID = {"ratio": 0.0, "agent_ratio": 0.95, "agent_source": "grid"}
+SIMILARITY = {"ratio": 0.4, "agent_ratio": 0.95}
+AGENTS_ALONE = {"ratio": 0.0, "agent_ratio": 0.95}
+MERGING = dict(agentsd.TOKEN_MERGING)
+EVERYWHERE = {"ratio": 0.4, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
+REST_ALONE = {"merge_attn": False, "merge_crossattn": True, "merge_mlp": True}
+POOL = {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0}
+CORRECTED = {"method": "corrected", "agent_ratio": 0.75, "ratio": 0.0}
+KINDS = {
+    "grid": GRID,
+    "similarity": SIMILARITY,
+    "merging": MERGING,
+    "everywhere": EVERYWHERE,
+    "rest alone": REST_ALONE,
+    "pool": POOL,
+    "corrected": CORRECTED,
+}
+SELF_ATTENTION = {name: kw for name, kw in KINDS.items() if kw.get("merge_attn", True)}
+AGENTS = {"grid": GRID, "similarity": SIMILARITY}
+EXAMPLE = inputs(2, 12, 12)
+CHANGED = 1e-2  # what patching changes at least, in an output of about 1
+GOLDEN, FLAT = golden_unet(), flat_unet()
+
+
+def kinds(table: dict[str, Any]) -> Any:
+    """Run a test once for each entry of the table, as its argument `kw`."""
+    return pytest.mark.parametrize("kw", table.values(), ids=table.keys())
+
+
+by_kind, self_attention_kinds, agent_kinds = kinds(KINDS), kinds(SELF_ATTENTION), kinds(AGENTS)
+
+
+def diffusers_unet(name: str) -> nn.Module:
+    """One of the tiny U-Nets of diffusers; a test that asks for it is skipped where there is no diffusers."""
+    pytest.importorskip("diffusers", reason="needs diffusers")
+    pytest.importorskip("transformers", reason="needs transformers")
+    import tiny_pipelines
+
+    return getattr(tiny_pipelines, name)()
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@contextmanager
+def undisturbed(unet: nn.Module) -> Iterator[Tensor]:
+    """Asserts that the module tree and the outputs after the block are those before it."""
+    before, out = tree(unet), run(unet, EXAMPLE)
+    yield out
+    assert tree(unet) == before
+    assert torch.equal(run(unet, EXAMPLE), out)
+    assert get_patch(unet) is None
+
+
+def hooks_of(unet: nn.Module) -> dict[str, dict[str, int]]:
+    """How many hooks of each kind each module has, and whether its `forward` is replaced."""
+    return {
+        name: {**{k: len(v) for k, v in seen.items() if "hooks" in k}, "forward": "forward" in seen}
+        for name, (_, seen) in tree(unet).items()
+    }
+
+
+def patched_output(unet: nn.Module, example: Any, **kw: Any) -> Tensor:
+    """The output under the patch, which must not have stood down anywhere."""
+    with patched(unet, **kw):
+        out = run(unet, example)
+        assert not get_patch(unet).notes
+    return out
+
+
+class Step:
+    """What F.scaled_dot_product_attention was asked to do."""
+
+    def __init__(self, queries: int, keys: int, dtype: Any) -> None:
+        self.queries, self.keys, self.dtype = queries, keys, dtype
+
+
+@contextmanager
+def calls_of(block: nn.Module) -> Iterator[Any]:
+    """(input, output) of each call of attn1, attn2 and ff."""
+    with attention_calls(block.attn1) as one, attention_calls(block.attn2) as two, attention_calls(block.ff) as ff:
+        yield one, two, ff
+
+
+@contextmanager
+def attention_steps() -> Iterator[list[Step]]:
+    """Collects what F.scaled_dot_product_attention is asked to do."""
+    calls, original = [], F.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert q.dtype == k.dtype == v.dtype
+        calls.append(Step(q.shape[-2], k.shape[-2], q.dtype))
+        return original(q, k, v, *args, **kwargs)
+
+    F.scaled_dot_product_attention = spy
+    try:
+        yield calls
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def with_self_attention(unet: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Have each block call its self-attention by `call(attn1, x)`, as ControlNet does on the instance."""
+
+    def forward(block: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = call(block.attn1, block.norm1(x)) + x
+        x = block.attn2(block.norm2(x), context=context) + x
+        return block.ff(block.norm3(x)) + x
+
+    for block in blocks_of(unet):
+        block._forward = partial(forward, block)

@@ -1,0 +1,243 @@
+"""The command line on models of every form, on random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+
+from drawing import SMALL, pixels
+from tiny_pipelines import ldm_and_diffusers, tiny_sd, tiny_sdxl
+
+import agentsd
+from agentsd.cli import main, options, sheets, structure
+from agentsd.cli.parser import parse
+from agentsd.costs import layouts
+from agentsd.hosts.layout import layout_of
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nowhere", "there is no folder or file nowhere"),
+        ("/no/such/folder", "there is no folder or file /no/such/folder"),
+        ("owner/name", "not in the local cache of the hub; --download fetches it"),
+        ("missing.safetensors", "there is no file missing.safetensors"),
+        ("broken.safetensors", "broken.safetensors is no checkpoint that can be read"),
+        ("broken.ckpt", "broken.ckpt is no checkpoint that can be read"),
+        ("empty", "empty is no diffusers pipeline: it has no model_index.json"),
+        ("text.txt", "text.txt is neither a folder nor a .safetensors or .ckpt file"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "cat", "--model"], ["info"]], ids=["generate", "info"])
+def test_models_that_are_not_there_are_told_without_the_network(
+    command, model, message, capsys, no_network, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_CACHE", "cache")
+    for name in ("broken.safetensors", "broken.ckpt", "text.txt"):
+        Path(name).write_bytes(b"this is no model")
+    Path("empty").mkdir()
+    assert main([*command, model]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("agentsd: error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_an_unknown_device_is_a_sentence(folder, capsys):
+    assert main(["generate", "cat", "--model", str(folder), "--device", "abacus"]) == 1
+    assert "device 'abacus' cannot be used" in capsys.readouterr().err
+
+
+# diffusers' names of an autoencoder's parts, and LDM's
+LDM_NAMES = (
+    (r"(down|up)_blocks\.(\d)\.resnets", r"\1.\2.block"),
+    (r"(down|up)_blocks\.(\d)\.\1samplers\.0", r"\1.\2.\1sample"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"attn_1\.group_norm", "attn_1.norm"),
+    (r"attn_1\.to_([qkv])\.", r"attn_1.\1."),
+    (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "nin_shortcut"),
+    (r"decoder\.up\.(\d)", lambda m: f"decoder.up.{3 - int(m[1])}"),
+)
+
+
+def ldm_autoencoder(vae) -> dict[str, torch.Tensor]:
+    """The weights of an autoencoder under LDM's names."""
+    state = {}
+    for name, value in vae.state_dict().items():
+        for theirs, ldms in LDM_NAMES:
+            name = re.sub(theirs, ldms, name)
+        is_convolution = "attn_1" in name and value.ndim == 2  # LDM's projections are convolutions of 1 × 1
+        state[f"first_stage_model.{name}"] = value[:, :, None, None] if is_convolution else value
+    return state
+
+
+def single_file(path: Path):
+    """Write a checkpoint as people share them; returns the pipeline that it stands for."""
+    from safetensors.torch import save_file
+
+    pipe, (ldm, pipe_unet) = tiny_sd(), ldm_and_diffusers()
+    pipe.unet = pipe_unet
+    state = {f"model.diffusion_model.{name}": value for name, value in ldm.state_dict().items()}
+    for name, value in pipe.text_encoder.state_dict().items():
+        state[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    save_file({**state, **ldm_autoencoder(pipe.vae)}, path)
+    return pipe
+
+
+def theirs(pipe, size: int = 128) -> np.ndarray:
+    generator = torch.Generator().manual_seed(5)
+    given = {"num_inference_steps": 2, "guidance_scale": 7.0, "height": size, "width": size}
+    return pixels(sheets.enlarged(pipe("cat", generator=generator, **given).images[0], 256))
+
+
+def test_a_diffusers_folder(folder, no_network, capsys):
+    given = ["cat", "--model", str(folder), "--steps", "2", "--seed", "5", "--quiet"]
+    assert main(["generate", *given, "--off", "--out", "plain.png"]) == 0
+    assert np.array_equal(pixels(Image.open("plain.png")), theirs(tiny_sd()))
+    assert main(["generate", *given, "--until", "1", "--out", "ours.png"]) == 0
+    assert "of 14 self-attentions 6 with agents" in capsys.readouterr().out
+    assert not np.array_equal(pixels(Image.open("ours.png")), theirs(tiny_sd()))
+
+
+def test_an_sdxl_folder_is_patched_where_it_has_attention(no_network, capsys):
+    tiny_sdxl().save_pretrained("xl")
+    assert main(["generate", "cat", "--model", "xl", *SMALL[:2], "--size", "128", "--quiet", "--until", "1"]) == 0
+    assert "of 16 self-attentions 16 with agents" in capsys.readouterr().out
+
+
+def test_a_single_file(folder, no_network):
+    pipe = single_file(Path("tiny.safetensors"))
+    given = ["--model", "tiny.safetensors", "--config", str(folder), "--steps", "2", "--seed", "5", "--quiet"]
+    assert main(["generate", "cat", *given, "--off", "--out", "plain.png"]) == 0
+    assert np.array_equal(pixels(Image.open("plain.png")), theirs(pipe))
+
+
+def test_a_single_file_without_its_configuration_is_told(no_network, capsys, monkeypatch):
+    single_file(Path("tiny.safetensors"))
+    assert main(["generate", "cat", "--model", "tiny.safetensors"]) == 1
+    said = capsys.readouterr().err
+    assert "--config" in said
+    assert "--download" in said
+
+
+def hub_cache(cache: Path, folder: Path) -> None:
+    """A cache of the hub that has the folder as owner/tiny."""
+    model = cache / "models--owner--tiny"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    (model / "snapshots").mkdir()
+    (model / "snapshots" / ("0" * 40)).symlink_to(folder, target_is_directory=True)
+
+
+def test_a_hub_id_comes_from_the_cache(folder, tmp_path):
+    """In a process of its own, since the cache's place is read when the hub's library is imported."""
+    hub_cache(tmp_path / "cache", folder)
+    command = [sys.executable, "-m", "agentsd", "generate", "cat", "--model", "owner/tiny", "--steps", "2"]
+    root = Path(agentsd.__file__).parents[1]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(root)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run(
+        [*command, "--seed", "5", "--off", "--out", "a.png"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    apart = np.abs(pixels(Image.open("a.png")).astype(int) - theirs(tiny_sd()))
+    assert apart.max() <= 2, "but for the rounding of another number of threads"
+    assert "/2 [" in done.stderr, "a progress bar of two steps; a fast machine draws only its beginning"
+
+
+def test_the_embedded_model_takes_no_negative_prompt(stand_in, capsys):
+    assert main(["generate", "a rose", *SMALL, "--negative", "banana"]) == 1
+    assert "takes no negative prompt" in capsys.readouterr().err
+
+
+# info
+
+
+def test_info_names_what_would_happen(folder, capsys, no_network):
+    assert main(["info", str(folder), "--size", "128", "256x128", "--layers"]) == 0
+    said = capsys.readouterr().out
+    assert "7 transformer blocks" in said
+    assert "128×128 pixels, a latent of 16×16" in said
+    assert "256×128 pixels, a latent of 32×16" in said
+    assert "down_blocks.0.attentions.0.transformer_blocks.0: with agents, cells of 4×4" in said
+    assert re.search(r"down_blocks\.1\.attentions\.0\.transformer_blocks\.0: untouched: .*\b2\b.*\b1\b", said)
+
+
+def test_info_as_json_is_what_happens(folder, capsys):
+    given = ["--until", "1", "--agent-ratio", "0.75", "--max-downsample", "2"]
+    assert main(["info", str(folder), "--size", "128", "--json", *given]) == 0
+    said = json.loads(capsys.readouterr().out)["sizes"][0]
+    pipe = tiny_sd()
+    patch = agentsd.patch_unet(pipe.unet, options.config_of(parse(["info", *given]).settings))
+    theirs(pipe)
+    found = {(layer.plan.action, layer.plan.tokens, layer.plan.agents) for layer in patch.report()}
+    assert found == {(level["action"], level["tokens"], level["agents"]) for level in said["parts"][0]["levels"]}
+    assert said["share"] < 1
+
+
+def test_info_on_the_embedded_model_needs_no_weights(capsys):
+    assert main(["info"]) == 0
+    assert "4096" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "linear"), [("SD 1", False), ("SD 2", True)])
+def test_info_reads_the_layout_off_a_single_file(name, linear, monkeypatch):
+    openaimodel = pytest.importorskip(
+        "ldm.modules.diffusionmodules.openaimodel", reason="needs stable-diffusion-sdkit's ldm"
+    )
+    with torch.device("meta"):
+        ldm = openaimodel.UNetModel(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=320,
+            attention_resolutions=[4, 2, 1],
+            num_res_blocks=2,
+            channel_mult=[1, 2, 4, 4],
+            num_heads=8,
+            use_spatial_transformer=True,
+            transformer_depth=1,
+            context_dim=1024 if linear else 768,
+            use_linear_in_transformer=linear,
+            use_checkpoint=False,
+            legacy=False,
+        )
+    state = {f"model.diffusion_model.{key}": value for key, value in ldm.state_dict().items()}
+    monkeypatch.setattr(structure, "shapes_of", lambda path: state)
+    unet, side, factor = structure.bare_unet("any.safetensors")
+    found, stored = layout_of(unet, name), layouts()[name]
+    # diffusers' blocks go by other names, and its middle comes last
+    in_order = sorted(found.blocks, key=lambda b: ("down_blocks", "mid_block", "up_blocks").index(b.name.split(".")[0]))
+    assert [(b.downsample, b.channels) for b in in_order] == [(b.downsample, b.channels) for b in stored.blocks]
+    assert (found.rest, found.constant) == (stored.rest, stored.constant)
+    assert (side, factor) == (64, 8)
+
+
+def test_info_of_a_file_without_a_unet(capsys):
+    from safetensors.torch import save_file
+
+    save_file({"lora": torch.zeros(2)}, "lora.safetensors")
+    assert main(["info", "lora.safetensors"]) == 1
+    assert "lora.safetensors has no U-Net" in capsys.readouterr().err

@@ -1,0 +1,302 @@
+"""What importing loads, what the package offers, and that its files depend on each other in one direction only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import agentsd
+
+ROOT = Path(agentsd.__file__).parents[1]
+FILES = sorted((ROOT / "agentsd").rglob("*.py"))
+
+UNET = """
+import torch
+from torch import nn
+from agentsd.hosts.single import BasicTransformerBlock
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = 2
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x, context=None, mask=None):
+        q, k, v = (to(x).unflatten(-1, (2, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+class Image(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(Attention())])
+
+    def forward(self, x):
+        return self.transformer_blocks[0](x.flatten(2).transpose(1, 2))
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image = Image()
+
+    def forward(self, x, timesteps):
+        return self.image(x)
+"""
+
+
+def in_a_process_of_its_own(code: str) -> None:
+    """Run Python code with the repository in front of everything else."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class TestWhatIsLoaded:
+    @pytest.mark.parametrize(
+        "module",
+        [
+            "agentsd",
+            "agentsd.config",
+            "agentsd.costs",
+            "agentsd.grid",
+            "agentsd.methods",
+            "agentsd.plan",
+            "agentsd.rules",
+            "agentsd.settings",
+            "agentsd.settings.infotext",
+            "agentsd.settings.legacy",
+            "agentsd.settings.presets",
+            "agentsd.settings.table",
+        ],
+    )
+    def test_settings_plans_and_costs_load_no_torch(self, module):
+        heavy = {"torch", "numpy", "einops", "diffusers", "gradio", "PIL", "modules"}
+        in_a_process_of_its_own(
+            f"import sys, {module}; bad = {heavy} & {{name.split('.')[0] for name in sys.modules}}; assert not bad, bad"
+        )
+
+    def test_they_work_without_torch(self):
+        in_a_process_of_its_own(
+            "import sys; sys.modules['torch'] = None\n"
+            "from agentsd import AgentConfig, Rule, parse_rules, plan_layer\n"
+            "from agentsd.costs import estimate, layouts\n"
+            "from agentsd.methods import selectable\n"
+            "from agentsd.settings import DEFAULTS, check, to_config\n"
+            "from agentsd.settings.infotext import read, write\n"
+            "rules = parse_rules('downsample=2 method=corrected')\n"
+            "assert set(layouts()) == {'SD 1', 'SD 2', 'SDXL'}\n"
+            "for method in selectable():\n"
+            "    config = AgentConfig(method=method.name, max_downsample='auto', rules=rules)\n"
+            "    plan = plan_layer(config, 64, 64, 1)\n"
+            "    assert plan.acts and method.words(plan) and method.summary\n"
+            "    method.caption(plan), method.marks(plan, 64, 64, [0])\n"
+            "    assert 0 < estimate(layouts()['SD 1'], config, 64, 64).share < 1\n"
+            "assert to_config(read(write(check({'enabled': True}))))\n"
+        )
+
+    def test_the_package_loads_no_compiler_and_no_host_beside_torch(self):
+        in_a_process_of_its_own(
+            "import sys, torch; before = set(sys.modules); import agentsd\n"
+            "new = set(sys.modules) - before\n"
+            "assert {name.split('.')[0] for name in new} == {'agentsd'}, new\n"
+            "from agentsd import apply_patch, agent_attention, patch_unet, get_patch\n"
+            "bad = {'einops', 'diffusers', 'gradio', 'modules', 'ldm', 'sgm', 'tomesd', 'torch._dynamo'}\n"
+            "new = set(sys.modules) - before\n"
+            "assert not bad & new, bad & new"
+        )
+
+    def test_importing_changes_nothing_of_torch(self):
+        in_a_process_of_its_own(
+            "import torch; state, threads = torch.get_rng_state(), torch.get_num_threads()\n"
+            "grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()\n"
+            "import agentsd.patch, agentsd.calibration, agentsd.module\n"
+            "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()\n"
+            "assert (grad, dtype) == (torch.is_grad_enabled(), torch.get_default_dtype())"
+        )
+
+    def test_patching_and_running_a_model_loads_no_compiler(self):
+        in_a_process_of_its_own(
+            UNET + "import sys, agentsd\n"
+            "unet, x = UNet(), torch.randn(2, 16, 16, 16)\n"
+            "plain = unet(x, 500)\n"
+            "for given in ({}, {'agent_source': 'grid'}, {'stages': agentsd.paper_stages()}, {'use_rand': False},\n"
+            "              {'method': 'pool'}, {'method': 'merge'}, {'method': 'corrected', 'agent_ratio': 0.75}):\n"
+            "    with agentsd.patched(unet, **given):\n"
+            "        assert not torch.equal(unet(x, 500), plain)\n"
+            "        assert not agentsd.get_patch(unet).notes\n"
+            "assert torch.equal(unet(x, 500), plain)\n"
+            "assert 'torch._dynamo' not in sys.modules"
+        )
+
+
+class TestPublicNames:
+    def test_every_name_is_there_and_is_listed(self):
+        assert len(set(agentsd.__all__)) == len(agentsd.__all__)
+        assert set(agentsd.__all__) <= set(dir(agentsd))
+        for name in agentsd.__all__:
+            assert getattr(agentsd, name) is not None
+
+    def test_each_from_a_process_that_has_imported_nothing_else(self):
+        in_a_process_of_its_own(
+            "import agentsd, sys\n"
+            "for name in agentsd.__all__:\n"
+            "    for module in [m for m in sys.modules if m.startswith('agentsd.')]: del sys.modules[module]\n"
+            "    vars(agentsd).pop(name, None)\n"
+            "    assert getattr(agentsd, name).__class__ is not type(agentsd), name\n"
+        )
+
+    def test_a_star_imports_all_of_them(self):
+        in_a_process_of_its_own(
+            "from agentsd import *\nimport agentsd\nassert set(agentsd.__all__) <= set(globals())\n"
+            "assert all(globals()[name] is getattr(agentsd, name) for name in agentsd.__all__)"
+        )
+
+    def test_type_checkers_are_told_of_the_same_names(self):
+        tree = ast.parse(Path(agentsd.__file__).read_text(encoding="utf-8"))
+        (block,) = (node for node in tree.body if isinstance(node, ast.If))
+        told = {alias.name: node.module for node in block.body for alias in node.names}
+        assert set(told) == set(agentsd.__all__)
+        for name, home in told.items():
+            module = __import__(f"agentsd.{home}", fromlist=[name])
+            assert getattr(agentsd, name) is getattr(module, name)
+
+    @pytest.mark.parametrize("name", ["nonsense", "_nonsense", "agent_atention", "__wrapped__", "patch2"])
+    def test_an_unknown_attribute_is_an_attribute_error(self, name):
+        with pytest.raises(AttributeError, match=name):
+            getattr(agentsd, name)
+        assert not hasattr(agentsd, name)
+
+    def test_calibrate_is_the_function_whatever_was_imported_before(self):
+        for first in ("import agentsd.calibration", "from agentsd import calibrate", "import agentsd.patch"):
+            in_a_process_of_its_own(
+                f"{first}\nimport agentsd\nassert callable(agentsd.calibrate)\n"
+                "import agentsd.calibration\nassert callable(agentsd.calibrate)\n"
+                "assert agentsd.calibration.calibrate is agentsd.calibrate"
+            )
+
+    def test_submodules_are_attributes(self):
+        in_a_process_of_its_own(
+            "import agentsd\nassert agentsd.merging.partition and agentsd.hosts.find_unet and agentsd.config.LIMITS"
+        )
+
+    def test_the_version_is_there_without_importing_anything(self):
+        in_a_process_of_its_own(
+            "import sys, agentsd; assert agentsd.__version__.count('.') == 2\n"
+            "assert [name for name in sys.modules if name.startswith('agentsd')] == ['agentsd']"
+        )
+
+
+def _name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(file): file for file in FILES}
+
+
+@cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes that are ever run: not those for type checkers."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        yield from _nodes(node)
+
+
+def imports(file: Path) -> set[str]:
+    """The full names of all modules that a file imports, anywhere in it."""
+    package = _name(file).split(".")
+    if file.name != "__init__.py":
+        package = package[:-1]
+    found: set[str] = set()
+    for node in _nodes(_tree(file)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            home = ".".join([*base, *([node.module] if node.module else [])])
+            # a name is a module of its own, or one of its home
+            found |= {full if (full := f"{home}.{alias.name}") in MODULES else home for alias in node.names}
+    return found
+
+
+class TestStructure:
+    def test_the_files_are_found(self):
+        assert "agentsd" in MODULES
+        assert "agentsd.config" in imports(MODULES["agentsd.patch"])
+        assert "agentsd.hosts" in imports(MODULES["agentsd.patch"])
+        assert "agentsd.methods.base" in imports(MODULES["agentsd.methods.pool"])
+        assert "agentsd.tensors" in imports(MODULES["agentsd.methods.pool"])  # inside a function
+        assert "agentsd.merging" not in imports(MODULES["agentsd.methods.base"])  # for type checkers
+
+    def test_no_files_import_each_other_in_a_circle(self):
+        graph = {name: {other for other in imports(file) if other in MODULES} for name, file in MODULES.items()}
+        try:
+            order = list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            pytest.fail(f"a circle of imports: {' → '.join(reversed(error.args[1]))}")
+        assert set(order) == set(MODULES)
+
+    def test_only_the_webui_s_folder_imports_the_webui(self):
+        roots = ("modules", "modules_forge", "ldm_patched", "backend", "ldm", "sgm", "launch")
+        for name, file in MODULES.items():
+            theirs = {other for other in imports(file) if other.split(".")[0] in roots}
+            assert not theirs or name.startswith("agentsd.webui"), (name, theirs)
+
+    @pytest.mark.parametrize("host", ["agentsd.hosts.ldm", "agentsd.hosts.diffusers"])
+    def test_only_the_hosts_folder_knows_a_host(self, host):
+        users = {name for name, file in MODULES.items() if host in imports(file)}
+        assert all(name.split(".")[:2] == ["agentsd", "hosts"] for name in users), users
+        assert users
+
+    def test_only_the_methods_folder_knows_a_method(self):
+        methods = {name for name in MODULES if name.startswith("agentsd.methods.") and name != "agentsd.methods.base"}
+        public = {"agentsd", "agentsd.module"}  # which offer the paper's equation by itself
+        for name, file in MODULES.items():
+            if not name.startswith("agentsd.methods") and name not in public:
+                assert not methods & imports(file), name
+
+    def test_nothing_asks_which_method_it_is(self):
+        """What differs between methods is theirs to say: nobody compares their names or actions."""
+        asked = []
+        for name, file in MODULES.items():
+            if name.startswith("agentsd.methods"):
+                continue
+            for node in _nodes(_tree(file)):
+                sides = (node.left, *node.comparators) if isinstance(node, ast.Compare) else ()
+                # whether it acts at all may be asked by anybody
+                if any(map(_is_method, sides)) and not any("UNTOUCHED" in ast.dump(side) for side in sides):
+                    asked.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+        assert not asked
+
+    def test_folders_import_only_what_is_below_them(self):
+        """The core, then settings and the embedded model, then the panel; the WebUI and the command line on top."""
+        floors = {"settings": 1, "embedded": 1, "panel": 2, "webui": 3, "cli": 3, "__main__": 4}
+
+        def floor(name: str) -> tuple[int, str]:
+            folder = name.split(".")[1] if "." in name else ""
+            return floors.get(folder, 0), folder if folder in floors else "the core"
+
+        for name, file in MODULES.items():
+            here, folder = floor(name)
+            for other in imports(file) & set(MODULES):
+                there, other_folder = floor(other)
+                assert there < here or other_folder == folder, f"{name} imports {other}"
+
+
+def _is_method(node: ast.expr) -> bool:
+    """Whether an expression is something's action or method, as a text to compare with."""
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.slice, ast.Constant) and node.slice.value in ("action", "method")
+    name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return name in ("action", "method")

@@ -1,0 +1,120 @@
+"""The paper's module, for training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import attention_calls, blocks_of, flat_unet, inputs, run
+from oracle import by_matrices, heads, tokens_of
+
+import agentsd
+from agentsd import AgentAttention, AgentBias
+
+
+class TestModule:
+    def test_equals_the_grid_patch(self):
+        """Biases at zero, and for the DWC k_shortcut times the identity kernel: one core serves both."""
+        unet, (h, w), k_shortcut = flat_unet(), (12, 8), 0.25
+        attn = blocks_of(unet)[0].attn1
+        with (
+            agentsd.patched(
+                unet, ratio=0.0, agent_ratio=0.95, agent_source="grid", k_scale2=0.3, k_shortcut=k_shortcut
+            ),
+            attention_calls(attn) as seen,
+        ):
+            run(unet, inputs(2, h, w))
+            (plan,) = {layer.plan for layer in agentsd.get_patch(unet).report()}
+            assert (plan.action, plan.cell) == ("agents", (4, 4))
+        ((x, expected),) = seen
+
+        module = AgentAttention(32, 2, (h // 4, w // 4), k_scale2=0.3, size=(h, w)).eval()
+        with torch.no_grad():
+            for name in ("to_q", "to_k", "to_v"):
+                getattr(module, name).weight.copy_(getattr(attn, name).weight)
+            module.to_out.load_state_dict(attn.to_out[0].state_dict())
+            module.dwc.weight.zero_()
+            module.dwc.weight[:, 0, 1, 1] = k_shortcut
+            module.dwc.bias.zero_()
+            out = module(x, (h, w))
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+            plain = attn(x)
+        assert (out - plain).abs().max() > 1e-2
+
+    @pytest.mark.parametrize("agents", [9, (2, 3)])
+    def test_equals_the_equations(self, agents):
+        torch.manual_seed(1)
+        h, w, n = 6, 9, 9 if agents == 9 else 6
+        module = AgentAttention(16, 2, agents, k_scale2=0.7, size=(4, 4), qkv_bias=True)
+        for p in module.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+        x = torch.randn(2, h * w, 16)
+        q, k, v = module.to_q(x), module.to_k(x), module.to_v(x)
+        rows, columns = (3, 3) if agents == 9 else (2, 3)
+        a = q.view(2, rows, h // rows, columns, w // columns, 16).mean((2, 4)).reshape(2, n, 16)
+        b1, b2 = module.bias1((h, w)), module.bias2((h, w)).transpose(-1, -2)
+        out = by_matrices(*(heads(t, 2) for t in (q, k, v, a)), k_scale2=0.7, bias1=b1, bias2=b2)
+        image = v.transpose(1, 2).view(2, 16, h, w)
+        dwc = F.conv2d(image, module.dwc.weight, module.dwc.bias, padding=1, groups=16)
+        expected = module.to_out(tokens_of(out) + dwc.flatten(2).transpose(1, 2))
+        torch.testing.assert_close(module(x, (h, w)), expected, rtol=1e-4, atol=1e-4)
+
+    def test_every_parameter_gets_a_gradient(self):
+        module = AgentAttention(16, 2, 4)
+        module(torch.randn(2, 64, 16)).square().sum().backward()
+        for name, p in module.named_parameters():
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+            assert p.grad.abs().max() > 0, name
+
+    def test_trains(self):
+        module = AgentAttention(8, 2, 4, size=(4, 4))
+        x, target = torch.randn(4, 16, 8), torch.randn(4, 16, 8)
+        optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+        losses = []
+        for _ in range(60):
+            loss = F.mse_loss(module(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] / 2
+
+    def test_the_agent_bias_is_row_column_and_block_at_the_size_asked_for(self):
+        bias = AgentBias(2, 3, (4, 5), block=4)
+        for p in bias.parameters():
+            torch.nn.init.normal_(p)
+        total = bias((4, 5)).view(2, 3, 4, 5)
+        block = F.interpolate(bias.block, (4, 5), mode="bilinear")
+        for y in range(4):
+            for x in range(5):
+                expected = bias.row[:, :, y, 0] + bias.column[:, :, 0, x] + block[:, :, y, x]
+                torch.testing.assert_close(total[:, :, y, x], expected)
+        assert bias((8, 3)).shape == (1, 2, 3, 24)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((10, 3, 4), "dim 10 and heads 3"),
+            ((10, 0, 4), "heads 0"),
+            ((8, 2, 5), "got 5"),
+            ((8, 2, 0), "got 0"),
+            ((8, 2, -4), "got -4"),
+            ((8, 2, (0, 2)), r"got \(0, 2\)"),
+            ((8, 2, "abc"), "got 'abc'"),
+            ((8, 2, 2.5), "got 2.5"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            AgentAttention(*arguments)
+
+    def test_bad_kernels_and_sizes_are_named(self):
+        with pytest.raises(ValueError, match=r"dwc_kernel.*2"):
+            AgentAttention(8, 2, 4, dwc_kernel=2)
+        module = AgentAttention(8, 2, 4)
+        with pytest.raises(ValueError, match=r"15 tokens, got \(4, 4\)"):
+            module(torch.randn(1, 15, 8))
+        with pytest.raises(ValueError, match=r"16 tokens, got \(3, 5\)"):
+            module(torch.randn(1, 16, 8), (3, 5))
+        assert module(torch.randn(1, 15, 8), (3, 5)).shape == (1, 15, 8)

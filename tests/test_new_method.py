@@ -1,0 +1,181 @@
+"""A method is one class: registered, it is offered and explained wherever methods are, with nothing else changed."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from blocks import actions, attention_calls, blocks_of, run
+from patching import CHANGED, EXAMPLE, GRID, difference, undisturbed
+
+from agentsd import AgentConfig, LayerPlan, Rule, SettingError, get_patch, parse_rules, patch_unet, patched, plan_layer
+from agentsd.cli import parser
+from agentsd.config import LIMITS
+from agentsd.costs import estimate, layouts
+from agentsd.methods import METHODS, Method, method_named, method_of, register, selectable, unregister, untouched
+from agentsd.panel.preview import SamplingPass, preview
+from agentsd.settings import BY_NAME, check, infotext, table, to_config
+from agentsd.webui import xyz
+
+
+@pytest.fixture(autouse=True)
+def _mean():
+    @register
+    class Mean(Method):
+        name = "mean"
+        summary = "every token gets the mean of all values"
+        noun = "means"
+        phrase = "averaged"
+
+        def plan(self, settings, height, width, r):
+            N = height * width
+            if settings.sx * settings.sy > N:
+                return untouched(N, f"{N} tokens are not worth a mean", "sx", "sy")
+            return LayerPlan(self.action, N, N, 1, (height, width))
+
+        def attend(self, attention):
+            _, _, v = attention.project(attention.x)
+            return attention.project_out(v.mean(dim=1, keepdim=True).expand_as(v))
+
+        def flops(self, plan, channels):
+            return 8 * plan.tokens * channels**2
+
+    yield
+    if any(method.action == "mean" for method in selectable()):
+        unregister("mean")
+
+
+def test_the_names_of_all_methods_have_it():
+    assert "mean" in METHODS
+    assert "mean" in LIMITS["method"]["choices"]
+    assert [method.name for method in selectable()].count("mean") == 1
+    assert method_named("mean").action == "mean"
+    with pytest.raises(SettingError, match=r"method must be one of .*'mean'.*, got 'meen'"):
+        AgentConfig(method="meen")
+
+
+def test_the_patch_computes_it(unet):
+    attn = blocks_of(unet)[0].attn1
+    with undisturbed(unet) as plain, patched(unet, method="mean"):
+        with attention_calls(attn) as seen:
+            out = run(unet, EXAMPLE)
+        assert actions(get_patch(unet)) == ["mean", *["untouched"] * 4, "mean", "mean"]
+        assert get_patch(unet).report()[0].calls == {"mean": 1}
+        assert not get_patch(unet).notes
+        ((x, answer),) = seen
+        with torch.no_grad():
+            expected = attn.to_out(attn.to_v(x.mean(1, keepdim=True))).expand_as(x)
+        torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
+    assert difference(out, plain) > CHANGED
+
+
+def test_rules_choose_it(unet):
+    rules = parse_rules("blocks=output_blocks.2.* method=mean | downsample=2 full")
+    assert rules == (Rule({"method": "mean"}, blocks="output_blocks.2.*"), Rule(None, downsample=2))
+    with patched(unet, **GRID, rules=rules):
+        run(unet, EXAMPLE)
+        assert actions(get_patch(unet)) == ["agents", *["untouched"] * 4, "mean", "agents"]
+
+
+def test_plans_and_explanations_have_it(unet):
+    assert plan_layer(AgentConfig(method="mean"), 12, 10, 1) == LayerPlan("mean", 120, 120, 1, (12, 10))
+    small = plan_layer(AgentConfig(method="mean"), 3, 5, 1)
+    assert (small.reason, small.remedy) == ("15 tokens are not worth a mean", ("sx", "sy"))
+    patch = patch_unet(unet, AgentConfig(method="mean", max_downsample=8))
+    assert {plan for _, plan in patch.explain(16, 24)} == {
+        LayerPlan("mean", 384, 384, 1, (16, 24)),
+        LayerPlan("mean", 96, 96, 1, (8, 12)),
+    }
+
+
+def test_the_cost_model_counts_it():
+    found = estimate(layouts()["SD 1"], AgentConfig(method="mean"), 64, 64)
+    (level,) = found.changed
+    assert (level.plan.action, level.count) == ("mean", 5)
+    assert found.flops - found.flops_left == 5 * (4 * 4096**2 * 320)
+
+
+def test_the_settings_table_offers_and_describes_it():
+    row = BY_NAME["method"]
+    assert "mean" in row.choices
+    assert "mean: every token gets the mean of all values." in row.help
+    values = check({"enabled": True, "method": "mean"})
+    assert to_config(values).method == "mean"
+
+
+def test_the_infotext_carries_it():
+    values = check({"enabled": True, "method": "mean", "rules": "downsample=1 method=mean"})
+    written = infotext.write(values)
+    assert "method=mean" in written
+    assert infotext.read(written) == values
+
+
+def test_the_preview_describes_it():
+    host = SimpleNamespace(
+        unet=lambda: None,
+        config=lambda values, hires: table.to_config(values, hires=hires),
+        obstacle=lambda hires, img2img: None,
+        advice=lambda values: [],
+        at_rest=lambda: nullcontext((None, None)),
+    )
+    first, *_ = preview({"method": "mean"}, [SamplingPass(512, 512)], host)["lines"]
+    assert "4096 tokens → 1 means in 5 layers" in first["text"]
+    first, *_ = preview({"method": "mean", "sx": 16, "sy": 16}, [SamplingPass(64, 64)], host)["lines"]
+    assert "64 tokens are not worth a mean" in first["hint"].lower()
+    assert BY_NAME["sx"].label in first["hint"]
+
+
+def test_the_xyz_plot_has_it():
+    grid = SimpleNamespace(AxisOption=lambda label, type, apply, **more: SimpleNamespace(apply=apply, **more))
+    axis = xyz.axis(grid, BY_NAME["method"])
+    assert "mean" in axis.choices()
+    axis.confirm(None, ["agent", "mean"])
+    p = SimpleNamespace()
+    axis.apply(p, "mean", [])
+    assert getattr(p, xyz.XYZ) == {"enabled": True, "method": "mean"}
+
+
+def test_the_command_line_takes_it(capsys):
+    assert parser.parse(["generate", "a rose", "--method", "mean"]).settings["method"] == "mean"
+    assert parser.parse(["sweep", "a rose", "--x", "method=agent,mean"]).x == ("method", ("agent", "mean"))
+    with pytest.raises(SystemExit):
+        parser.parse(["generate", "--help"])
+    method = capsys.readouterr().out.split("--method ")[1].split("--")[0]
+    assert "mean" in method
+
+
+def test_its_words_and_marks_are_there_without_being_written():
+    method, plan = method_named("mean"), plan_layer(AgentConfig(method="mean"), 12, 10, 1)
+    assert method.words(plan) == "120 tokens → 1 means"
+    assert method.marks(plan, 12, 10, []) == [(0, 0, 12, 10)]
+    assert method.caption(plan) == "Dots: 1 means, each the mean of its cell."
+
+
+def test_forgotten_it_is_nowhere():
+    unregister("mean")
+    assert "mean" not in METHODS
+    assert "mean" not in BY_NAME["method"].choices
+    assert "mean" not in BY_NAME["method"].help
+    with pytest.raises(SettingError, match="method"):
+        AgentConfig(method="mean")
+    assert infotext.read("method=mean")["method"] == BY_NAME["method"].default
+
+
+def test_another_of_its_action_takes_its_place():
+    @register
+    class Median(type(method_named("mean"))):
+        name = "median"
+        action = "mean"
+
+    assert "mean" not in METHODS
+    assert method_of("mean") is method_named("median")
+
+
+@pytest.mark.parametrize("missing", ["plan", "attend", "flops"])
+def test_a_method_without_one_of_its_parts_is_refused_when_it_is_registered(missing):
+    parts = {name: lambda self, *args: None for name in ("plan", "attend", "flops") if name != missing}
+    with pytest.raises(TypeError, match=missing):
+        register(type("Half", (Method,), {"name": "half", **parts}))
+    assert "half" not in METHODS

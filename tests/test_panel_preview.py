@@ -1,0 +1,204 @@
+"""The panel's preview: what it says for every pass, without a page and without a WebUI."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import pytest
+from blocks import golden_unet, sdxl_like_unet
+
+from agentsd import costs
+from agentsd.panel.host import Hint
+from agentsd.panel.preview import SamplingPass, hires_size, page_data, percent, preview, sentence
+from agentsd.settings import table
+from agentsd.settings.presets import CUSTOM, PRESETS
+
+HERE = SamplingPass(512, 512)
+HIRES = SamplingPass(1024, 1024, 0.5, hires=True)
+
+
+class Host:
+    """A program that shows the panel."""
+
+    def __init__(self, unet=None, obstacle=None, advice=()):
+        self._unet, self._obstacle, self._advice = unet, obstacle, list(advice)
+
+    def unet(self):
+        return self._unet
+
+    def config(self, values, hires):
+        return table.to_config(values, hires=hires)
+
+    def obstacle(self, hires, img2img):
+        return self._obstacle if not hires else None
+
+    def advice(self, values):
+        return self._advice
+
+    def at_rest(self):
+        return nullcontext((self._unet, None))
+
+
+def said(values=None, *passes, host=None, **more):
+    """(text, hint) of each line; the last line of all, that no model is loaded, is left out."""
+    lines = preview(values or {}, passes or (HERE,), host or Host(), **more)["lines"]
+    return [(line["text"], line["hint"]) for line in lines if "No model is loaded" not in line["text"]]
+
+
+def test_the_defaults_at_512():
+    [(text, hint)] = said()
+    layout, config = costs.layouts()["SD 1"], table.to_config(table.check({"enabled": True}))
+    share = costs.estimate(layout, config, 64, 64, 0.0).share
+    run = costs.share_of_run(layout, config, 64, 64)
+    assert text == (
+        f"512×512: 4096 tokens → 256 agents in 5 layers; {percent(share)} of the U-Net's FLOPs left, {percent(run)} "
+        f"over the whole pass."
+    )
+    assert hint == ""
+    assert share < run < 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"method": "corrected"}, "4096 tokens → 256 corrected agents in 5 layers"),
+        ({"method": "pool"}, "4096 tokens → 256 pooled keys in 5 layers"),
+        ({"method": "merge", "ratio": 0.4}, "4096 tokens → 2458 merged in 5 layers"),
+        ({"ratio": 0.4}, "4096 tokens → 256 agents (2458 queries) in 5 layers"),
+        ({"max_downsample": "2"}, "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 agents in 5 layers"),
+        (
+            {"rules": "downsample=2 max_downsample=2 method=pool | blocks=middle_block.* full"},
+            "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers",
+        ),
+        ({"rules": "blocks=input_blocks.* full"}, "4096 tokens → 256 agents in 3 layers"),
+        ({"merge_attn": False, "merge_mlp": True, "ratio": 0.4}, "tokens merged outside self-attention"),
+    ],
+)
+def test_what_is_done_in_words(values, words):
+    [(text, _)] = said(values)
+    assert text.startswith(f"512×512: {words};")
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"min_tokens": 5000}, "4096 tokens are fewer than the minimum of 5000. Change “Minimum tokens”."),
+        ({"merge_attn": False}, "Self-attention is left out. Change “Merge self-attention”."),
+        (
+            {"agent_ratio": 0.1},
+            "4096 agents are too many for 4096 queries (fewer than half are needed). Change “Agent ratio”.",
+        ),
+        ({"since": 0.7}, "Agents begin at 0.7 and end at 0.6. Change “From” or “Until”."),
+        ({"passes": "hires"}, "Only the hires pass is chosen, and there is none. Change “Passes”."),
+        ({"method": "pool", "sx": 1, "sy": 1}, "Cells of 1×1 pool nothing. Change “Cell width” or “Cell height”."),
+        ({"method": "merge"}, "No token is merged. Change “Ratio”."),
+        ({"method": "corrected", "max_agents": 9}, "At most 9 agents are too few to correct. Change “Maximum agents”."),
+        ({"rules": "full"}, "Full attention was asked for. Change “Rules”."),
+    ],
+)
+def test_where_nothing_happens_it_says_why(values, hint):
+    assert said(values) == [("512×512: nothing happens.", hint)]
+
+
+def test_layers_that_the_model_does_not_have():
+    [(text, hint)] = said({"max_downsample": "1"}, host=Host(sdxl_like_unet()))
+    assert text == "512×512: nothing happens."
+    assert hint == "Layers at level 2 are further down than level 1. Change “Layers down to”."
+    [(text, _)] = said({"max_downsample": "auto"}, host=Host(sdxl_like_unet()))
+    assert "1024 tokens → 64 agents" in text
+
+
+def test_merging_without_agents_says_why_there_are_none():
+    [(_, hint)] = said({"agent_source": "similarity", "agent_ratio": 0.5, "ratio": 0.4})
+    assert hint.startswith("No agents: 2048 agents are too many for 2458 queries")
+    [(_, hint)] = said({"agent_source": "similarity", "agent_ratio": 0.0, "ratio": 0.4})
+    assert hint == "", "it was asked for"
+
+
+def test_both_passes():
+    first, second = said({}, HERE, HIRES)
+    assert first[0].startswith("512×512: 4096 tokens")
+    assert second[0].startswith("Hires 1024×1024: 16384 tokens → 1024 agents in 5 layers")
+    [(text, _)] = said({"passes": "hires"}, HERE, HIRES)
+    assert text.startswith("Hires 1024×1024"), "a pass that is left out is not worth a line"
+
+
+def test_a_late_pass():
+    [(text, hint)] = said({}, SamplingPass(512, 512, 0.75))
+    assert text == "512×512: nothing happens."
+    assert hint == "75% of the diffusion is done when this pass begins, and agents end at 60%. Change “Until”."
+    [(text, hint)] = said({"after": "token merging"}, SamplingPass(512, 512, 0.75))
+    assert "2458 merged" in text
+    assert hint == "Agents end before this pass begins, so only what comes afterwards is done. Change “Until”."
+
+
+def test_what_keeps_a_pass_from_us_is_said():
+    host = Host(obstacle=Hint("HyperTile is on", ("Settings → HyperTile",)))
+    first, second = said({}, HERE, HIRES, host=host)
+    assert first == ("512×512: nothing happens.", "HyperTile is on. Change “Settings → HyperTile”.")
+    assert second[0].startswith("Hires 1024×1024: 16384")
+
+
+def test_a_bad_value_is_named_and_nothing_raises():
+    told = preview({"min_tokens": -5}, [HERE], Host())
+    assert told["preset"] == CUSTOM
+    assert told["lines"] == [{"text": "", "hint": f"Minimum tokens must be a whole number from 0 to {2**24}, got -5."}]
+
+
+def test_a_cleared_field_is_the_default():
+    assert said({"min_tokens": None}) == said()
+
+
+def test_no_model_is_said_and_a_model_is_read():
+    unloaded = preview({}, [HERE], Host())
+    assert unloaded["lines"][-1]["text"] == "No model is loaded yet: figures are those of SD 1."
+    assert unloaded["model"] is False, "so the page asks again"
+    assert preview({}, [HERE], Host(golden_unet()))["model"] is True
+    host = Host(golden_unet(), advice=[Hint("32 bits are advised", ("fp32",))])
+    lines = preview({}, [HERE], host)["lines"]
+    assert "4096 tokens → 256 agents in 3 layers" in lines[0]["text"]
+    assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”."}
+
+
+def test_what_was_measured_is_said():
+    [(text, _)] = said({}, measured=lambda one: "20 → 10 ms a U-Net call")
+    assert text.endswith("; measured: 20 → 10 ms a U-Net call.")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_preset_is_named(name):
+    assert preview(dict(PRESETS[name]), [HERE], Host())["preset"] == name
+
+
+def test_settings_of_no_preset_are_custom():
+    assert preview({"ratio": 0.33}, [HERE], Host())["preset"] == CUSTOM
+
+
+def test_the_page_is_told_of_every_control():
+    data = page_data()
+    assert [row["name"] for row in data["rows"]] == list(table.NAMES)
+    assert set(data["presets"]) == set(PRESETS)
+    assert data["defaults"] == table.DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ((512, 768, 1.55, 0, 0), (793, 1190)),
+        ((512, 768, 2.0, 1000, 0), (1000, 1500)),
+        ((512, 768, 2.0, 0, 1000), (666, 1000)),
+        ((512, 768, 2.0, 1024, 900), (1024, 900)),
+    ],
+)
+def test_the_hires_size_is_the_webuis(given, size):
+    assert hires_size(*given) == size
+
+
+def test_percentages_are_rounded_half_up():
+    assert [percent(share) for share in (0.125, 0.995, 1.0, 0.004)] == ["13%", "100%", "100%", "0%"]
+    assert not math.isnan(float(percent(0.5)[:-1]))
+
+
+def test_a_hint_without_words_is_none():
+    assert sentence(Hint("")) == ""

@@ -1,0 +1,271 @@
+"""Which layers are patched, and what is computed there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from blocks import Recorder, actions, as_model, attention_calls, blocks_of, inputs, run, sdxl_like_unet
+from patching import (
+    AGENTS_ALONE,
+    CHANGED,
+    EVERYWHERE,
+    EXAMPLE,
+    GOLDEN,
+    GRID,
+    MERGING,
+    POOL,
+    REST_ALONE,
+    SIMILARITY,
+    attention_steps,
+    by_kind,
+    calls_of,
+    difference,
+    diffusers_unet,
+    kinds,
+)
+
+from agentsd import AgentConfig, Rule, SettingError, Stage, apply_patch, get_patch, patch_unet, patched
+from agentsd.hosts import example_call, output_tensor
+
+
+class TestWhatIsPatched:
+    def test_agents_at_level_0_by_default(self, unet):
+        apply_patch(as_model(unet))
+        run(unet, EXAMPLE)
+        patch = get_patch(unet)
+        assert actions(patch) == ["agents", *["untouched"] * 4, "agents", "agents"]
+        assert [layer.size for layer in patch.report()] == [(12, 12), *[(6, 6)] * 4, (12, 12), (12, 12)]
+        assert [layer.calls for layer in patch.report()] == [
+            {"agents": 1},
+            *[{"untouched": 1}] * 4,
+            {"agents": 1},
+            {"agents": 1},
+        ]
+
+    @pytest.mark.parametrize(("h", "w"), [(12, 12), (10, 14)])
+    @by_kind
+    def test_explains_beforehand_what_it_then_does(self, unet, kw, h, w):
+        apply_patch(unet, **kw)
+        patch = get_patch(unet)
+        foreseen = patch.explain(h, w, progress=0.5)
+        run(unet, inputs(1, h, w))
+        assert foreseen == [(layer.name, layer.plan) for layer in patch.report()]
+        assert all(plan.action != "untouched" or plan.reason for _, plan in foreseen)
+
+    def test_no_level_0_attention_as_in_sdxl(self):
+        unet, example = sdxl_like_unet(), inputs(1, 16, 24)
+        plain = run(unet, example)
+        expected = {
+            "downsample 1": ({"max_downsample": 1}, set()),
+            "downsample 2": ({"max_downsample": 2}, {(8, 12)}),
+            "downsample 4": ({"max_downsample": 4}, {(8, 12), (4, 6)}),
+            "threshold": ({"max_downsample": 8, "min_tokens": 96}, {(8, 12)}),
+            "higher threshold": ({"max_downsample": 8, "min_tokens": 97}, set()),
+        }
+        for kw, sizes in expected.values():
+            with patched(unet, ratio=0.0, agent_ratio=0.9, sx=2, sy=2, agent_source="grid", **kw):
+                out = run(unet, example)
+                patch = get_patch(unet)
+                done = {layer.size for layer in patch.report() if layer.plan.action == "agents"}
+                assert done == sizes
+                assert {layer.size for layer in patch.report()} == {(8, 12), (4, 6)}
+            assert (difference(out, plain) > CHANGED) == bool(sizes)
+
+    @pytest.mark.parametrize("kw", [GRID, AGENTS_ALONE])
+    def test_ratio_0_uses_agents_and_merges_nothing(self, unet, kw):
+        with patched(unet, **kw), attention_calls(blocks_of(unet)[0].attn1) as seen:
+            run(unet, EXAMPLE)
+            plan = get_patch(unet).report()[0].plan
+        ((_, out),) = seen
+        assert (plan.action, plan.queries, plan.agents, plan.r) == ("agents", 144, 9, 0)
+        assert len({tuple(row.tolist()) for row in out[0]}) == 144  # no token has another's output
+
+    def test_merged_tokens_share_their_output(self, unet):
+        with patched(unet, **SIMILARITY), attention_calls(blocks_of(unet)[0].attn1) as seen:
+            run(unet, EXAMPLE)
+        ((_, out),) = seen
+        assert len({tuple(row.tolist()) for row in out[0]}) == 144 - 57
+
+    def test_merge_attn_off_leaves_self_attention_untouched_and_merges_the_rest(self, unet):
+        block, plain = blocks_of(unet)[0], run(unet, EXAMPLE)
+        with patched(unet, **REST_ALONE):
+            assert "forward" not in vars(block.attn1)
+            with calls_of(block) as (one, two, ff):
+                out = run(unet, EXAMPLE)
+        with attention_calls(block.attn1) as expected:
+            run(unet, EXAMPLE)
+        assert torch.equal(one[0][1], expected[0][1])
+        assert two[0][0].shape[1] == ff[0][0].shape[1] == 144 - 57
+        assert difference(out, plain) > CHANGED
+
+    @pytest.mark.parametrize("switch", ["merge_crossattn", "merge_mlp"])
+    def test_each_switch_merges_its_own_part(self, unet, switch):
+        block = blocks_of(unet)[0]
+        with patched(unet, **AGENTS_ALONE | {"ratio": 0.3, switch: True}):
+            with calls_of(block) as (one, two, ff):
+                run(unet, EXAMPLE)
+            assert get_patch(unet).report()[0].plan.action == "agents"
+        assert one[0][0].shape[1] == 144  # attn1 sees all tokens and merges by itself
+        assert two[0][0].shape[1] == (101 if switch == "merge_crossattn" else 144)
+        assert ff[0][0].shape[1] == (101 if switch == "merge_mlp" else 144)
+
+    def test_merged_cross_attention_never_uses_agents(self, unet):
+        """It equals the host's own cross-attention of the merged tokens, shortcut and all agents absent."""
+        attn2 = blocks_of(unet)[0].attn2
+        with patched(unet, **EVERYWHERE, k_shortcut=1.0):
+            assert "forward" not in vars(attn2)
+            with attention_calls(attn2) as seen:
+                run(unet, EXAMPLE)
+        ((x, out),) = seen
+        # the hook that sees `out` runs after ours, so it is unmerged already
+        with torch.no_grad():
+            merged = attn2(x, context=EXAMPLE[2])
+        assert x.shape[1] == 144 - 57
+        assert out.shape[1] == 144
+        rows = {tuple(row.tolist()) for row in merged[0]}
+        assert {tuple(row.tolist()) for row in out[0]} == rows
+
+    def test_grid_agents_need_no_sorting(self, flat):
+        words = ("sort", "gather", "scatter", "topk", "index", "embedding")
+        for h, w in [(12, 12), (11, 13)]:
+            with patched(flat, **GRID), Recorder() as seen:
+                run(flat, inputs(2, h, w))
+            assert not [op for op in seen.ops if any(word in op for word in words)]
+        with patched(flat, **SIMILARITY), Recorder() as seen:
+            run(flat, EXAMPLE)
+        assert [op for op in seen.ops if any(word in op for word in words)]  # so the recorder would have seen them
+
+    @pytest.mark.parametrize(
+        ("agent_ratio", "max_agents", "cell", "agents"),
+        [
+            (0.75, None, 2, 36),
+            (0.95, None, 4, 9),
+            (0.99, None, 8, 4),
+            (0.75, 35, 4, 9),
+            (0.9, 1, 16, 1),
+        ],
+    )
+    def test_grid_cells_of_a_real_layer(self, flat, agent_ratio, max_agents, cell, agents):
+        with patched(flat, ratio=0.0, agent_source="grid", agent_ratio=agent_ratio, max_agents=max_agents):
+            with attention_steps() as calls:
+                run(flat, EXAMPLE)
+            plan = get_patch(flat).report()[0].plan
+        assert (plan.cell, plan.agents) == ((cell, cell), agents)
+        assert calls[0].queries == agents  # the aggregation of the first block
+
+    @kinds({"grid": GRID, "similarity": SIMILARITY, "agents alone": AGENTS_ALONE, "pool": POOL})
+    def test_two_sdpa_calls_and_no_large_matrix(self, flat, kw):
+        """96 × 96 tokens of 32 channels: one N × n matrix would be larger than anything the U-Net itself makes."""
+        example, N, n = inputs(1, 96, 96), 96 * 96, 24 * 24
+        with patched(flat, **kw):
+            for block in blocks_of(flat)[1:]:  # a first block tells it all, and is slow enough
+                block.attn1.forward = lambda x, context=None, mask=None: x
+            with Recorder() as seen, attention_steps() as calls:
+                run(flat, example)
+            plan = get_patch(flat).report()[0].plan
+        assert seen.largest < N * n / 2
+        if plan.action == "agents":
+            assert plan.agents == n
+            assert [(call.queries, call.keys) for call in calls] == [(n, plan.queries), (plan.queries, n)]
+        else:
+            assert [(call.queries, call.keys) for call in calls] == [(N, N // 4)]
+
+    def test_the_method_merge_is_merging_without_agents(self, unet):
+        with patched(unet, **MERGING):
+            expected = run(unet, EXAMPLE)
+        with patched(unet, method="merge", ratio=0.4, sx=2, sy=2):
+            assert torch.equal(run(unet, EXAMPLE), expected)
+            assert actions(get_patch(unet)) == ["merge", *["untouched"] * 4, "merge", "merge"]
+
+    def test_full_attention_is_no_method_to_choose(self, unet):
+        """Rules and stages leave it, by settings of None."""
+        with pytest.raises(SettingError, match="method must be one of 'agent'"):
+            apply_patch(unet, method="untouched")
+
+    def test_attention_is_the_host_s_where_no_agents_are_used(self, unet):
+        """xformers, SDPA, hypernetworks, LoRA and upcast live there."""
+        seen = []
+        cls = type(blocks_of(unet)[0].attn1)
+        original = cls.forward
+
+        def forward(self, x, context=None, mask=None):
+            seen.append((x.shape[1], context is not None))
+            return original(self, x, context, mask)
+
+        cls.forward = forward
+        try:
+            with patched(unet, **SIMILARITY):
+                run(unet, EXAMPLE)
+            assert [n for n, cross in seen if cross] == [144, 36, 36, 36, 36, 144, 144]
+            assert [n for n, cross in seen if not cross] == [36] * 4
+            seen.clear()
+            with patched(unet, **MERGING):
+                run(unet, EXAMPLE)
+            assert [n for n, cross in seen if not cross] == [87, 36, 36, 36, 36, 87, 87]
+        finally:
+            cls.forward = original
+
+
+# (make the U-Net, the level of its largest self-attentions)
+FIRST_LEVELS = {
+    "as SD 1": (lambda: copy.deepcopy(GOLDEN), 1),
+    "as SDXL": (sdxl_like_unet, 2),
+    "diffusers, as SD 1": (lambda: diffusers_unet("tiny_unet"), 1),
+    "diffusers, as SDXL": (lambda: diffusers_unet("tiny_sdxl_unet"), 2),
+}
+
+
+class TestAuto:
+    """max_downsample="auto" stands for the largest self-attentions that the U-Net has."""
+
+    AGENTS = {"ratio": 0.0, "agent_ratio": 0.75, "agent_source": "grid"}  # noqa: RUF012
+
+    @pytest.fixture(params=FIRST_LEVELS.values(), ids=FIRST_LEVELS.keys())
+    def place(self, request):
+        make, first = request.param
+        return make(), first
+
+    @staticmethod
+    def output(unet, t=500, **settings):
+        """(output, levels at which agents were used, all levels) of a call on noise."""
+        call = example_call(unet, 16, 16, 1 - t / 999)
+        with patched(unet, **settings), torch.no_grad():
+            out = output_tensor(unet(*call.args, **call.kwargs))
+            assert not get_patch(unet).notes
+            report = get_patch(unet).report()
+        levels = {layer.name: 16 // layer.size[0] for layer in report}
+        return out, {levels[layer.name] for layer in report if "agents" in layer.calls}, set(levels.values())
+
+    def test_it_is_the_number_that_it_stands_for(self, place):
+        unet, first = place
+        out, patched_levels, levels = self.output(unet, max_downsample="auto", **self.AGENTS)
+        assert patched_levels == {first} == {min(levels)}
+        assert torch.equal(out, self.output(unet, max_downsample=first, **self.AGENTS)[0])
+        everywhere = self.output(unet, max_downsample=8, **self.AGENTS)[0]
+        assert torch.equal(out, everywhere) == (len(levels) == 1)
+
+    def test_the_config_says_so_too(self, place):
+        unet, first = place
+        patch = patch_unet(unet, AgentConfig(max_downsample="auto", **self.AGENTS))
+        used = {plan.tokens for _, plan in patch.explain(16, 16) if plan.acts}
+        assert used == {(16 // first) ** 2}
+        assert {plan.remedy for _, plan in patch.explain(16, 16) if not plan.acts} <= {("max_downsample",)}
+
+    def test_in_a_stage(self, place):
+        unet, first = place
+        stages = (Stage(0.5, {"max_downsample": "auto"}), Stage(1.0))
+        for t, expected in ((900, first), (100, 8)):
+            out, _, _ = self.output(unet, t, max_downsample=8, stages=stages, **self.AGENTS)
+            assert torch.equal(out, self.output(unet, t, max_downsample=expected, **self.AGENTS)[0])
+
+    def test_in_a_rule(self, place):
+        unet, first = place
+        rules = (Rule({"max_downsample": "auto"}, until=0.5),)
+        for t, expected in ((900, first), (100, 8)):
+            out, _, _ = self.output(unet, t, max_downsample=8, rules=rules, **self.AGENTS)
+            assert torch.equal(out, self.output(unet, t, max_downsample=expected, **self.AGENTS)[0])
+        rules = (Rule({"max_downsample": 8}, blocks=("middle_block.*", "mid_block.*")),)
+        _, patched_levels, levels = self.output(unet, max_downsample="auto", rules=rules, **self.AGENTS)
+        assert patched_levels == {first, max(levels)}

@@ -1,0 +1,253 @@
+"""Which layers are patched, and what is done there: the arithmetic, the vetoes in their order, and what lifts them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentsd import AgentConfig, Rule, Stage, plan_layer
+from agentsd.config import AUTO, Block
+from agentsd.grid import cell_side
+from agentsd.plan import downsample_of, grid_of, limit, merged_tokens, plan_block
+
+
+class TestPlanLayer:
+    def test_the_defaults_use_agents_at_level_0(self):
+        plan = plan_layer(AgentConfig(), 64, 64, 1)
+        assert (plan.action, plan.tokens, plan.queries, plan.agents) == ("agents", 4096, 4096 - 1638, 256)
+        deeper = plan_layer(AgentConfig(), 32, 32, 2)
+        assert (deeper.action, deeper.remedy) == ("untouched", ("max_downsample",))
+        assert re.search(r"\b2\b.*\b1\b", deeper.reason)
+
+    def test_the_reference_s_own_defaults_never_use_agents(self):
+        config = AgentConfig(ratio=0.5, sx=2, sy=2, agent_ratio=0.8)
+        assert plan_layer(config, 64, 64, 1).action == "merge"
+
+    def test_agents_are_used_strictly_below_half_the_queries(self):
+        # 64 tokens, 4 destinations, 4 agents
+        plans = [plan_layer(AgentConfig(ratio=r / 64 + 1e-9, agent_ratio=0.99), 8, 8, 1) for r in (55, 56)]
+        assert [(p.action, p.queries, p.agents) for p in plans] == [("agents", 9, 4), ("merge", 8, 0)]
+
+    @given(
+        h=st.integers(1, 70),
+        w=st.integers(1, 70),
+        sx=st.integers(1, 16),
+        sy=st.integers(1, 16),
+        ratio=st.floats(0, 0.99),
+        agent_ratio=st.floats(0, 0.99),
+    )
+    def test_the_reference_s_arithmetic(self, h, w, sx, sy, ratio, agent_ratio):
+        plan = plan_layer(AgentConfig(ratio=ratio, agent_ratio=agent_ratio, sx=sx, sy=sy), h, w, 1)
+        N, n_dst = h * w, (h // sy) * (w // sx)
+        if n_dst == 0:  # no whole cell: nothing to merge into
+            assert plan.action == "untouched"
+            return
+        r, agent_r = min(N - n_dst, int(N * ratio)), min(N - n_dst, int(N * agent_ratio))
+        expected = "agents" if 2 * (N - agent_r) < N - r else ("merge" if r else "untouched")
+        assert plan.action == expected
+        assert plan.queries == N - r
+        assert plan.reason or expected != "untouched"
+        if expected == "agents":
+            assert (plan.agents, plan.agent_r) == (N - agent_r, agent_r)
+
+    @given(agent_ratio=st.floats(0, 0.99))
+    def test_a_grid_agent_s_cell_is_the_nearest_power_of_two(self, agent_ratio):
+        target = -0.5 * math.log2(1 - agent_ratio)
+        nearest = min(abs(math.log2(s) - target) for s in (1, 2, 4, 8, 16, 32))
+        s = cell_side(agent_ratio, 64, 64)
+        assert s in (1, 2, 4, 8, 16)
+        assert abs(math.log2(s) - target) == pytest.approx(nearest, abs=1e-9)
+
+    @pytest.mark.parametrize(
+        ("agent_ratio", "s"), [(0, 1), (0.4, 1), (0.6, 2), (0.75, 2), (0.9, 4), (0.95, 4), (0.98, 8), (0.99, 8)]
+    )
+    def test_grid_cells_by_hand(self, agent_ratio, s):
+        assert cell_side(agent_ratio, 64, 64) == s
+
+    @given(h=st.integers(1, 99), w=st.integers(1, 99), max_agents=st.integers(1, 3000), agent_ratio=st.floats(0, 0.99))
+    def test_max_agents_raises_the_cell_no_further_than_needed(self, h, w, max_agents, agent_ratio):
+        def agents(side):
+            return math.ceil(h / side) * math.ceil(w / side)
+
+        free, s = cell_side(agent_ratio, h, w), cell_side(agent_ratio, h, w, max_agents)
+        assert agents(s) <= max_agents
+        assert s == free or agents(s // 2) > max_agents
+        config = AgentConfig(ratio=0, agent_source="grid", agent_ratio=agent_ratio, max_agents=max_agents)
+        plan = plan_layer(config, h, w, 1)
+        if plan.action == "agents":
+            assert (plan.agents, plan.cell) == (agents(s), (s, s))
+        else:
+            assert 2 * agents(s) >= h * w
+
+    def test_max_agents_caps_similarity_agents_down_to_the_destinations(self):
+        def agents(max_agents):
+            return plan_layer(AgentConfig(agent_ratio=0.8, max_agents=max_agents), 64, 64, 1).agents
+
+        assert [agents(cap) for cap in (None, 500, 300, 256, 100)] == [820, 500, 300, 256, 256]
+
+    def test_a_token_threshold_chooses_layers_at_any_level(self):
+        config = AgentConfig(max_downsample=8, min_tokens=4096)
+        assert [plan_layer(config, s, s, d).action for s, d in ((64, 2), (32, 4))] == ["agents", "untouched"]
+        plan = plan_layer(config, 32, 32, 4)
+        assert plan.remedy == ("min_tokens",)
+        assert re.search(r"\b1024\b.*\b4096\b", plan.reason)
+
+    def test_merge_attn_off_leaves_self_attention_but_merges_the_rest(self):
+        plan = plan_layer(AgentConfig(merge_attn=False, merge_mlp=True), 16, 16, 1)
+        assert (plan.action, plan.r, plan.remedy) == ("untouched", 102, ("merge_attn",))
+        assert plan.reason
+
+
+GRID = {"agent_source": "grid", "agent_ratio": 0.5}
+# Each veto of `agentsd.plan` in its order: settings that raise it, and the settings that would lift it
+VETOES = {
+    "max_downsample": ({"max_downsample": 1}, ("max_downsample",)),
+    "min_tokens": ({"min_tokens": 5000}, ("min_tokens",)),
+    "merge_attn": ({"merge_attn": False}, ("merge_attn",)),
+    "the method": ({"agent_ratio": 0.0, "agent_source": "grid", "ratio": 0.0}, ("agent_ratio",)),
+}
+LIFTED = {"max_downsample": 2, "min_tokens": 0, "merge_attn": True, "agent_ratio": 0.9}
+
+
+class TestVetoes:
+    """A layer of 32 × 32 tokens at level 2."""
+
+    @pytest.mark.parametrize("name", VETOES)
+    def test_each_alone_leaves_the_layer_untouched_and_names_its_remedy(self, name):
+        given, remedy = VETOES[name]
+        plan = plan_layer(AgentConfig(**{**LIFTED, **given}), 32, 32, 2)
+        assert (plan.action, plan.queries, plan.agents) == ("untouched", 1024, 0)
+        assert not plan.acts
+        assert plan.reason
+        assert plan.remedy == remedy
+
+    @pytest.mark.parametrize("name", VETOES)
+    def test_its_remedy_lifts_it(self, name):
+        given, remedy = VETOES[name]
+        lifted = {**LIFTED, **given, **{setting: LIFTED[setting] for setting in remedy}}
+        assert plan_layer(AgentConfig(**lifted), 32, 32, 2).acts
+
+    def test_they_are_raised_in_the_documented_order(self):
+        given = {"agent_source": "grid", "ratio": 0.0}
+        for settings, _ in VETOES.values():
+            given |= settings
+        remedies = []
+        for _ in VETOES:
+            plan = plan_layer(AgentConfig(**given), 32, 32, 2)
+            remedies.append(plan.remedy)
+            given |= {setting: LIFTED[setting] for setting in plan.remedy}
+        assert remedies == [remedy for _, remedy in VETOES.values()]
+        assert plan_layer(AgentConfig(**given), 32, 32, 2).acts
+
+    def test_full_attention_by_a_rule_or_a_stage_comes_before_all_of_them(self):
+        given = {}
+        for settings, _ in VETOES.values():
+            given |= settings
+        block, latent = Block("middle_block.1", 2), (64, 64)
+        assert plan_block(AgentConfig(**given), block, latent) is not None
+        assert plan_block(AgentConfig(**given, rules=[Rule(None, downsample=2)]), block, latent) is None
+        assert plan_block(AgentConfig(**given, stages=[Stage(1.0, None)]), block, latent, 0.5) is None
+
+    @pytest.mark.parametrize(
+        ("settings", "size", "remedy", "lifted"),
+        [
+            # 256 cells of 4 × 4 tokens are as few as agents can be
+            ({"agent_ratio": 0.99, "ratio": 0.9}, (64, 64), ("sx", "sy", "ratio"), {"sx": 16, "sy": 16}),
+            ({"agent_ratio": 0.99, "ratio": 0.9}, (64, 64), ("sx", "sy", "ratio"), {"ratio": 0.5}),
+            ({"agent_ratio": 0.4}, (64, 64), ("agent_ratio", "ratio"), {"agent_ratio": 0.9}),
+            ({"agent_ratio": 0.6, "ratio": 0.3}, (64, 64), ("agent_ratio", "ratio"), {"ratio": 0.0}),
+            ({**GRID, "ratio": 0.5}, (64, 64), ("agent_ratio", "ratio"), {"agent_ratio": 0.95}),
+        ],
+    )
+    def test_merging_without_the_agents_that_were_asked_for_says_so(self, settings, size, remedy, lifted):
+        plan = plan_layer(AgentConfig(**settings), *size, 1)
+        assert (plan.action, plan.reason) == ("merge", "")
+        assert plan.shortfall
+        assert plan.remedy == remedy
+        assert plan_layer(AgentConfig(**{**settings, **lifted}), *size, 1).action == "agents"
+
+    def test_merging_that_was_asked_for_falls_short_of_nothing(self):
+        for settings in ({"method": "merge"}, {"agent_ratio": 0.0}):
+            plan = plan_layer(AgentConfig(**settings), 64, 64, 1)
+            assert (plan.action, plan.r, plan.shortfall, plan.remedy) == ("merge", 1638, "", ())
+
+    @pytest.mark.parametrize(
+        ("settings", "size", "remedy"),
+        [
+            ({"method": "pool", "sx": 1, "sy": 1}, (8, 8), ("sx", "sy")),
+            ({"method": "merge", "ratio": 0.0}, (8, 8), ("ratio",)),
+            ({"method": "corrected", "agent_ratio": 0.0}, (8, 8), ("agent_ratio",)),
+            ({"method": "corrected", "max_agents": 16}, (64, 64), ("max_agents",)),
+            ({"agent_ratio": 0.3, "ratio": 0.0}, (8, 8), ("agent_ratio",)),
+            ({"agent_ratio": 0.9, "ratio": 0.0, "sx": 1, "sy": 1}, (8, 8), ("sx", "sy")),
+        ],
+    )
+    def test_what_keeps_a_method_from_a_layer_is_named(self, settings, size, remedy):
+        plan = plan_layer(AgentConfig(**settings), *size, 1)
+        assert (plan.action, plan.remedy) == ("untouched", remedy)
+        assert plan.reason
+
+    def test_words_for_people_make_no_plan_differ(self):
+        plan = plan_layer(AgentConfig(agent_ratio=0.4), 64, 64, 1)
+        assert plan.shortfall
+        assert plan == plan_layer(AgentConfig(method="merge"), 64, 64, 1)
+
+
+class TestPlace:
+    @pytest.mark.parametrize("d", [1, 2, 4, 8])
+    @given(h=st.integers(16, 200), w=st.integers(16, 200))
+    def test_how_far_down_is_read_off_the_size(self, d, h, w):
+        assert downsample_of((h, w), grid_of((h, w), d)) == d
+
+    def test_grids_are_rounded_up(self):
+        assert grid_of((65, 41), 4) == (17, 11)
+
+    def test_auto_is_the_first_level_that_has_self_attention(self):
+        auto = AgentConfig(max_downsample=AUTO)
+        assert [limit(auto, first) for first in (1, 2, 4)] == [1, 2, 4]
+        assert limit(AgentConfig(max_downsample=4), 2) == 4
+        assert plan_layer(auto, 64, 64, 2, first=2).action == "agents"
+        assert plan_layer(auto, 64, 64, 2).action == "untouched"
+        assert plan_layer(auto, 32, 32, 4, first=2).remedy == ("max_downsample",)
+
+    def test_auto_knows_the_first_level_by_the_block(self):
+        auto, latent = AgentConfig(max_downsample=AUTO), (64, 64)
+        for first, action in ((1, "untouched"), (2, "agents")):
+            _, plan = plan_block(auto, Block("input_blocks.4.1", 2, first), latent)
+            assert (plan.action, plan.tokens) == (action, 1024)
+
+    def test_a_size_that_was_seen_counts_more_than_the_block_s_place(self):
+        config, latent = AgentConfig(max_downsample=2), (64, 64)
+        _, plan = plan_block(config, Block("a", 4), latent, size=(32, 32))
+        assert (plan.action, plan.tokens) == ("agents", 1024)
+
+    def test_a_block_of_unknown_place_has_no_plan_until_its_size_is_seen(self):
+        config = AgentConfig(rules=[Rule({"ratio": 0.1}, downsample=1)])
+        assert plan_block(config, Block("a", None), (64, 64)) is None
+        found, plan = plan_block(config, Block("a", None), (64, 64), size=(64, 64))
+        assert (found.ratio, plan.r) == (0.1, 409)
+
+    def test_the_settings_that_hold_there_are_returned_with_the_plan(self):
+        config = AgentConfig(rules=[Rule({"method": "pool", "sx": 2, "sy": 2}, blocks="middle_block.*")])
+        found, plan = plan_block(config, Block("middle_block.1", 1), (16, 16))
+        assert (found.method, found.rules, plan.action, plan.cell) == ("pool", (), "pool", (2, 2))
+        found, plan = plan_block(config, Block("input_blocks.1.1", 1), (16, 16))
+        assert (found.method, plan.action) == ("agent", "agents")
+
+
+def test_tokens_are_merged_only_where_a_part_of_the_block_works_on_them():
+    for settings, merged in [
+        ({}, 102),
+        ({"method": "merge"}, 102),
+        ({"method": "pool"}, 0),
+        ({"method": "pool", "merge_mlp": True}, 102),
+        ({"method": "corrected", "agent_ratio": 0.75, "merge_crossattn": True}, 102),
+        ({"merge_attn": False}, 0),
+        ({"merge_attn": False, "merge_mlp": True}, 102),
+    ]:
+        config = AgentConfig(**settings)
+        assert merged_tokens(config, plan_layer(config, 16, 16, 1)) == merged, settings

@@ -1,0 +1,387 @@
+"""Rules: what is accepted, where and when they hold, and their text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from agentsd import (
+    TOKEN_MERGING,
+    AgentConfig,
+    Rule,
+    SettingError,
+    Stage,
+    early,
+    format_rules,
+    paper_stages,
+    parse_rules,
+)
+from agentsd.config import DOWNSAMPLES, LIMITS, STAGE_SETTINGS, Block
+from agentsd.rules import rules_from
+
+nan, inf = math.nan, math.inf
+
+# (argument, bad value, what the message must say)
+BAD = [
+    *[("since", value, "from 0.0 to 1.0") for value in (-0.1, 1.1, nan, inf, "0.5", None, True, [0.1])],
+    *[("until", value, "from 0.0 to 1.0") for value in (-0.1, 1.1, nan, -inf, "1", None, False, (1,))],
+    *[("since", value, "below until, which is 1.0") for value in (1, 1.0)],
+    *[("downsample", value, "1, 2, 4, 8") for value in (0, 3, 16, -1, "2", True, 1.5, nan)],
+    *[("blocks", value, "a pattern of block names") for value in ("a b", "a,b", "a|b", "a=b", "a:b", "a;b", '"a"')],
+    *[("blocks", value, "a pattern of block names") for value in (3, True, "a+b", "a/b", "ä b", "a\n")],
+    *[("settings", value, "a mapping of settings") for value in ("full", 3, ["ratio"], [("ratio", 0.1)], True)],
+]
+
+
+class TestRule:
+    @pytest.mark.parametrize(("name", "value", "allowed"), BAD, ids=lambda x: repr(x)[:30])
+    def test_a_bad_value_is_named_with_its_argument_and_its_range(self, name, value, allowed):
+        with pytest.raises(SettingError) as error:
+            Rule(**{name: value})
+        message = str(error.value)
+        assert message.startswith(name)
+        assert allowed in message
+        assert repr(value) in message
+
+    @pytest.mark.parametrize(
+        ("name", "value", "named"),
+        [("downsample", (1, 3), "3"), ("downsample", [2, "4"], "'4'"), ("blocks", ("a", ""), "''")],
+    )
+    def test_one_bad_value_of_several_is_named(self, name, value, named):
+        with pytest.raises(SettingError, match=rf"^{name} must be .*, got {named}$"):
+            Rule(**{name: value})
+
+    def test_it_must_end_after_it_begins(self):
+        with pytest.raises(SettingError, match=r"since must be below until, which is 0\.3, got 0\.3"):
+            Rule(since=0.3, until=0.3)
+        with pytest.raises(SettingError, match=r"since must be below until, which is 0\.0, got 0"):
+            Rule(until=0)
+
+    @pytest.mark.parametrize(
+        ("settings", "named"),
+        [
+            ({"ratio": 1.2}, r"ratio must be a number from 0\.0 to 0\.99, got 1\.2"),
+            ({"ratoi": 0.1}, "did you mean ratio"),
+            ({"seed": 1}, "unknown setting seed=1"),
+            ({"stages": ()}, "unknown setting stages"),
+            ({"rules": ()}, "unknown setting rules"),
+            ({"sx": [1]}, r"sx must be .*, got \[1\]"),
+            ({"method": "magic"}, r"method must be one of 'agent', .*, got 'magic'"),
+            ({1: 2}, "unknown setting 1=2"),
+        ],
+    )
+    def test_a_bad_setting_is_told_as_soon_as_a_config_is_made(self, settings, named):
+        with pytest.raises(SettingError, match=named):
+            AgentConfig(rules=[Rule(), Rule(settings, downsample=8, since=0.9)])
+
+    def test_one_or_several_are_the_same(self):
+        assert Rule(downsample=2) == Rule(downsample=(2,)) == Rule(downsample=[2]) == Rule(downsample=2.0)
+        assert Rule(blocks="a.*") == Rule(blocks=("a.*",)) == Rule(blocks=["a.*"])
+        assert Rule() == Rule({}, (), ()) == Rule({}, None, None) == Rule({}, (), "", 0, 1)
+        assert Rule(downsample=(1, 4)).downsample == (1, 4)
+
+    def test_it_is_frozen_and_hashable(self):
+        rule = Rule({"ratio": 0.1, "method": "pool"}, downsample=2, blocks="a", since=0.1, until=0.5)
+        assert hash(rule) == hash(Rule({"method": "pool", "ratio": 0.1}, 2, "a", 0.1, 0.5))
+        assert hash(Rule(None)) != hash(Rule({}))
+        assert Rule(None) != Rule({})
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            rule.since = 0.2
+        assert hash(AgentConfig(rules=[rule])) == hash(AgentConfig(rules=(rule,)))
+
+    def test_its_settings_can_t_be_changed_from_outside(self):
+        settings = {"ratio": 0.1}
+        config = AgentConfig(rules=[Rule(settings)])
+        settings["ratio"] = 7
+        assert config.at(None).ratio == 0.1
+
+    def test_it_is_timed_where_it_leaves_out_a_part(self):
+        assert not Rule().timed
+        assert not Rule({"ratio": 0.1}, 2, "a", 0.0, 1.0).timed
+        assert Rule(since=0.1).timed
+        assert Rule(until=0.9).timed
+
+
+def holds_in(name: str = "a", level: int | None = 1, **conditions) -> bool:
+    return AgentConfig(rules=[Rule({"ratio": 0.9}, **conditions)]).at(None, Block(name, level)).ratio == 0.9
+
+
+class TestWhere:
+    def test_everywhere_without_a_condition(self):
+        assert holds_in()
+        assert holds_in("", None)
+
+    @pytest.mark.parametrize(("given", "levels"), [(1, {1}), (4, {4}), ((1, 8), {1, 8}), (DOWNSAMPLES, {1, 2, 4, 8})])
+    def test_by_level(self, given, levels):
+        rule = Rule(downsample=given)
+        assert {d for d in DOWNSAMPLES if rule.names(Block("a", d))} == levels
+        assert not rule.names(Block("a", None))
+
+    @pytest.mark.parametrize(
+        ("pattern", "name", "holds"),
+        [
+            ("middle_block.1.transformer_blocks.0", "middle_block.1.transformer_blocks.0", True),
+            ("middle_block", "middle_block.1.transformer_blocks.0", False),  # the whole name
+            ("middle_block.*", "middle_block.1.transformer_blocks.0", True),
+            ("*.0", "middle_block.1.transformer_blocks.0", True),
+            ("*block*", "middle_block.1", True),
+            ("block", "middle_block.1", False),
+            ("input_blocks.?.*", "input_blocks.4.1", True),
+            ("input_blocks.?.*", "input_blocks.10.1", False),
+            ("input_blocks.[14].*", "input_blocks.4.1", True),
+            ("input_blocks.[14].*", "input_blocks.5.1", False),
+            ("input_blocks.[4-8].*", "input_blocks.7.1", True),
+            ("input_blocks.[!4].*", "input_blocks.4.1", False),
+            ("input_blocks.[!4].*", "input_blocks.5.1", True),
+            ("Input_blocks.*", "input_blocks.4.1", False),  # case counts
+            ("input_blocks.4", "input_blocks_4", False),  # a full stop is a full stop
+            ("*", "", True),
+        ],
+    )
+    def test_by_name(self, pattern, name, holds):
+        assert holds_in(name, blocks=pattern) == holds
+        assert holds_in(name, blocks=("nowhere", pattern)) == holds
+
+    def test_by_both(self):
+        for d, name, holds in [(2, "a.1", True), (2, "b.1", False), (4, "a.1", False)]:
+            assert holds_in(name, d, downsample=(1, 2), blocks="a.*") == holds
+
+
+class TestWhen:
+    def test_from_since_to_until(self):
+        rule = Rule(since=0.2, until=0.6)
+        assert [rule.holds(p) for p in (0, 0.19999, 0.2, 0.4, 0.59999, 0.6, 1)] == [0, 0, 1, 1, 1, 0, 0]
+
+    def test_the_last_moment_belongs_to_what_lasts_until_the_end(self):
+        assert Rule(since=0.2).holds(1.0)
+        assert not Rule(until=0.99).holds(1.0)
+
+    def test_a_part_of_the_diffusion(self):
+        config = AgentConfig(rules=[Rule({"ratio": 0.1}, until=0.5), Rule({"ratio": 0.2}, since=0.8)])
+        assert [config.at(p).ratio for p in (0, 0.49, 0.5, 0.79, 0.8, 1)] == [0.1, 0.1, 0.4, 0.4, 0.2, 0.2]
+
+    @pytest.mark.parametrize("progress", [None, -0.001, 1.001, nan, inf])
+    def test_where_the_timestep_is_unknown_timed_rules_leave_full_attention(self, progress):
+        assert AgentConfig(rules=[Rule({"ratio": 0.1}), Rule({"sx": 2}, since=0.5)]).at(progress) is None
+        assert AgentConfig(rules=[Rule({"ratio": 0.1})]).at(progress).ratio == 0.1
+
+    def test_the_parts_are_those_of_stages_and_rules(self):
+        rules = [Rule(since=0.3, until=0.7), Rule(until=0.3), Rule({"ratio": 0.1})]
+        assert AgentConfig(rules=rules).parts() == ((0.0, 0.3), (0.3, 0.7), (0.7, 1.0))
+        config = AgentConfig(rules=rules, stages=early(0.6))
+        assert config.parts() == ((0.0, 0.3), (0.3, 0.6), (0.6, 0.7), (0.7, 1.0))
+        assert config.timed
+
+    @given(
+        edges=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda e: e[0] < e[1]), max_size=4),
+        progress=st.floats(0, 1),
+    )
+    def test_within_a_part_nothing_changes(self, edges, progress):
+        rules = [Rule({"ratio": (i + 1) / 10}, since=a, until=b) for i, (a, b) in enumerate(edges)]
+        config = AgentConfig(rules=rules)
+        since = max(part[0] for part in config.parts() if part[0] <= progress)
+        if since == 1.0:  # only the very end is beyond the last part
+            since = config.parts()[-1][0]
+        assert config.at(progress) == config.at(since)
+
+
+class TestOrder:
+    def test_the_config_s_own_settings_hold_where_no_rule_does(self):
+        config = AgentConfig(ratio=0.3, seed=5, rules=[Rule({"ratio": 0.1}, blocks="a")])
+        assert config.at(None, Block("b")) == AgentConfig(ratio=0.3, seed=5)
+        assert config.at(None, Block("a")) == AgentConfig(ratio=0.1, seed=5)
+
+    def test_what_a_later_rule_says_counts(self):
+        one, two = Rule({"ratio": 0.1, "sx": 2}), Rule({"ratio": 0.2, "sy": 3})
+        found = AgentConfig(rules=[one, two]).at(None)
+        assert (found.ratio, found.sx, found.sy) == (0.2, 2, 3)
+        found = AgentConfig(rules=[two, one]).at(None)
+        assert (found.ratio, found.sx, found.sy) == (0.1, 2, 3)
+
+    def test_none_is_full_attention(self):
+        config = AgentConfig(rules=[Rule({"ratio": 0.1}), Rule(None, downsample=2)])
+        assert config.at(None, Block("a", 2)) is None
+        assert config.at(None, Block("a", 1)).ratio == 0.1
+
+    def test_a_later_rule_revives_it_with_the_config_s_own_settings(self):
+        rules = [Rule({"ratio": 0.1}), Rule(None, downsample=2), Rule({"sx": 2}, blocks="a")]
+        config = AgentConfig(ratio=0.3, rules=rules)
+        assert config.at(None, Block("a", 2)) == AgentConfig(ratio=0.3, sx=2)
+        assert config.at(None, Block("a", 1)) == AgentConfig(ratio=0.1, sx=2)
+        assert config.at(None, Block("b", 2)) is None
+
+    def test_rules_apply_after_the_stages(self):
+        config = AgentConfig(stages=paper_stages(), rules=[Rule({"ratio": 0.2}, since=0.6), Rule({"sy": 8})])
+        assert config.at(0.1) == AgentConfig(sy=8)
+        assert config.at(0.5) == AgentConfig(**{**TOKEN_MERGING, "sy": 8})
+        assert config.at(0.7) == AgentConfig(**{**TOKEN_MERGING, "sy": 8, "ratio": 0.2})
+
+    def test_a_revived_block_has_its_stage_s_settings(self):
+        config = AgentConfig(stages=[Stage(1.0, {"ratio": 0.2})], rules=[Rule(None), Rule({"sx": 2})])
+        assert config.at(0.5) == AgentConfig(ratio=0.2, sx=2)
+
+    def test_where_a_stage_leaves_the_model_untouched_no_rule_changes_that(self):
+        config = AgentConfig(stages=early(0.6, since=0.2), rules=[Rule({"ratio": 0.1}), Rule({"sx": 2}, since=0.8)])
+        assert [config.at(p) is None for p in (0, 0.1, 0.2, 0.5, 0.6, 0.9, 1)] == [1, 1, 0, 0, 1, 1, 1]
+
+    def test_a_switch_is_ever_on_if_any_rule_says_so(self):
+        assert AgentConfig(rules=[Rule({"merge_mlp": True}, blocks="a")]).ever("merge_mlp")
+        assert not AgentConfig(rules=[Rule({"merge_mlp": False}), Rule(None)]).ever("merge_mlp")
+        assert AgentConfig(rules=[Rule({"reuse_match": 0.1})]).ever("reuse_match")
+
+
+def _valid(name):
+    limits = LIMITS[name]
+    if limits["kind"] == "bool":
+        return st.booleans()
+    if limits["kind"] == "choice":
+        return st.sampled_from(list(limits["choices"]))
+    make = st.integers if limits["kind"] == "int" else st.floats
+    values = make(limits["low"], limits["high"])
+    return st.none() | values if limits.get("optional") else values
+
+
+SETTINGS = st.fixed_dictionaries({}, optional={name: _valid(name) for name in STAGE_SETTINGS})
+RULES = st.builds(
+    lambda settings, downsample, blocks, part: Rule(settings, downsample, blocks, *part),
+    st.none() | SETTINGS,
+    st.lists(st.sampled_from(DOWNSAMPLES), unique=True).map(tuple),
+    st.lists(st.from_regex(r"[\w.*?\[\]!-]+", fullmatch=True), max_size=3).map(tuple),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).filter(lambda part: part[0] < part[1]),
+)
+
+
+class TestText:
+    @given(rules=st.lists(RULES, max_size=4))
+    @example(rules=[Rule()])
+    @example(rules=[Rule(None), Rule()])
+    @example(rules=[Rule(blocks="full"), Rule(None, blocks="full")])
+    def test_is_read_back_as_the_same_rules(self, rules):
+        text = format_rules(rules)
+        assert parse_rules(text) == tuple(rules)
+        assert AgentConfig(rules=parse_rules(text)) == AgentConfig(rules=rules)
+        assert not set(text) & set(",:;\"'\n\r\t")
+        assert format_rules(parse_rules(text)) == text
+
+    def test_as_people_write_it(self):
+        text = " downsample=2+4   until=0.4 method=corrected|blocks=middle_block.*+output_blocks.3.* Full |  "
+        assert parse_rules(text) == (
+            Rule({"method": "corrected"}, downsample=(2, 4), until=0.4),
+            Rule(None, blocks=("middle_block.*", "output_blocks.3.*")),
+        )
+        assert format_rules(parse_rules(text)) == (
+            "downsample=2+4 until=0.4 method=corrected | blocks=middle_block.*+output_blocks.3.* full"
+        )
+
+    def test_order_within_a_rule_does_not_matter_to_conditions(self):
+        assert parse_rules("ratio=0.1 downsample=2") == parse_rules("downsample=2 ratio=0.1")
+        assert parse_rules("full blocks=a") == parse_rules("blocks=a full")
+
+    @pytest.mark.parametrize(
+        ("text", "settings"),
+        [
+            ("merge_mlp=on use_rand=off", {"merge_mlp": True, "use_rand": False}),
+            ("merge_mlp=True use_rand=FALSE", {"merge_mlp": True, "use_rand": False}),
+            ("max_agents=none attn_precision=None", {"max_agents": None, "attn_precision": None}),
+            ("max_agents=64 attn_precision=fp32", {"max_agents": 64, "attn_precision": "fp32"}),
+            ("max_downsample=auto", {"max_downsample": "auto"}),
+            ("max_downsample=4", {"max_downsample": 4}),
+            ("ratio=0 sx=2.0 k_scale2=1e-1", {"ratio": 0.0, "sx": 2, "k_scale2": 0.1}),
+            ("ratio=0.1 ratio=0.2", {"ratio": 0.2}),
+        ],
+    )
+    def test_values(self, text, settings):
+        assert parse_rules(text) == (Rule(settings),)
+
+    @pytest.mark.parametrize("text", ["", "  ", "|", " | | ", "\n"])
+    def test_blank_text_has_no_rules(self, text):
+        assert parse_rules(text) == ()
+        assert rules_from(text) == rules_from(None) == ()
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("ratio", "'ratio'"),
+            ("ratio 0.1", "'ratio'"),
+            ("downsample=2, ratio=0.1", "downsample must be a number, got '2,'"),
+            ("ratoi=0.1", "ratoi.*did you mean ratio"),
+            ("Ratio=0.1", "Ratio.*did you mean ratio"),
+            ("seed=1", "unknown setting seed"),
+            ("ratio=much", "ratio must be a number, got 'much'"),
+            ("ratio=", "ratio must be a number, got ''"),
+            ("ratio=none", "ratio must be a number, got 'none'"),
+            ("ratio=1", r"ratio must be a number from 0\.0 to 0\.99, got 1"),
+            ("ratio=nan", r"ratio must be a number from 0\.0 to 0\.99, got nan"),
+            ("sx=1.5", "sx must be a whole number from 1 to 16, got 1.5"),
+            ("use_rand=maybe", "use_rand must be on or off, got 'maybe'"),
+            ("method=magic", "method must be one of 'agent'.*, got 'magic'"),
+            ("max_downsample=3", "max_downsample must be one of 1, 2, 4, 8, 'auto', got '3'"),
+            ("downsample=3", "downsample must be one of 1, 2, 4, 8, got 3"),
+            ("downsample=all", "downsample must be a number, got 'all'"),
+            ("blocks=", "blocks must be a pattern of block names.*, got ''"),
+            ("blocks=a,b", "blocks must be a pattern of block names.*, got 'a,b'"),
+            ("since=2", r"since must be a number from 0\.0 to 1\.0, got 2"),
+            ("since=0.9 until=0.4", r"since must be below until, which is 0\.4, got 0\.9"),
+            ("full ratio=0.1", "'full'"),
+            ("ratio=0.1 full", "'full'"),
+            ("ratio=0.1 | until=0", r"since must be below until, which is 0\.0, got"),
+        ],
+    )
+    def test_what_cannot_be_read_is_named(self, text, said):
+        with pytest.raises(SettingError) as error:
+            parse_rules(text)
+        assert re.search(said, str(error.value)), str(error.value)
+
+    @given(text=st.text(st.sampled_from("|=+.* aflu0129roti_sxdwnmpebk"), max_size=40))
+    def test_any_text_is_read_or_refused_with_a_sentence(self, text):
+        try:
+            rules = parse_rules(text)
+        except SettingError:
+            return
+        assert parse_rules(format_rules(rules)) == rules
+
+
+class TestFromPrograms:
+    RULES = (Rule({"method": "pool"}, downsample=(1, 2), until=0.5), Rule(None, blocks="a.*"))
+    MAPPINGS = (
+        {"settings": {"method": "pool"}, "downsample": [1, 2], "until": 0.5},
+        {"settings": None, "blocks": "a.*"},
+    )
+
+    def test_text_rules_and_mappings_are_the_same(self):
+        for given_rules in (
+            format_rules(self.RULES),
+            self.RULES,
+            list(self.RULES),
+            self.MAPPINGS,
+            [self.RULES[0], self.MAPPINGS[1]],
+            (rule for rule in self.RULES),
+        ):
+            assert rules_from(given_rules) == self.RULES
+
+    @pytest.mark.parametrize("value", [Rule(), {"settings": {}}, 3, True, object()])
+    def test_what_is_no_list_is_refused(self, value):
+        with pytest.raises(SettingError, match="rules must be text or a list of rules"):
+            rules_from(value)
+
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            ([3], "rules"),
+            (["downsample=2 full"], "rules"),
+            ([Stage(1.0)], "rules"),
+            ([{"setting": {}}], "did you mean settings"),
+            ([{"ratio": 0.1}], "ratio"),
+            ([{"settings": {"ratio": 2}}], "ratio"),
+            ([{"settings": {}, "downsample": 3}], "downsample"),
+            ([Rule({"sx": 0})], "sx"),
+        ],
+    )
+    def test_bad_parts_of_a_list_are_named(self, value, said):
+        with pytest.raises(SettingError, match=said):
+            rules_from(value)

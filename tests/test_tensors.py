@@ -1,0 +1,76 @@
+"""What every method does with tokens: heads, and pooling over the cells of a grid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import HALVES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import cells, heads
+
+from agentsd.tensors import add_scaled, join_heads, lost_by_pooling, pool_tokens, sample_tokens, split_heads
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class TestHeads:
+    def test_heads_split_and_join(self):
+        x = torch.randn(2, 5, 12)
+        assert torch.equal(split_heads(x, 3), heads(x, 3))
+        assert torch.equal(join_heads(split_heads(x, 3)), x)
+
+    def test_add_scaled(self):
+        out, v = torch.randn(2, 3), torch.randn(2, 3)
+        assert add_scaled(out, v, 0.0) is out
+        torch.testing.assert_close(add_scaled(out.clone(), v, 0.5), out + 0.5 * v)
+
+    def test_add_scaled_keeps_what_autograd_needs(self):
+        out = torch.randn(3, requires_grad=True)
+        y = out.exp()
+        add_scaled(y, torch.ones(3), 0.5).sum().backward()
+        torch.testing.assert_close(out.grad, out.detach().exp())
+
+
+class TestPooling:
+    @settings(max_examples=60)
+    @given(h=st.integers(1, 20), w=st.integers(1, 20), sy=st.integers(1, 32), sx=st.integers(1, 32))
+    def test_pooling_averages_each_cell_over_what_it_has(self, h, w, sy, sx):
+        x = torch.randn(2, h * w, 3)
+        image = x.view(2, h, w, 3)
+        expected = [
+            image[:, top : top + sy, left : left + sx].mean((1, 2))
+            for top in range(0, h, sy)
+            for left in range(0, w, sx)
+        ]
+        pooled = pool_tokens(x, h, w, (sy, sx))
+        torch.testing.assert_close(pooled, torch.stack(expected, 1), **CLOSE)
+        lost = lost_by_pooling(x, pooled, h, w, (sy, sx))
+        for i in range(h * w):
+            cell = (i // w // sy) * -(-w // sx) + i % w // sx
+            torch.testing.assert_close(lost[:, i], x[:, i] - expected[cell], **CLOSE)
+
+    def test_pooling_square_cells_is_the_oracle_s_matrix(self):
+        x = torch.randn(1, 7 * 10, 4)
+        torch.testing.assert_close(pool_tokens(x, 7, 10, (4, 4)), cells(7, 10, 4) @ x, **CLOSE)
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("h", [8, 7])
+    def test_pooling_in_half_precision(self, dtype, h):
+        x = torch.randn(1, h * 8, 4)
+        pooled = pool_tokens(x.to(dtype), h, 8, (4, 4))
+        assert pooled.dtype == dtype
+        torch.testing.assert_close(pooled.float(), pool_tokens(x, h, 8, (4, 4)), rtol=0.02, atol=0.02)
+
+
+class TestSample:
+    @pytest.mark.parametrize(("height", "width", "cell"), [(8, 8, 4), (9, 7, 4), (3, 10, 4), (1, 5, 2), (6, 6, 1)])
+    def test_every_token_is_one_of_its_cell(self, height, width, cell):
+        x = torch.arange(height * width).view(1, -1, 1)
+        taken = sample_tokens(x, height, width, (cell, cell)).flatten()
+        cells = [(int(i) // width // cell, int(i) % width // cell) for i in taken]
+        assert len(set(cells)) == len(cells) >= 1
+
+    def test_whole_cells_give_the_middle(self):
+        taken = sample_tokens(torch.arange(64).view(1, -1, 1), 8, 8, (4, 4)).flatten()
+        assert taken.tolist() == [9, 13, 41, 45]

@@ -1,0 +1,95 @@
+"""The timestep is read only where something depends on it: reading it waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import run
+from patching import CORRECTED, EXAMPLE, GRID, MERGING, POOL, SIMILARITY
+
+import agentsd
+from agentsd import Rule, early, get_patch, paper_stages, patched
+
+NEVER = {
+    "grid agents": GRID,
+    "pooled keys and values": POOL,
+    "corrected agents": CORRECTED,
+    "a method that merges nothing, whatever the ratio": {**POOL, "ratio": 0.4},
+    "the first token of each cell": {**SIMILARITY, "use_rand": False},
+    "merging, the first token of each cell": {**MERGING, "use_rand": False},
+    "shared clusters": {**SIMILARITY, "use_rand": False, "share_match": True},
+    "rules by block": {**GRID, "rules": (Rule(POOL, blocks="middle_block.*"), Rule(None, downsample=2))},
+    "a rule for all of the diffusion": {**GRID, "rules": (Rule(POOL, since=0.0, until=1.0),)},
+    "random clusters where no layer is reached": {**SIMILARITY, "min_tokens": 10**6},
+}
+ONCE = {
+    "random clusters": SIMILARITY,
+    "random clusters in many layers": {**MERGING, "max_downsample": 2, "merge_mlp": True},
+    "grid agents among merged tokens": {**GRID, "ratio": 0.3},
+    "stages": {**GRID, "stages": early(0.6)},
+    "stages and random clusters": {"stages": paper_stages()},
+    "a rule for a part of the diffusion": {**GRID, "rules": (Rule(POOL, since=0.5),)},
+    "a rule that names no block": {**GRID, "rules": (Rule(POOL, until=0.5, blocks="nowhere"),)},
+    "clusters used in later calls": {**SIMILARITY, "use_rand": False, "reuse_match": 0.1},
+    "a rule that uses them in later calls": {
+        **SIMILARITY,
+        "use_rand": False,
+        "rules": (Rule({"reuse_match": 0.1}, downsample=1),),
+    },
+}
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """What was read, call by call."""
+    seen = []
+
+    def spy(t):
+        seen.append(agentsd.hosts.read_timestep(t))
+        return seen[-1]
+
+    monkeypatch.setattr("agentsd.patch.read_timestep", spy)
+    return seen
+
+
+def run_at(unet, t: float) -> None:
+    run(unet, (EXAMPLE[0], torch.tensor([t, t]), EXAMPLE[2]))
+
+
+@pytest.mark.parametrize("kw", NEVER.values(), ids=NEVER)
+def test_never(unet, read, kw):
+    with patched(unet, **kw):
+        run_at(unet, 900)
+        run_at(unet, 100)
+        assert not get_patch(unet).notes
+    assert read == []
+
+
+@pytest.mark.parametrize("kw", ONCE.values(), ids=ONCE)
+def test_once_a_call_of_the_u_net(unet, read, kw):
+    with patched(unet, **kw):
+        run_at(unet, 900)
+        assert read == [900]
+        run_at(unet, 100)
+    assert read == [900, 100]
+
+
+def test_an_observer_is_told_of_it(unet, read):
+    with patched(unet, **GRID):
+        answers = []
+        get_patch(unet).observer = answers.append
+        run_at(unet, 900)
+    assert read == [900]
+    assert {answer.timestep for answer in answers} == {900}
+
+
+def test_the_tensor_may_change_after_the_call(unet):
+    """Some samplers write the next timestep into the same tensor: what is compared later is read at once."""
+    t = torch.tensor([900.0, 900.0])
+    with patched(unet, **SIMILARITY, reuse_match=0.5):
+        patch = get_patch(unet)
+        run(unet, (EXAMPLE[0], t, EXAMPLE[2]))
+        first = patch.moment
+        t.fill_(850)
+        run(unet, (EXAMPLE[0], t, EXAMPLE[2]))
+        assert (first.timestep, patch.moment.timestep) == (900, 850)

@@ -1,0 +1,95 @@
+"""The extension's routes in a WebUI whose page is behind a login (--gradio-auth)."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from host import Host
+from page import SECONDS, Panel, browser
+
+USER, PASSWORD = "cat", "mouse"
+# with which nothing would be measured
+STATE = {"tab": "txt2img", "values": {"passes": "hires"}, "width": 512, "height": 512, "denoising": 0.7, "hires": None}
+ROUTES = [("GET", "page"), ("GET", "status"), ("POST", "preview"), ("GET", "measure"), ("POST", "measure")]
+ROUTES += [("DELETE", "measure")]
+every_route = pytest.mark.parametrize(("method", "name"), ROUTES, ids=[" ".join(route) for route in ROUTES])
+
+
+@pytest.fixture(scope="module")
+def guarded(a1111: Host) -> Iterator[Host]:
+    """The same checkout, served once more behind a login."""
+    host = Host(a1111.root, a1111.kind, a1111.checkpoint, flags=("--gradio-auth", f"{USER}:{PASSWORD}"))
+    try:
+        host.start()
+        yield host
+    finally:
+        host.stop()
+
+
+def ask(host: Host, method: str, path: str, cookie: str = "") -> int:
+    """The status of the answer."""
+    data = json.dumps(STATE).encode() if method == "POST" else None
+    headers = {"Content-Type": "application/json", **({"Cookie": cookie} if cookie else {})}
+    request = urllib.request.Request(host.url + path, data, headers, method=method)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def log_in(host: Host) -> str:
+    body = f"username={USER}&password={PASSWORD}".encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{host.url}/login", body), timeout=60) as answer:
+        return answer.headers["Set-Cookie"].split(";")[0]
+
+
+@every_route
+def test_without_the_cookie_a_route_is_refused_as_the_page_is(guarded: Host, method: str, name: str):
+    assert ask(guarded, "GET", "/config") == 401
+    assert ask(guarded, method, f"/agent-attention/{name}") == 401
+    assert ask(guarded, method, f"/agent-attention/{name}", "access-token=guessed") == 401
+
+
+@every_route
+def test_with_the_cookie_it_answers(guarded: Host, method: str, name: str):
+    assert ask(guarded, method, f"/agent-attention/{name}", log_in(guarded)) == 200
+
+
+@every_route
+def test_where_there_is_no_login_it_answers(a1111: Host, method: str, name: str):
+    assert ask(a1111, method, f"/agent-attention/{name}") == 200
+
+
+@pytest.mark.parametrize("route", ["preview", "measure"])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"width": 800_000}, "width"),
+        ({"height": 1e999}, "height"),
+        ({"width": 7}, "width"),
+        ({"passes": [{}] * 1000}, "passes"),
+        ({"hires": {"scale": 60, "resize_x": 0, "resize_y": 0}}, "hires pass"),
+    ],
+    ids=["huge", "infinite", "tiny", "unknown field", "huge hires pass"],
+)
+def test_a_bad_body_is_named_and_nothing_starts(a1111: Host, route: str, body: dict, said: str):
+    with pytest.raises(RuntimeError, match=rf"^422: .*{said}"):
+        a1111.call(f"/agent-attention/{route}", {**STATE, **body})
+    assert a1111.call("/agent-attention/measure")["state"] != "running"
+
+
+def test_the_page_shows_the_preview_after_the_login(guarded: Host):
+    token = log_in(guarded).partition("=")[2]
+    cookie = {"name": "access-token-unsecure", "value": token, "domain": "127.0.0.1", "path": "/", "sameSite": "Lax"}
+    cookie |= {"expires": -1, "httpOnly": True, "secure": False}
+    with browser(guarded.url, storage_state={"cookies": [cookie], "origins": []}) as page:
+        Panel(page).open()
+        page.wait_for_function(
+            "document.querySelector('#txt2img_agent_attention_summary')?.innerText.includes('512×512')",
+            timeout=30 * SECONDS,
+        )
