@@ -26,7 +26,7 @@ demo: $(READY) ## pictures of the embedded model with and without agent attentio
 	$(PY) -m agentsd demo
 
 playground: $(READY) ## the panel in a local web page, on the embedded model
-	$(PY) -m agentsd.playground
+	$(PY) -m agentsd playground
 
 test: $(READY) ## all tests, and the linter
 	$(PY) -m ruff check .

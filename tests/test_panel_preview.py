@@ -95,6 +95,7 @@ def test_what_is_done_in_words(values, words):
         ({"method": "merge"}, "No token is merged. Change “Ratio”."),
         ({"method": "corrected", "max_agents": 9}, "At most 9 agents are too few to correct. Change “Maximum agents”."),
         ({"rules": "full"}, "Full attention was asked for. Change “Rules”."),
+        ({"rules": "downsample=1 full"}, "Full attention was asked for. Change “Rules”."),
     ],
 )
 def test_where_nothing_happens_it_says_why(values, hint):

@@ -229,8 +229,9 @@ def _parts(config: AgentConfig, values: Mapping[str, Any], sampling: SamplingPas
     ]
 
 
-# Settings that veto a layer before its method is asked, in the order of agentsd.plan
-_VETOES = ("rules", "max_downsample", "min_tokens", "merge_attn")
+# Settings that veto a layer before its method is asked, from the least telling: layers further down are left alone by
+# every usual setting
+_VETOES = ("max_downsample", "rules", "min_tokens", "merge_attn")
 
 
 def _why_nothing(cost: Estimate) -> Hint:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from agentsd.webui.panel import element_id
-from agentsd.webui.settings import BY_NAME, NAMES
+from agentsd.panel.controls import element_id
+from agentsd.settings.table import BY_NAME, NAMES
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 SECONDS = 1000
@@ -57,9 +57,16 @@ class Panel:
             field.click()
             self.page.locator(f"#{element_id(self.tab, name)} li, ul.options li").filter(has_text=value).first.click()
         else:
-            field = self._at(name, "input[type=number]")
+            field = self._field(name)
             field.fill(str(value))
             field.blur()
+
+    def type(self, name: str, text: str) -> None:
+        """Type into a number's or a text's field, and stay there."""
+        self._field(name).fill(text)
+
+    def _field(self, name: str) -> Any:
+        return self._at(name, "textarea" if BY_NAME[name].kind == "text" else "input[type=number]")
 
     def picture(self, name: str) -> Image.Image:
         """What an image of the panel shows."""
@@ -94,7 +101,7 @@ class Panel:
             return self._at(name, "input[type=checkbox]").is_checked()
         if row.kind == "choice":
             return row.checked(self._at(name, "input").input_value())
-        return row.parsed(self._at(name, "input[type=number]").input_value())
+        return row.parsed(self._field(name).input_value())
 
     def values(self) -> dict[str, Any]:
         return {name: self.get(name) for name in NAMES}

@@ -8,8 +8,8 @@ from typing import Any
 from host import USER_DEFAULTS, Host
 from page import SECONDS, Panel, generate, number, paste, reload
 
-from agentsd.webui import infotext
-from agentsd.webui.settings import BY_NAME, DEFAULTS, SETTINGS
+from agentsd.settings import infotext
+from agentsd.settings.table import BY_NAME, DEFAULTS, SETTINGS
 
 CHANGED: dict[str, Any] = {
     "enabled": True,
@@ -35,6 +35,7 @@ CHANGED: dict[str, Any] = {
     "merge_crossattn": True,
     "merge_mlp": True,
     "seed": 12,
+    "rules": "downsample=2 method=pool | blocks=middle_block.* full",
 }
 
 

@@ -9,11 +9,11 @@ import pytest
 from host import Host
 from page import SECONDS, Panel, browser, size
 
-from agentsd.webui.panel import element_id
+from agentsd.panel.controls import element_id
 
 ROUTE = "/agent-attention/measure"
-ON = {"until": 1.0}
-PASS = {"width": 128, "height": 128, "hires": False, "start": 0.0}
+STATE = {"tab": "txt2img", "width": 128, "height": 128, "denoising": 0.7, "hires": None}
+ON = {**STATE, "values": {"until": 1.0}}
 
 
 def finished(host: Host, seconds: float = 120.0) -> dict:
@@ -25,14 +25,17 @@ def finished(host: Host, seconds: float = 120.0) -> dict:
 
 def test_it_measures_and_leaves_no_trace(a1111: Host):
     before = a1111.txt2img()
-    assert a1111.call(ROUTE, {"values": ON, "passes": [PASS]})["error"] == ""
+    assert a1111.call(ROUTE, ON)["error"] == ""
     told = finished(a1111)
     assert told["state"] == "done", told["text"]
-    [outcome] = told["outcomes"]
-    assert outcome["before"] > 0
-    assert outcome["after"] > 0
-    assert 0 < outcome["distance"] < 1
+    [row] = told["rows"]
+    outcome = dict(zip(told["head"], row, strict=True))
+    assert outcome["Size"] == "128×128"
+    for column, unit in (("Without", "ms"), ("With", "ms"), ("Speed-up", "×"), ("Output differs", "%")):
+        assert float(outcome[column].removesuffix(unit)) > 0
     assert told["min_tokens"] >= 0
+    shown = a1111.call("/agent-attention/preview", ON)["lines"][0]["text"]
+    assert f"measured: {outcome['Without'].split()[0]} → " in shown
     assert a1111.txt2img().pixels == before.pixels
     assert "measured 128×128" in a1111.console()
 
@@ -44,7 +47,7 @@ def test_it_refuses_while_an_image_is_made(a1111: Host):
         end = time.monotonic() + 30
         while a1111.call("/sdapi/v1/progress?skip_current_image=true")["progress"] == 0 and time.monotonic() < end:
             time.sleep(0.1)
-        assert a1111.call(ROUTE, {"values": ON, "passes": [PASS]})["error"] == ""
+        assert a1111.call(ROUTE, ON)["error"] == ""
         told = finished(a1111)
     finally:
         making.join()
@@ -53,15 +56,27 @@ def test_it_refuses_while_an_image_is_made(a1111: Host):
 
 
 @pytest.mark.parametrize(
-    ("values", "passes", "reason"),
+    ("changes", "reason"),
     [
-        ({"ratio": -1}, [PASS], "ratio"),
-        ({"until": 0.5}, [{**PASS, "start": 0.7}], "no pass is changed"),
-        ({}, [{"width": 128}], "hires"),
+        ({"values": {"ratio": -1}}, "ratio"),
+        ({"values": {"until": 0.5}, "tab": "img2img", "denoising": 0.3}, "no pass is changed"),
     ],
 )
-def test_a_bad_request_is_answered_with_the_reason(a1111: Host, values, passes, reason):
-    assert reason in a1111.call(ROUTE, {"values": values, "passes": passes})["error"]
+def test_what_cannot_be_measured_is_answered_with_the_reason(a1111: Host, changes, reason):
+    assert reason in a1111.call(ROUTE, {**STATE, **changes})["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"width": 0}, "width"),
+        ({"hires": {"scale": 16, "resize_x": 0, "resize_y": 0}, "width": 1024}, "hires pass"),
+        ({"passes": []}, "passes"),
+    ],
+)
+def test_a_bad_request_is_refused_with_the_reason(a1111: Host, changes, reason):
+    with pytest.raises(RuntimeError, match=f"422.*{reason}"):
+        a1111.call(ROUTE, {**ON, **changes})
 
 
 def test_in_the_page_with_progress_a_table_and_the_threshold(a1111: Host):

@@ -6,9 +6,9 @@ import pytest
 from host import Host
 from page import SECONDS, Panel, paste, reload
 
-from agentsd.webui.panel import element_id
-from agentsd.webui.presets import CUSTOM, KEPT, PRESETS
-from agentsd.webui.settings import BY_NAME, DEFAULTS
+from agentsd.panel.controls import element_id
+from agentsd.settings.presets import CUSTOM, KEPT, PRESETS
+from agentsd.settings.table import BY_NAME, DEFAULTS
 
 OLDER = (
     "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, AgAt Active: True, AgAt Use Second Pass: "

@@ -1,0 +1,181 @@
+"use strict";
+// Measuring, the last run, the token map and the keyboard.
+const {test, assert} = require("./page.js");
+
+const HEAD = ["Size", "Without", "With"];
+const ROW = ["512×512", "400 ms", "300 ms"];
+const told = (state, more = {}) => (
+    {state, progress: 0.5, text: state, head: HEAD, rows: [], min_tokens: null, ...more}
+);
+
+const opened = async (page) => {
+    page.server["POST measure"] = {error: ""};
+    page.server["GET measure"] = told("running");
+    page.server["DELETE measure"] = null;
+    page.load();
+    page.open();
+    await page.wait(1000);
+};
+
+const cells = (page) => page.find("measured").querySelectorAll("th, td").map((cell) => cell.textContent);
+
+test("measuring shows how far it is, then the table and the threshold", async (page) => {
+    await opened(page);
+    page.find("measure").click();
+    page.server["GET measure"] = told("running", {text: "Measuring: 50%"});
+    await page.wait(1000);
+    assert.equal(page.text("measured"), "Measuring: 50%");
+    const sent = page.asked.find(({method, name}) => method === "POST" && name === "measure");
+    assert.deepEqual(sent.body, page.previews[0]);
+    page.server["GET measure"] = told("done", {text: "Done.", rows: [ROW], min_tokens: 2048});
+    await page.wait(1000);
+    assert.deepEqual(cells(page), [...HEAD, ...ROW]);
+    const before = page.count("GET measure");
+    await page.wait(5000);
+    assert.equal(page.count("GET measure"), before);
+    const button = page.find("measured", "button");
+    assert.equal(button.textContent, "Set Minimum tokens to 2048");
+    button.click();
+    await page.wait(1000);
+    assert.equal(page.previews.at(-1).values.min_tokens, 2048);
+});
+
+test("the threshold is not offered where its control is not drawn", async (page) => {
+    page.find("min_tokens").remove();
+    await opened(page);
+    page.server["GET measure"] = told("done", {text: "Done.", rows: [ROW], min_tokens: 2048});
+    page.find("measure").click();
+    await page.wait(1000);
+    assert.deepEqual(cells(page), [...HEAD, ...ROW]);
+    assert.equal(page.find("measured", "button"), null);
+});
+
+test("progress alone is read out, not the table", async (page) => {
+    await opened(page);
+    page.server["GET measure"] = told("running", {text: "Measuring: 50%", rows: [ROW]});
+    page.find("measure").click();
+    await page.wait(1000);
+    const reading = page.find("measured").querySelectorAll("[role=status]");
+    assert.deepEqual(reading.map((element) => element.textContent), ["Measuring: 50%"]);
+});
+
+test("after a measurement the preview is asked for again", async (page) => {
+    await opened(page);
+    page.find("measure").click();
+    await page.wait(1000);
+    assert.equal(page.count("POST preview"), 1);
+    page.server["GET measure"] = told("done");
+    await page.wait(2000);
+    assert.equal(page.count("POST preview"), 2);
+});
+
+test("cancelling tells the server, which says so", async (page) => {
+    await opened(page);
+    page.find("measure").click();
+    await page.wait(1000);
+    page.server["DELETE measure"] = () => {
+        page.server["GET measure"] = told("cancelled", {text: "Cancelled."});
+        return null;
+    };
+    page.find("measure_cancel").click();
+    await page.wait(1000);
+    assert.equal(page.count("DELETE measure"), 1);
+    assert.equal(page.text("measured"), "Cancelled.");
+});
+
+test("where measuring does not begin, the reason is told", async (page) => {
+    await opened(page);
+    for (const [answer, expected] of [
+        [{error: "No Stable Diffusion model is loaded."}, "No Stable Diffusion model is loaded."],
+        [{status: 422, content: {detail: "width is too small"}}, "width is too small"],
+        [{status: 401, content: {}}, "Measuring failed: log in again."],
+        [undefined, "Measuring failed: the server does not answer."],
+    ]) {
+        page.server["POST measure"] = answer;
+        page.find("measure").click();
+        await page.wait(1000);
+        assert.equal(page.text("measured"), expected);
+    }
+    assert.equal(page.count("GET measure"), 0);
+});
+
+test("without a size nothing is measured", async (page) => {
+    await opened(page);
+    page.type("width", "");
+    page.find("measure").click();
+    await page.wait(1000);
+    assert.match(page.text("measured"), /width and a height/);
+    assert.equal(page.count("POST measure"), 0);
+});
+
+// The last run
+
+const generate = async (page) => {
+    const button = page.document.querySelector("#txt2img_interrupt");
+    button.style.display = "block";
+    await page.wait(1000);
+    button.style.display = "none";
+    await page.wait(1000);
+};
+
+test("the last run is told when the page is there, and after each generation", async (page) => {
+    page.load();
+    await page.wait(1000);
+    assert.equal(page.count("GET status"), 0, "the host's options are not there yet");
+    page.context.opts = {agent_attention_status_line: true, agent_attention_preset: "as saved"};
+    await page.wait(1000);
+    assert.equal(page.text("status"), "First pass: done");
+    assert.equal(page.text("status", "img2img"), "First pass: done");
+    page.server["GET status"] = {run: 2, text: "Hires pass: done"};
+    await generate(page);
+    assert.equal(page.text("status"), "Hires pass: done");
+    assert.equal(page.count("GET status"), 2);
+});
+
+test("the last run can be left out", async (page) => {
+    page.context.opts = {agent_attention_status_line: false, agent_attention_preset: "as saved"};
+    page.load();
+    await page.wait(1000);
+    assert.equal(page.text("status"), "");
+});
+
+test("the map of a new image comes by itself where it was asked for and is to be seen", async (page) => {
+    const shown = () => page.pressed.filter((id) => id.endsWith("_map_show")).length;
+    await opened(page);
+    await generate(page);
+    assert.equal(shown(), 0);
+    page.type("record", true);
+    await generate(page);
+    assert.equal(shown(), 1);
+    page.find("map_show").concealed = true;
+    await generate(page);
+    assert.equal(shown(), 1);
+});
+
+// The keyboard
+
+test("what is folded opens by Enter and Space", async (page) => {
+    await opened(page);
+    const label = page.find("more", "> .label-wrap");
+    assert.equal(label.tabIndex, 0);
+    assert.equal(label.getAttribute("role"), "button");
+    assert.equal(label.getAttribute("aria-expanded"), "false");
+    label.addEventListener("click", () => { label.className = "label-wrap open"; });
+    const press = (key) => {
+        const event = {type: "keydown", key, preventDefault: () => { event.prevented = true; }};
+        label.dispatchEvent(event);
+        return event.prevented;
+    };
+    assert.equal(press("a"), undefined);
+    assert.equal(label.className, "label-wrap");
+    assert.equal(press("Enter"), true);
+    await page.wait(500);
+    assert.equal(label.getAttribute("aria-expanded"), "true");
+    assert.equal(press(" "), true);
+});
+
+test("labels that are buttons already are left alone", async (page) => {
+    page.find("more", "> .label-wrap").tagName = "BUTTON";
+    await opened(page);
+    assert.equal(page.find("more", "> .label-wrap").getAttribute("role"), null);
+});
