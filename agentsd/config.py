@@ -245,8 +245,9 @@ class AgentConfig:
         agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
         method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), "corrected"
             (attention to one key of each square cell, as many as grid agents, with values fitted to full attention at
-            the cells' queries; cells shrink in layers that would otherwise have fewer than 32), "merge" (token merging
-            by `ratio`, no agents), or any other registered method.
+            the cells' queries; cells shrink in layers that would otherwise have fewer than 32), "local" (full
+            attention to each token's neighbourhood, and to one fitted key of each such cell outside it), "merge"
+            (token merging by `ratio`, no agents), or any other registered method.
         min_tokens: leave alone layers with fewer tokens than this, 0–2²⁴.
         max_agents: upper limit on the number of agent tokens, 1–2²⁴; None for no limit. Similarity agents are never
             fewer than the partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.

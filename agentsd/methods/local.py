@@ -1,0 +1,295 @@
+"""Local attention: each query attends to its neighbourhood, and to one key of each cell of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..grid import cell_side, cells, sampled
+from .base import LayerPlan, Method, SelfAttention, Settings, Span, register, untouched
+from .corrected import FEWEST
+from .fit import MU, bounded, solve_tikhonov
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Side of a window of queries, and what its keys reach beyond it: docs/zoo.md has the figures of others.
+WINDOW, HALO = 16, 4
+# More landmarks cost more than they gain: their fit grows with the square of their number.
+MOST = 640
+# Kernels of fused attention take biases of rows that long as they are.
+_ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class LocalPlan(LayerPlan):
+    """What local attention does to one transformer block.
+
+    Attributes:
+        near: number of keys in the neighbourhood of a window, all of which its queries attend to.
+        rows: number of agents, the queries at which the values are fitted; some count twice on ragged grids.
+    """
+
+    near: int = 0
+    rows: int = 0
+
+
+@register
+class Local(Method):
+    name = "local"
+    summary = (
+        "full attention to the neighbourhood of each token, and to one key of each cell of the rest, its value fitted; "
+        "it has no k_scale2 and no k_shortcut"
+    )
+    noun = "landmarks"
+
+    def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
+        """Landmarks in the cells of corrected agents, where all that is attended to is less than half of the layer."""
+        N, most = height * width, min(settings.max_agents or MOST, MOST)
+        s = cell_side(settings.agent_ratio, height, width, most)
+        while (n := len(sampled(height, s)) * len(sampled(width, s))) < FEWEST and s > 1:
+            s //= 2
+        if n > most:
+            return untouched(N, f"at most {most} landmarks are too few to fit", "max_agents", r=r)
+        y, x = _Axis(height, s), _Axis(width, s)
+        near = y.near * x.near
+        # every query attends to the near keys and the landmarks, and all tokens are attended to by the agents
+        if 2 * (near + 2 * n) < N:
+            rows = y.windows * y.agents * x.windows * x.agents
+            return LocalPlan(self.action, N, N, n, (s, s), r, near=near, rows=rows)
+        why = f"{near} near keys and {n} landmarks are too many for {N} tokens"
+        return untouched(N, why, "agent_ratio" if 2 * near < N else "method", r=r)
+
+    def attend(self, attention: SelfAttention) -> Tensor:
+        step = partial(local_attention, size=attention.size, cell=attention.plan.cell)
+        return attention.project_out(attention.by_heads(step, *attention.project(attention.x)))
+
+    def flops(self, plan: LayerPlan, channels: int) -> int:
+        """As everywhere; WᵀW grows with the number of heads, which is taken to be that of heads of 64 channels."""
+        C, N, n, R, K = channels, plan.tokens, plan.agents, plan.rows, _aligned(plan.near + plan.agents)
+        attention = 4 * N * K * C + 4 * R * N * C  # of the queries, and of the agents to all tokens
+        fit = 4 * R * K * C + 2 * R * n * C + 2 * R * n * n * -(-C // 64)
+        return 8 * N * C * C + attention + fit
+
+    def words(self, plan: LayerPlan) -> str:
+        return f"{plan.tokens} tokens → {plan.near} near keys and {plan.agents} landmarks"
+
+    def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
+        rows, columns = (sampled(*axis) for axis in zip((height, width), plan.cell or (1, 1), strict=True))
+        return [(y, x, y + 1, x + 1) for y in rows for x in columns]
+
+    def caption(self, plan: LayerPlan) -> str:
+        return (
+            f"Dots: {plan.agents} landmarks, one token of each cell. A token attends to its neighbourhood, and to the "
+            "landmarks outside it."
+        )
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: tuple[int, int],
+    cell: tuple[int, int],
+    window: int = WINDOW,
+    halo: int = HALO,
+    mu: float = MU,
+) -> Tensor:
+    """Full attention to what is near, and to landmarks for the rest, in one softmax.
+
+    Queries are taken in windows. A window's keys are all tokens of its neighbourhood 𝒩, and the landmarks: one token j
+    of each cell, which stands for the c_j tokens of its cell outside 𝒩.
+
+        W = σ(Q [K_𝒩, K̄]ᵀ · d^-½ + [0, log c])
+        O = W [V_𝒩, Y]
+
+    Y is fitted as in corrected agents, but to what the landmarks have to make up for: at the agents, the queries of
+    the landmarks, O is to be full attention V_A. With W there split into W_𝒩 and W̄,
+
+        Y = V̄ − (W̄ᵀW̄ + μ m I)⁻¹ W̄ᵀ (W_𝒩 V_𝒩 + W̄ V̄ − V_A),  m = ‖W‖² / n
+
+    The penalty is measured by all of W: where nearly all attention is near, the landmarks' own weights are tiny, and a
+    penalty in proportion to them would let the fit amplify noise.
+
+    Where windows reach over everything, or each token is a landmark, this is full attention.
+
+    Args:
+        q: queries (B, H, N, d), N = height · width, in row-major order.
+        k: keys (B, H, N, d).
+        v: values (B, H, N, d).
+        size: (height, width) of the grid of tokens; any.
+        cell: (height, width) of a cell in tokens.
+        window: upper limit on the side of a window in tokens.
+        halo: tokens that a neighbourhood reaches beyond its window on each side; at the edges of the grid, and where
+            windows are cut short, it reaches further on the other side.
+        mu: weight of the penalty, above 0.
+
+    Returns:
+        (B, H, N, d). Only W at the agents exists as a matrix. It and the fit are float32 whatever the tensors are. A
+        row of the batch and head whose fit is not finite, or grows out of proportion, uses V̄.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+
+    at = _tables(q, size, cell, window, halo)
+    # (B·H, windows, keys, d): windows are what fused attention takes for heads, so that one mask does for all
+    near_k, near_v = (_by_window(t.index_select(2, at.keys), at.windows) for t in (k, v))
+    a = q.index_select(2, at.agents)
+    delta = _fitted(_by_window(a, at.windows), near_k, near_v, scaled_dot_product_attention(a, k, v), at, mu)
+    if near_v.requires_grad:
+        near_v = near_v.clone()
+    near_v[:, :, -at.landmarks :].sub_(delta[:, None])
+    queries = q.index_select(2, at.queries).flatten(0, 1).unflatten(1, (-1, at.windows)).transpose(1, 2)
+    out = scaled_dot_product_attention(queries, near_k, near_v, attn_mask=at.bias)
+    # fused kernels lay their output out as these queries or by them, so this is a view
+    out = out.transpose(1, 2).flatten(1, 2).unflatten(0, q.shape[:2])
+    return out.transpose(1, 2).index_select(1, at.places).transpose(1, 2)
+
+
+def _by_window(x: Tensor, windows: int) -> Tensor:
+    """(B, H, windows · M, d) → (B·H, windows, M, d), as a view."""
+    return x.flatten(0, 1).unflatten(1, (windows, -1))
+
+
+def _fitted(a: Tensor, near_k: Tensor, near_v: Tensor, v_a: Tensor, at: _Tables, mu: float) -> Tensor:
+    """V̄ − Y of the landmarks (B·H, n, d)."""
+    import torch
+
+    from ..tensors import no_autocast
+
+    n = at.landmarks
+    with no_autocast(a.device.type):
+        scores = a.float() @ near_k.float().mT
+        w = torch.add(at.bias, scores, alpha=a.shape[-1] ** -0.5).softmax(dim=-1)
+        error = (w @ near_v.float()).view(*v_a.shape).sub_(v_a).flatten(0, 1)
+        norm = torch.linalg.vector_norm(w, dim=(1, 2, 3))
+        return bounded(solve_tikhonov(w.flatten(1, 2)[..., -n:], error, norm, mu), near_v[:, 0, -n:])
+
+
+class _Axis(NamedTuple):
+    """One axis of a grid: `length` tokens, landmarks in cells of `cell`."""
+
+    length: int
+    cell: int
+    window: int = WINDOW
+    halo: int = HALO
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return cells(self.length, self.window)
+
+    @property
+    def side(self) -> int:
+        """Tokens of a window; all windows are alike, and the last one may reach beyond the edge."""
+        return cells(self.length, self.windows)
+
+    @property
+    def near(self) -> int:
+        """Tokens of a neighbourhood."""
+        return min(self.length, self.side + 2 * self.halo)
+
+    @property
+    def agents(self) -> int:
+        """Agents of a window."""
+        return cells(self.side, self.cell)
+
+    def tables(self, device: Any) -> dict[str, Tensor]:
+        """What is where along the axis, one row for each window."""
+        import torch
+
+        arange = partial(torch.arange, device=device)
+        first = sampled(self.length, self.cell)
+        begin = self.side * arange(self.windows)[:, None]
+        start = (begin - self.halo).clamp(0, self.length - self.near)
+        # cells of the landmarks; a cell that is cut short before its middle belongs to the landmark before it
+        edges = torch.nn.functional.pad(self.cell * arange(len(first)), (0, 1), value=self.length)
+        reach = torch.minimum(start + self.near, edges[1:]) - torch.maximum(start, edges[:-1])
+        # a window with fewer landmarks than others takes the next ones too: they are queries like any other
+        agents = (begin - first.start + self.cell - 1).clamp(min=0) // self.cell + arange(self.agents)
+        return {
+            "queries": (begin + arange(self.side)).clamp(max=self.length - 1),
+            "keys": start + arange(self.near),
+            "landmarks": first.start + self.cell * arange(len(first))[None],
+            "agents": first.start + self.cell * agents.clamp(max=len(first) - 1),
+            "sizes": edges.diff()[None],
+            "inside": reach.clamp(min=0),
+            "window": arange(self.length)[None] // self.side,
+            "offset": arange(self.length)[None] % self.side,
+        }
+
+
+class _Tables(NamedTuple):
+    """Which tokens go where.
+
+    Attributes:
+        windows: number of windows.
+        landmarks: n.
+        queries: the first token of each window, the second of each, and so on.
+        agents: agents of the first window, of the second, and so on.
+        keys: near keys of each window and the landmarks; between them the first token, which is masked, so often that
+            the rows of `bias` are aligned.
+        bias: log c, 0 for near keys, −∞ for landmarks inside and for what is masked (1, windows, 1, keys).
+        places: where each token's output is among those of `queries`.
+    """
+
+    windows: int
+    landmarks: int
+    queries: Tensor
+    agents: Tensor
+    keys: Tensor
+    bias: Tensor
+    places: Tensor
+
+
+def _tables(q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int, halo: int) -> _Tables:
+    import torch
+
+    # tensors without values, as counters of FLOPs use them, must not be kept
+    make = _kept_tables if type(q) is torch.Tensor else _make_tables
+    return make(size, cell, window, halo, q.device, q.dtype)
+
+
+def _make_tables(
+    size: tuple[int, int], cell: tuple[int, int], window: int, halo: int, device: Any, dtype: Any
+) -> _Tables:
+    import torch
+
+    axes = [_Axis(length, side, window, halo) for length, side in zip(size, cell, strict=True)]
+    with torch.inference_mode(False), torch.no_grad():
+        y, x = (axis.tables(device) for axis in axes)
+
+        def tokens(name: str) -> Tensor:
+            return _pairs(size[1] * y[name], x[name], torch.add)
+
+        windows, n = axes[0].windows * axes[1].windows, tokens("landmarks").shape[1]
+        keys = tokens("keys")
+        outside = _pairs(y["sizes"], x["sizes"], torch.mul) - _pairs(y["inside"], x["inside"], torch.mul)
+        filler = _aligned(keys.shape[1] + n) - keys.shape[1] - n
+        far = torch.nn.functional.pad(outside.to(dtype).log(), (filler, 0), value=-torch.inf)
+        keys = torch.nn.functional.pad(keys, (0, filler))
+        window_of = _pairs(axes[1].windows * y["window"], x["window"], torch.add)
+        offset = _pairs(axes[1].side * y["offset"], x["offset"], torch.add)
+        return _Tables(
+            windows,
+            n,
+            tokens("queries").mT.flatten(),
+            tokens("agents").flatten(),
+            torch.cat([keys, tokens("landmarks").expand(windows, -1)], dim=1).flatten(),
+            torch.cat([far.new_zeros(windows, keys.shape[1] - filler), far], dim=1)[None, :, None],
+            (offset * windows + window_of).flatten(),
+        )
+
+
+_kept_tables = lru_cache(maxsize=32)(_make_tables)
+
+
+def _pairs(y: Tensor, x: Tensor, combine: Any) -> Tensor:
+    """Combine the tables of two axes: (a, i), (b, j) → (a·b, i·j), or (1, …) where neither has windows."""
+    return combine(y[:, None, :, None], x[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _aligned(length: int) -> int:
+    return _ALIGNED * cells(length, _ALIGNED)
