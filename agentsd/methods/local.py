@@ -138,7 +138,7 @@ def local_attention(
     near_k, near_v = (_by_window(t.index_select(2, at.keys), at.windows) for t in (k, v))
     a = q.index_select(2, at.agents)
     delta = _fitted(_by_window(a, at.windows), near_k, near_v, scaled_dot_product_attention(a, k, v), at, mu)
-    if near_v.requires_grad:
+    if delta.requires_grad:  # then autograd needs these values as they are
         near_v = near_v.clone()
     near_v[:, :, -at.landmarks :].sub_(delta[:, None])
     queries = q.index_select(2, at.queries).flatten(0, 1).unflatten(1, (-1, at.windows)).transpose(1, 2)
@@ -229,8 +229,7 @@ class _Tables(NamedTuple):
         landmarks: n.
         queries: the first token of each window, the second of each, and so on.
         agents: agents of the first window, of the second, and so on.
-        keys: near keys of each window and the landmarks; between them the first token, which is masked, so often that
-            the rows of `bias` are aligned.
+        keys: near keys of each window and the landmarks; between them as many masked ones as align the rows of `bias`.
         bias: log c, 0 for near keys, −∞ for landmarks inside and for what is masked (1, windows, 1, keys).
         places: where each token's output is among those of `queries`.
     """
@@ -269,7 +268,8 @@ def _make_tables(
         outside = _pairs(y["sizes"], x["sizes"], torch.mul) - _pairs(y["inside"], x["inside"], torch.mul)
         filler = _aligned(keys.shape[1] + n) - keys.shape[1] - n
         far = torch.nn.functional.pad(outside.to(dtype).log(), (filler, 0), value=-torch.inf)
-        keys = torch.nn.functional.pad(keys, (0, filler))
+        # what fills up is masked; a near key, for a weight of 0 does not hide a value that is not finite
+        keys = torch.cat([keys, keys[:, :1].expand(-1, filler)], dim=1)
         window_of = _pairs(axes[1].windows * y["window"], x["window"], torch.add)
         offset = _pairs(axes[1].side * y["offset"], x["offset"], torch.add)
         return _Tables(
