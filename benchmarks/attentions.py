@@ -1,0 +1,197 @@
+"""Self-attentions of many kinds: the embedded model's, and such as let a method fail that relies on the wrong thing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Queries, keys and values (1, H, N, d) of one self-attention over a grid of `size` = (height, width) tokens."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    size: tuple[int, int]
+
+    def concentration(self, queries: int = 128) -> tuple[float, float]:
+        """(exp of the mean entropy, mean share of attention at most 4 rows and 4 columns away), of some queries."""
+        N, width = math.prod(self.size), self.size[1]
+        index = torch.linspace(0, N - 1, min(queries, N)).long()
+        p = (self.q[:, :, index] @ self.k.mT * self.q.shape[-1] ** -0.5).softmax(-1)
+        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean()
+        token = torch.arange(N)
+        rows, columns = (index // width)[:, None] - token // width, (index % width)[:, None] - token % width
+        near = (rows.abs() <= 4) & (columns.abs() <= 4)
+        return float(entropy.exp()), float((p * near).sum(-1).mean())
+
+
+def positions(size: tuple[int, int]) -> Tensor:
+    """(row, column) of each token, from the middle of the grid (N, 2)."""
+    axes = [torch.arange(length) - (length - 1) / 2 for length in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def fields(heads: int, channels: int, size: tuple[int, int], draw: torch.Generator, rough: float = 0.3) -> Tensor:
+    """Random features (1, H, N, channels) of unit variance: octaves of smooth noise, and a share `rough` of white."""
+    total = rough * torch.randn(heads, channels, *size, generator=draw)
+    for side in (3, 6, 12, 24, 48):
+        noise = torch.randn(heads, channels, side, side, generator=draw)
+        total += F.interpolate(noise, size, mode="bicubic") / (side / 3) ** 0.5
+    return (total / total.std()).flatten(2).transpose(1, 2)[None].contiguous()
+
+
+def content(
+    heads: int, d: int, size: tuple[int, int], draw: torch.Generator, sharpness: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values; queries and keys are alike, as in real models, and scores spread by `sharpness`."""
+    base = fields(heads, d, size, draw)
+    q, k = (base + 0.5 * fields(heads, d, size, draw) for _ in range(2))
+    spread = (q[:, :, ::7] @ k[:, :, ::7].mT * d**-0.5).std()
+    return q * sharpness / spread, k, fields(heads, d, size, draw)
+
+
+def added(given: tuple[Tensor, Tensor, Tensor], wanted: Tensor, offered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put positions into the last channels of queries and keys, so that wanted · offered is added to the scores."""
+    q, k, v = given
+    p = wanted.shape[-1]
+    scale = q.shape[-1] ** 0.5
+    return (
+        torch.cat([q[..., :-p], (wanted * scale).expand(*q.shape[:-1], p)], dim=-1),
+        torch.cat([k[..., :-p], offered.expand(*k.shape[:-1], p)], dim=-1),
+        v,
+    )
+
+
+@cache
+def _of_the_model(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Level 0 of the embedded model at three timesteps, three layers each: nine heads of 32."""
+    from agentsd.embedded import load
+    from agentsd.hosts import find_sites
+
+    pipe, found, draw = load(), [], torch.Generator().manual_seed(0)
+    seams = []
+
+    def watch(site):
+        def answer(call):
+            attn = site.block.attn1
+            found.append([to(call.x) for to in (attn.to_q, attn.to_k, attn.to_v)])
+            return call.proceed()
+
+        return answer
+
+    for site in find_sites(pipe.unet):
+        if site.downsample == 1:
+            seams.append(site.seam())
+            seams[-1].install(watch(site))
+    for number, t in enumerate((900, 500, 100)):
+        clean = F.interpolate(pipe.latents_of(pipe.pictures[[number]]).float(), size, mode="bilinear", antialias=True)
+        alpha = pipe.scheduler.alphas_cumprod[t]
+        noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=draw)
+        pipe.predict(noised, t, [pipe.prompts[number]])
+    for seam in seams:
+        seam.remove()
+    return tuple(torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+
+
+def model(sharpness: float) -> Callable[..., Attention]:
+    """The embedded model's own attention, at most nine heads of its own width, with its queries multiplied."""
+
+    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+        q, k, v = _of_the_model(size)
+        return Attention(sharpness * q[:, :heads], k[:, :heads], v[:, :heads], size)
+
+    return make
+
+
+def gaussian(sigmas: tuple[float, ...]) -> Callable[..., Attention]:
+    """Scores of content, and −r² / 2σ², with another σ in each head."""
+
+    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+        at = positions(size)
+        sigma = torch.tensor([sigmas[h % len(sigmas)] for h in range(heads)])[None, :, None, None]
+        wanted = torch.cat([at, torch.ones(len(at), 1)], dim=-1) / sigma**2
+        offered = torch.cat([at, -at.square().sum(-1, keepdim=True) / 2], dim=-1)
+        return Attention(*added(content(heads, d, size, draw, 1.5), wanted, offered), size)
+
+    return make
+
+
+def inverse_square(rho: float) -> Callable[..., Attention]:
+    """Attention that falls off as 1 / (1 + r² / ρ²), by the largest terms of the Fourier series of its logarithm."""
+
+    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+        torus = [2 * length for length in size]
+        distance = [torch.minimum(torch.arange(n), n - torch.arange(n)).float() for n in torus]
+        score = -torch.log1p((distance[0][:, None] ** 2 + distance[1] ** 2) / rho**2)
+        terms = torch.fft.fft2(score).real / math.prod(torus)
+        terms[:, size[1] + 1 :] = 0  # those of −k and k are the same
+        terms[:, 1 : size[1]] *= 2
+        terms[0, 0] = 0
+        most = terms.abs().flatten().topk((d - 8) // 2).indices
+        weight = terms.flatten()[most]
+        frequency = torch.stack([most // torus[1] / torus[0], most % torus[1] / torus[1]], dim=-1)
+        phase = 2 * math.pi * positions(size) @ frequency.T
+        waves = torch.cat([phase.cos(), phase.sin()], dim=-1)
+        wanted = waves * torch.cat([weight, weight])
+        return Attention(*added(content(heads, d, size, draw, 1.0), wanted, waves), size)
+
+    return make
+
+
+def segments(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+    """Regions of any shape whose tokens attend to their own region, with values that differ between regions."""
+    seeds = torch.rand(12, 2, generator=draw) - 0.5
+    label = torch.cdist(positions(size) / max(size), seeds).argmin(dim=-1)
+    q, k, v = content(heads, d, size, draw, 0.5)
+    code = torch.randn(heads, 12, d, generator=draw)
+    k = k + 2 * code[None, :, label]
+    q = q + 2 * code[None, :, label]
+    return Attention(q, k, v + 2 * torch.randn(heads, 12, d, generator=draw)[None, :, label], size)
+
+
+def sinks(where: str) -> Callable[..., Attention]:
+    """A few keys of high norm that most queries attend to, whose values stand out."""
+
+    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+        (height, width), (q, k, v) = size, content(heads, d, size, draw, 1.0)
+        corners = torch.tensor([0, width - 1, (height - 1) * width, height * width - 1])
+        axis = F.normalize(torch.randn(heads, 1, d, generator=draw), dim=-1)[None]
+        q = q + 2.0 * axis
+        for head in range(heads):
+            moving = torch.randint(height * width, (4,), generator=draw)
+            at = corners if where == "corners" else moving
+            # a query gives them about half of its attention
+            k[0, head, at] += axis[0, head] * (math.log(height * width / 4) + 0.5) * d**0.5 / 2.0
+            v[0, head, at] *= 3
+        return Attention(q, k, v, size)
+
+    return make
+
+
+def texture(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+    """Keys and values that repeat every four tokens: the tokens at the same place of each cell are alike."""
+    q, k, v = content(heads, d, size, draw, 1.0)
+    grid = torch.arange(size[0])[:, None] % 4 * 4 + torch.arange(size[1]) % 4
+    code, values = torch.randn(2, heads, 16, d, generator=draw)
+    phase = grid.flatten()
+    return Attention(q + code[None, :, phase], k + code[None, :, phase], v + values[None, :, phase], size)
+
+
+KINDS: dict[str, Callable[..., Attention]] = {
+    **{f"model, queries × {s}": model(s) for s in (1, 4, 8, 16)},
+    "Gaussian, σ 2–4": gaussian((2.0, 3.0, 4.0)),
+    "Gaussian, σ 4–16": gaussian((4.0, 8.0, 16.0)),
+    "inverse square": inverse_square(2.0),
+    "segments": segments,
+    "sinks, moving": sinks("moving"),
+    "sinks, corners": sinks("corners"),
+    "texture": texture,
+}
