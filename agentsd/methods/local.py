@@ -131,8 +131,14 @@ def local_attention(
         (B, H, N, d). Only W at the agents exists as a matrix. It and the fit are float32 whatever the tensors are. A
         row of the batch and head whose fit is not finite, or grows out of proportion, uses V̄.
     """
+    import torch
     from torch.nn.functional import scaled_dot_product_attention
 
+    if q.device.type == "cpu" and len(q) > 1:
+        # copies of several rows outgrow what the C library keeps of its memory, and would be mapped anew in each call
+        rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        outs = [local_attention(*row, size=size, cell=cell, window=window, halo=halo, mu=mu) for row in rows]
+        return torch.cat([out.transpose(1, 2) for out in outs]).transpose(1, 2)
     at = _tables(q, size, cell, window, halo)
     # (B·H, windows, keys, d): windows are what fused attention takes for heads, so that one mask does for all
     near_k, near_v = (_by_window(t.index_select(2, at.keys), at.windows) for t in (k, v))

@@ -1,0 +1,117 @@
+"""Local attention's windows, halos and penalties: how close on kinds of the zoo, and the seconds of a call.
+
+python -m benchmarks.local                 # docs/zoo/local.md
+python -m benchmarks.local --rounds 3      # a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from agentsd.methods.corrected import corrected_attention
+from agentsd.methods.local import HALO, WINDOW, local_attention
+from agentsd.tensors import join_heads, sample_tokens, split_heads
+
+from .attentions import KINDS
+from .rivals import full
+from .zoo import error, short
+
+SIZE, CELL, HEADS, WIDTH = (64, 64), (4, 4), 8, 40
+SHOWN = (
+    "model, queries × 1",
+    "model, queries × 8",
+    "Gaussian, σ 2–4",
+    "Gaussian, σ 4–16",
+    "segments",
+    "sinks, corners",
+)
+WINDOWS = ((16, 0), (16, 3), (16, 4), (16, 8), (8, 4), (8, 8), (32, 4))
+PENALTIES = (0.01, 0.02, 0.05, 0.1)
+# (side of the grid, side of a cell) of the timings
+GRIDS = ((64, 4), (128, 8))
+
+
+def closeness(steps: dict[str, Callable[..., Tensor]]) -> dict[str, list[str]]:
+    """Error of each way on each kind: the median of the heads, and the worst."""
+    found: dict[str, list[str]] = {name: [] for name in steps}
+    for kind in tqdm(SHOWN, desc="closeness"):
+        at = KINDS[kind](HEADS, WIDTH, SIZE, torch.Generator().manual_seed(0))
+        expected = full(at)
+        for name, step in steps.items():
+            errors = error(step(at.q, at.k, at.v, size=SIZE, cell=CELL), expected)
+            found[name].append(f"{short(statistics.median(errors))} ({short(max(errors))})")
+    return found
+
+
+def timed(steps: dict[str, Callable[..., Tensor]], side: int, cell: int, dtype: torch.dtype, rounds: int) -> list[str]:
+    """Seconds of processor time against SDPA's, the medians of interleaved rounds after one warm-up."""
+    x = [torch.randn(1, side**2, HEADS * WIDTH).to(dtype) for _ in range(3)]
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    for number in tqdm(range(rounds + 1), desc=f"{side}×{side}, {dtype}"):
+        base = _seconds(scaled_dot_product_attention, x)
+        for name, step in steps.items():
+            taken = _seconds(partial(step, size=(side, side), cell=(cell, cell)), x)
+            ratios[name] += [taken / base] if number else []
+    return [f"{statistics.median(of):.2f}" for of in ratios.values()]
+
+
+def _seconds(step: Callable[..., Tensor], x: list[Tensor]) -> float:
+    start = time.process_time()
+    join_heads(step(*(split_heads(t, HEADS) for t in x)))
+    return time.process_time() - start
+
+
+def _corrected(q: Tensor, k: Tensor, v: Tensor, *, size: tuple[int, int], cell: tuple[int, int]) -> Tensor:
+    few = [split_heads(sample_tokens(join_heads(x), *size, cell), x.shape[1]) for x in (q, k, v)]
+    return corrected_attention(q, k, v, *few)
+
+
+def table(rounds: int) -> str:
+    """Variants down; closeness on each kind, and time at each size and dtype, across."""
+    steps: dict[str, Callable[..., Tensor]] = {"corrected": _corrected}
+    for window, halo in WINDOWS:
+        chosen = " (chosen)" if (window, halo) == (WINDOW, HALO) else ""
+        steps[f"windows of {window}, halo {halo}{chosen}"] = partial(local_attention, window=window, halo=halo)
+    errors = closeness(steps | {f"μ {mu}": partial(local_attention, mu=mu) for mu in PENALTIES})
+    times = {name: [] for name in errors}
+    columns = []
+    for side, cell in GRIDS:
+        for dtype in (torch.float32, torch.bfloat16):
+            columns.append(f"time, {side * side} tokens, cells of {cell}×{cell}, {str(dtype).removeprefix('torch.')}")
+            for name, ratio in zip(steps, timed(steps, side, cell, dtype, rounds if side == 64 else 2), strict=True):
+                times[name].append(ratio)
+    lines = ["| | " + " | ".join((*SHOWN, *columns)) + " |", "|---|" + "---:|" * (len(SHOWN) + len(columns))]
+    for name, row in errors.items():
+        lines.append("| " + " | ".join((name, *row, *(times[name] or [""] * len(columns)))) + " |")
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/zoo/local.md"), help="file for the table")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of the timings (9)")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # processor time is that of all threads
+    text = (
+        f"Error: median of the heads (worst), {SIZE[1]}×{SIZE[0]} tokens. Time: SDPA = 1, {HEADS} heads of {WIDTH}.\n\n"
+    )
+    text += table(args.rounds) + "\n"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
