@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from agentsd.config import AgentConfig
 from agentsd.merging import match, partition
 from agentsd.methods.agents import agent_attention
 from agentsd.methods.corrected import corrected_attention
 from agentsd.methods.fit import MU, fit_tikhonov
 from agentsd.methods.local import local_attention
+from agentsd.plan import plan_layer
 from agentsd.tensors import join_heads, pool_tokens, sample_tokens, split_heads
 
 from .attentions import Attention
@@ -84,7 +86,9 @@ def corrected_tikhonov(mu: float) -> Callable[[Attention], Tensor]:
 
 
 def local(at: Attention) -> Tensor:
-    return local_attention(at.q, at.k, at.v, size=at.size, cell=CELL)
+    """With the product's cells, also where the product leaves so small a layer alone."""
+    cell = plan_layer(AgentConfig(method="local", agent_ratio=0.9375), *at.size, 1).cell
+    return local_attention(at.q, at.k, at.v, size=at.size, cell=cell or CELL)
 
 
 def merging(ratio: float) -> Callable[[Attention], Tensor]:
@@ -164,7 +168,7 @@ RIVALS: dict[str, Rival] = {
     "corrected": Rival("corrected 4×4", corrected),
     "tikhonov": Rival(f"corrected 4×4, Tikhonov μ {MU}", corrected_tikhonov(MU)),
     "tikhonov.1": Rival("corrected 4×4, Tikhonov μ 0.1", corrected_tikhonov(0.1)),
-    "local": Rival("local 4×4", local),
+    "local": Rival("local", local),
     "merge": Rival("merging 0.5", merging(0.5)),
     "tiles": Rival("tiles", tiles),
     "nystra": Rival("PnP-Nystra, 6 iterations", nystrom(6)),

@@ -170,20 +170,23 @@ def draw(results: Results, path: Path) -> None:
     ((height, width), d), rows = next(((s, r) for s, r in shapes.items() if s == MAIN), next(iter(shapes.items())))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     figure, panels = plt.subplots(-(-(len(kinds) + 1) // 4), 4, figsize=(13, 9), sharex=True, sharey=True)
+    marks = {"local": "*"}
     colours = dict(zip(RIVALS, plt.get_cmap("tab20").colors, strict=False))
     for panel, kind in zip(panels.flat, kinds, strict=False):
         of = [row for row in rows if row["kind"] == kind and row["relative"] and row["method"] != "full"]
         for row in of:
             y = min(max(float(row["median"]), 1e-3), 10)
-            mark = "*" if row["method"] == "local" else "o"
-            panel.plot(float(row["relative"]), y, mark, color=colours[row["method"]], ms=11 if mark == "*" else 7)
+            mark = marks.get(row["method"], "o")
+            panel.plot(float(row["relative"]), y, mark, color=colours[row["method"]], ms=7 if mark == "o" else 11)
         panel.set(xscale="log", yscale="log", ylim=(8e-4, 13), title=f"{kind} (neff {of[0]['neff']})")
         panel.title.set_fontsize(9)
         panel.grid(True, alpha=0.3)
     for panel in panels.flat[len(kinds) :]:
         panel.axis("off")
     names = [n for n, rival in RIVALS.items() if rival.timed and n != "full" and any(r["method"] == n for r in rows)]
-    handles = [plt.Line2D([], [], marker="o", ls="", color=colours[n], label=RIVALS[n].label) for n in names]
+    handles = [
+        plt.Line2D([], [], marker=marks.get(n, "o"), ls="", color=colours[n], label=RIVALS[n].label) for n in names
+    ]
     panels.flat[len(kinds)].legend(handles=handles, fontsize="small", loc="center", frameon=False)
     figure.suptitle(f"{width}×{height} tokens, heads of {d}; errors are cut off at 0.001 and 10")
     figure.supxlabel("seconds of processor time, SDPA = 1")
