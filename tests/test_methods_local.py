@@ -330,9 +330,14 @@ class TestPlan:
 
     def test_landmarks_are_limited(self):
         plan = plan_layer(AgentConfig(**LOCAL), 128, 128, 1)
-        assert (plan.agents, plan.cell) == (256, (8, 8))
+        assert (plan.agents, plan.cell) == (512, (4, 8))
         assert plan_layer(AgentConfig(**LOCAL), 96, 96, 1).agents == 576 <= MOST
-        assert plan_layer(AgentConfig(**LOCAL, max_agents=100), 96, 96, 1).cell == (16, 16)
+        assert plan_layer(AgentConfig(**LOCAL, max_agents=100), 96, 96, 1).cell == (8, 16)
+        assert plan_layer(AgentConfig(**LOCAL), 192, 192, 1).cell == (8, 8)
+
+    def test_cells_are_smaller_where_there_would_be_too_few_landmarks(self):
+        plan = plan_layer(AgentConfig(method="local", agent_ratio=0.99), 40, 40, 1)
+        assert (plan.agents, plan.cell) == (100, (4, 4))
 
     def test_too_small_a_layer_is_untouched(self):
         plan = plan_layer(AgentConfig(**LOCAL), 32, 32, 1)
@@ -351,7 +356,7 @@ class TestPlan:
         plan = plan_layer(AgentConfig(**LOCAL, max_agents=8), 64, 64, 1)
         assert (plan.action, plan.remedy) == ("untouched", ("max_agents",))
 
-    @pytest.mark.parametrize("size", [(64, 64), (50, 67), (96, 96)])
+    @pytest.mark.parametrize("size", [(64, 64), (50, 67), (96, 128)])
     def test_flops_are_those_that_are_counted(self, size):
         heads, C, N = 2, 128, math.prod(size)
         plan = plan_layer(AgentConfig(**LOCAL), *size, 1)

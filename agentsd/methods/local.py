@@ -46,19 +46,21 @@ class Local(Method):
     noun = "landmarks"
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
-        """Landmarks in the cells of corrected agents, where all that is attended to is less than half of the layer."""
+        """Landmarks in the cells of corrected agents, where all that is attended to is less than half of the layer.
+
+        Where that would be too many, a cell is doubled along one axis after the other.
+        """
         N, most = height * width, min(settings.max_agents or MOST, MOST)
-        s = cell_side(settings.agent_ratio, height, width, most)
-        while (n := len(sampled(height, s)) * len(sampled(width, s))) < FEWEST and s > 1:
-            s //= 2
-        if n > most:
+        sy, sx = cell = _cell(settings.agent_ratio, height, width, most)
+        n = _landmarks(height, width, cell)
+        if n < min(FEWEST, N):
             return untouched(N, f"at most {most} landmarks are too few to fit", "max_agents", r=r)
-        y, x = _Axis(height, s), _Axis(width, s)
+        y, x = _Axis(height, sy), _Axis(width, sx)
         near = y.near * x.near
         # every query attends to the near keys and the landmarks, and all tokens are attended to by the agents
         if 2 * (near + 2 * n) < N:
             rows = y.windows * y.agents * x.windows * x.agents
-            return LocalPlan(self.action, N, N, n, (s, s), r, near=near, rows=rows)
+            return LocalPlan(self.action, N, N, n, cell, r, near=near, rows=rows)
         why = f"{near} near keys and {n} landmarks are too many for {N} tokens"
         return untouched(N, why, "agent_ratio" if 2 * near < N else "method", r=r)
 
@@ -85,6 +87,20 @@ class Local(Method):
             f"Dots: {plan.agents} landmarks, one token of each cell. A token attends to its neighbourhood, and to the "
             "landmarks outside it."
         )
+
+
+def _cell(agent_ratio: float, height: int, width: int, most: int) -> tuple[int, int]:
+    """(height, width) of a cell: a square, or half of one."""
+    sy = sx = cell_side(agent_ratio, height, width)
+    while sy > 1 and _landmarks(height, width, (sy, sx)) < FEWEST:
+        sy = sx = sy // 2
+    while _landmarks(height, width, (sy, sx)) > most:
+        sy, sx = (sy, 2 * sx) if sy == sx else (2 * sy, sx)
+    return sy, sx
+
+
+def _landmarks(height: int, width: int, cell: tuple[int, int]) -> int:
+    return len(sampled(height, cell[0])) * len(sampled(width, cell[1]))
 
 
 def local_attention(
