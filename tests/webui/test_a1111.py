@@ -6,6 +6,7 @@ import pytest
 from host import Host, Result
 from PIL import Image, ImageDraw
 
+from agentsd.methods import selectable
 from agentsd.settings import infotext
 from agentsd.settings.table import ARGUMENTS, DEFAULTS, RECORD, SETTINGS, check
 
@@ -72,6 +73,22 @@ def test_on_differs_repeats_and_goes(a1111: Host, checkpoint: str):
         assert status["passes"][0]["layers"][0]["tokens"] == (64 if checkpoint == "tinysdxl" else 256)
     finally:
         use_checkpoint(a1111, "tinysd1")
+
+
+@pytest.mark.parametrize("method", [method.name for method in selectable()])
+def test_every_method(a1111: Host, leaves_no_trace, plain: Result, method: str):
+    """512×512, since some methods leave smaller layers alone."""
+    size = {"width": 512, "height": 512, "steps": 2}
+    settings = {"method": method, "until": 1, "ratio": 0.4 if method == "merge" else 0}
+    off, on = a1111.txt2img(**size), a1111.txt2img([settings], **size)
+    status = a1111.status()
+    assert on.pixels != off.pixels
+    assert status["notes"] == []
+    action = next(other.action for other in selectable() if other.name == method)
+    assert status["passes"][0]["calls"][action] > 0
+    assert entry(on)["method"] == method
+    assert a1111.txt2img([settings], **size).pixels == on.pixels
+    assert a1111.txt2img(infotext=on.infotext, **size).pixels == on.pixels
 
 
 def test_off_writes_nothing(a1111: Host, plain: Result):
