@@ -103,3 +103,26 @@ def test_quick_is_a_part_of_the_whole():
 def test_what_is_not_finite_is_said():
     assert zoo.error(torch.tensor([[[[torch.nan]], [[1.0]]]]), torch.ones(1, 2, 1, 1)) == [float("inf"), 0.0]
     assert [zoo.short(x) for x in ("inf", "12", "1.234", "0.12345")] == ["∞", ">10", "1.2", "0.123"]
+
+
+def test_local_attention_s_choices_are_tabled(monkeypatch, tmp_path, capsys):
+    from benchmarks import local
+
+    for name, value in {
+        "SIZE": (12, 12),
+        "HEADS": 1,
+        "SHOWN": ("segments", "texture"),
+        "WINDOWS": ((16, 4), (8, 4)),
+        "PENALTIES": (0.1,),
+        "GRIDS": ((16, (4, 4)),),
+    }.items():
+        monkeypatch.setattr(local, name, value)
+    local.main(["--rounds", "1", "--out", str(tmp_path / "local.md")])
+    lines = (tmp_path / "local.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:]] == [
+        "corrected",
+        "windows of 16, halo 4 (chosen)",
+        "windows of 8, halo 4",
+        "μ 0.1",
+    ]
+    assert len({line.count("|") for line in lines[2:]}) == 1
