@@ -347,23 +347,22 @@ def _resolve(config: AgentConfig, progress: float | None, block: Block) -> Agent
     return None if overrides is None else replace(config, stages=(), rules=(), **overrides)
 
 
-def _checked_rules(rules: Any) -> tuple[Rule, ...]:
-    allowed = "a sequence of agentsd.Rule"
-    if isinstance(rules, (str, Rule, Mapping)) or not hasattr(rules, "__iter__"):
-        raise _reject("rules", rules, allowed)
-    checked = tuple(rules)
-    if not all(isinstance(rule, Rule) for rule in checked):
-        raise _reject("rules", rules, allowed)
+def _checked_sequence(name: str, values: Any, kind: type, allowed: str) -> tuple[Any, ...]:
+    if isinstance(values, (str, kind, Mapping)) or not hasattr(values, "__iter__"):
+        raise _reject(name, values, allowed)
+    checked = tuple(values)
+    if not all(isinstance(value, kind) for value in checked):
+        raise _reject(name, values, allowed)
     return checked
+
+
+def _checked_rules(rules: Any) -> tuple[Rule, ...]:
+    return _checked_sequence("rules", rules, Rule, "a sequence of agentsd.Rule")
 
 
 def _checked_stages(stages: Any) -> tuple[Stage, ...]:
     allowed = "a sequence of agentsd.Stage with increasing `until`"
-    if isinstance(stages, (str, Stage, Mapping)) or not hasattr(stages, "__iter__"):
-        raise _reject("stages", stages, allowed)
-    checked = tuple(stages)
-    if not all(isinstance(stage, Stage) for stage in checked):
-        raise _reject("stages", stages, allowed)
+    checked = _checked_sequence("stages", stages, Stage, allowed)
     ends = [stage.until for stage in checked]
     if any(b <= a for a, b in pairwise(ends)):
         raise _reject("stages", stages, allowed)
