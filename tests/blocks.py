@@ -48,6 +48,27 @@ def sdxl_like_unet() -> nn.Module:
     return initialised(attention_resolutions=[2, 4], channel_mult=[1, 1, 2])
 
 
+def stable_diffusion_unet(linear: bool) -> nn.Module:
+    """The U-Net of SD 1, or with `linear` projections of SD 2, on the meta device."""
+    with torch.device("meta"):
+        return openaimodel.UNetModel(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=320,
+            attention_resolutions=[4, 2, 1],
+            num_res_blocks=2,
+            channel_mult=[1, 2, 4, 4],
+            num_heads=8,
+            use_spatial_transformer=True,
+            transformer_depth=1,
+            context_dim=1024 if linear else 768,
+            use_linear_in_transformer=linear,
+            use_checkpoint=False,
+            legacy=False,
+        )
+
+
 def initialised(**layout: Any) -> nn.Module:
     """A U-Net of this layout with the golden outputs' kind of weights."""
     unet = openaimodel.UNetModel(**{**_COMMON, **layout}).eval()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blocks import stable_diffusion_unet
 from PIL import Image
 
 pytest.importorskip("diffusers", reason="needs diffusers")
@@ -204,26 +205,7 @@ def test_info_on_the_embedded_model_needs_no_weights(capsys):
 
 @pytest.mark.parametrize(("name", "linear"), [("SD 1", False), ("SD 2", True)])
 def test_info_reads_the_layout_off_a_single_file(name, linear, monkeypatch):
-    openaimodel = pytest.importorskip(
-        "ldm.modules.diffusionmodules.openaimodel", reason="needs stable-diffusion-sdkit's ldm"
-    )
-    with torch.device("meta"):
-        ldm = openaimodel.UNetModel(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            attention_resolutions=[4, 2, 1],
-            num_res_blocks=2,
-            channel_mult=[1, 2, 4, 4],
-            num_heads=8,
-            use_spatial_transformer=True,
-            transformer_depth=1,
-            context_dim=1024 if linear else 768,
-            use_linear_in_transformer=linear,
-            use_checkpoint=False,
-            legacy=False,
-        )
+    ldm = stable_diffusion_unet(linear)
     state = {f"model.diffusion_model.{key}": value for key, value in ldm.state_dict().items()}
     monkeypatch.setattr(structure, "shapes_of", lambda path: state)
     unet, side, factor = structure.bare_unet("any.safetensors")

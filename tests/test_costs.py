@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from blocks import stable_diffusion_unet
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,26 +78,7 @@ def test_the_stored_layouts_are_those_of_the_real_unets(name):
 
 @pytest.mark.parametrize(("name", "linear"), [("SD 1", False), ("SD 2", True)])
 def test_the_stored_layouts_have_ldm_s_names(name, linear):
-    openaimodel = pytest.importorskip(
-        "ldm.modules.diffusionmodules.openaimodel", reason="needs stable-diffusion-sdkit's ldm"
-    )
-    with torch.device("meta"):
-        model = openaimodel.UNetModel(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            attention_resolutions=[4, 2, 1],
-            num_res_blocks=2,
-            channel_mult=[1, 2, 4, 4],
-            num_heads=8,
-            use_spatial_transformer=True,
-            transformer_depth=1,
-            context_dim=1024 if linear else 768,
-            use_linear_in_transformer=linear,
-            use_checkpoint=False,
-            legacy=False,
-        )
+    model = stable_diffusion_unet(linear)
     assert layout_of(model, name) == layouts()[name]
 
 
