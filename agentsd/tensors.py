@@ -1,8 +1,9 @@
-"""Token operations shared by the methods: split and join heads, pool and sample over the cells of a grid."""
+"""Token operations shared by the methods: attention itself, heads, and the cells of a grid."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import cells, sampled
+
+# Computes attention of q, k, v (B, H, N, d) without a mask at the scale d^-½, as (B, H, N, d)
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_kernel: Kernel | None = None
+
+
+@contextmanager
+def attention_by(kernel: Kernel) -> Iterator[None]:
+    """Compute attention by a host's own kernel in a `with` block, so that what the user chose there serves us too."""
+    global _kernel  # torch.compile follows neither context variables nor thread-local ones
+    before, _kernel = _kernel, kernel
+    try:
+        yield
+    finally:
+        _kernel = before
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Compute attention of q, k, v (B, H, N, d) by PyTorch's kernel, or by the one of `attention_by`.
+
+    Calls with a mask are PyTorch's always: fast kernels refuse masks, or disregard them.
+    """
+    if _kernel is None or attn_mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
+    return _kernel(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import HALVES
+from blocks import HALVES, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import cells, heads
+from patching import patched_output
 
-from agentsd.tensors import add_scaled, join_heads, lost_by_pooling, pool_tokens, sample_tokens, split_heads
+from agentsd.methods import METHODS
+from agentsd.tensors import (
+    add_scaled,
+    attention_by,
+    join_heads,
+    lost_by_pooling,
+    pool_tokens,
+    sample_tokens,
+    scaled_dot_product_attention,
+    split_heads,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -30,6 +41,53 @@ class TestHeads:
         y = out.exp()
         add_scaled(y, torch.ones(3), 0.5).sum().backward()
         torch.testing.assert_close(out.grad, out.detach().exp())
+
+
+class TestAHostsKernel:
+    """A host's own attention is used instead of PyTorch's, wherever it can do the same."""
+
+    @staticmethod
+    def kernel(q, k, v):
+        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+
+    @pytest.mark.parametrize("scale", [None, 0.575])
+    def test_it_is_asked_at_any_scale(self, scale):
+        q, k, v = torch.randn(3, 2, 4, 16, 8)
+        expected = scaled_dot_product_attention(q, k, v, scale=scale)
+        asked = []
+        with attention_by(lambda *tensors: asked.append(tensors) or self.kernel(*tensors)):
+            torch.testing.assert_close(scaled_dot_product_attention(q, k, v, scale=scale), expected, **CLOSE)
+        assert len(asked) == 1
+        scaled_dot_product_attention(q, k, v, scale=scale)
+        assert len(asked) == 1, "only inside"
+
+    def test_it_is_not_asked_for_a_mask(self):
+        q, k, v = torch.randn(3, 2, 4, 16, 8)
+        mask = torch.randn(1, 4, 1, 16)
+        expected = scaled_dot_product_attention(q, k, v, mask)
+        with attention_by(lambda *tensors: pytest.fail("a fast kernel may disregard the mask")):
+            assert torch.equal(scaled_dot_product_attention(q, k, v, mask), expected)
+
+    def test_an_error_puts_the_one_before_back(self):
+        outer = []
+        with attention_by(lambda *tensors: outer.append(1) or self.kernel(*tensors)):
+            with pytest.raises(RuntimeError), attention_by(self.kernel):
+                raise RuntimeError
+            scaled_dot_product_attention(*torch.randn(3, 1, 1, 4, 8))
+        assert outer == [1]
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_every_method_asks_it(self, method, unet):
+        settings = {"method": method, "agent_source": "grid", "ratio": 0.0 if method != "merge" else 0.4}
+        settings |= {"agent_ratio": 0.75, "sx": 2, "sy": 2}
+        given = inputs(height=64, width=64)
+        expected = patched_output(unet, given, **settings)
+        asked = []
+        with attention_by(lambda *tensors: asked.append(tensors) or self.kernel(*tensors)):
+            out = patched_output(unet, given, **settings)
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+        # merging lets the host make its own call
+        assert bool(asked) == (method != "merge")
 
 
 class TestPooling:

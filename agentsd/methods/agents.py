@@ -130,7 +130,7 @@ def agent_attention(
     Returns:
         (B, H, N, d). Memory and time are linear in N and M; a fused kernel stores no (N, n) matrix.
     """
-    from torch.nn.functional import scaled_dot_product_attention
+    from ..tensors import scaled_dot_product_attention
 
     scale = q.shape[-1] ** -0.5
     v_a = scaled_dot_product_attention(a, k, v, attn_mask=bias1, scale=scale)

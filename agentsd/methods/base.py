@@ -134,7 +134,7 @@ class SelfAttention:
 
     def full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute full attention of queries, keys and values, each (B, M, C)."""
-        from torch.nn.functional import scaled_dot_product_attention
+        from ..tensors import scaled_dot_product_attention
 
         return self.by_heads(scaled_dot_product_attention, q, k, v)
 

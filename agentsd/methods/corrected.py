@@ -87,9 +87,7 @@ def corrected_attention(
         (B, H, N, d). The m × n matrix W and the fit are float32 whatever the dtype of the tensors. Where the fit of a
         row and head is not finite, or grows out of proportion, V̄ is used: attention to the few keys and values.
     """
-    from torch.nn.functional import scaled_dot_product_attention
-
-    from ..tensors import no_autocast
+    from ..tensors import no_autocast, scaled_dot_product_attention
 
     v_a = scaled_dot_product_attention(a, k, v)
     with no_autocast(q.device.type):

@@ -148,7 +148,8 @@ def local_attention(
         row of the batch and head whose fit is not finite, or grows out of proportion, uses V̄.
     """
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
+
+    from ..tensors import scaled_dot_product_attention
 
     if q.device.type == "cpu" and len(q) > 1:
         # copies of several rows outgrow what the C library keeps of its memory, and would be mapped anew in each call
