@@ -94,9 +94,17 @@
 
     const made = (name, text) => Object.assign(document.createElement(name), {textContent: text});
 
-    const lineOf = ({text, hint}) => {
+    // The host's translation of a whole text, where it has one
+    const translated = (text) => (typeof getTranslation === "function" && getTranslation(text)) || text;
+
+    // Sentences name controls by their labels, which are shown translated
+    const withLabels = (text) => text.replace(/“([^”]+)”/g, (all, label) => `“${translated(label)}”`);
+
+    // `state` is what the style sheet marks it by
+    const lineOf = ({text, hint, state}) => {
         const line = made("div", text && hint ? `${text} ` : text);
-        if (hint) line.append(Object.assign(made("span", hint), {className: "agent-attention-hint"}));
+        if (hint) line.append(Object.assign(made("span", withLabels(hint)), {className: "agent-attention-hint"}));
+        if (state) line.className = `agent-attention-${state}`;
         return line;
     };
 
@@ -136,7 +144,7 @@
             fill(element, lines);
         };
 
-        const showTrouble = (tab, {message}) => show(tab, [{text: `The preview is not available: ${message}.`}]);
+        const showTrouble = (tab, {message}) => show(tab, [{text: `The preview is not available: ${message}.`, state: "wrong"}]);
 
         // ---- The preview ----
 
@@ -182,12 +190,13 @@
             tab.again = tab.lost || given.model === false ? Date.now() + RETRY_MS : Infinity;
             tab.preset = given.preset;
             if (tab.lost) showTrouble(tab, given);
-            else show(tab, given instanceof Refused ? [{text: "", hint: given.message}] : given.lines);
+            else show(tab, given instanceof Refused ? [{text: "", hint: given.message, state: "wrong"}] : given.lines);
         };
 
         const look = (tab) => {
             if (!isShown(findOurs(tab.name, "summary"))) return;
             learn();
+            showHelp(tab);
             if (tab.lines) show(tab, tab.lines);
             const body = data && bodyOf(tab);
             if (!body) return;
@@ -201,6 +210,17 @@
                 preview(tab);
             } else {
                 showPreset(tab);
+            }
+        };
+
+        // ---- Help ----
+
+        // Tooltips, which the host uses for help as well. They are asked for again where an element is drawn anew.
+        const showHelp = (tab) => {
+            for (const [name, text] of Object.entries(data ? data.help : {})) {
+                const element = name === "enabled" ? findOurs(tab.name, "", "> .label-wrap") : findOurs(tab.name, name);
+                const title = translated(text);
+                if (element && element.title !== title) element.title = title;
             }
         };
 

@@ -84,10 +84,10 @@ def test_a_job_tells_its_progress_its_outcome_and_a_threshold(unet):
     assert told["head"][0] == "Size"
     assert [row[0] for row in told["rows"]] == ["128×64"]
     assert len(told["rows"][0]) == len(told["head"])
-    assert "a U-Net call" in job.words(unet, VALUES, HERE), "the preview says it too"
-    assert job.words(unet, {**VALUES, "ratio": 0.2}, HERE) == "", "of other settings nothing is known"
-    assert job.words(unet, VALUES, SamplingPass(64, 64)) == ""
-    assert job.words(golden_unet(), VALUES, HERE) == ""
+    assert all(time > 0 for time in job.times(unet, VALUES, HERE)), "the preview says it too"
+    assert job.times(unet, {**VALUES, "ratio": 0.2}, HERE) is None, "of other settings nothing is known"
+    assert job.times(unet, VALUES, SamplingPass(64, 64)) is None
+    assert job.times(golden_unet(), VALUES, HERE) is None
     assert told["min_tokens"] >= 0
     assert get_patch(unet) is None
 

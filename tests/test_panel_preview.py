@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +9,19 @@ from blocks import golden_unet, sdxl_like_unet
 
 from agentsd import costs
 from agentsd.panel.host import Hint
-from agentsd.panel.preview import SamplingPass, hires_size, page_data, percent, preview, sentence
+from agentsd.panel.preview import (
+    ACTS,
+    NOTE,
+    NOTHING,
+    SLOWER,
+    WRONG,
+    SamplingPass,
+    fraction,
+    hires_size,
+    page_data,
+    preview,
+    sentence,
+)
 from agentsd.settings import table
 from agentsd.settings.presets import CUSTOM, PRESETS
 
@@ -49,14 +60,11 @@ def said(values=None, *passes, host=None, **more):
 def test_the_defaults_at_512():
     [(text, hint)] = said()
     layout, config = costs.layouts()["SD 1"], table.to_config(table.check({"enabled": True}))
-    share = costs.estimate(layout, config, 64, 64, 0.0).share
-    run = costs.share_of_run(layout, config, 64, 64)
-    assert text == (
-        f"512×512: 4096 tokens → 256 agents in 5 layers; {percent(share)} of the U-Net's FLOPs left, {percent(run)} "
-        f"over the whole pass."
-    )
+    gain = 1 / costs.share_of_run(layout, config, 64, 64)
+    expected = f"Expected: about {gain:.2f}× faster, by FLOPs over the whole pass."
+    assert text == f"512×512: 4096 tokens → 256 agents in 5 layers. {expected}"
     assert hint == ""
-    assert share < run < 1
+    assert gain > 1
 
 
 @pytest.mark.parametrize(
@@ -77,7 +85,7 @@ def test_the_defaults_at_512():
 )
 def test_what_is_done_in_words(values, words):
     [(text, _)] = said(values)
-    assert text.startswith(f"512×512: {words};")
+    assert text.startswith(f"512×512: {words}.")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +136,7 @@ def test_both_passes():
 def test_a_late_pass():
     [(text, hint)] = said({}, SamplingPass(512, 512, 0.75))
     assert text == "512×512: nothing happens."
-    assert hint == "75% of the diffusion is done when this pass begins, and agents end at 60%. Change “Until”."
+    assert hint == "0.75 of the diffusion is done when this pass begins, and agents end at 0.6. Change “Until”."
     [(text, hint)] = said({"after": "token merging"}, SamplingPass(512, 512, 0.75))
     assert "2458 merged" in text
     assert hint == "Agents end before this pass begins, so only what comes afterwards is done. Change “Until”."
@@ -144,7 +152,8 @@ def test_what_keeps_a_pass_from_us_is_said():
 def test_a_bad_value_is_named_and_nothing_raises():
     told = preview({"min_tokens": -5}, [HERE], Host())
     assert told["preset"] == CUSTOM
-    assert told["lines"] == [{"text": "", "hint": f"Minimum tokens must be a whole number from 0 to {2**24}, got -5."}]
+    hint = f"Minimum tokens must be a whole number from 0 to {2**24}, got -5."
+    assert told["lines"] == [{"text": "", "hint": hint, "state": WRONG}]
 
 
 def test_a_cleared_field_is_the_default():
@@ -159,12 +168,38 @@ def test_no_model_is_said_and_a_model_is_read():
     host = Host(golden_unet(), advice=[Hint("32 bits are advised", ("fp32",))])
     lines = preview({}, [HERE], host)["lines"]
     assert "4096 tokens → 256 agents in 3 layers" in lines[0]["text"]
-    assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”."}
+    assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”.", "state": NOTE}
 
 
-def test_what_was_measured_is_said():
-    [(text, _)] = said({}, measured=lambda one: "20 → 10 ms a U-Net call")
-    assert text.endswith("; measured: 20 → 10 ms a U-Net call.")
+def test_what_was_measured_counts_more_than_flops():
+    """The gain is that of the whole pass: of the default's 0.6 of the diffusion here."""
+    [(text, _)] = said({}, measured=lambda one: (20.0, 10.0))
+    assert text.endswith("Expected: 1.43× faster over the whole pass; measured: 20 → 10\u00a0ms a U-Net call.")
+    [line] = preview({"until": 1.0}, [HERE], Host(golden_unet()), measured=lambda one: (10.0, 20.0))["lines"]
+    assert "Slower than without: 0.50× the speed over the whole pass" in line["text"]
+    assert line["state"] == SLOWER
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(64, 64), (128, 256)])
+def test_where_nothing_is_gained_it_says_so(side, tokens):
+    [(text, hint)] = said({"min_tokens": 0}, SamplingPass(side, side))
+    assert f"{tokens} tokens →" in text
+    assert hint == f"Nothing is gained from layers of {tokens} tokens. Change “Minimum tokens”."
+    assert said({"min_tokens": 512}, SamplingPass(side, side)) == [
+        (f"{side}×{side}: nothing happens.", f"Nothing is to be gained from layers of {tokens} tokens.")
+    ]
+
+
+def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():
+    values = {"method": "corrected", "max_agents": 9, "merge_mlp": True, "ratio": 0.4}
+    [(text, hint)] = said(values)
+    assert text.startswith("512×512: tokens merged outside self-attention.")
+    assert hint == ("Self-attention is left alone: at most 9 agents are too few to correct. Change “Maximum agents”.")
+
+
+@pytest.mark.parametrize(("values", "state"), [({}, ACTS), ({"passes": "hires"}, NOTHING), ({"since": 0.7}, NOTHING)])
+def test_each_line_tells_its_state(values, state):
+    assert preview(values, [HERE], Host())["lines"][0]["state"] == state
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -181,6 +216,7 @@ def test_the_page_is_told_of_every_control():
     assert [row["name"] for row in data["rows"]] == list(table.NAMES)
     assert set(data["presets"]) == set(PRESETS)
     assert data["defaults"] == table.DEFAULTS
+    assert all(data["help"][name] == table.BY_NAME[name].help for name in table.NAMES)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +232,8 @@ def test_the_hires_size_is_the_webuis(given, size):
     assert hires_size(*given) == size
 
 
-def test_percentages_are_rounded_half_up():
-    assert [percent(share) for share in (0.125, 0.995, 1.0, 0.004)] == ["13%", "100%", "100%", "0%"]
-    assert not math.isnan(float(percent(0.5)[:-1]))
+def test_fractions_are_in_the_sliders_unit():
+    assert [fraction(value) for value in (0.125, 0.6, 1.0, 0.0, 0.05)] == ["0.12", "0.6", "1", "0", "0.05"]
 
 
 def test_a_hint_without_words_is_none():

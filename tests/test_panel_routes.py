@@ -44,7 +44,7 @@ def test_the_preview_is_of_the_passes_that_would_be_made():
     lines = ask({**STATE, "hires": HIRES}).json()["lines"]
     assert [line["text"].split(":")[0] for line in lines] == ["512×512", "Hires 1024×1024"]
     lines = ask({**STATE, "tab": "img2img", "values": {"until": 0.4}}).json()["lines"]
-    assert "50% of the diffusion is done when this pass begins" in lines[0]["hint"]
+    assert "0.5 of the diffusion is done when this pass begins" in lines[0]["hint"]
 
 
 BAD = {

@@ -20,16 +20,17 @@ from .tokenmap import RECORD, View
 _LINES = (
     ("ratio", "agent_ratio"),
     ("k_scale2", "k_shortcut"),
-    ("fp32",),
-    ("agent_source", "method"),
-    ("since", "until", "hires_until"),
-    ("after", "passes"),
-    ("max_downsample", "min_tokens", "max_agents"),
+    ("since", "until"),
+    ("method", "passes", "fp32"),
+    ("agent_source", "max_downsample", "min_tokens"),
+    ("hires_until", "after", "max_agents"),
     ("sx", "sy", "seed"),
     ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
     ("rules",),
 )
-_LINE = {name: i for i, line in enumerate(_LINES) for name in line}
+# (line, place in it); settings without a place come last
+_PLACE = {name: (i, j) for i, line in enumerate(_LINES) for j, name in enumerate(line)}
+_LAST_LINE = (len(_LINES), 0)
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,15 @@ def build(
     enabled = BY_NAME["enabled"]
     with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:
         controls = {"enabled": switch}
-        preset, sync = _preset(tab)
+        with gr.Row(elem_classes=["agent-attention-line"]):
+            preset, sync = _preset(tab)
         summary = gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
         controls.update(_lines(tab, [row for row in SETTINGS if not row.folded and row is not enabled]))
         with gr.Accordion("More settings", open=False, elem_id=element_id(tab, "more")):
             controls.update(_lines(tab, [row for row in SETTINGS if row.folded]))
         _measure(tab)
         record = None if token_map is None else _token_map(tab, token_map)
+        # the style sheet moves it to the top where it says that nothing was applied
         status = gr.HTML("", elem_id=element_id(tab, "status"), elem_classes=["agent-attention-status"])
     _connect(tab, preset, sync, [controls[row.name] for row in SETTINGS if row is not enabled])
     return Panel({row.name: controls[row.name] for row in SETTINGS}, summary, status, record)
@@ -104,7 +107,6 @@ def _preset(tab: str) -> tuple[Any, Any]:
         choices=[*PRESETS, CUSTOM],
         value=preset_of(DEFAULTS),
         label="Preset",
-        info="Settings by intention. Changing one of them makes it Custom.",
         elem_id=element_id(tab, "preset"),
     )
     sync = gr.Button("", elem_id=element_id(tab, "sync"), elem_classes=["agent-attention-hidden"])
@@ -145,8 +147,7 @@ def _token_map(tab: str, show: Callable[[int, int], View]) -> Any:
         return {"elem_id": element_id(tab, name), **more}
 
     with gr.Accordion("Token map", open=False, elem_id=element_id(tab, "map")):
-        info = "Keep which tokens were merged and where the agents sat for each image, until the next one."
-        record = gr.Checkbox(False, label=RECORD, info=info, **named("record"))
+        record = gr.Checkbox(False, label=RECORD, **named("record"))
         button = gr.Button("Show the token map", **named("map_show"))
         with gr.Row():
             moment = gr.Slider(1, 2, 1, step=1, label="Map moment", visible=False, **named("map_moment"))
@@ -182,14 +183,19 @@ def _map_updates(view: View) -> list[Any]:
 
 def _lines(tab: str, rows: list[Row]) -> dict[str, Any]:
     controls = {}
-    for _, line in groupby(sorted(rows, key=lambda row: _LINE.get(row.name, len(_LINES))), lambda r: _LINE.get(r.name)):
-        with gr.Row():
+
+    def place(row: Row) -> tuple[int, int]:
+        return _PLACE.get(row.name, _LAST_LINE)
+
+    for _, line in groupby(sorted(rows, key=place), lambda row: place(row)[0]):
+        with gr.Row(elem_classes=["agent-attention-line"]):
             controls.update({row.name: _control(tab, row) for row in line})
     return controls
 
 
 def _control(tab: str, row: Row) -> Any:
-    common = {"value": row.default, "label": row.label, "info": row.help, "elem_id": element_id(tab, row.name)}
+    # its help is a tooltip, which the page's script sets: see `preview.page_data`
+    common = {"value": row.default, "label": row.label, "elem_id": element_id(tab, row.name)}
     if row.kind == "flag":
         return gr.Checkbox(**common)
     if row.kind == "choice":
@@ -197,5 +203,6 @@ def _control(tab: str, row: Row) -> Any:
     if row.kind == "text":
         return gr.Textbox(max_lines=4, **common)
     if row.kind == "number":
-        return gr.Number(minimum=row.low, maximum=row.high, precision=0, **common)
+        # without limits: gradio would refuse the whole generation and name no control, even while we are off
+        return gr.Number(**common)
     return gr.Slider(minimum=row.low, maximum=row.high, step=row.step, **common)

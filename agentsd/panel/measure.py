@@ -24,7 +24,7 @@ from ..config import AgentConfig
 from ..hosts import example_call, output_tensor
 from ..patch import patch_unet
 from .host import Busy
-from .preview import SamplingPass
+from .preview import SamplingPass, milliseconds
 
 log = logging.getLogger("agentsd.panel")
 
@@ -83,14 +83,10 @@ class Outcome:
         times = f"{self.before:.0f}\u00a0ms", f"{self.after:.0f}\u00a0ms"
         return [str(self.sampling), *times, speed, peak, f"{self.distance:.1%}"]
 
-    def words(self) -> str:
-        """Describe the timing, as in "410 → 330 ms a U-Net call"."""
-        return f"{self.before:.0f} → {self.after:.0f}\u00a0ms a U-Net call"
-
     def sentence(self) -> str:
         """Describe the outcome in one line."""
         size, _, _, speed, peak, distance = self.row()
-        return f"{size}: {self.words()} ({speed}), peak memory {peak}, outputs differ by {distance}"
+        return f"{size}: {milliseconds(self.before, self.after)} ({speed}), peak memory {peak}, outputs differ by {distance}"
 
 
 def tasks(
@@ -227,10 +223,10 @@ class Job:
         """Return the state, progress 0–1, text, table and the proposed "min_tokens" (None until known) for JSON."""
         return self._state.to_dict()
 
-    def words(self, unet: nn.Module | None, values: Mapping[str, Any], one: SamplingPass) -> str:
-        """Describe the outcome for a pass of this U-Net with these settings; empty if there is none."""
+    def times(self, unet: nn.Module | None, values: Mapping[str, Any], one: SamplingPass) -> tuple[float, float] | None:
+        """Return the milliseconds of a call of this U-Net in a pass, unpatched and with these settings, if measured."""
         outcome = self._measured.get(unet, {}).get(_key(values, one)) if unet is not None else None
-        return "" if outcome is None else outcome.words()
+        return None if outcome is None else (outcome.before, outcome.after)
 
     def _run(self, values: dict[str, Any], todo: list[Task], model: Callable[[], AbstractContextManager]) -> None:
         state = self._state

@@ -5,7 +5,6 @@ The page's script reads the controls and asks; all wording is here. Imports neit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from ..config import AgentConfig, SettingError
 from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
 from ..methods import method_of
 from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.table import BY_NAME, DEFAULTS, SETTINGS, check
+from ..settings.table import BY_NAME, DEFAULTS, SETTINGS, SMALL, check
 from .host import Hint, PanelHost
 
 if TYPE_CHECKING:
@@ -71,6 +70,15 @@ def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: i
     return resize_x, resize_y
 
 
+# Help of the panel's controls that are no settings, by the name in their element id
+_HELP = {
+    "preset": "Settings by intention. Changing one of them makes it Custom.",
+    "record": "Keep which tokens were merged and where the agents sat for each image, until the next one.",
+    "map_moment": "Which call of the U-Net: one for every 0.05 of the diffusion, first pass, then hires pass.",
+    "map_layer": "Which of the changed layers, in the order of the U-Net.",
+}
+
+
 def page_data() -> dict[str, Any]:
     """Collect what the page's script needs to know about the settings, in JSON types."""
     rows = [
@@ -82,8 +90,13 @@ def page_data() -> dict[str, Any]:
         "defaults": dict(DEFAULTS),
         "presets": {name: dict(values) for name, values in PRESETS.items()},
         "custom": CUSTOM,
+        "help": {**{row.name: row.help for row in SETTINGS}, **_HELP},
         "min_tokens_label": BY_NAME["min_tokens"].label,
     }
+
+
+# What a line tells, by which the page marks it
+ACTS, SLOWER, NOTHING, WRONG, NOTE = "acts", "slower", "nothing", "wrong", "note"
 
 
 @dataclass(frozen=True)
@@ -93,16 +106,23 @@ class Line:
     Attributes:
         text: what happens.
         hint: advice; where nothing happens, the reason and its remedy.
-        acts: whether anything is changed.
+        state: ACTS if anything is changed, SLOWER if that costs time, NOTHING, WRONG for a bad value, or NOTE.
+        gain: the expected gain in time; empty where nothing is changed.
     """
 
     text: str
     hint: Hint | None = None
-    acts: bool = False
+    state: str = NOTE
+    gain: str = ""
 
     def to_dict(self) -> dict[str, str]:
         """Convert the line to full sentences for the page."""
-        return {"text": f"{self.text}." if self.text else "", "hint": "" if self.hint is None else sentence(self.hint)}
+        text = " ".join(f"{part}." for part in (self.text, self.gain) if part)
+        return {"text": text, "hint": "" if self.hint is None else sentence(self.hint), "state": self.state}
+
+
+# Milliseconds of a U-Net call, unpatched and patched, as measured for a pass; None if it was not
+Measured = Callable[[SamplingPass], "tuple[float, float] | None"]
 
 
 def preview(
@@ -111,22 +131,22 @@ def preview(
     host: PanelHost,
     *,
     img2img: bool = False,
-    measured: Callable[[SamplingPass], str] | None = None,
+    measured: Measured | None = None,
 ) -> dict[str, Any]:
-    """Make the preview: {"lines": [{"text", "hint"}, …], "preset": name, "model": whether one is loaded}.
+    """Make the preview: {"lines": [{"text", "hint", "state"}, …], "preset": name, "model": whether one is loaded}.
 
     Args:
         values: settings by name; missing ones and None give the default.
         passes: the sampling passes that the page would make.
         host: the program that shows the panel.
         img2img: whether it is the img2img tab.
-        measured: describes the measurement of a pass with these settings; empty if there is none.
+        measured: returns the measurement of a pass with these settings; None if there is none.
     """
     unet = host.unet()
     try:
         checked = check({**values, "enabled": True})
     except SettingError as error:
-        return _answer([Line("", Hint(_labelled(str(error))))], CUSTOM, unet)
+        return _answer([Line("", Hint(_labelled(str(error))), WRONG)], CUSTOM, unet)
     layout = layouts()[USUAL] if unet is None else layout_of_unet(unet)
     lines = _chosen([_line(checked, sampling, layout, host, img2img, measured) for sampling in passes], checked)
     if unet is None:
@@ -170,7 +190,8 @@ def _chosen(lines: list[Line], values: Mapping[str, Any]) -> list[Line]:
     if len(left_out) < len(lines) or not lines:
         return [line for line in lines if line not in left_out]
     only_hires = "only the hires pass is chosen, and there is none"
-    return [Line(lines[0].text, Hint(only_hires, ("passes",)) if values["passes"] == "hires" else lines[0].hint)]
+    hint = Hint(only_hires, ("passes",)) if values["passes"] == "hires" else lines[0].hint
+    return [Line(lines[0].text, hint, NOTHING)]
 
 
 def _line(
@@ -179,16 +200,20 @@ def _line(
     layout: Layout,
     host: PanelHost,
     img2img: bool,
-    measured: Callable[[SamplingPass], str] | None,
+    measured: Measured | None,
 ) -> Line:
     def nothing(text: str, *remedy: str) -> Line:
-        return Line(f"{sampling}: nothing happens", Hint(text, remedy))
+        return Line(f"{sampling}: nothing happens", Hint(text, remedy), NOTHING)
 
     obstacle = host.obstacle(sampling.hires, img2img)
     if obstacle is not None:
         return nothing(obstacle.text, *obstacle.remedy)
     if values["since"] >= values[sampling.end]:
-        return nothing(f"agents begin at {values['since']} and end at {values[sampling.end]}", "since", sampling.end)
+        return nothing(
+            f"agents begin at {fraction(values['since'])} and end at {fraction(values[sampling.end])}",
+            "since",
+            sampling.end,
+        )
     config = host.config(values, sampling.hires)
     if config is None:
         return nothing("this pass is left out", "passes")
@@ -199,20 +224,44 @@ def _line(
         hint = _why_nothing(own.cost)
         return nothing(hint.text, *hint.remedy)
     if acting is None:
-        begins = f"{percent(sampling.start)} of the diffusion is done when this pass begins"
-        return nothing(f"{begins}, and agents end at {percent(values[sampling.end])}", sampling.end)
-    text = f"{sampling}: {_describe(acting.cost)}"
-    if config.timed:
-        text += f", {percent(share_of_run(layout, config, *sampling.latent, sampling.start))} over the whole pass"
-    timing = measured(sampling) if measured is not None else ""
-    return Line(f"{text}; measured: {timing}" if timing else text, _advice(acting, own, sampling), acts=True)
+        begins = f"{fraction(sampling.start)} of the diffusion is done when this pass begins"
+        return nothing(f"{begins}, and agents end at {fraction(values[sampling.end])}", sampling.end)
+    share = share_of_run(layout, config, *sampling.latent, sampling.start)
+    times = measured(sampling) if measured is not None else None
+    gain, slower = _by_time(*times, parts) if times else _by_flops(share)
+    return Line(
+        f"{sampling}: {_describe(acting.cost)}", _advice(acting, own, sampling), SLOWER if slower else ACTS, gain
+    )
+
+
+def _by_flops(share: float) -> tuple[str, bool]:
+    """Word the gain in time that the share of FLOPs left suggests, and say whether it is a loss."""
+    gain = 1 / share
+    return f"{_speed(gain, 'about ')}, by FLOPs over the whole pass", gain < 1
+
+
+def _by_time(before: float, after: float, parts: Sequence[_Part]) -> tuple[str, bool]:
+    """Word the gain in time over a pass whose U-Net calls take `before` and `after` milliseconds; likewise."""
+    left = sum(part.length * (after / before if part.own else part.cost.share) for part in parts)
+    gain = sum(part.length for part in parts) / left
+    return f"{_speed(gain)} over the whole pass; measured: {milliseconds(before, after)}", gain < 1
+
+
+def _speed(gain: float, about: str = "") -> str:
+    return f"Expected: {about}{gain:.2f}× faster" if gain >= 1 else f"Slower than without: {about}{gain:.2f}× the speed"
+
+
+def milliseconds(before: float, after: float) -> str:
+    """Format a timing, as in "410 → 330 ms a U-Net call"."""
+    return f"{before:.0f} → {after:.0f}\u00a0ms a U-Net call"
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the diffusion: its cost, and whether the panel's settings apply rather than those for afterwards."""
+    """A part of the diffusion: its cost and length, and whether the panel's own settings apply in it."""
 
     cost: Estimate
+    length: float
     own: bool
 
     @property
@@ -223,7 +272,11 @@ class _Part:
 def _parts(config: AgentConfig, values: Mapping[str, Any], sampling: SamplingPass, layout: Layout) -> list[_Part]:
     """List the parts of the diffusion that the pass reaches."""
     return [
-        _Part(estimate(layout, config, *sampling.latent, since), values["since"] <= since < values[sampling.end])
+        _Part(
+            estimate(layout, config, *sampling.latent, since),
+            until - max(since, sampling.start),
+            values["since"] <= since < values[sampling.end],
+        )
         for since, until in config.parts()
         if until > sampling.start
     ]
@@ -242,6 +295,8 @@ def _why_nothing(cost: Estimate) -> Hint:
         return _VETOES.index(remedy[0]) if remedy and remedy[0] in _VETOES else len(_VETOES)
 
     plan = max(cost.levels, key=rank).plan
+    if plan.remedy == ("min_tokens",) and plan.tokens < SMALL:
+        return Hint(f"nothing is to be gained from layers of {plan.tokens} tokens")
     return Hint(plan.reason, plan.remedy)
 
 
@@ -253,15 +308,22 @@ def _advice(acting: _Part, own: _Part | None, sampling: SamplingPass) -> Hint | 
         hint = _why_nothing(own.cost)
         return Hint(f"no agents: {hint.text}", hint.remedy)
     changed = acting.cost.changed
-    if changed and all(level.plan.shortfall for level in changed):
+    if not changed:  # tokens are merged elsewhere
+        hint = _why_nothing(own.cost)
+        return Hint(f"self-attention is left alone: {hint.text}", hint.remedy)
+    if all(level.plan.shortfall for level in changed):
         return Hint(f"no agents: {changed[0].plan.shortfall}", changed[0].plan.remedy)
-    return Hint("this costs more than it saves", ("agent_ratio",)) if acting.cost.share > 1 else None
+    if acting.cost.share > 1:
+        return Hint("this costs more than it saves", ("agent_ratio",))
+    tokens = max(level.plan.tokens for level in changed)
+    if tokens < SMALL:
+        return Hint(f"nothing is gained from layers of {tokens} tokens", ("min_tokens",))
+    return None
 
 
 def _describe(cost: Estimate) -> str:
     words = [f"{method_of(level.plan.action).words(level.plan)} {in_layers(level.count)}" for level in cost.changed]
-    what = ", ".join(words) or "tokens merged outside self-attention"
-    return f"{what}; {percent(cost.share)} of the U-Net's FLOPs left"
+    return ", ".join(words) or "tokens merged outside self-attention"
 
 
 def in_layers(count: int) -> str:
@@ -269,6 +331,6 @@ def in_layers(count: int) -> str:
     return f"in {count} layer{'' if count == 1 else 's'}"
 
 
-def percent(share: float) -> str:
-    """Format a share as a percentage, rounded half up and without a space."""
-    return f"{math.floor(share * 100 + 0.5)}%"
+def fraction(value: float) -> str:
+    """Format a fraction of the diffusion as the sliders show it, such as "0.6"."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")

@@ -77,8 +77,8 @@ class Routes:
         """Preview the settings; see `preview.preview`. The body is a `PanelState`."""
         state, passes = _read(body)
 
-        def measured(sampling: SamplingPass) -> str:
-            return measure.JOB.words(self.host.unet(), check({**state.values, "enabled": True}), sampling)
+        def measured(sampling: SamplingPass) -> tuple[float, float] | None:
+            return measure.JOB.times(self.host.unet(), check({**state.values, "enabled": True}), sampling)
 
         return preview(state.values, passes, self.host, img2img=state.img2img, measured=measured)
 

@@ -14,6 +14,9 @@ from ..config import AUTO, LIMITS, TOKEN_MERGING, AgentConfig, SettingError, che
 from ..methods import selectable
 from ..rules import format_rules, parse_rules, rules_from
 
+# Layers of fewer tokens gain nothing. At 128×128 pixels (256 tokens) SD 1's U-Net takes 1.01 times as long without agents
+# as with them, at 256×256 pixels 1.07 times: docs/performance-log.md.
+SMALL = 512
 NOTHING, MERGING = "nothing", "token merging"
 BOTH, FIRST, HIRES = "both", "first", "hires"
 
@@ -25,7 +28,7 @@ class Row:
     Attributes:
         name: name in the API and the infotext.
         label: label in the panel; short, constant and unique, since translations match it.
-        info: help text under the control, in plain words.
+        info: help text of the control, in plain words.
         default: default in the panel.
         kind: "flag", "slider", "number", "choice" or "text".
         low: smallest value of a slider or number.
@@ -52,8 +55,8 @@ class Row:
 
     @property
     def help(self) -> str:
-        """The complete help text under the control."""
-        return self.info if self.more_info is None else f"{self.info} {self.more_info()}".strip()
+        """The complete help text of the control."""
+        return self.info if self.more_info is None else self.info + self.more_info()
 
     @property
     def whole(self) -> bool:
@@ -211,7 +214,8 @@ SETTINGS: tuple[Row, ...] = (
         "Method",
         "How self-attention is computed.",
         "agent",
-        more_info=lambda: " ".join(f"{method.name}: {method.summary}." for method in selectable()),
+        more_info=lambda: "".join(f"\n{method.name}: {method.summary}." for method in selectable()),
+        folded=False,
     ),
     Row(
         "since",
@@ -221,6 +225,7 @@ SETTINGS: tuple[Row, ...] = (
         "slider",
         high=0.95,
         step=0.01,
+        folded=False,
     ),
     Row(
         "until",
@@ -231,6 +236,7 @@ SETTINGS: tuple[Row, ...] = (
         low=0.05,
         step=0.01,
         written=True,
+        folded=False,
     ),
     Row(
         "hires_until",
@@ -256,6 +262,7 @@ SETTINGS: tuple[Row, ...] = (
         BOTH,
         "choice",
         choices=(BOTH, FIRST, HIRES),
+        folded=False,
     ),
     _limited(
         "max_downsample",

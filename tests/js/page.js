@@ -23,6 +23,7 @@ const PAGE = {
     defaults: {enabled: false, ratio: 0, fp32: false, method: "agent", min_tokens: 0, rules: ""},
     presets: {Fast: {ratio: 0, method: "agent", rules: ""}, Paper: {ratio: 0.4, method: "agent", rules: ""}},
     custom: "Custom",
+    help: {enabled: "Faster.", ratio: "Share of merged tokens.", preset: "By intention."},
     min_tokens_label: "Minimum tokens",
 };
 const NAMES = ROWS.map((row) => row.name).filter((name) => name !== "enabled");
@@ -49,6 +50,7 @@ const panel = (tab) => {
     const button = (name) => new Element("button", {id: id(name)});
     const checkbox = (name) => field(id(name), {type: "checkbox"});
     return new Element("div", {id: `${tab}_agent_attention`, concealed: true},
+        new Element("div", {className: "label-wrap"}),
         field(id("preset"), {type: "text", value: "Fast"}),
         button("sync"),
         html(id("summary")),

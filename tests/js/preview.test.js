@@ -291,6 +291,32 @@ test("a server of another version and one that fails are told apart", async (pag
     assert.equal(page.text("summary"), "The preview is not available: the server failed (500).");
 });
 
+// Help and marks
+
+test("help is a tooltip of each control, in the host's translation", async (page) => {
+    page.context.getTranslation = (text) => ({"Share of merged tokens.": "Anteil."})[text];
+    await opened(page);
+    assert.equal(page.find("ratio").title, "Anteil.");
+    assert.equal(page.find("preset").title, "By intention.");
+    const header = page.document.querySelector("#txt2img_agent_attention > .label-wrap");
+    assert.equal(header.title, "Faster.");
+});
+
+test("each line is marked by what it tells, and names controls as they are shown", async (page) => {
+    page.context.getTranslation = (text) => ({From: "Ab"})[text];
+    const hint = "Agents begin at 0.7. Change “From” or “Until”.";
+    page.server["POST preview"] = {lines: [{text: "Nothing.", hint, state: "nothing"}], preset: "Fast"};
+    await opened(page);
+    assert.equal(page.text("summary"), "Nothing. Agents begin at 0.7. Change “Ab” or “Until”.");
+    assert.ok(page.find("summary", ".agent-attention-nothing"));
+});
+
+test("what is refused is marked as wrong", async (page) => {
+    page.server["POST preview"] = {status: 422, content: {detail: "width: too small"}};
+    await opened(page);
+    assert.equal(page.find("summary", ".agent-attention-wrong").textContent, "width: too small");
+});
+
 // Life
 
 test("loaded twice, the newer one takes over", async (page) => {

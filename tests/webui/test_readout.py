@@ -79,7 +79,7 @@ def test_the_hires_pass_has_a_line(page, panel: Panel):
     number(page, "txt2img_hr_resize_x", 0)
     panel.set("hires_until", 0.2)
     number(page, "txt2img_denoising_strength", 0.5)
-    assert "Change “Until, hires pass”" in said(page, "50% of the diffusion is done when this pass begins")
+    assert "Change “Until, hires pass”" in said(page, "0.5 of the diffusion is done when this pass begins")
 
 
 def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
@@ -117,7 +117,7 @@ def test_img2img_counts_its_denoising_strength(page):
     number(page, "img2img_denoising_strength", 0.75)
     assert said(page, "640×512: 5120 tokens → 320 agents", "img2img")
     number(page, "img2img_denoising_strength", 0.3)
-    assert "Change “Until”" in said(page, "70% of the diffusion is done", "img2img")
+    assert "Change “Until”" in said(page, "0.7 of the diffusion is done", "img2img")
     page.locator("#tabs button", has_text="txt2img").first.click()
 
 
