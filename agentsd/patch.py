@@ -148,11 +148,14 @@ class Patch:
         self.moment = _Moment()
         self._kept: dict[Any, tuple[_Moment, Matching]] = {}
         self._unet = weakref.ref(unet)
-        self._layers = [_Layer(self, site) for site in find_sites(unet)]
+        self._layers = [self._layer(site) for site in find_sites(unet)]
         self._handles: list[Any] = []
         if not self._layers:
             raise UnsupportedModelError(f"{type(unet).__name__} has no transformer blocks to patch")
         self._note_idle_rules()
+
+    def _layer(self, site: Site) -> Layer:
+        return Layer(self, site)
 
     @property
     def active(self) -> bool:
@@ -276,7 +279,7 @@ class Patch:
                 self.note(f"rule {number} names no block of this model")
 
 
-class _Layer:
+class Layer:
     """One patched block."""
 
     def __init__(self, patch: Patch, site: Site) -> None:
@@ -437,7 +440,7 @@ def _projected(attn: nn.Module, kv_context: KVContext | None, x: Tensor) -> tupl
 class _MergeAround:
     """Hooks that merge tokens before cross-attention or the feed-forward layer, and unmerge them after it."""
 
-    def __init__(self, layer: _Layer, switch: str) -> None:
+    def __init__(self, layer: Layer, switch: str) -> None:
         self.layer, self.switch = layer, switch
         self.pending: Clusters | None = None
 

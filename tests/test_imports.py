@@ -253,6 +253,23 @@ class TestStructure:
             theirs = {other for other in imports(file) if other.split(".")[0] in roots}
             assert not theirs or name.startswith("agentsd.webui"), (name, theirs)
 
+    def test_only_the_nodes_import_comfyui(self):
+        users = {name for name, file in MODULES.items() if any(m.split(".")[0] == "comfy" for m in imports(file))}
+        assert users == {"agentsd.comfy.model"}
+
+    def test_the_nodes_are_found_by_comfyui_alone(self):
+        """The folder is a package for ComfyUI; the nodes load neither the host nor torch until a graph runs."""
+        in_a_process_of_its_own(
+            "import importlib.util, sys\n"
+            "spec = importlib.util.spec_from_file_location('/a/pack', '__init__.py')\n"
+            "module = importlib.util.module_from_spec(spec); sys.modules['/a/pack'] = module\n"
+            "spec.loader.exec_module(module)\n"
+            "assert set(module.NODE_CLASS_MAPPINGS) == set(module.NODE_DISPLAY_NAME_MAPPINGS)\n"
+            "assert module.NODE_CLASS_MAPPINGS['AgentAttention'].INPUT_TYPES()\n"
+            "bad = {'torch', 'comfy', 'gradio', 'agentsd'} & {name.split('.')[0] for name in sys.modules}\n"
+            "assert not bad, bad"
+        )
+
     @pytest.mark.parametrize("host", ["agentsd.hosts.ldm", "agentsd.hosts.diffusers"])
     def test_only_the_hosts_folder_knows_a_host(self, host):
         users = {name for name, file in MODULES.items() if host in imports(file)}
@@ -280,8 +297,8 @@ class TestStructure:
         assert not asked
 
     def test_folders_import_only_what_is_below_them(self):
-        """The core, then settings and the embedded model, then the panel; the WebUI and the command line on top."""
-        floors = {"settings": 1, "embedded": 1, "panel": 2, "webui": 3, "cli": 3, "__main__": 4}
+        """The core, then settings and the embedded model, then the panel; hosts and the command line on top."""
+        floors = {"settings": 1, "embedded": 1, "panel": 2, "webui": 3, "comfy": 3, "cli": 3, "__main__": 4}
 
         def floor(name: str) -> tuple[int, str]:
             folder = name.split(".")[1] if "." in name else ""

@@ -1,0 +1,312 @@
+"""The nodes for ComfyUI, on the host's signatures and real attention; tests/comfyui runs them in the host itself."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from blocks import initialised, inputs, sdxl_like_unet
+from comfy_stub import ModelPatcher, comfy_unet, install, sample
+from patching import CHANGED, GOLDEN, difference, tree
+
+import agentsd
+from agentsd import AgentConfig, SettingError, UnsupportedModelError
+from agentsd.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from agentsd.comfy.model import attach, patch_of, report_on
+from agentsd.comfy.nodes import CELLS, CUSTOM, AgentAttention, AgentAttentionReport, config_of
+from agentsd.methods import METHODS
+
+X, T, CONTEXT = inputs(2, 32, 32)
+GRID = {"ratio": 0.0, "agent_ratio": 0.75, "agent_source": "grid", "sx": 2, "sy": 2}
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The host's attention."""
+    return install(monkeypatch)
+
+
+@pytest.fixture
+def model():
+    return ModelPatcher(comfy_unet(copy.deepcopy(GOLDEN)))
+
+
+def run(model, attention, timesteps=(500,), x=X, context=CONTEXT):
+    return sample(model, attention, x, timesteps, context)
+
+
+def on(model, **settings):
+    return attach(model, AgentConfig(**{**GRID, **settings}))
+
+
+class TestAnswers:
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"method": "pool"}, {"method": "corrected"}, {"max_downsample": 2}, {"attn_precision": "fp32"}],
+        ids=["grid", "pool", "corrected", "two levels", "fp32"],
+    )
+    def test_as_the_patch_on_the_u_net_itself(self, model, host, settings):
+        settings = {**GRID, **settings}
+        plain = run(model, host)
+        with agentsd.patched(GOLDEN, **settings):
+            expected = GOLDEN(X, T, context=CONTEXT).detach()
+        out = run(on(model, **settings), host)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        assert difference(out, plain) > CHANGED
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_every_method_answers(self, model, host, method):
+        x, _, context = inputs(2, 64, 64)
+        plain = run(model, host, x=x)
+        patched = on(model, method=method, ratio=0.4 if method == "merge" else 0.0)
+        assert difference(run(patched, host, x=x, context=context), plain) > 1e-3
+        report = patch_of(patched).last
+        assert report.changed()
+        assert not report.notes
+
+    @pytest.mark.parametrize("settings", [{"ratio": 0.4}, {"agent_source": "similarity"}, agentsd.TOKEN_MERGING])
+    def test_merging_finds_similar_tokens_by_their_keys(self, model, host, settings):
+        plain = run(model, host)
+        patched = on(model, **settings)
+        first = run(patched, host)
+        assert difference(first, plain) > CHANGED
+        assert torch.equal(run(patched, host), first)
+        assert not patch_of(patched).last.notes
+
+    @pytest.mark.parametrize(("height", "width"), [(33, 25), (9, 40), (50, 12)])
+    def test_odd_sizes(self, host, height, width):
+        model = ModelPatcher(comfy_unet(initialised(attention_resolutions=[1], channel_mult=[1])))
+        x, t, context = inputs(2, height, width)
+        patched = on(model)
+        out = run(patched, host, x=x, context=context)
+        with agentsd.patched(flat := initialised(attention_resolutions=[1], channel_mult=[1]), **GRID):
+            torch.testing.assert_close(out, flat(x, t, context=context).detach(), rtol=1e-4, atol=1e-4)
+        assert not patch_of(patched).last.notes
+
+    def test_sdxl_has_its_largest_layers_at_level_2(self, host):
+        model = ModelPatcher(comfy_unet(sdxl_like_unet()))
+        patched = on(model, max_downsample="auto")
+        plain = run(model, host)
+        assert difference(run(patched, host), plain) > 1e-3
+        assert "256 tokens → 64 agents" in report_on(patched)
+
+    def test_settings_follow_the_timestep(self, model, host):
+        patched = on(model, stages=agentsd.early(0.4))
+        assert torch.equal(run(patched, host, [300]), run(model, host, [300]))
+        assert difference(run(patched, host, [900]), run(model, host, [900])) > CHANGED
+
+    def test_rules_name_blocks_as_everywhere(self, model, host):
+        spared = on(model, rules=agentsd.parse_rules("blocks=*_block* full"))
+        assert torch.equal(run(spared, host), run(model, host))
+        some = on(model, rules=agentsd.parse_rules("blocks=output_blocks.* full"))
+        run(some, host)
+        changed = {layer.name.split(".")[0] for layer in patch_of(some).report() if layer.calls.get("agents")}
+        assert changed == {"input_blocks"}
+
+
+class TestClones:
+    def test_nothing_leaks(self, model, host):
+        before, plain = tree(model.model.diffusion_model), run(model, host)
+        patched = on(model)
+        run(patched, host)
+        assert torch.equal(run(model, host), plain)
+        assert tree(model.model.diffusion_model).keys() == before.keys()
+        assert model.options == {}
+        assert patch_of(model) is None
+
+    def test_two_branches_are_independent(self, model, host):
+        one, other = on(model), on(model, method="pool")
+        first, second = run(one, host), run(other, host)
+        assert difference(first, second) > 1e-3
+        assert torch.equal(run(one, host), first)
+        assert torch.equal(run(other, host), second)
+
+    def test_a_clone_of_a_clone_keeps_the_patch(self, model, host):
+        patched = on(model)
+        assert torch.equal(run(patched.clone(), host), run(patched, host))
+        assert patch_of(patched.clone()) is patch_of(patched)
+
+    def test_a_later_node_replaces_an_earlier_one(self, model, host):
+        both = on(on(model, method="pool"))
+        assert torch.equal(run(both, host), run(on(model), host))
+        assert not patch_of(both).last.notes
+
+    def test_a_model_without_transformer_blocks_is_refused(self):
+        class Flux(torch.nn.Module):
+            pass
+
+        with pytest.raises(UnsupportedModelError, match="must be a Stable Diffusion model"):
+            on(ModelPatcher(Flux()))
+
+
+class TestTheHostsAttention:
+    def test_small_attentions_are_its_own(self, model, host):
+        run(on(model), host)
+        assert (256, 1024) in host.calls, "agents to all tokens"
+        assert (1024, 256) in host.calls, "all tokens to agents"
+        assert (1024, 1024) not in host.calls
+
+    def test_an_override_is_asked(self, model, host):
+        asked = []
+
+        def override(func, q, k, v, heads, **kwargs):
+            asked.append((q.shape[1], k.shape[1], kwargs["transformer_options"]["block"]))
+            return func(q, k, v, heads, **kwargs)
+
+        patched = on(model)
+        expected = run(patched, host)
+        patched.options["optimized_attention_override"] = override
+        assert torch.equal(run(patched, host), expected)
+        assert (1024, 256, ("input", 1)) in asked
+
+    def test_fp32_is_not_left_to_a_kernel_that_rounds(self, model, host):
+        run(on(model, attn_precision="fp32"), host)
+        assert (1024, 256) not in host.calls
+
+    def test_where_nothing_is_planned_it_answers_to_the_bit(self, model, host):
+        plain = run(model, host)
+        assert torch.equal(run(on(model, min_tokens=5000), host), plain)
+
+
+class TestOtherNodes:
+    def said(self, model, host, caplog, **settings):
+        patched = on(model, **settings)
+        with caplog.at_level(logging.INFO, "agentsd"):
+            out = run(patched, host), run(patched, host)
+        assert torch.equal(*out)
+        notes = patch_of(patched).last.notes
+        told = [record for record in caplog.records if any(note in record.getMessage() for note in notes)]
+        assert len(told) == len(notes), "said once, however many samplings there are"
+        return out[0], list(notes)
+
+    def test_token_merging(self, model, host, caplog):
+        model.set_model_attn1_patch(lambda n, k, v, extra: (n[:, ::2], k, v))
+        model.options["patches"]["attn1_output_patch"] = [lambda n, extra: n.repeat_interleave(2, dim=1)]
+        plain = run(model, host)
+        out, notes = self.said(model, host, caplog)
+        assert torch.equal(out, plain)
+        assert notes == ["self-attention was given 512 queries for 1024 keys, as by token merging or HyperTile"]
+
+    def test_tiles(self, model, host, caplog):
+        def tiles(n, k, v, extra):
+            return (n.unflatten(1, (4, -1)).flatten(0, 1), *(t.repeat_interleave(4, dim=0) for t in (k, v)))
+
+        model.set_model_attn1_patch(tiles)
+        model.options["patches"]["attn1_output_patch"] = [lambda n, extra: n.unflatten(0, (-1, 4)).flatten(1, 2)]
+        plain = run(model, host)
+        out, notes = self.said(model, host, caplog)
+        assert torch.equal(out, plain)
+        assert "256 queries for 1024 keys" in notes[0]
+
+    def test_a_longer_context(self, model, host, caplog):
+        model.set_model_attn1_patch(lambda n, k, v, extra: (n, torch.cat([k, 2 * k], 1), torch.cat([v, v], 1)))
+        plain = run(model, host)
+        out, notes = self.said(model, host, caplog)
+        assert torch.equal(out, plain)
+        assert any("do not form a 32×32 grid" in note for note in notes)
+
+    def test_a_node_that_only_looks_on_leaves_all_to_us(self, model, host):
+        expected = run(on(model), host)
+        model.set_model_attn1_patch(lambda n, k, v, extra: (n, k, v))
+        assert torch.equal(run(on(model), host), expected)
+
+    @pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+    def test_a_block_that_another_node_answers_stays_its_own(self, model, host, caplog, first):
+        theirs = []
+
+        def answer(q, k, v, extra):
+            theirs.append(extra["block"])
+            return v
+
+        if first:
+            model.set_model_attn1_replace(answer, "input", 1)
+        patched = on(model)
+        if not first:
+            patched.set_model_attn1_replace(answer, "input", 1)
+        with caplog.at_level(logging.INFO, "agentsd"):
+            run(patched, host)
+        assert theirs == [("input", 1)]
+        assert list(patch_of(patched).last.notes) == ["another node answers self-attention in its place"]
+        assert patch_of(patched).last.changed(), "the other blocks are ours"
+
+
+class TestLifetime:
+    def test_an_error_in_the_sampling_ends_it(self, model, host):
+        patched = on(model)
+        expected = run(patched, host)
+
+        def fail(n, k, v, extra):
+            raise KeyboardInterrupt
+
+        broken = patched.clone()
+        broken.set_model_attn1_patch(fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(broken, host)
+        assert not patch_of(patched).moment.active
+        assert torch.equal(run(patched, host), expected)
+
+    def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, model, host, monkeypatch):
+        plain, patched = run(model, host), on(model)
+        monkeypatch.setattr("agentsd.methods.agents.agent_attention", lambda *args, **kwargs: 1 / 0)
+        assert torch.equal(run(patched, host), plain)
+        assert "an error of ours: ZeroDivisionError" in report_on(patched)
+
+    def test_the_report_is_of_the_last_sampling(self, model, host):
+        patched = on(model)
+        assert "Nothing was sampled" in report_on(patched)
+        assert "off" in report_on(model)
+        run(patched, host, [900, 500, 100])
+        assert "9 with agents" in report_on(patched)
+        run(patched, host, [500])
+        assert "3 with agents" in report_on(patched)
+
+
+class TestNodes:
+    def test_all_have_a_name_for_people(self):
+        assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
+        for node in NODE_CLASS_MAPPINGS.values():
+            assert hasattr(node, node.FUNCTION)
+            assert node.CATEGORY
+            assert node.DESCRIPTION
+
+    def test_its_own_defaults_are_valid_and_act(self):
+        given = AgentAttention.INPUT_TYPES()
+        inputs = {**given["required"], **given["optional"]}
+        del inputs["model"]
+        config, since = config_of({name: options["default"] for name, (_, options) in inputs.items()})
+        assert since == 0.0
+        assert agentsd.plan_layer(config, 64, 64, 1).agents == 256
+        for name, (kind, options) in inputs.items():
+            assert options["tooltip"], name
+            assert not isinstance(kind, list) or options["default"] in kind
+            assert kind != "FLOAT" or options["min"] <= options["default"] <= options["max"]
+
+    @pytest.mark.parametrize("method", ["agent", "pool"])  # others bound the number of cells
+    @pytest.mark.parametrize("cells", [name for name in CELLS if name != CUSTOM])
+    def test_cells_are_what_their_name_says(self, method, cells):
+        config, _ = config_of({"method": method, "cells": cells, "ratio": 0.0})
+        plan = agentsd.plan_layer(config, 256, 256, 1)
+        assert plan.cell == (CELLS[cells],) * 2
+
+    def test_custom_cells_are_of_the_agent_ratio(self):
+        assert config_of({"cells": CUSTOM, "agent_ratio": 0.8})[0].agent_ratio == 0.8
+        assert config_of({"cells": "4×4", "agent_ratio": 0.8})[0].agent_ratio == 1 - 1 / 16
+
+    @pytest.mark.parametrize(
+        ("inputs", "said"),
+        [
+            ({"from": 0.5, "until": 0.4}, "must be above since"),
+            ({"ratio": 1.5}, "ratio must be a number from 0.0 to 0.99, got 1.5"),
+            ({"rules": "nonsense"}, "nonsense"),
+        ],
+    )
+    def test_a_bad_value_is_named_before_anything_is_done(self, model, inputs, said):
+        with pytest.raises(SettingError, match=said):
+            AgentAttention().apply(model, **inputs)
+
+    def test_apply_and_report(self, model, host):
+        (patched,) = AgentAttention().apply(model, method="agent", cells="2×2, closest")
+        run(patched, host)
+        assert AgentAttentionReport().report(patched, None)[0].startswith("sampling, 256×256: 1024 tokens → 256 agents")
