@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from agentsd.tensors import join_heads
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,20 @@ class Attention:
     k: Tensor
     v: Tensor
     size: tuple[int, int]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    @cached_property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (1, N, H · d), as projections lay them out."""
+        return join_heads(self.q).contiguous(), join_heads(self.k).contiguous(), join_heads(self.v).contiguous()
+
+    @cached_property
+    def x(self) -> Tensor:
+        """What they are projections of: here, the three side by side (1, N, 3 · H · d)."""
+        return torch.cat(self.tokens, dim=-1)
 
     def concentration(self, queries: int = 128) -> tuple[float, float]:
         """(exp of the mean entropy, mean share of attention at most 4 rows and 4 columns away), of some queries."""
@@ -111,15 +127,16 @@ def model(sharpness: float) -> Callable[..., Attention]:
     return make
 
 
-def gaussian(sigmas: tuple[float, ...]) -> Callable[..., Attention]:
-    """Scores of content, and −r² / 2σ², with another σ in each head."""
+def gaussian(sigmas: tuple[float, ...], what: Callable[..., Attention] | None = None) -> Callable[..., Attention]:
+    """Scores of `what`, or else of content, and −r² / 2σ², with another σ in each head."""
 
     def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
         at = positions(size)
-        sigma = torch.tensor([sigmas[h % len(sigmas)] for h in range(heads)])[None, :, None, None]
+        base = what(heads, d, size, draw) if what else Attention(*content(heads, d, size, draw, 1.5), size)
+        sigma = torch.tensor([sigmas[h % len(sigmas)] for h in range(base.heads)])[None, :, None, None]
         wanted = torch.cat([at, torch.ones(len(at), 1)], dim=-1) / sigma**2
         offered = torch.cat([at, -at.square().sum(-1, keepdim=True) / 2], dim=-1)
-        return Attention(*added(content(heads, d, size, draw, 1.5), wanted, offered), size)
+        return Attention(*added((base.q, base.k, base.v), wanted, offered), size)
 
     return make
 
@@ -185,13 +202,46 @@ def texture(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) ->
     return Attention(q + code[None, :, phase], k + code[None, :, phase], v + values[None, :, phase], size)
 
 
+def strong_keys(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+    """One token in a hundred, anywhere, has a key of four times the norm and a value of twice."""
+    q, k, v = content(heads, d, size, draw, 1.0)
+    strong = torch.rand(1, heads, math.prod(size), 1, generator=draw) < 0.01
+    return Attention(q, torch.where(strong, 4 * k, k), torch.where(strong, 2 * v, v), size)
+
+
+def plain(sharpness: float) -> Callable[..., Attention]:
+    """Scores of content alone."""
+
+    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+        return Attention(*content(heads, d, size, draw, sharpness), size)
+
+    return make
+
+
+def mixed(*kinds: Callable[..., Attention]) -> Callable[..., Attention]:
+    """Heads of different kinds side by side, as layers of real models have them."""
+
+    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+        parts = [kinds[head % len(kinds)](1, d, size, draw) for head in range(heads)]
+        q, k, v = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in "qkv")
+        return Attention(q, k, v, size)
+
+    return make
+
+
 KINDS: dict[str, Callable[..., Attention]] = {
     **{f"model, queries × {s}": model(s) for s in (1, 4, 8, 16)},
+    "model, queries × 4, Gaussian σ 2–8": gaussian((2.0, 4.0, 8.0), model(4)),
     "Gaussian, σ 2–4": gaussian((2.0, 3.0, 4.0)),
     "Gaussian, σ 4–16": gaussian((4.0, 8.0, 16.0)),
     "inverse square": inverse_square(2.0),
+    "mixed heads": mixed(
+        *(plain(0.5), gaussian((3.0,)), segments, plain(2.5)),
+        *(gaussian((8.0,)), inverse_square(2.0), strong_keys, plain(1.5)),
+    ),
     "segments": segments,
     "sinks, moving": sinks("moving"),
     "sinks, corners": sinks("corners"),
+    "high-norm keys": strong_keys,
     "texture": texture,
 }

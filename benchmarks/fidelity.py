@@ -6,6 +6,8 @@ list of methods also the deviation of the final picture, and whether it still sh
 
     python -m benchmarks.fidelity                  # CSV, JSON, Markdown and plots in docs/fidelity; resumes
     python -m benchmarks.fidelity --quick          # a few methods, one size, into out/fidelity
+    python -m benchmarks.fidelity --queries 4      # sharper attention, into docs/fidelity/queries4
+    python -m benchmarks.fidelity --untimed        # no seconds: on a machine with other work to do
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import platform
 import statistics
 import time
@@ -28,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agentsd import AgentConfig, early, paper_stages, patch_unet
+from agentsd.hosts import find_sites
 
 TIMESTEPS = (900, 700, 500, 300, 100)
 # (height, width) of the latents
@@ -117,13 +121,17 @@ def _pool(sy: int, sx: int, shortcut: float = 0.0, **settings: Any) -> AgentConf
 
 
 def _corrected(ratio: float, **settings: Any) -> AgentConfig:
-    return AgentConfig(method="corrected", ratio=0.0, agent_ratio=ratio, **settings)
+    return AgentConfig(**{"method": "corrected", "ratio": 0.0, "agent_ratio": ratio, **settings})
+
+
+def _local(ratio: float, **settings: Any) -> AgentConfig:
+    return _corrected(ratio, **{"method": "local", **settings})
 
 
 def methods() -> list[Method]:
     """All methods that are compared, the unpatched model first."""
     grid = _agents("grid", 1 - 1 / 16)
-    deeper = {"max_downsample": 8}
+    second, deeper = {"max_downsample": 2}, {"max_downsample": 8}
     until_40 = {"stages": early(0.4)}
     finer = {"stages": early(0.4, after={"agent_ratio": 1 - 1 / 16})}
     return [
@@ -160,9 +168,12 @@ def methods() -> list[Method]:
         Method("corrected 2×2", "corrected agents", _corrected(0.75)),
         Method("corrected 4×4", "corrected agents", _corrected(1 - 1 / 16), pictures=True, sizes=True),
         Method("corrected 8×8", "corrected agents", _corrected(1 - 1 / 64), pictures=True, sizes=True),
+        Method("local 4×4", "local attention", _local(1 - 1 / 16), pictures=True, sizes=True),
+        Method("local 8×8", "local attention", _local(1 - 1 / 64), sizes=True),
         Method("corrected 8×8, then 4×4", "corrected agents, schedules", _corrected(1 - 1 / 64, **finer)),
         Method("corrected 4×4, first 60 %", "corrected agents, schedules", _corrected(1 - 1 / 16, stages=early(0.6))),
-        Method("corrected 4×4, two levels", "corrected agents, deeper", _corrected(1 - 1 / 16, max_downsample=2)),
+        Method("corrected 4×4, two levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **second), sizes=True),
+        Method("local 4×4, two levels", "local attention, deeper", _local(1 - 1 / 16, **second), sizes=True),
         Method(
             "corrected 4×4, all levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **deeper), pictures=True
         ),
@@ -171,6 +182,22 @@ def methods() -> list[Method]:
         Method("K/V pooled 2×2, shortcut .075", "K/V pooling, shortcut", _pool(2, 2, 0.075)),
         Method("K/V pooled 4×4, shortcut .15", "K/V pooling, shortcut", _pool(4, 4, 0.15)),
     ]
+
+
+@contextmanager
+def sharpened(unet: torch.nn.Module, factor: float) -> Iterator[None]:
+    """Multiply the queries of all self-attention in a `with` block: its maps get sharper, or softer below 1."""
+    weights = [site.block.attn1.to_q.weight for site in find_sites(unet)]
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
 
 
 def covering(pictures: Tensor, height: int, width: int) -> Tensor:
@@ -298,6 +325,11 @@ class Store:
             row.update(empty, settings=settings)
         return row
 
+    def drop(self, parts: Sequence[str]) -> None:
+        """Drop the rows of methods whose names contain one of `parts`."""
+        rows = self.data["rows"].items()
+        self.data["rows"] = {key: row for key, row in rows if not any(part in row["method"] for part in parts)}
+
     def keep(self, names: set[str]) -> None:
         self.data["rows"] = {key: row for key, row in self.data["rows"].items() if row["method"] in names}
 
@@ -321,7 +353,9 @@ def run(
     rounds: int = 7,
     prompts: int = 10,
     key: str = "",
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = time.perf_counter,
+    again: Sequence[str] = (),
+    more: Callable[[], bool] = lambda: True,
 ) -> Store:
     """Measure what is missing in `folder`, and write everything.
 
@@ -334,10 +368,13 @@ def run(
         rounds: timed rounds.
         prompts: number of final pictures of each method of the short list.
         key: identifies the weights and the clock; results with another key are dropped.
-        clock: the clock for the seconds.
+        clock: the clock for the seconds; None to measure none.
+        again: methods whose names contain one of these are measured anew.
+        more: whether there is time to begin anything; where there is none, tables and plots are left for the next run.
     """
     about = {"key": f"{key} samples {samples} pictures {prompts}", **machine()}
     store = Store(folder, about)
+    store.drop(again)
     store.keep({method.name for method in chosen})
     for size in sizes:
         here = [m for m in chosen if m.sizes or size == sizes[0]]
@@ -345,9 +382,11 @@ def run(
         fewer = max(2, samples * sizes[0][0] * sizes[0][1] // (size[0] * size[1]))
         noised = cases(pipe, size, fewer) if missing else []
         for method in tqdm(missing, desc=f"deviation {_shown(size)}"):
+            if not more():
+                return store
             store.row(method, size)["deviation"] = deviations(pipe, method, noised)
             store.save()
-        if any("seconds" not in store.row(m, size) for m in here):
+        if clock and more() and any("seconds" not in store.row(m, size) for m in here):
             for name, value in seconds(pipe, here, size, rounds, clock).items():
                 store.row(next(m for m in here if m.name == name), size)["seconds"] = value
             store.save()
@@ -355,13 +394,16 @@ def run(
     missing = [m for m in chosen if m.pictures and "retrieved" not in store.row(m, sizes[0])] if prompts else []
     unpatched = pictures(pipe, chosen[0], index) if missing else None
     for method in tqdm(missing, desc="pictures"):
+        if not more():
+            return store
         latents = unpatched if method is chosen[0] else pictures(pipe, method, index)
         store.row(method, sizes[0]).update(judge(pipe, index, latents, unpatched))
         store.save()
     write_csv(store, folder / "fidelity.csv")
     (folder / "table.md").write_text(table(store, sizes), encoding="utf-8")
     for size in sizes:
-        plot(store, size, folder / f"frontier-{size[0]}x{size[1]}.png")
+        if all("seconds" in row for row in store.rows if row["size"] == list(size)):
+            plot(store, size, folder / f"frontier-{size[0]}x{size[1]}.png")
     return store
 
 
@@ -384,8 +426,7 @@ def write_csv(store: Store, file: Path) -> None:
         writer.writerow(head)
         for row in store.rows:
             means = [statistics.fmean(case) for case in row["deviation"]]
-            speedup = unpatched_row(store, row["size"])["seconds"] / row["seconds"]
-            numbers = [row["seconds"], speedup, mean(row), worst(row)]
+            numbers = [row.get("seconds", ""), speedup(store, row) or "", mean(row), worst(row)]
             numbers += [*means, *(row.get(name, "") for name in head[-3:])]
             writer.writerow([row["method"], *row["size"], *(n if n == "" else f"{n:.5f}" for n in numbers)])
 
@@ -400,18 +441,27 @@ def unpatched_row(store: Store, size: Sequence[int]) -> dict[str, Any]:
     return next(row for row in store.rows if row["method"] == "unpatched" and row["size"] == list(size))
 
 
+def speedup(store: Store, row: Mapping[str, Any]) -> float | None:
+    """The unpatched model's seconds over this row's; None where either is unknown."""
+    seconds = [found.get("seconds") for found in (unpatched_row(store, row["size"]), row)]
+    return seconds[0] / seconds[1] if all(seconds) else None
+
+
 def table(store: Store, sizes: Sequence[tuple[int, int]]) -> str:
     """The results in Markdown, one table for each size."""
     parts = []
     for size in sizes:
         rows = [row for row in store.rows if row["size"] == list(size)]
-        unpatched = unpatched_row(store, size)["seconds"]
+        timed = any("seconds" in row for row in rows)
         lines = [f"Latent {_shown(size)}, N = {size[0] * size[1]}:", ""]
-        lines += ["| method | s per forward | speed-up | " + " | ".join(f"t={t}" for t in TIMESTEPS)
-                  + " | mean | worst | picture | retrieved |"]  # fmt: skip
-        lines += ["|---|" + "---:|" * (len(TIMESTEPS) + 6)]
+        head = ["method", *(["s per forward", "speed-up"] if timed else []), *(f"t={t}" for t in TIMESTEPS)]
+        head += ["mean", "worst", "picture", "retrieved"]
+        lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
         for row in rows:
-            cells = [row["method"], f"{row['seconds']:.3f}", f"{unpatched / row['seconds']:.2f}×"]
+            cells = [row["method"]]
+            if timed:
+                ratio = speedup(store, row)
+                cells += [f"{row['seconds']:.3f}", f"{ratio:.2f}×"] if ratio else ["", ""]
             cells += [_thousandths(statistics.fmean(case)) for case in row["deviation"]]
             cells += [f"**{_thousandths(mean(row))}**", _thousandths(worst(row))]
             cells += [_thousandths(row["picture_deviation"]) if "retrieved" in row else ""]
@@ -474,6 +524,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     parser.add_argument("--pictures", type=int, default=10, help="final pictures per method (10)")
     parser.add_argument(
+        "--queries",
+        type=float,
+        default=1.0,
+        help="factor on the queries of all self-attention (1); above it, no seconds",
+    )
+    parser.add_argument("--untimed", action="store_true", help="measure no seconds")
+    parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew: parts of methods' names")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
+    parser.add_argument(
         "--cpu-time", action="store_true", help="measure CPU seconds of one thread, on a machine with other work to do"
     )
     args = parser.parse_args(arguments)
@@ -489,13 +548,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = [m for m in chosen if m.name in QUICK or m.family.startswith("corrected")]
         args.samples, args.rounds, args.pictures, sizes = 2, 3, 0, [(64, 64)]
     folder = args.out or Path("out/fidelity" if args.quick else "docs/fidelity")
+    if args.queries != 1 and not args.out:
+        folder /= f"queries{args.queries:g}"
     if args.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if args.cpu_time else time.perf_counter
+    key = f"{_digest(WEIGHTS / 'model.safetensors')} {clock.__name__}"
+    if args.queries != 1:
+        key += f" queries {args.queries:g}"
+    if args.untimed or args.queries != 1:
+        clock = None
+    end = time.monotonic() + 60 * args.minutes
     pipe = load()
-    run(pipe, folder, chosen, sizes=sizes, samples=args.samples, rounds=args.rounds, prompts=args.pictures,
-        clock=clock, key=f"{_digest(WEIGHTS / 'model.safetensors')} {clock.__name__}")  # fmt: skip
-    print((folder / "table.md").read_text())
+    with sharpened(pipe.unet, args.queries):
+        run(pipe, folder, chosen, sizes=sizes, samples=args.samples, rounds=args.rounds, prompts=args.pictures,
+            clock=clock, key=key, again=args.again, more=lambda: time.monotonic() < end)  # fmt: skip
     print(f"written to {folder}/")
 
 

@@ -23,8 +23,9 @@ from agentsd.methods.local import HALO, WINDOW, local_attention
 from agentsd.tensors import join_heads, sample_tokens, split_heads
 
 from .attentions import KINDS
-from .rivals import full
-from .zoo import error, short
+from .candidates import full
+from .zoo import errors as errors_of
+from .zoo_report import short
 
 SIZE, CELL, HEADS, WIDTH = (64, 64), (4, 4), 8, 40
 SHOWN = (
@@ -48,8 +49,8 @@ def closeness(steps: dict[str, Callable[..., Tensor]]) -> dict[str, list[str]]:
         at = KINDS[kind](HEADS, WIDTH, SIZE, torch.Generator().manual_seed(0))
         expected = full(at)
         for name, step in steps.items():
-            errors = error(step(at.q, at.k, at.v, size=SIZE, cell=CELL), expected)
-            found[name].append(f"{short(statistics.median(errors))} ({short(max(errors))})")
+            lost = errors_of(step(at.q, at.k, at.v, size=SIZE, cell=CELL), expected)
+            found[name].append(f"{short(float(lost['median']))} ({short(float(lost['worst']))})")
     return found
 
 

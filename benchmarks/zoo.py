@@ -1,11 +1,14 @@
-"""How close ways of self-attention come to full attention, on attentions of many kinds, and what they take.
+"""How close methods of self-attention come to full attention, on attentions of many kinds, and what they cost.
 
-For each kind, size and width of a head: the relative error of each way's output, its median and its worst over the
-heads, and its seconds of processor time on one thread relative to SDPA's, medians of interleaved rounds.
+Errors and seconds are measured apart. Errors depend on the kind, the size and the width of a head, and on nothing that
+else runs on the machine. Seconds depend on the size and the width only; they are interleaved with SDPA's and want a
+machine that does nothing else.
 
-    python -m benchmarks.zoo                   # docs/zoo/: CSV, Markdown and the plot; resumes
-    python -m benchmarks.zoo --most 5000       # the same without 16384 tokens
-    python -m benchmarks.zoo --quick           # two sizes, one width, into out/zoo
+    python -m benchmarks.zoo                        # all that is missing in docs/zoo, then tables, plot and docs/zoo.md
+    python -m benchmarks.zoo errors                 # errors only; `seconds` and `report` likewise
+    python -m benchmarks.zoo seconds --minutes 5    # stop after five minutes; the next call goes on
+    python -m benchmarks.zoo --quick                # small sizes, a minute and a half, into out/zoo
+    python -m benchmarks.zoo --again local4         # measure a method anew
 """
 
 from __future__ import annotations
@@ -15,215 +18,262 @@ import csv
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .attentions import KINDS, Attention
-from .rivals import RIVALS, Rival, full
+from .candidates import CANDIDATES, FULL, Candidate, asked
 
-FIELDS = ("kind", "height", "width", "heads", "d", "method", "median", "worst", "relative", "rounds", "neff", "near")
-# What the plot and the first table show.
-MAIN = ((64, 64), 40)
+PARTS = ("errors", "seconds", "report")
+# A method that leaves layers of a shape alone has rows without values.
+ERRORS = ("kind", "height", "width", "heads", "d", "method", "median", "worst", "token", "neff", "near")
+SECONDS = ("height", "width", "heads", "d", "method", "relative", "seconds", "rounds", "threads")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One attention: its kind, size, number of heads and width of a head."""
+class Shape:
+    """A grid of height × width tokens, with `heads` heads of width `d`."""
 
-    kind: str
-    size: tuple[int, int]
+    height: int
+    width: int
     heads: int
     d: int
 
     @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
     def key(self) -> tuple[str, ...]:
-        return tuple(map(str, (self.kind, *self.size, self.heads, self.d)))
+        return tuple(map(str, (self.height, self.width, self.heads, self.d)))
+
+    def __str__(self) -> str:
+        return f"{self.width}×{self.height}, heads of {self.d}"
+
+
+# What plots and the first table show.
+MAIN = Shape(64, 64, 8, 40)
+SHAPES = (
+    MAIN,
+    Shape(32, 32, 8, 40),
+    Shape(45, 61, 8, 40),
+    Shape(64, 64, 8, 64),
+    Shape(64, 64, 8, 80),
+    Shape(97, 75, 4, 40),
+    Shape(128, 128, 4, 40),
+)
+QUICK = (Shape(48, 48, 4, 40), Shape(21, 45, 4, 40))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: its kind and its shape."""
+
+    kind: str
+    shape: Shape
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.kind, *self.shape.key
 
     def make(self) -> Attention:
-        return KINDS[self.kind](self.heads, self.d, self.size, torch.Generator().manual_seed(0))
+        return KINDS[self.kind](self.shape.heads, self.shape.d, self.shape.size, torch.Generator().manual_seed(0))
 
 
-def cases(quick: bool, most: int) -> list[Case]:
-    """All cases of at most so many tokens; the model's heads have a width of their own, so they come once a size."""
-    shapes = [((64, 64), 40), ((32, 32), 40), ((45, 61), 40), ((64, 64), 64), ((64, 64), 80), ((128, 128), 40)]
-    if quick:
-        shapes = [((64, 64), 40), ((21, 45), 40)]
-    heads = 4 if quick else 8
-    return [
-        Case(kind, size, heads, d)
-        for size, d in shapes
-        if math.prod(size) <= most
-        for kind in KINDS
-        if d == MAIN[1] or not kind.startswith("model")
-    ]
+def cases(shapes: Sequence[Shape]) -> list[Case]:
+    """All kinds in all shapes; the model's heads have a width of their own, so its kinds come once a size."""
+    return [Case(kind, s) for s in shapes for kind in KINDS if s.d == MAIN.d or not kind.startswith("model")]
 
 
-@torch.inference_mode()
-def measure(case: Case, rivals: dict[str, Rival], rounds: int) -> list[dict[str, Any]]:
-    """A row for each way that is within reach."""
-    at = case.make()
-    expected, (neff, near) = full(at), at.concentration()
-    seconds: dict[str, list[float]] = {name: [] for name in rivals if math.prod(case.size) <= rivals[name].most}
-    errors = {}
-    for number in range(rounds):
-        for name in seconds:
-            if number and not rivals[name].timed:
-                continue
-            start = time.process_time()
-            out = rivals[name].attend(at)
-            seconds[name].append(time.process_time() - start)
-            errors[name] = error(out, expected)
-    about = dict(zip(FIELDS[:5], case.key, strict=True))
-    return [
-        about
-        | {"method": name, "neff": f"{neff:.0f}", "near": f"{near:.2f}", "rounds": len(seconds[name])}
-        | {"median": f"{statistics.median(errors[name]):.5f}", "worst": f"{max(errors[name]):.5f}"}
-        | {"relative": f"{relative(seconds[name], seconds['full']):.3f}" if rivals[name].timed else ""}
-        for name in seconds
-    ]
+class Rows:
+    """A CSV file that is written anew whenever rows are added."""
 
-
-def error(out: torch.Tensor, expected: torch.Tensor) -> list[float]:
-    """‖out − expected‖ / ‖expected‖ of each head; infinite where it is not finite."""
-    found = (out - expected).flatten(2).norm(dim=-1) / expected.flatten(2).norm(dim=-1)
-    return found.flatten().nan_to_num(math.inf, math.inf).tolist()
-
-
-def relative(seconds: Sequence[float], base: Sequence[float]) -> float:
-    """Median of each round's own ratio, the first round left out as warm-up where there are others."""
-    ratios = [a / max(b, 1e-9) for a, b in zip(seconds, base, strict=True)]
-    return statistics.median(ratios[1:] or ratios)
-
-
-class Results:
-    """The file of rows: a case is written when it is done, and not measured again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fields: Sequence[str]) -> None:
+        self.path, self.fields = path, fields
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 self.rows = list(csv.DictReader(file))
 
-    def has(self, case: Case) -> bool:
-        return any(tuple(row[name] for name in FIELDS[:5]) == case.key for row in self.rows)
+    def of(self, key: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Rows whose first fields are `key`, by method."""
+        return {
+            row["method"]: row
+            for row in self.rows
+            if all(row[name] == value for name, value in zip(self.fields, key, strict=False))
+        }
 
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        self.rows += [{name: str(row[name]) for name in FIELDS} for row in rows]
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.rows += [{name: str(row[name]) for name in self.fields} for row in rows]
+        self._write()
+
+    def drop(self, methods: Sequence[str]) -> None:
+        if methods:
+            self.rows = [row for row in self.rows if row["method"] not in methods]
+            self._write()
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".tmp")
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer = csv.DictWriter(file, self.fields, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
         partial.replace(self.path)
 
-    def shapes(self) -> dict[tuple[tuple[int, int], int], list[dict[str, str]]]:
-        """Rows by ((height, width), width of a head), in their order."""
-        found: dict[tuple[tuple[int, int], int], list[dict[str, str]]] = {}
-        for row in self.rows:
-            found.setdefault(((int(row["height"]), int(row["width"])), int(row["d"])), []).append(row)
-        return found
+
+@torch.inference_mode()
+def measure_errors(
+    rows: Rows, wanted: Sequence[Case], candidates: Mapping[str, Candidate], more: Callable[[], bool]
+) -> None:
+    """Add the errors that are missing, case by case, while there is `more` time."""
+    missing = {case: _missing(rows.of(case.key), candidates) for case in wanted}
+    for case in (bar := tqdm([case for case in wanted if missing[case]], desc="errors")):
+        if not more():
+            return
+        bar.set_postfix_str(f"{case.kind}, {case.shape}")
+        at = case.make()
+        expected, (neff, near) = CANDIDATES[FULL].attend(at), at.concentration()
+        about = {"neff": f"{neff:.0f}", "near": f"{near:.2f}"}
+        found = ((name, candidates[name].attend(at)) for name in missing[case])
+        rows.add(_row(rows, case.key, name, about | errors(out, expected)) for name, out in found)
 
 
-def tables(results: Results) -> str:
-    """A table for each shape: kinds down, ways across."""
-    text = ["Median of the heads, and the worst of them in brackets; ∞: not finite. Ways as in docs/zoo.md.", ""]
-    for ((height, width), d), rows in results.shapes().items():
-        ways = [name for name in RIVALS if name != "full" and any(row["method"] == name for row in rows)]
-        text += [f"**{width}×{height} = {width * height} tokens, heads of {d}**", ""]
-        text += ["| | neff | near | " + " | ".join(RIVALS[name].label for name in ways) + " |"]
-        text += ["|---|---:|---:|" + "---:|" * len(ways)]
-        for kind in dict.fromkeys(row["kind"] for row in rows):
-            of = {row["method"]: row for row in rows if row["kind"] == kind}
-            marks = [f"{short(of[name]['median'])} ({short(of[name]['worst'])})" for name in ways]
-            text.append(f"| {kind} | {of['full']['neff']} | {of['full']['near']} | " + " | ".join(marks) + " |")
-        text += ["| **time, SDPA = 1** | | | " + " | ".join(of_time(rows, name) for name in ways) + " |", ""]
-    return "\n".join(text)
+def _missing(done: Mapping[str, Any], candidates: Mapping[str, Candidate]) -> list[str]:
+    return [name for name in candidates if name not in done]
 
 
-def of_time(rows: Sequence[dict[str, str]], method: str) -> str:
-    times = [float(row["relative"]) for row in rows if row["method"] == method and row["relative"]]
-    return f"{statistics.median(times):.2f}" if times else ""
+def _row(rows: Rows, key: Sequence[str], method: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(rows.fields, key, strict=False)) | {"method": method} | values
 
 
-def short(value: str) -> str:
-    x = float(value)
-    if math.isinf(x):
-        return "∞"
-    return ">10" if x > 10 else f"{x:.3f}" if x < 1 else f"{x:.1f}"
+def errors(out: Tensor | None, expected: Tensor) -> dict[str, str]:
+    """Median and worst relative error of the heads, and the worst of their tokens; infinite where it is not finite.
+
+    A head's is ‖out − expected‖ / ‖expected‖. A token's is divided by the root mean square of its head's tokens.
+    """
+    if out is None:
+        return dict.fromkeys(("median", "worst", "token"), "")
+    if out.shape != expected.shape:
+        expected = expected[:, :, asked(expected.shape[2])]
+    lost, norm = (out - expected).norm(dim=-1), expected.norm(dim=-1).square().mean(-1, keepdim=True).sqrt()
+    tokens = (lost / norm).flatten(0, 1).nan_to_num(math.inf, math.inf)
+    heads = tokens.square().mean(-1).sqrt().tolist()
+    found = {"median": statistics.median(heads), "worst": max(heads), "token": float(tokens.max())}
+    return {name: f"{value:.5f}" for name, value in found.items()}
 
 
-def draw(results: Results, path: Path) -> None:
-    """Error over seconds, one panel a kind, of the main shape or else of the first."""
-    import matplotlib
+@torch.inference_mode()
+def measure_seconds(
+    rows: Rows,
+    shapes: Sequence[Shape],
+    candidates: Mapping[str, Candidate],
+    rounds: int,
+    more: Callable[[], bool],
+) -> None:
+    """Add the seconds that are missing, shape by shape, while there is `more` time.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    In each round every method is called once, SDPA first; the first round is a warm-up. `relative` is the median of
+    the ratios of a round's own seconds.
+    """
+    timed = {name: candidate for name, candidate in candidates.items() if candidate.timed}
+    missing = {shape: _missing(rows.of(shape.key), timed) for shape in shapes}
+    for shape in (bar := tqdm([shape for shape in shapes if missing[shape]], desc="seconds")):
+        if not more():
+            return
+        at = Case("segments", shape).make()
+        acting = [name for name in missing[shape] if timed[name].attend(at) is not None]
+        seconds: dict[str, list[float]] = {name: [] for name in (FULL, *acting)}
+        for number in range(rounds + 1):
+            bar.set_postfix_str(f"{shape}, round {number} of {rounds}")
+            for name, times in seconds.items():
+                start = time.perf_counter()
+                CANDIDATES.get(name, candidates.get(name)).attend(at)
+                times.append(time.perf_counter() - start)
+        rows.add(_timed(rows, shape, name, seconds.get(name, []), seconds[FULL]) for name in missing[shape])
 
-    shapes = results.shapes()
-    ((height, width), d), rows = next(((s, r) for s, r in shapes.items() if s == MAIN), next(iter(shapes.items())))
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    figure, panels = plt.subplots(-(-(len(kinds) + 1) // 4), 4, figsize=(13, 9), sharex=True, sharey=True)
-    marks = {"local": "*"}
-    colours = dict(zip(RIVALS, plt.get_cmap("tab20").colors, strict=False))
-    for panel, kind in zip(panels.flat, kinds, strict=False):
-        of = [row for row in rows if row["kind"] == kind and row["relative"] and row["method"] != "full"]
-        for row in of:
-            y = min(max(float(row["median"]), 1e-3), 10)
-            mark = marks.get(row["method"], "o")
-            panel.plot(float(row["relative"]), y, mark, color=colours[row["method"]], ms=7 if mark == "o" else 11)
-        panel.set(xscale="log", yscale="log", ylim=(8e-4, 13), title=f"{kind} (neff {of[0]['neff']})")
-        panel.title.set_fontsize(9)
-        panel.grid(True, alpha=0.3)
-    for panel in panels.flat[len(kinds) :]:
-        panel.axis("off")
-    names = [n for n, rival in RIVALS.items() if rival.timed and n != "full" and any(r["method"] == n for r in rows)]
-    handles = [
-        plt.Line2D([], [], marker=marks.get(n, "o"), ls="", color=colours[n], label=RIVALS[n].label) for n in names
-    ]
-    panels.flat[len(kinds)].legend(handles=handles, fontsize="small", loc="center", frameon=False)
-    figure.suptitle(f"{width}×{height} tokens, heads of {d}; errors are cut off at 0.001 and 10")
-    figure.supxlabel("seconds of processor time, SDPA = 1")
-    figure.supylabel("relative error, median of the heads")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+
+def _timed(rows: Rows, shape: Shape, name: str, times: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    values = dict.fromkeys(("relative", "seconds"), "") | {"rounds": len(base) - 1, "threads": torch.get_num_threads()}
+    if times:
+        ratios = [a / b for a, b in zip(times[1:], base[1:], strict=True)]
+        values |= {"relative": f"{statistics.median(ratios):.4f}", "seconds": f"{statistics.median(times[1:]):.5f}"}
+    return _row(rows, shape.key, name, values)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two sizes, one width of a head, two rounds")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all of them)")
+    parser.add_argument("--quick", action="store_true", help="two small shapes, two rounds, into out/zoo")
     parser.add_argument("--out", type=Path, help="folder of the results (docs/zoo; out/zoo with --quick)")
-    parser.add_argument("--rounds", type=int, help="rounds of each case, the first a warm-up (5; 2 with --quick)")
-    parser.add_argument("--most", type=int, default=2**20, help="leave out cases of more tokens than this")
+    parser.add_argument("--rounds", type=int, help="timed rounds of each shape (5; 2 with --quick)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the processor (1)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
+    parser.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="measure these anew")
     args = parser.parse_args(arguments)
-    out = args.out or Path("out/zoo" if args.quick else "docs/zoo")
-    rounds = args.rounds or (2 if args.quick else 5)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # processor time is that of all threads
+    for given, known in ((args.parts, PARTS), (args.again, CANDIDATES)):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    before, end = torch.get_num_threads(), time.monotonic() + 60 * args.minutes
+    torch.set_num_threads(args.threads)
     try:
-        run(out, cases(args.quick, args.most), rounds)
+        run(
+            args.out or Path("out/zoo" if args.quick else "docs/zoo"),
+            QUICK if args.quick else SHAPES,
+            args.rounds or (2 if args.quick else 5),
+            parts=args.parts or PARTS,
+            again=args.again,
+            more=lambda: time.monotonic() < end,
+        )
     finally:
         torch.set_num_threads(before)
 
 
-def run(out: Path, wanted: Sequence[Case], rounds: int, rivals: dict[str, Rival] = RIVALS) -> None:
-    """Measure the cases that are missing, and write table and plot."""
-    results = Results(out / "zoo.csv")
-    bar = tqdm([case for case in wanted if not results.has(case)])
-    for case in bar:
-        bar.set_postfix_str(f"{case.kind}, {case.size[1]}×{case.size[0]}, heads of {case.d}")
-        results.add(measure(case, rivals, rounds))
-    (out / "table.md").write_text(tables(results) + "\n", encoding="utf-8")
-    draw(results, out / "zoo.png")
-    print(f"written to {out}")
+def run(
+    out: Path,
+    shapes: Sequence[Shape],
+    rounds: int,
+    *,
+    parts: Sequence[str] = PARTS,
+    candidates: Mapping[str, Candidate] = CANDIDATES,
+    kinds: Sequence[str] = tuple(KINDS),
+    again: Sequence[str] = (),
+    more: Callable[[], bool] = lambda: True,
+) -> None:
+    """Measure what is missing in the folder `out`, and write what is known.
+
+    Args:
+        out: the folder of the results.
+        shapes: the shapes.
+        rounds: timed rounds of each shape.
+        parts: what to do, of `PARTS`.
+        candidates: the methods.
+        kinds: names of the kinds of attention.
+        again: methods whose results of these parts are dropped first.
+        more: whether there is time to begin anything.
+    """
+    from .zoo_report import write
+
+    error_rows, second_rows = Rows(out / "errors.csv", ERRORS), Rows(out / "seconds.csv", SECONDS)
+    if "errors" in parts:
+        error_rows.drop(again)
+        wanted = [case for case in cases(shapes) if case.kind in kinds]
+        measure_errors(error_rows, wanted, candidates, more)
+    if "seconds" in parts:
+        second_rows.drop(again)
+        measure_seconds(second_rows, shapes, candidates, rounds, more)
+    if "report" in parts:
+        write(out, error_rows.rows, second_rows.rows)
+        print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,34 @@
-"""The zoo of attentions: kinds are what they say, ways are what they are named after, and results are kept."""
+"""The zoo of attentions: kinds are what they say, candidates compute what they are named after, results are kept."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 
 import pytest
 import torch
 
-from benchmarks import zoo
-from benchmarks.attentions import KINDS, positions
-from benchmarks.rivals import RIVALS, full
+pytest.importorskip("matplotlib", reason="needs matplotlib (requirements/dev.txt)")
+
+from agentsd.methods.corrected import corrected_attention
+from agentsd.tensors import pool_tokens, sample_tokens, split_heads
+from benchmarks import candidates, zoo, zoo_report
+from benchmarks.attentions import KINDS, Attention, positions
+from benchmarks.candidates import CANDIDATES, full
 
 SIZE = (13, 14)  # fewer tokens than the oracle keeps
 MADE = [kind for kind in KINDS if not kind.startswith("model")]
 
 
-def attention(kind: str, size: tuple[int, int] = SIZE, heads: int = 3, d: int = 40):
+def attention(kind: str, size: tuple[int, int] = SIZE, heads: int = 3, d: int = 40) -> Attention:
     return KINDS[kind](heads, d, size, torch.Generator().manual_seed(0))
+
+
+def weights(at: Attention) -> torch.Tensor:
+    return (at.q @ at.k.mT * at.q.shape[-1] ** -0.5).softmax(-1)
+
+
+# Kinds
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -44,68 +56,189 @@ def test_attention_falls_off_with_the_distance_where_it_should():
 
 def test_sinks_take_much_of_the_attention():
     at = attention("sinks, corners", (24, 24))
-    weights = (at.q @ at.k.mT * 40**-0.5).softmax(-1)
-    assert weights[..., [0, 23, 24 * 23, 24 * 24 - 1]].sum(-1).median() > 0.25
+    assert weights(at)[..., [0, 23, 24 * 23, 24 * 24 - 1]].sum(-1).median() > 0.25
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_ways_answer_in_the_shape_of_the_queries(name):
-    at = attention("segments")
-    out = RIVALS[name].attend(at)
-    assert out.shape == at.q.shape
-    assert out.isfinite().all()
+def test_a_hundredth_of_the_keys_takes_most_of_the_attention_where_norms_are_high():
+    at = attention("high-norm keys", (40, 40), heads=1)
+    norms = at.k[0, 0].norm(dim=-1)
+    assert norms.topk(16).values.min() > 2 * norms.median()
+    assert weights(at)[0, 0][:, norms > 2 * norms.median()].sum(-1).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", ["full", "local", "top"])
-def test_what_has_all_keys_is_exact(name):
-    at = attention("sinks, moving")
-    torch.testing.assert_close(RIVALS[name].attend(at), full(at), rtol=1e-3, atol=1e-3)
+def test_mixed_heads_differ_in_kind():
+    at = attention("mixed heads", (24, 24), heads=8)
+    spread = [Attention(*(x[:, [i]] for x in (at.q, at.k, at.v)), at.size).concentration()[0] for i in range(8)]
+    assert max(spread) > 10 * min(spread)
+
+
+# Candidates
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_candidates_answer_in_the_shape_of_the_queries_or_not_at_all(name):
+    at = attention("inverse square")
+    out = CANDIDATES[name].attend(at)
+    if out is None:
+        assert name.startswith("local")  # the product leaves so small a layer alone
+    else:
+        assert out.shape == at.q.shape
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("exact", ["top keys", "ToDo of 1×1", "tomesd of ratio 0", "Nyström of all tokens"])
+def test_what_has_all_keys_is_exact(exact):
+    at = attention("inverse square", (10, 11))
+    attend = {
+        "top keys": candidates.top_keys,
+        "ToDo of 1×1": candidates.downsampled(1),
+        "tomesd of ratio 0": candidates.tomesd(0.0),
+        "Nyström of all tokens": candidates.nystrom(1, exact=True),
+    }[exact]
+    torch.testing.assert_close(attend(at), full(at), rtol=1e-2, atol=1e-3)
+
+
+def test_the_product_s_methods_run_as_the_product_runs_them():
+    at = attention("segments", (32, 28))
+    few = [split_heads(sample_tokens(t, 32, 28, (4, 4)), 3) for t in at.tokens]
+    expected = corrected_attention(*(split_heads(t, 3) for t in at.tokens), *few)
+    torch.testing.assert_close(CANDIDATES["corrected4"].attend(at), expected)
+    pooled = [split_heads(pool_tokens(t, 32, 28, (2, 2)), 3) for t in at.tokens[1:]]
+    expected = torch.nn.functional.scaled_dot_product_attention(at.q, *pooled)
+    torch.testing.assert_close(CANDIDATES["pool2"].attend(at), expected)
+
+
+def test_tiles_are_exact_where_nothing_leaves_its_tile():
+    y, x = torch.meshgrid(torch.arange(9) // 5, torch.arange(8) // 4, indexing="ij")
+    q = 100 * torch.nn.functional.one_hot((2 * y + x).flatten(), 4).float()[None, None]
+    at = Attention(q, q, torch.randn(1, 1, 72, 4), (9, 8))
+    torch.testing.assert_close(candidates.tiles(32)(at), full(at))
+
+
+def test_saturation_keeps_pnp_nystra_finite_where_its_exponential_overflows():
+    at = attention("inverse square")
+    sharp = Attention(200 * at.q, at.k, at.v, at.size)
+    assert candidates.nystrom(4)(sharp).isfinite().all()
 
 
 def test_the_iterated_inverse_converges():
-    from benchmarks.rivals import _iterated_inverse
-
     a = (3 * torch.eye(20) + torch.randn(2, 20, 20)).softmax(-1)
-    torch.testing.assert_close(_iterated_inverse(a, 20) @ a, torch.eye(20).expand(2, -1, -1), rtol=1e-3, atol=1e-3)
+    inverse = candidates.iterated_inverse(a, 20)
+    torch.testing.assert_close(inverse @ a, torch.eye(20).expand(2, -1, -1), rtol=1e-3, atol=1e-3)
+
+
+# Measuring
+
+
+def test_errors_are_those_of_heads_and_tokens():
+    expected = torch.tensor([3.0, 4.0, 0.0, 2.0]).view(1, 2, 2, 1)
+    out = expected + torch.tensor([0.0, 5.0, 0.0, 1.0]).view(1, 2, 2, 1)
+    assert zoo.errors(out, expected) == {"median": "0.75000", "worst": "1.00000", "token": "1.41421"}
+    assert zoo.errors(out * torch.nan, expected)["median"] == "inf"
 
 
 @pytest.fixture
-def small():
-    return [zoo.Case(kind, size, 2, 40) for size in (SIZE, (8, 8)) for kind in ("segments", "texture")]
+def few():
+    return {name: CANDIDATES[name] for name in ("full", "local4", "corrected4", "pool2", "top")}
 
 
-def test_a_miniature_is_kept_and_not_measured_again(tmp_path, small, monkeypatch):
-    rivals = {name: RIVALS[name] for name in ("full", "local", "corrected", "top")}
-    zoo.run(tmp_path, small[:3], 2, rivals)
-    with (tmp_path / "zoo.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 4
-    assert all(float(row["median"]) <= float(row["worst"]) for row in rows)
-    assert {row["relative"] for row in rows if row["method"] == "top"} == {""}
-    assert all(float(row["worst"]) == 0 for row in rows if row["method"] == "full")
-    measured, really = [], zoo.measure
-    monkeypatch.setattr(zoo, "measure", lambda case, *args: (measured.append(case), really(case, *args))[1])
-    zoo.run(tmp_path, small, 2, rivals)
-    assert measured == small[3:]
+def read(folder, name: str) -> list[dict[str, str]]:
+    with (folder / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_miniature_is_kept_and_goes_on_where_it_stopped(tmp_path, few):
+    shapes, kinds = [zoo.Shape(*SIZE, 2, 40), zoo.Shape(16, 12, 1, 40)], ("segments", "texture")
+    budget = itertools.chain([True] * 3, itertools.repeat(False))
+    zoo.run(tmp_path, shapes, 1, parts=["errors"], candidates=few, kinds=kinds, more=lambda: next(budget))
+    rows = read(tmp_path, "errors.csv")
+    assert len(rows) == 3 * len(few)
+    zoo.run(tmp_path, shapes, 1, candidates=few, kinds=kinds)
+    whole = read(tmp_path, "errors.csv")
+    assert whole[: len(rows)] == rows
+    assert len(whole) == 4 * len(few)
+    assert all(float(row["worst"]) == 0 for row in whole if row["method"] == "full")
+    assert {row["median"] for row in whole if row["method"] == "local4"} == {""}  # left alone
+    seconds = read(tmp_path, "seconds.csv")
+    assert {row["method"] for row in seconds} == set(few) - {"top"}
+    assert {row["relative"] for row in seconds if row["method"] == "full"} == {"1.0000"}
+    assert all(float(row["seconds"]) > 0 for row in seconds if row["method"] == "pool2")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert table.count("| texture |") == 2
-    assert "14×13 = 182 tokens" in table
+    assert "## 14×13, heads of 40: 182 tokens" in table
     assert (tmp_path / "zoo.png").stat().st_size > 1000
 
 
-def test_quick_is_a_part_of_the_whole():
-    quick, whole = zoo.cases(True, 2**20), zoo.cases(False, 2**20)
-    assert {case.kind for case in quick} == {case.kind for case in whole} == set(KINDS)
-    assert len(quick) < len(whole)
-    assert max(case.size[0] * case.size[1] for case in zoo.cases(False, 5000)) == 4096
+def test_a_method_is_measured_anew_on_request_only(tmp_path, few):
+    shape, kinds = [zoo.Shape(*SIZE, 1, 40)], ("segments",)
+    zoo.run(tmp_path, shape, 1, parts=["errors"], candidates=few, kinds=kinds)
+    changed = few | {"pool2": few["full"]}
+    zoo.run(tmp_path, shape, 1, parts=["errors"], candidates=changed, kinds=kinds)
+    assert float(read(tmp_path, "errors.csv")[3]["median"]) > 0
+    zoo.run(tmp_path, shape, 1, parts=["errors"], candidates=changed, kinds=kinds, again=["pool2"])
+    again = {row["method"]: row["median"] for row in read(tmp_path, "errors.csv")}
+    assert len(again) == len(few)
+    assert float(again["pool2"]) == 0
 
 
-def test_what_is_not_finite_is_said():
-    assert zoo.error(torch.tensor([[[[torch.nan]], [[1.0]]]]), torch.ones(1, 2, 1, 1)) == [float("inf"), 0.0]
-    assert [zoo.short(x) for x in ("inf", "12", "1.234", "0.12345")] == ["∞", ">10", "1.2", "0.123"]
+def test_the_models_heads_come_once_a_size():
+    narrow, wide = zoo.Shape(64, 64, 8, 40), zoo.Shape(64, 64, 8, 80)
+    found = zoo.cases([narrow, wide])
+    assert {case.kind for case in found if case.shape == narrow} == set(KINDS)
+    assert {case.kind for case in found if case.shape == wide} == set(MADE)
 
 
-def test_local_attention_s_choices_are_tabled(monkeypatch, tmp_path, capsys):
+def test_unknown_methods_are_named(capsys):
+    with pytest.raises(SystemExit):
+        zoo.main(["--again", "nothing"])
+    assert "unknown: nothing; known: full, " in capsys.readouterr().err
+
+
+# The report
+
+
+def points(**found: tuple[float, float]) -> dict[zoo.Case, list[zoo_report.Point]]:
+    """One case; (error, price) by method."""
+    of = [zoo_report.Point(name, error, 2 * error, 3 * error, price) for name, (error, price) in found.items()]
+    return {zoo.Case("segments", zoo.Shape(4, 4, 1, 8)): of}
+
+
+def test_another_counts_where_it_is_closer_at_a_price_that_ours_reach():
+    found = points(corrected4=(0.2, 0.2), local4=(0.1, 0.5), pool4=(0.05, 0.1), pool2=(0.15, 0.3), agents=(0.3, 0.4))
+    counts, losses = zoo_report.compare(found)
+    assert list(counts.values()) == [2]  # pool4 is cheaper than any of ours
+    assert [(loss.other.method, loss.ours.method) for loss in losses] == [("pool2", "corrected4")]
+    assert losses[0].factor == pytest.approx(0.2 / 0.15)
+    assert str(losses[0]).startswith("K/V pooled 2×2 has 0.150 at 0.30, corrected 4×4 has 0.200 at 0.20: 1.3 times")
+    # prices within the noise are the same; full attention and what costs more than it are no rivals
+    found = points(local4=(0.1, 0.51), pool2=(0.15, 0.5), full=(0.0, 1.0), nystra4=(0.01, 1.2))
+    assert zoo_report.compare(found)[1] == []
+
+
+def test_the_verdict_counts_what_the_comparison_found():
+    text = zoo_report.verdict(points(corrected4=(0.2, 0.2), pool2=(0.15, 0.3), agents=(0.3, 0.4)))
+    assert "2 comparisons" in text
+    assert "closest in 1 by the median head" in text
+    assert "| segments | 2 | 1 | 1 | K/V pooled 2×2" in text
+
+
+def test_sections_replace_what_was_there():
+    page = "a\n<!-- verdict: written by benchmarks.zoo -->\nold\n<!-- end of verdict -->\nb\n"
+    assert zoo_report.filled(page, {"verdict": "new"}) == page.replace("old", "new")
+    with pytest.raises(ValueError, match="closeness"):
+        zoo_report.filled(page, {"closeness": "new"})
+
+
+def test_the_page_says_what_the_results_say():
+    folder = zoo_report.PAGE.with_suffix("")
+    found = zoo_report.join(read(folder, "errors.csv"), read(folder, "seconds.csv"))
+    assert zoo_report.verdict(found) in zoo_report.PAGE.read_text(encoding="utf-8")
+
+
+def test_figures_are_short():
+    assert [zoo_report.short(x) for x in (float("inf"), 12, 1.234, 0.12345)] == ["∞", ">10", "1.2", "0.123"]
+
+
+def test_local_attention_s_choices_are_tabled(monkeypatch, tmp_path):
     from benchmarks import local
 
     for name, value in {
