@@ -30,8 +30,18 @@ class SettingError(ValueError):
     """A setting has a value outside its range. The message names the setting, the value and the range."""
 
 
+# Characters of a value that messages repeat: they end up in infotexts
+_LONGEST = 120
+
+
+def shown(value: Any) -> str:
+    """Format a value for a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
 def _reject(name: str, value: Any, allowed: str) -> SettingError:
-    return SettingError(f"{name} must be {allowed}, got {value!r}")
+    return SettingError(f"{name} must be {allowed}, got {shown(value)}")
 
 
 def _setting(default: Any, kind: str, **limits: Any) -> Any:
@@ -373,9 +383,10 @@ def check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Raise SettingError for the first name in `given` that is not in `known`."""
     for name, value in given.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
+            name = str(name)[:_LONGEST]
+            close = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise SettingError(f"unknown setting {name}={value!r}{hint}; the settings are {', '.join(known)}")
+            raise SettingError(f"unknown setting {name}={shown(value)}{hint}; the settings are {', '.join(known)}")
 
 
 SETTINGS = tuple(f.name for f in fields(AgentConfig))

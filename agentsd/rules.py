@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from .config import LIMITS, STAGE_SETTINGS, AgentConfig, Rule, SettingError, check_names
+from .config import LIMITS, STAGE_SETTINGS, AgentConfig, Rule, SettingError, check_names, shown
 
 FULL = "full"
 _CONDITIONS = ("downsample", "blocks", "since", "until")
@@ -46,7 +46,7 @@ def rules_from(value: Any) -> tuple[Rule, ...]:
     if value is None or isinstance(value, str):
         return parse_rules(value or "")
     if isinstance(value, (Rule, Mapping)) or not isinstance(value, Iterable):
-        raise SettingError(f"rules must be text or a list of rules, got {value!r}")
+        raise SettingError(f"rules must be text or a list of rules, got {shown(value)}")
     rules = tuple(_from_mapping(rule) if isinstance(rule, Mapping) else rule for rule in value)
     return AgentConfig(rules=rules).rules
 
@@ -66,11 +66,11 @@ def _parse(text: str) -> Rule:
                 raise SettingError(f"rules with {FULL!r} have no other settings, got {', '.join(settings)}")
             settings = None
         elif not equals:
-            raise SettingError(f"rules must be words such as NAME=VALUE or {FULL!r}, got {word!r}")
+            raise SettingError(f"rules must be words such as NAME=VALUE or {FULL!r}, got {shown(word)}")
         elif name in _CONDITIONS:
             where[name] = _parsed_condition(name, value)
         elif settings is None:
-            raise SettingError(f"rules with {FULL!r} have no other settings, got {word!r}")
+            raise SettingError(f"rules with {FULL!r} have no other settings, got {shown(word)}")
         else:
             check_names({name: value}, STAGE_SETTINGS)
             settings[name] = _parsed(name, value)
@@ -88,7 +88,7 @@ def _number(name: str, text: str) -> float | int:
     try:
         value = float(text)
     except ValueError:
-        raise SettingError(f"{name} must be a number, got {text!r}") from None
+        raise SettingError(f"{name} must be a number, got {shown(text)}") from None
     return int(value) if value.is_integer() else value
 
 
@@ -96,7 +96,7 @@ def _parsed(name: str, text: str) -> Any:
     limits = LIMITS[name]
     if limits["kind"] == "bool":
         if text.lower() not in _FLAGS:
-            raise SettingError(f"{name} must be on or off, got {text!r}")
+            raise SettingError(f"{name} must be on or off, got {shown(text)}")
         return _FLAGS[text.lower()]
     if text.lower() == _NONE and (limits.get("optional") or None in limits.get("choices", ())):
         return None

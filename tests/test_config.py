@@ -14,7 +14,7 @@ from torch import nn
 
 import agentsd
 from agentsd import AgentConfig, Rule, SettingError, Stage, UnsupportedModelError, early, paper_stages, plan_layer
-from agentsd.config import LIMITS, SETTINGS, TOKEN_MERGING
+from agentsd.config import LIMITS, SETTINGS, TOKEN_MERGING, shown
 
 nan, inf = math.nan, math.inf
 
@@ -56,7 +56,7 @@ def test_a_bad_value_is_named_with_its_setting_and_its_range(name, value, allowe
     message = str(error.value)
     assert name in message
     assert allowed in message
-    assert repr(value) in message
+    assert shown(value) in message
 
 
 @pytest.mark.parametrize("patched_before", [False, True])

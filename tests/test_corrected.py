@@ -190,7 +190,7 @@ class TestPlan:
 
     def test_a_limit_below_that_leaves_the_layer_untouched(self):
         plan = plan_layer(AgentConfig(method="corrected", max_agents=16), 64, 64, 1)
-        assert (plan.action, plan.reason) == ("untouched", "at most 16 agents are too few to correct")
+        assert (plan.action, plan.reason) == ("untouched", "at most 16 agents would be too few to correct")
         assert plan.remedy == ("max_agents",)
 
     def test_too_many_agents_leave_the_layer_untouched(self):

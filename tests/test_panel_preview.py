@@ -101,7 +101,10 @@ def test_what_is_done_in_words(values, words):
         ({"passes": "hires"}, "Only the hires pass is chosen, and there is none. Change “Passes”."),
         ({"method": "pool", "sx": 1, "sy": 1}, "Cells of 1×1 pool nothing. Change “Cell width” or “Cell height”."),
         ({"method": "merge"}, "No token is merged. Change “Ratio”."),
-        ({"method": "corrected", "max_agents": 9}, "At most 9 agents are too few to correct. Change “Maximum agents”."),
+        (
+            {"method": "corrected", "max_agents": 9},
+            "At most 9 agents would be too few to correct. Change “Maximum agents”.",
+        ),
         ({"rules": "full"}, "Full attention was asked for. Change “Rules”."),
         ({"rules": "downsample=1 full"}, "Full attention was asked for. Change “Rules”."),
     ],
@@ -194,7 +197,9 @@ def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():
     values = {"method": "corrected", "max_agents": 9, "merge_mlp": True, "ratio": 0.4}
     [(text, hint)] = said(values)
     assert text.startswith("512×512: tokens merged outside self-attention.")
-    assert hint == ("Self-attention is left alone: at most 9 agents are too few to correct. Change “Maximum agents”.")
+    assert hint == (
+        "Self-attention is left alone: at most 9 agents would be too few to correct. Change “Maximum agents”."
+    )
 
 
 @pytest.mark.parametrize(("values", "state"), [({}, ACTS), ({"passes": "hires"}, NOTHING), ({"since": 0.7}, NOTHING)])

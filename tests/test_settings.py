@@ -19,11 +19,14 @@ from agentsd.settings.table import (
     ARGUMENTS,
     BY_NAME,
     DEFAULTS,
+    IMPLIED,
     NAMES,
     RECORD,
     SETTINGS,
+    SMALL,
     check,
     from_args,
+    labelled,
     to_config,
     wants_record,
 )
@@ -311,8 +314,24 @@ def test_infotext_round_trip(values):
 
 def test_infotext_names_the_main_settings_even_at_their_defaults():
     assert infotext.write(on()) == (
-        "ratio=0.0; agent_ratio=0.95; k_scale2=0.3; k_shortcut=0.075; agent_source=grid; until=0.6"
+        "ratio=0.0; agent_ratio=0.95; k_scale2=0.3; k_shortcut=0.075; agent_source=grid; until=0.6; min_tokens=512"
     )
+
+
+def test_an_infotext_that_names_no_minimum_means_none_as_before():
+    """The panel's default changed; the images of existing infotexts do not."""
+    assert DEFAULTS["min_tokens"] == SMALL
+    before = infotext.read("ratio=0.0; agent_ratio=0.95; until=0.6")
+    assert before["min_tokens"] == 0
+    assert "min_tokens" not in infotext.write(before)
+    assert infotext.read(infotext.write(on())) == on()
+
+
+@pytest.mark.parametrize("entry", ["xyz", "", "xyz=1; ; foo", "=", "True"])
+def test_what_names_no_setting_is_no_entry_of_ours(entry):
+    assert infotext.read(entry) is None
+    assert infotext.reader("enabled")({infotext.KEY: entry}) is False
+    assert infotext.reader("ratio")({infotext.KEY: entry}) is None
 
 
 def test_infotext_keys_have_no_full_stop():
@@ -326,7 +345,7 @@ def test_infotext_without_us_switches_off_and_changes_nothing_else():
 
 def test_infotext_of_another_version_is_read_as_far_as_it_goes():
     found = infotext.read("ratio=0.4; brand_new=7; sx=99; ; nonsense")
-    assert found == {**DEFAULTS, "enabled": True, "ratio": 0.4}
+    assert found == {**IMPLIED, "enabled": True, "ratio": 0.4}
 
 
 def test_readers_are_shared_by_both_tabs():
@@ -389,3 +408,36 @@ def test_a_bad_value_is_refused_before_the_plot_starts(label, value):
     option = next(o for o in plot.axis_options if o.label.endswith(label))
     with pytest.raises(SettingError):
         option.confirm(None, [value])
+
+
+# Messages
+
+
+@pytest.mark.parametrize("value", ["x" * 200_000, ["y"] * 50_000], ids=["text", "list"])
+def test_messages_repeat_values_shortened(value):
+    with pytest.raises(SettingError, match=r"^ratio must be a number") as raised:
+        check({"ratio": value})
+    assert len(str(raised.value)) < 200
+    with pytest.raises(SettingError) as raised:
+        check({"x" * 200_000: value})
+    assert len(str(raised.value)) < 800
+
+
+def test_messages_name_controls_by_their_labels():
+    with pytest.raises(SettingError) as raised:
+        to_config(on(since=0.7))
+    assert labelled(str(raised.value)) == "Until must be above From (0.7), got 0.6"
+    with pytest.raises(SettingError) as raised:
+        check({"max_agents": 10**11})
+    assert labelled(str(raised.value)).startswith("Maximum agents must be a whole number from 0 to")
+    assert labelled("unknown setting rato=1") == "unknown setting rato=1"
+
+
+def test_a_list_in_the_older_extensions_order_is_refused_with_the_order_that_is_expected():
+    older = [True, True, 20, 4, 4, 0.4, 0.95, 2, 2, 0.4, 0.5, False, 1, False, True, 0.3, 0.075]
+    with pytest.raises(SettingError, match=r"expected were enabled, ratio, agent_ratio, k_scale2") as raised:
+        from_args(older)
+    assert "sd-webui-agentattention" in str(raised.value)
+    assert from_args([False, *older[1:]]) == DEFAULTS, "while it is off nothing is checked"
+    with pytest.raises(SettingError, match=r"^ratio must be a number"):
+        from_args([{"ratio": True}])

@@ -35,7 +35,7 @@ def test_a_touched_control_makes_it_custom():
 
 
 def test_the_papers_preset_is_the_papers_config():
-    values = table.check({**PRESETS["Paper"], "enabled": True})
+    values = table.check({**PRESETS["Paper"], "enabled": True, "min_tokens": 0})
     assert table.to_config(values) == AgentConfig(stages=paper_stages(), max_downsample="auto")
 
 
@@ -66,7 +66,7 @@ def read(params: dict) -> dict:
 
 def test_an_image_of_the_older_extension_fills_our_controls():
     expected = {
-        **table.DEFAULTS,
+        **table.IMPLIED,
         "enabled": True,
         "agent_source": "similarity",
         "ratio": 0.35,

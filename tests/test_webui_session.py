@@ -18,7 +18,7 @@ from agentsd.panel import tokenmap
 from agentsd.settings import infotext
 from agentsd.settings.table import ARGUMENTS, RECORD
 
-ON = {"until": 1.0}
+ON = {"until": 1.0, "min_tokens": 0}  # the U-Net's layers are small
 
 
 class Sampler:
@@ -166,7 +166,7 @@ def test_model_without_blocks_costs_no_image(host):
 
 def test_two_passes_have_their_own_settings(host):
     p = Processing()
-    generate(host, {"until": 0.4, "hires_until": 1.0}, p, passes=(False, True))
+    generate(host, {**ON, "until": 0.4}, p, passes=(False, True))
     first, hires = host.session.STATUS.as_dict()["passes"]
     assert not first["calls"].get("agents")
     assert hires["calls"]["agents"] > 0
@@ -230,7 +230,7 @@ def test_nested_generation_leaves_the_outer_one_patched(host, unet):
     def steps():
         host.session.before_model_call()
         outer.append(run(unet, inputs()))
-        generate(host, {"until": 1.0, "agent_ratio": 0.9})
+        generate(host, {**ON, "agent_ratio": 0.9})
         host.session.before_model_call()
         outer.append(run(unet, inputs()))
 
@@ -321,7 +321,7 @@ def test_an_xyz_cell_does_not_inherit_the_infotext_of_the_one_before(host):
 # The token map
 
 
-SIMILARITY = {**ON, "agent_source": "similarity", "ratio": 0.4}
+SIMILARITY = {"min_tokens": 0, **ON, "agent_source": "similarity", "ratio": 0.4}
 
 
 def test_the_map_of_the_last_image(host, unet):

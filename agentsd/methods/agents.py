@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..grid import cell_side, cells, destinations
-from .base import LayerPlan, Method, SelfAttention, Settings, Span, register, too_many_agents, untouched
+from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
 from .merge import plan_merge
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Agents(Method):
         return [(i // width, i % width, i // width + 1, i % width + 1) for i in map(int, agent_tokens)]
 
     def caption(self, plan: LayerPlan) -> str:
-        return super().caption(plan) or f"Dots: {plan.agents} agents."
+        return super().caption(plan) or f"Dots: {counted(plan.agents, self.noun)}."
 
 
 def _count(settings: Settings, height: int, width: int) -> tuple[int, tuple[int, int] | None, int]:

@@ -78,7 +78,15 @@ def untouched(tokens: int, reason: str, *remedy: str, r: int = 0) -> LayerPlan:
 
 def too_many_agents(agents: int, queries: int) -> str:
     """Explain why agents would not pay off: AgentSD requires 2 · n_agents < n_queries."""
-    return f"{agents} agents are too many for {queries} queries (fewer than half are needed)"
+    verb = "is" if agents == 1 else "are"
+    return f"{counted(agents, 'agents')} {verb} too many for {counted(queries, 'queries')} (fewer than half are needed)"
+
+
+def counted(count: int, noun: str) -> str:
+    """Format a count with a plural noun, such as "256 agents" or "1 agent"."""
+    if count == 1:
+        noun = f"{noun[:-3]}y" if noun.endswith("ies") else noun.removesuffix("s")
+    return f"{count} {noun}"
 
 
 @dataclass
@@ -182,8 +190,8 @@ class Method(ABC):
 
     def words(self, plan: LayerPlan) -> str:
         """Describe what it does to a layer, such as "4096 tokens → 256 agents"."""
-        merged = f" ({plan.queries} queries)" if plan.queries < plan.tokens else ""
-        return f"{plan.tokens} tokens → {plan.agents} {self.noun}{merged}"
+        merged = f" ({counted(plan.queries, 'queries')})" if plan.queries < plan.tokens else ""
+        return f"{counted(plan.tokens, 'tokens')} → {counted(plan.agents, self.noun)}{merged}"
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
         """Locate its agents on the grid; the token map draws a mark in the middle of each span.
@@ -203,7 +211,7 @@ class Method(ABC):
 
     def caption(self, plan: LayerPlan) -> str:
         """Explain the marks in a sentence; empty if there are none."""
-        return f"Dots: {plan.agents} {self.noun}, each the mean of its cell." if plan.cell else ""
+        return f"Dots: {counted(plan.agents, self.noun)}, each the mean of its cell." if plan.cell else ""
 
 
 _BY_ACTION: dict[str, Method] = {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..grid import cell_side, sampled
-from .base import LayerPlan, Method, SelfAttention, Settings, Span, register, too_many_agents, untouched
+from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,8 @@ class Corrected(Method):
         while (n := len(sampled(height, s)) * len(sampled(width, s))) < FEWEST and s > 1:
             s //= 2
         if settings.max_agents is not None and n > settings.max_agents:
-            return untouched(N, f"at most {settings.max_agents} agents are too few to correct", "max_agents", r=r)
+            most = counted(settings.max_agents, "agents")
+            return untouched(N, f"at most {most} would be too few to correct", "max_agents", r=r)
         if 2 * n < N:
             return LayerPlan(self.action, N, N, n, (s, s), r)
         return untouched(N, too_many_agents(n, N), "agent_ratio", r=r)
@@ -56,7 +57,7 @@ class Corrected(Method):
         return [(y, x, y + 1, x + 1) for y in rows for x in columns]
 
     def caption(self, plan: LayerPlan) -> str:
-        return f"Dots: {plan.agents} agents, one token of each cell. Attention is fitted to be exact there."
+        return f"Dots: {counted(plan.agents, 'agents')}, one token of each cell. Attention is fitted to be exact there."
 
 
 def corrected_attention(

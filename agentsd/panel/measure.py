@@ -86,7 +86,8 @@ class Outcome:
     def sentence(self) -> str:
         """Describe the outcome in one line."""
         size, _, _, speed, peak, distance = self.row()
-        return f"{size}: {milliseconds(self.before, self.after)} ({speed}), peak memory {peak}, outputs differ by {distance}"
+        times = milliseconds(self.before, self.after)
+        return f"{size}: {times} ({speed}), peak memory {peak}, outputs differ by {distance}"
 
 
 def tasks(

@@ -14,7 +14,7 @@ from ..config import AgentConfig, SettingError
 from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
 from ..methods import method_of
 from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.table import BY_NAME, DEFAULTS, SETTINGS, SMALL, check
+from ..settings.table import BY_NAME, DEFAULTS, SETTINGS, SMALL, check, labelled
 from .host import Hint, PanelHost
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def preview(
     try:
         checked = check({**values, "enabled": True})
     except SettingError as error:
-        return _answer([Line("", Hint(_labelled(str(error))), WRONG)], CUSTOM, unet)
+        return _answer([Line("", Hint(labelled(str(error))), WRONG)], CUSTOM, unet)
     layout = layouts()[USUAL] if unet is None else layout_of_unet(unet)
     lines = _chosen([_line(checked, sampling, layout, host, img2img, measured) for sampling in passes], checked)
     if unet is None:
@@ -158,12 +158,6 @@ def preview(
 
 def _answer(lines: Sequence[Line], preset: str, unet: nn.Module | None) -> dict[str, Any]:
     return {"lines": [line.to_dict() for line in lines], "preset": preset, "model": unet is not None}
-
-
-def _labelled(message: str) -> str:
-    """Call the setting that an error begins with by its label."""
-    name, _, rest = message.partition(" ")
-    return f"{BY_NAME[name].label} {rest}" if name in BY_NAME else message
 
 
 def layout_of_unet(unet: nn.Module) -> Layout:

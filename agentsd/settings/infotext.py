@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import SettingError
 from . import legacy
-from .table import BY_NAME, DEFAULTS, SETTINGS
+from .table import BY_NAME, IMPLIED, SETTINGS
 
 KEY = "Agent Attention"
 NOTE = "Agent Attention note"
@@ -21,18 +21,23 @@ def write(values: Mapping[str, Any]) -> str:
     """Write the entry under KEY, such as "agent_ratio=0.95; until=0.6".
 
     It needs no quotes, having no comma, colon or line break. The main settings are always named, others only if they
-    differ from the table's defaults.
+    differ from what an entry without them stands for.
     """
     rows = [row for row in SETTINGS if row.name != "enabled"]
-    named = [row for row in rows if row.written or values[row.name] != row.default]
+    named = [row for row in rows if row.written or values[row.name] != IMPLIED[row.name]]
     return "; ".join(f"{row.name}={row.text(values[row.name])}" for row in named)
 
 
-def read(entry: str) -> dict[str, Any]:
-    """Read all settings from an entry. Those that cannot be read (a later version's, say) get their defaults."""
-    values = {**DEFAULTS, "enabled": True}
-    for pair in entry.split(";"):
-        name, _, text = pair.strip().partition("=")
+def read(entry: str) -> dict[str, Any] | None:
+    """Read all settings from an entry; None if it names none of them, and so is not ours.
+
+    Those that cannot be read (a later version's, say) get the value that an entry without them stands for.
+    """
+    values = {**IMPLIED, "enabled": True}
+    pairs = dict(pair.strip().partition("=")[::2] for pair in entry.split(";"))
+    if not pairs.keys() & BY_NAME.keys():
+        return None
+    for name, text in pairs.items():
         if name in BY_NAME:
             try:
                 values[name] = BY_NAME[name].parsed(text)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import SettingError
-from .table import BY_NAME, DEFAULTS, FIRST, HIRES, MERGING, NOTHING
+from .table import BY_NAME, FIRST, HIRES, IMPLIED, MERGING, NOTHING
 
 SWITCH = "AgAt Active"
 # The older extension's key is "AgAt Apply to Hires. Fix Only"; the host's parser can't see past the full stop.
@@ -35,7 +35,7 @@ def read(params: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     hires_only = any(str(params.get(key)) == "True" for key in _HIRES_ONLY)
     second = str(params.get("AgAt Use Second Pass")) == "True"
-    values = {**DEFAULTS, "enabled": True, "agent_source": "similarity", "passes": HIRES if hires_only else FIRST}
+    values = {**IMPLIED, "enabled": True, "agent_source": "similarity", "passes": HIRES if hires_only else FIRST}
     for name, key in _SAME.items():
         _take(values, name, params.get(key))
     _take(values, "hires_until" if hires_only else "until", _end(params, hires_only))

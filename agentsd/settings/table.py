@@ -5,17 +5,18 @@ Imports neither gradio nor the WebUI.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from ..config import AUTO, LIMITS, TOKEN_MERGING, AgentConfig, SettingError, check_names, early
+from ..config import AUTO, LIMITS, TOKEN_MERGING, AgentConfig, SettingError, check_names, early, shown
 from ..methods import selectable
 from ..rules import format_rules, parse_rules, rules_from
 
-# Layers of fewer tokens gain nothing. At 128×128 pixels (256 tokens) SD 1's U-Net takes 1.01 times as long without agents
-# as with them, at 256×256 pixels 1.07 times: docs/performance-log.md.
+# Layers of fewer tokens gain nothing: the speed-up of SD 1's U-Net is 1.01× at 128×128 pixels (256 tokens) and 1.07× at
+# 256×256 pixels. See docs/performance-log.md.
 SMALL = 512
 NOTHING, MERGING = "nothing", "token merging"
 BOTH, FIRST, HIRES = "both", "first", "hires"
@@ -38,6 +39,8 @@ class Row:
         folded: whether it is under "More settings".
         written: whether the infotext names it even at its default.
         more_info: makes text to append to `info`; called when the help is read.
+        implied: value that an infotext stands for which does not name the setting; None for the default. It never
+            changes, so that a new default leaves the images of existing infotexts as they are.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Row:
     folded: bool = True
     written: bool = False
     more_info: Callable[[], str] | None = None
+    implied: Any = None
 
     @property
     def help(self) -> str:
@@ -88,14 +92,14 @@ class Row:
     def _flag(self, value: Any) -> bool:
         if isinstance(value, bool):
             return value
-        raise SettingError(f"{self.name} must be True or False, got {value!r}")
+        raise SettingError(f"{self.name} must be True or False, got {shown(value)}")
 
     def _choice(self, value: Any) -> str:
         # accept a number such as max_downsample=2 for its text, but not True for "True"
         text = value if isinstance(value, bool) else str(value)
         if text in self.choices:
             return text
-        raise SettingError(f"{self.name} must be one of {', '.join(map(repr, self.choices))}, got {value!r}")
+        raise SettingError(f"{self.name} must be one of {', '.join(map(repr, self.choices))}, got {shown(value)}")
 
     def _number(self, value: Any) -> float | int:
         real = isinstance(value, Real) and not isinstance(value, bool)
@@ -103,7 +107,7 @@ class Row:
         if real and self.low <= value <= self.high and not (self.whole and value != int(value)):
             return int(value) if self.whole else float(value)
         kind = "a whole number" if self.whole else "a number"
-        raise SettingError(f"{self.name} must be {kind} from {self.low} to {self.high}, got {value!r}")
+        raise SettingError(f"{self.name} must be {kind} from {self.low} to {self.high}, got {shown(value)}")
 
     def parsed(self, text: str) -> Any:
         """Parse a value as the infotext or an X/Y/Z axis writes it.
@@ -124,7 +128,7 @@ class Row:
             raise error if isinstance(error, SettingError) else self._not_a_number(text) from None
 
     def _not_a_number(self, text: str) -> SettingError:
-        return SettingError(f"{self.name} must be a number from {self.low} to {self.high}, got {text!r}")
+        return SettingError(f"{self.name} must be a number from {self.low} to {self.high}, got {shown(text)}")
 
     def text(self, value: Any) -> str:
         """Format a value for the infotext; `parsed` reads it back exactly."""
@@ -277,8 +281,10 @@ SETTINGS: tuple[Row, ...] = (
         "min_tokens",
         "number",
         "Minimum tokens",
-        "Layers with fewer tokens are left alone. A 512×512 image has 4096 tokens in SD 1's largest layers.",
-        0,
+        "Layers with fewer tokens are left alone: they gain nothing. A 512×512 image has 4096 tokens in SD 1's largest "
+        "layers.",
+        SMALL,
+        implied=0,
     ),
     _limited(
         "max_agents",
@@ -342,6 +348,8 @@ SETTINGS: tuple[Row, ...] = (
 BY_NAME: Mapping[str, Row] = {row.name: row for row in SETTINGS}
 NAMES: tuple[str, ...] = tuple(BY_NAME)
 DEFAULTS: Mapping[str, Any] = {row.name: row.default for row in SETTINGS}
+# What an infotext that names no setting stands for
+IMPLIED: Mapping[str, Any] = {row.name: row.default if row.implied is None else row.implied for row in SETTINGS}
 
 # Order of a script's arguments. It is a contract of the API: append new ones. "record" asks for the token map's record.
 RECORD = "record"
@@ -379,10 +387,31 @@ def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
     """
     values = dict(zip(ARGUMENTS, args, strict=False))
     values.pop(RECORD, None)
+    # the older extension's list has a switch in its place
+    other_order = isinstance(values.get("ratio"), bool)
     if args and isinstance(args[0], Mapping):
         values.update({"enabled": True, **args[0]})
     values.update(overrides or {})
-    return check(values if BY_NAME["enabled"].checked(values.get("enabled")) else {})
+    if not BY_NAME["enabled"].checked(values.get("enabled")):
+        return check({})
+    if other_order:
+        raise SettingError(_OTHER_ORDER)
+    return check(values)
+
+
+_OTHER_ORDER = (
+    "the list of arguments is in another order, perhaps sd-webui-agentattention's; expected were "
+    f"{', '.join(ARGUMENTS[:7])} and so on, or a dictionary such as {{'ratio': 0.4}}"
+)
+
+
+def labelled(message: str) -> str:
+    """Name the settings in the message of a `SettingError` by their labels, as the panel shows them."""
+    return _NAMED.sub(lambda found: BY_NAME[found[0]].label if found[0] in BY_NAME else found[0], message)
+
+
+# Where a message has a setting's name
+_NAMED = re.compile(r"^\w+|(?<=must be above )\w+")
 
 
 def wants_record(args: Sequence[Any]) -> bool:

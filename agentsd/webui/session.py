@@ -59,9 +59,11 @@ def process(p: Any, args: Sequence[Any]) -> None:
         for hires in (False, True):
             table.to_config(values, hires=hires)
     except SettingError as error:
-        STATUS.begin(False, str(error))
-        _write_infotext(p, {infotext.NOTE: f"not applied, {error}"})
-        p.comment(f"Agent Attention was not applied: {error}")
+        by_name = bool(args) and isinstance(args[0], Mapping)  # an API call, which knows no labels
+        message = str(error) if by_name else table.labelled(str(error))
+        STATUS.begin(False, message)
+        _write_infotext(p, {infotext.NOTE: f"not applied, {message}"})
+        p.comment(f"Agent Attention was not applied: {message}")
         return
     STATUS.begin(values["enabled"])
     if values["enabled"]:

@@ -64,6 +64,8 @@ DEFAULTS = {
     "cfg_scale": 7,
     "save_images": False,
 }
+# Settings that tests do not name: their images are small, and layers that small are left alone by default
+SMALL_IMAGES = {"min_tokens": 0}
 # Kept checkpoints save time; tests about switching them ask for fewer
 OPTIONS = {"show_progress_type": "Approx cheap", "sd_checkpoints_limit": 4}
 # A user's own defaults: other values than ours, and whole numbers where ours have a fraction
@@ -234,6 +236,8 @@ class Host:
         if self.kind == "forge" and body.get("enable_hr"):
             # Forge's own API fails or changes the scale without these
             body = {"hr_additional_modules": ["Use same choices"], "hr_cfg": body["cfg_scale"], **body}
+        if agents and isinstance(agents[0], Mapping):
+            agents = [{**SMALL_IMAGES, **agents[0]}, *agents[1:]]
         if agents is not None:
             body["alwayson_scripts"] = {**body.get("alwayson_scripts", {}), NAME: {"args": agents}}
         answer = self.call(f"/sdapi/v1/{what}", body)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from agentsd.methods import selectable
 from agentsd.settings import infotext
-from agentsd.settings.table import ARGUMENTS, DEFAULTS, RECORD, SETTINGS, check
+from agentsd.settings.table import ARGUMENTS, DEFAULTS, IMPLIED, RECORD, SETTINGS, check
 
 HIRES = {
     "enable_hr": True,
@@ -19,7 +19,10 @@ HIRES = {
     "height": 128,
 }
 TINY = {"width": 64, "height": 64, "steps": 1}
-ON = [True]
+# With layers that are not left alone by default
+LARGER = {"width": 256, "height": 256, "steps": 2}
+TABLES = {"min_tokens": DEFAULTS["min_tokens"]}
+ON = [{}]
 
 
 @pytest.fixture(scope="module")
@@ -320,9 +323,9 @@ def test_rules_that_leave_everything_make_the_plain_image(a1111: Host, leaves_no
 
 def test_list_short_list_and_dictionary_are_the_same(a1111: Host):
     values = check({"enabled": True, "ratio": 0.4, "agent_ratio": 0.9})
-    short = a1111.txt2img([True, 0.4, 0.9])
-    assert a1111.txt2img(in_order(values)).pixels == short.pixels
-    named = a1111.txt2img([{"ratio": 0.4, "agent_ratio": 0.9}])
+    short = a1111.txt2img([True, 0.4, 0.9], **LARGER)
+    assert a1111.txt2img(in_order(values), **LARGER).pixels == short.pixels
+    named = a1111.txt2img([{"ratio": 0.4, "agent_ratio": 0.9, **TABLES}], **LARGER)
     assert named.pixels == short.pixels
     assert entry(named) == entry(short) == values
 
@@ -350,7 +353,7 @@ CHANGED = {row.name: other_value(row) for row in SETTINGS if row.name != "enable
 def test_infotext_restores_each_setting(a1111: Host, name: str):
     """Also where the user's own default is a whole number or False."""
     made = a1111.txt2img([{name: CHANGED[name]}], **TINY)
-    assert entry(made) == {**DEFAULTS, "enabled": True, name: CHANGED[name]}
+    assert entry(made) == {**IMPLIED, "enabled": True, name: CHANGED[name]}
     restored = a1111.txt2img(infotext=made.infotext, width=64, height=64, steps=1)
     assert entry(restored) == entry(made)
 
@@ -392,22 +395,24 @@ def test_axes_appear_once(a1111: Host):
 
 
 def test_2_by_2_plot_has_four_right_cells(a1111: Host, leaves_no_trace):
-    plot = xyz(a1111, ("[Agent Attention] Ratio", "0, 0.4"), ("[Agent Attention] Agent source", "grid, similarity"))
+    plot = xyz(
+        a1111, ("[Agent Attention] Ratio", "0, 0.4"), ("[Agent Attention] Agent source", "grid, similarity"), **LARGER
+    )
     cells = list(zip(plot.pixels[1:], plot.info["infotexts"][1:], strict=True))
     wanted = [{"ratio": r, "agent_source": s} for s in ("grid", "similarity") for r in (0.0, 0.4)]
     assert len(cells) == 4
     assert len({pixels for pixels, _ in cells}) == 4
     for (pixels, text), settings in zip(cells, wanted, strict=True):
-        alone = a1111.txt2img([settings])
+        alone = a1111.txt2img([{**settings, **TABLES}], **LARGER)
         assert pixels == alone.pixels[0]
         assert infotext.KEY + ": " + infotext.write(entry(alone)) in text
 
 
-def test_a_cell_that_is_off_among_cells_that_are_on(a1111: Host, plain: Result):
-    plot = xyz(a1111, ("[Agent Attention] Enabled", "True, False, True"), ("Nothing", ""))
+def test_a_cell_that_is_off_among_cells_that_are_on(a1111: Host):
+    plot = xyz(a1111, ("[Agent Attention] Enabled", "True, False, True"), ("Nothing", ""), **LARGER)
     texts = plot.info["infotexts"][1:]
     assert [infotext.KEY in text for text in texts] == [True, False, True]
-    assert plot.pixels[2] == plain.pixels[0]
+    assert plot.pixels[2] == a1111.txt2img(**LARGER).pixels[0]
     assert plot.pixels[1] == plot.pixels[3] != plain.pixels[0]
 
 

@@ -9,7 +9,7 @@ from page import SECONDS, Panel, browser, paste
 from agentsd.panel.controls import element_id
 from agentsd.panel.tokenmap import SMALLEST
 from agentsd.settings import infotext
-from agentsd.settings.table import DEFAULTS, SETTINGS
+from agentsd.settings.table import DEFAULTS, IMPLIED, SETTINGS
 
 HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
 
@@ -29,10 +29,10 @@ def leaves_no_trace(forge: Host, plain: Result):
 
 
 def test_on_differs_and_repeats(forge: Host, leaves_no_trace, plain: Result):
-    on = forge.txt2img([True])
+    on = forge.txt2img([{}])
     assert forge.status()["passes"][0]["calls"]["agents"] > 0
     assert on.pixels != plain.pixels
-    assert forge.txt2img([True]).pixels == on.pixels
+    assert forge.txt2img([{}]).pixels == on.pixels
     assert infotext.KEY in on.infotext
     assert infotext.KEY not in plain.infotext
 
@@ -120,7 +120,7 @@ def test_panel(forge: Host):
         panel.set("agent_ratio", 0.9)
         paste(page, made.infotext)
         page.wait_for_timeout(2 * SECONDS)
-        assert panel.values() == {**DEFAULTS, **changed}
+        assert panel.values() == {**IMPLIED, **changed}
         page.locator("#tabs button", has_text="Img2img").first.click()
         other = Panel(page, "img2img")
         other.open()

@@ -8,7 +8,7 @@ from page import SECONDS, Panel, paste, reload
 
 from agentsd.panel.controls import element_id
 from agentsd.settings.presets import CUSTOM, KEPT, PRESETS
-from agentsd.settings.table import BY_NAME, DEFAULTS
+from agentsd.settings.table import BY_NAME, IMPLIED
 
 OLDER = (
     "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, AgAt Active: True, AgAt Use Second Pass: "
@@ -66,7 +66,7 @@ def test_the_older_extensions_infotext_fills_our_controls(page, panel: Panel):
     found = panel.values()
     wanted = {"ratio": 0.3, "agent_ratio": 0.9, "sx": 3, "sy": 4, "until": 0.4, "fp32": True, "passes": "first"}
     wanted |= {"agent_source": "similarity", "after": "token merging", "max_downsample": "2", "enabled": True}
-    assert found == {**DEFAULTS, **wanted}
+    assert found == {**IMPLIED, **wanted}
     shows(page, CUSTOM)
 
 
