@@ -171,7 +171,7 @@ class Patch:
         if old is not None:
             old.remove()
         try:
-            self._handles.append(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._handles.append(unet.register_forward_pre_hook(self.begin_call, with_kwargs=True))
             for layer in self._layers:
                 self._handles += layer.install()
         except BaseException:
@@ -244,7 +244,14 @@ class Patch:
         return matching
 
     @not_compiled
-    def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Prepare for a call of the U-Net with these arguments; its pre-hook.
+
+        Whoever installs the patch in another pre-hook of the U-Net calls this as well: PyTorch has listed the hooks of
+        that call already. For the same reason it still calls one that was removed there, but without `kwargs`.
+        """
+        if kwargs is None:
+            return
         config, moment = self.config, _Moment(read_size(args, kwargs), find_timestep(args, kwargs))
         moment.active = moment.latent is not None and (not config.timed or self._enter_part(moment))
         reuses = config.ever("reuse_match")

@@ -17,7 +17,7 @@ from agentsd.panel import controls
 from agentsd.panel.routes import Routes
 from agentsd.settings import infotext
 from agentsd.settings.table import NAMES
-from agentsd.webui import compat, session, settings_page, xyz
+from agentsd.webui import batch, compat, session, settings_page, xyz
 
 _panels: list[controls.Panel] = []
 
@@ -45,6 +45,12 @@ class AgentAttentionScript(scripts.Script):
     def process_before_every_sampling(self, p, *args, **kwargs):
         session.before_sampling(p, kwargs.get("x"))
 
+    def process_batch(self, p, *args, **kwargs):
+        batch.begin(p)
+
+    def postprocess_batch(self, p, *args, **kwargs):
+        batch.end(p)
+
     def postprocess(self, p, processed, *args):
         session.postprocess(p, processed)
 
@@ -56,6 +62,7 @@ def on_app_started(demo, app):
 
 
 script_callbacks.on_cfg_denoiser(lambda params: session.before_model_call())
-script_callbacks.on_before_ui(lambda: xyz.register(compat.xyz_grids()))
-script_callbacks.on_ui_settings(lambda: settings_page.register(shared.opts, shared.OptionInfo, shared.OptionHTML))
+script_callbacks.on_before_ui(lambda: xyz.register(compat.HOST.xyz_grids()))
+script_callbacks.on_ui_settings(lambda: settings_page.register(shared.opts, shared.OptionInfo, compat.HOST.paragraph))
+compat.HOST.on_end(batch.end_all)
 script_callbacks.on_app_started(on_app_started)

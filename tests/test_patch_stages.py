@@ -58,7 +58,7 @@ class TestStages:
             config, end = AgentConfig(stages=early(hundredths / 100)), 1000 - 10 * hundredths
             patch = agentsd.Patch(flat, config)
             for t, on in [(end, False), (end + 0.25, True)]:
-                patch._begin(flat, EXAMPLE[:1], {"timesteps": torch.tensor([t], dtype=torch.float64)})
+                patch.begin_call(flat, EXAMPLE[:1], {"timesteps": torch.tensor([t], dtype=torch.float64)})
                 assert patch.moment.active
                 assert (config.at(patch.moment.part) is not None) == on, t
 

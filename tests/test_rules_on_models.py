@@ -226,7 +226,7 @@ def test_a_rule_begins_and_ends_exactly_where_it_says():
         for rule, before, after in [(Rule(None, since=edge), 1, 0), (Rule(None, until=edge), 0, 1)]:
             patch = agentsd.Patch(FLAT, AgentConfig(rules=[rule]))
             for at, on in [(t + 0.25, before), (t, after)]:
-                patch._begin(FLAT, EXAMPLE[:1], {"timesteps": torch.tensor([at], dtype=torch.float64)})
+                patch.begin_call(FLAT, EXAMPLE[:1], {"timesteps": torch.tensor([at], dtype=torch.float64)})
                 assert patch.moment.active
                 assert (patch.config.at(patch.moment.part) is not None) == bool(on), at
 

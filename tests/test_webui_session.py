@@ -46,7 +46,7 @@ class Processing:
 @pytest.fixture
 def host(monkeypatch):
     """The WebUI's modules, as far as we import them, around a small U-Net."""
-    parts = ("call_queue", "devices", "scripts", "shared", "sd_models", "sd_unet", "ui_components")
+    parts = ("call_queue", "devices", "script_callbacks", "scripts", "shared", "sd_models", "sd_unet", "ui_components")
     names = ("modules", *(f"modules.{part}" for part in parts))
     fake = {name: ModuleType(name) for name in names}
     for name, module in fake.items():
@@ -68,9 +68,10 @@ def host(monkeypatch):
 
 def _forget_ours():
     """They keep the host's modules that they were imported with."""
-    for name in ("compat", "session"):
-        sys.modules.pop(f"agentsd.webui.{name}", None)
-        vars(agentsd.webui).pop(name, None)
+    for name in [name for name in sys.modules if name.startswith("agentsd.webui.")]:
+        if name.split(".")[2] in ("batch", "compat", "session"):
+            del sys.modules[name]
+            vars(agentsd.webui).pop(name.split(".")[2], None)
 
 
 @pytest.fixture
@@ -154,14 +155,49 @@ def test_bad_value_is_told_and_the_image_made_without_us(host, unet):
 def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):
     plain = run(unet, inputs())
     monkeypatch.setattr(host.session, "patch_unet", lambda *a: 1 / 0)
-    (made,) = generate(host)
+    p = Processing()
+    (made,) = generate(host, p=p)
     assert torch.equal(made, plain)
     assert "ZeroDivisionError" in host.session.STATUS.text()
+    assert p.extra_generation_params == {"Other extension": "here"}
 
 
-def test_model_without_blocks_costs_no_image(host):
+def test_a_model_without_blocks_is_told_of(host):
     host.shared.sd_model = as_model(torch.nn.Linear(1, 1))
-    assert generate(host, steps=lambda: None) == []
+    p = Processing()
+    assert generate(host, p=p, steps=lambda: None) == []
+    assert host.session.NO_UNET in host.session.STATUS.text()
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
+def test_a_host_that_announces_no_pass_is_told_of(host):
+    p = Processing()
+    generate(host, p=p, passes=())
+    assert host.session.NO_PASS in host.session.STATUS.text()
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
+def test_what_others_answer_is_not_ours(host, unet):
+    """Every call that the patch was to change is left to others: the settings made nothing of the image."""
+
+    def steps():
+        host.session.before_model_call()
+        for layer in get_patch(unet)._layers:
+            layer.site.obstacle = "another extension answers"
+        run(unet, inputs())
+
+    p = Processing()
+    generate(host, p=p, steps=steps)
+    assert "another extension answers" in host.session.STATUS.text()
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
+def test_a_pass_left_to_the_host_is_noted_beside_one_that_was_patched(host, monkeypatch):
+    monkeypatch.setattr(Processing, "get_token_merging_ratio", lambda self, for_hr=False: 0.5 if for_hr else 0)
+    p = Processing()
+    generate(host, p=p, passes=(False, True))
+    assert infotext.read(p.extra_generation_params[infotext.KEY])["until"] == 1.0
+    assert "token merging" in p.extra_generation_params[infotext.NOTE]
 
 
 def test_two_passes_have_their_own_settings(host):
@@ -252,7 +288,7 @@ def test_leftovers_of_another_thread_are_cleaned(host, unet):
     before, held = state(unet), []
 
     def lose():
-        generation = host.session.Generation(host.session.table.check({"enabled": True, **ON}))
+        generation = host.session.Generation(host.session.table.check({"enabled": True, **ON}), 0)
         held.append(host.session.sampling_pass(Processing(), generation, False))
         held[0].__enter__()
 
@@ -282,8 +318,7 @@ def test_stands_down_and_says_so_once(host, unet, capsys, caplog, monkeypatch, r
     assert torch.equal(made, run(unet, inputs()))
     assert (capsys.readouterr().out + caplog.text).count(reason) == 1
     assert reason in host.session.STATUS.text()
-    assert reason in p.extra_generation_params[infotext.NOTE]
-    assert infotext.KEY not in p.extra_generation_params
+    assert p.extra_generation_params == {"Other extension": "here"}
 
 
 def test_hypernetworks_reach_the_keys_and_values(host, unet, monkeypatch):

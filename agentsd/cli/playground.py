@@ -109,7 +109,7 @@ class Playground:
 
     def _draw_both(self, request: Request, config: Any, progress: Any) -> tuple[tuple[Image, Image], str, str]:
         STATUS.begin(config is not None)
-        report = PassReport(hires=False)
+        report = PassReport(hires=False, models=1)
 
         def draw_one(label: str, config: Any) -> Run:
             numbers = iter(range(1, request.steps + 1))

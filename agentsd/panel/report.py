@@ -53,7 +53,6 @@ class PassReport:
 
     def add(self, patch: Patch, progress: float) -> None:
         """Collect the report of a patch before it is removed; `progress` is where its agents begin."""
-        self.models += 1
         self.notes.update(patch.notes)
         for layer in patch.report():
             self.calls.update(layer.calls)
@@ -74,6 +73,11 @@ class PassReport:
     def changed(self) -> int:
         """Count the self-attention calls that were changed."""
         return changed(self.calls)
+
+    @property
+    def patched(self) -> bool:
+        """Whether the patch was put on, and not all that it was to do was left to the host."""
+        return self.models > 0 and (self.changed() > 0 or not self.notes)
 
     def sentence(self) -> str:
         """Describe the pass in one sentence."""
@@ -130,9 +134,14 @@ class Status:
         """Start a generation; with an `error` it runs unpatched."""
         self.clear()
         self.run += 1
-        self.enabled, self.error = enabled, error
+        self.enabled = enabled
         if error:
-            self.say(f"not applied: {error}")
+            self.fail(error)
+
+    def fail(self, error: str) -> None:
+        """State why nothing of this generation was patched."""
+        self.error = error
+        self.say(f"not applied: {error}")
 
     def add(self, report: PassReport) -> None:
         """Add the report of a pass that has ended."""

@@ -19,24 +19,29 @@ from ..settings import infotext, table
 from . import compat
 from .xyz import XYZ
 
+NO_PASS = "the host announced no sampling pass"
+NO_UNET = "the model has no U-Net with self-attention that can be patched"
 # Attribute of the host's processing object that holds the `Generation`
 _GENERATION = "_agent_attention"
 
 
 @dataclass
 class Generation:
-    """One patched generation: its settings, the reports of its passes, and the recording for the token map."""
+    """One patched generation: its settings, its number among the runs, the reports of its passes, and the recording for
+    the token map.
+    """
 
     values: Mapping[str, Any]
+    run: int
     recording: tokenmap.Recording | None = None
     reports: list[PassReport] = field(default_factory=list)
 
     def entries(self) -> dict[str, str]:
-        """Make the infotext entries: the settings, unless every pass was left to the host, and why passes were."""
+        """Make the infotext entries: none unless a pass was patched; then the settings, and why others were not."""
+        if not any(report.patched for report in self.reports):
+            return {}
+        result = {infotext.KEY: infotext.write(self.values)}
         obstacles = dict.fromkeys(reason for report in self.reports for reason in report.obstacles)
-        result = {}
-        if not self.reports or any(not report.obstacles for report in self.reports):
-            result[infotext.KEY] = infotext.write(self.values)
         if obstacles:
             result[infotext.NOTE] = f"not applied, {' and '.join(obstacles)}"
         return result
@@ -53,7 +58,7 @@ def before_process(p: Any) -> None:
 
 
 def process(p: Any, args: Sequence[Any]) -> None:
-    """Read the settings and write the infotext. With an invalid value, generate unpatched and say why."""
+    """Read the settings. With an invalid value, generate unpatched and say why."""
     try:
         values = table.from_args(args, getattr(p, XYZ, None))
         for hires in (False, True):
@@ -67,19 +72,18 @@ def process(p: Any, args: Sequence[Any]) -> None:
         return
     STATUS.begin(values["enabled"])
     if values["enabled"]:
-        generation = Generation(values, tokenmap.Recording() if table.wants_record(args) else None)
+        generation = Generation(values, STATUS.run, tokenmap.Recording() if table.wants_record(args) else None)
         STATUS.recording = generation.recording
         setattr(p, _GENERATION, generation)
-        _write_infotext(p, generation.entries())
 
 
 def before_sampling(p: Any, latent: Tensor | None = None) -> None:
     """Sample the next pass under the patch; `latent` is its (B, C, height, width), if the host provides it."""
-    generation = getattr(p, _GENERATION, None)
-    hires = bool(getattr(p, "is_hr_pass", False))
+    generation = generation_of(p)
+    hires = compat.HOST.is_hires(p)
     if generation is not None and table.to_config(generation.values, hires=hires) is not None:
-        observer = _observer(p, generation.recording, hires, latent)
-        wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires, observer))
+        size = None if latent is None else tuple(latent.shape[-2:])
+        wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires, size))
     elif _running:  # an unpatched image generated in the middle of a patched one
         wrap_sampling(p.sampler, lambda: under_way(Pass({}, PassReport(hires, obstacles=["it is off"]))))
 
@@ -87,15 +91,28 @@ def before_sampling(p: Any, latent: Tensor | None = None) -> None:
 def before_model_call() -> None:
     """Follow a refiner that has taken over since the last step."""
     if _running:
-        _running[-1].next_call(compat.current_unet())
+        _running[-1].next_call(compat.HOST.current_unet())
 
 
 def postprocess(p: Any, processed: Any) -> None:
     """Keep the image over which the token map is drawn."""
-    generation = getattr(p, _GENERATION, None)
+    generation = generation_of(p)
     if generation is not None and generation.recording is not None:
-        generation.recording.image = compat.first_image(p, processed)
+        generation.recording.image = compat.HOST.first_image(p, processed)
         STATUS.recording = generation.recording
+    finish(p)
+
+
+def finish(p: Any) -> None:
+    """Say so if the host made the images without any pass that we were told of."""
+    generation = generation_of(p)
+    if generation is not None and not generation.reports and generation.run == STATUS.run:
+        STATUS.fail(NO_PASS)
+
+
+def generation_of(p: Any) -> Generation | None:
+    """Return the generation that `p` is making; None if it is made without us."""
+    return getattr(p, _GENERATION, None)
 
 
 def token_map(call: int, layer: int) -> tokenmap.View:
@@ -104,12 +121,12 @@ def token_map(call: int, layer: int) -> tokenmap.View:
 
 
 def _observer(
-    p: Any, recording: tokenmap.Recording | None, hires: bool, latent: Tensor | None
+    p: Any, recording: tokenmap.Recording | None, hires: bool, size: tuple[int, int] | None
 ) -> Callable[[Answer], None] | None:
     """Make an observer that records the next pass, if it belongs to the first image."""
     if recording is None or getattr(p, "iteration", 0):
         return None
-    return recording.observer(hires, None if latent is None else tuple(latent.shape[-2:]))
+    return recording.observer(hires, size)
 
 
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
@@ -148,17 +165,20 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
 
 
 @contextmanager
-def sampling_pass(
-    p: Any, generation: Generation, hires: bool, observer: Callable[[Answer], None] | None = None
-) -> Iterator[None]:
-    """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends."""
-    current = Pass(generation.values, PassReport(hires, obstacles=list(compat.obstacles(p, hires))), observer)
+def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, int] | None = None) -> Iterator[Pass]:
+    """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends.
+
+    `size` is the latent's (height, width), if the host provides it.
+    """
+    report = PassReport(hires, obstacles=list(compat.HOST.obstacles(p, hires)))
+    current = Pass(generation.values, report, _observer(p, generation.recording, hires, size))
+    generation.reports.append(report)
     try:
         with under_way(current):
-            yield
+            _write_infotext(p, generation.entries())  # some hosts make an interrupted image's before the pass ends
+            yield current
     finally:
-        STATUS.add(current.report)
-        generation.reports.append(current.report)
+        STATUS.add(report)
         _write_infotext(p, generation.entries())
 
 
@@ -169,7 +189,7 @@ def under_way(current: Pass) -> Iterator[None]:
         outer.suspend()
     _running.append(current)
     try:
-        current.follow(compat.current_unet())
+        current.follow(compat.HOST.current_unet())
         yield
     finally:
         current.close()
@@ -190,6 +210,8 @@ class Pass:
 
     def follow(self, unet: nn.Module | None) -> None:
         """Patch `unet`, and only that. Never raises: the image is generated unpatched instead."""
+        if unet is None and not self._models and not self.report.obstacles:
+            self.report.obstacles.append(NO_UNET)
         if self.report.obstacles or unet is self._unet:
             return
         self.suspend()
@@ -215,12 +237,13 @@ class Pass:
             _running.remove(self)
 
     def _patched(self, unet: nn.Module) -> Patch:
-        config = compat.config_of(self.values, hires=self.report.hires)
-        if compat.replaced_blocks(unet):
+        config = compat.HOST.config(self.values, hires=self.report.hires)
+        if compat.HOST.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
-        self._models.add(id(unet))
-        patch = patch_unet(unet, config, compat.kv_context())
+        patch = patch_unet(unet, config, compat.HOST.kv_context())
         patch.observer = self.observer
+        self._models.add(id(unet))
+        self.report.models = len(self._models)
         return patch
 
     def _lap(self) -> None:
@@ -232,7 +255,6 @@ class Pass:
         if patch is not None:
             try:
                 self.report.add(patch, self.values["since"])
-                self.report.models = len(self._models)
             finally:
                 patch.remove()
 

@@ -39,9 +39,12 @@ COMMON_FLAGS = [
     "--no-download-sd-model",
     "--api",
 ]
+FORGE_FLAGS = [*COMMON_FLAGS, "--always-cpu", "--all-in-fp32", "--skip-install", "--attention-pytorch"]
 FLAGS = {
-    "a1111": ["--no-half", "--no-half-vae", "--use-cpu", "all"],
-    "forge": ["--always-cpu", "--all-in-fp32", "--skip-install", "--attention-pytorch"],
+    "a1111": [*COMMON_FLAGS, "--no-half", "--no-half-vae", "--use-cpu", "all"],
+    "forge": FORGE_FLAGS,
+    "reforge": FORGE_FLAGS,
+    "sdnext": ["--skip-all", "--skip-git", "--skip-torch", "--experimental"],
 }
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -50,6 +53,8 @@ OFFLINE = {
     "OMP_WAIT_POLICY": "passive",
     "CUDA_VISIBLE_DEVICES": "",
     "IGNORE_CMD_ARGS_ERRORS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "COLUMNS": "200",
     "NO_PROXY": "127.0.0.1,localhost",
     "no_proxy": "127.0.0.1,localhost",
 }
@@ -68,6 +73,13 @@ DEFAULTS = {
 SMALL_IMAGES = {"min_tokens": 0}
 # Kept checkpoints save time; tests about switching them ask for fewer
 OPTIONS = {"show_progress_type": "Approx cheap", "sd_checkpoints_limit": 4}
+# SD.Next loads the model before anybody can ask for another one, and its tests need no other
+SDNEXT_CONFIG = {
+    "offline_mode": True,
+    "diffusers_dir": "models/Diffusers",
+    "sd_checkpoint_autoload": True,
+    "sdnq_dequantize_compile": False,
+}
 # A user's own defaults: other values than ours, and whole numbers where ours have a fraction
 USER_DEFAULTS = {
     "customscript/agent_attention.py/txt2img/Ratio/value": 0,
@@ -118,7 +130,7 @@ class Host:
 
     Args:
         root: its folder.
-        kind: "a1111" or "forge": which flags it is started with.
+        kind: "a1111", "forge", "reforge" or "sdnext": which flags it is started with.
         checkpoint: file name of the checkpoint to start with.
         flags: more flags to start it with.
     """
@@ -143,6 +155,10 @@ class Host:
             path = self.root / name
             self._saved[path] = path.read_bytes() if path.exists() else None
         (self.root / "ui-config.json").write_text(json.dumps(USER_DEFAULTS if self.kind == "a1111" else {}))
+        if self.kind == "sdnext":
+            (self.root / "config.json").write_text(
+                json.dumps({**SDNEXT_CONFIG, "sd_model_checkpoint": self.checkpoint})
+            )
         target = self._fresh("sd-webui-agent-attention")
         target.mkdir(parents=True)
         for part in filter(Path.exists, (REPOSITORY / name for name in PRODUCT)):
@@ -170,8 +186,9 @@ class Host:
         python = next(
             filter(Path.exists, (self.root / "venv/bin/python", self.root / ".venv/bin/python")), sys.executable
         )
-        checkpoint = self.root / "models/Stable-diffusion" / self.checkpoint
-        flags = [*COMMON_FLAGS, *FLAGS[self.kind], *self.flags, "--port", str(self.port), "--ckpt", str(checkpoint)]
+        flags = [*FLAGS[self.kind], *self.flags, "--port", str(self.port)]
+        if self.kind != "sdnext":
+            flags += ["--ckpt", str(self.root / "models/Stable-diffusion" / self.checkpoint)]
         flags += os.environ.get("AGENTSD_WEBUI_FLAGS", "").split()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -184,7 +201,8 @@ class Host:
                 start_new_session=True,
             )
         self.wait(timeout)
-        self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": self.checkpoint})
+        if self.kind != "sdnext":
+            self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": self.checkpoint})
 
     def wait(self, timeout: float = 300, starts: int = 1) -> None:
         """Wait until the server has started so many times. A request before that would make its start fail."""

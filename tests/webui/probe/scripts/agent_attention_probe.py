@@ -17,6 +17,8 @@ def unet():
     model = shared.sd_model
     if hasattr(model, "forge_objects"):
         return model.forge_objects.unet.model.diffusion_model
+    if hasattr(model, "unet"):  # SD.Next
+        return model.unet
     return model.model.diffusion_model if hasattr(model, "model") else torch.nn.Module()
 
 
@@ -61,15 +63,37 @@ def fail(module, args):
 
 
 def on_cfg_denoiser(params):
+    act()
+
+
+def watch():
+    """SD.Next has no callback for steps: until the probe has acted, a hook counts the U-Net's calls."""
+    from modules import processing_callbacks
+
+    def count(module, args):
+        hires = bool(processing_callbacks.p.is_hr_pass)
+        if hires is not SEEN["hires"]:
+            SEEN.update(calls=0, hires=hires)
+        act()
+        if not ARMED:
+            handle.remove()
+
+    SEEN.update(calls=0, hires=False)
+    handle = unet().register_forward_pre_hook(count)
+
+
+def act():
     SEEN["calls"] += 1
     if ARMED.get("action") == "nest" or (ARMED.get("step"), ARMED.get("hires", False)) != (
         SEEN["calls"],
         SEEN["hires"],
     ):
         return
-    action = ARMED.pop("action", None)
+    action = ARMED["action"]
     ARMED.clear()
-    if action == "raise":
+    if action == "raise" and hasattr(shared.sd_model, "unet"):
+        fail(None, None)
+    elif action == "raise":
         handle = unet().register_forward_pre_hook(lambda module, args: (handle.remove(), fail(module, args)))
     elif action == "interrupt":
         shared.state.interrupt()
@@ -105,6 +129,8 @@ def on_app_started(demo, app):
     def arm(body: dict = Body({})):  # noqa: B008
         ARMED.clear()
         ARMED.update(body)
+        if hasattr(shared.sd_model, "unet"):
+            watch()
 
     @app.get(PREFIX + "/state")
     def state():

@@ -1,0 +1,105 @@
+"""Passes of a host that announces batches only (SD.Next): recognised by the calls of its U-Net.
+
+From the announcement of a batch to its end a hook watches the U-Nets. At the first call of a pass the patch is put on;
+there the host's own changes to the model are complete. It comes off when another pass or the batch ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from ..hosts import read_size
+from ..panel.report import STATUS
+from ..patch import get_patch
+from ..settings import table
+from . import compat, session
+
+
+class Batch:
+    """A batch of images that the host is making.
+
+    Args:
+        p: the host's processing object.
+    """
+
+    def __init__(self, p: Any) -> None:
+        self.p, self.generation = p, session.generation_of(p)
+        self.thread = threading.get_ident()
+        self._hires: bool | None = None  # of the pass under way
+        self._pass: session.Pass | None = None
+        self._end_pass = ExitStack()
+        self._watched: dict[nn.Module, Any] = {}
+
+    def watch(self) -> None:
+        """Watch the loaded U-Nets."""
+        for unet in compat.HOST.unets():
+            if unet not in self._watched:
+                self._watched[unet] = unet.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
+
+    def close(self) -> None:
+        """End the pass under way and stop watching."""
+        if self in _batches:
+            _batches.remove(self)
+        while self._watched:
+            self._watched.popitem()[1].remove()
+        self._end_pass.close()
+
+    def _before_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _batches or _batches[-1] is not self:
+            return  # an image is being made in the middle of this one
+        patch = get_patch(unet)
+        try:
+            self._follow(unet, read_size(args, kwargs))
+        except Exception as error:  # a bug of ours must never cost the user an image
+            STATUS.fail(f"an error of ours: {type(error).__name__}: {error}")
+            self._end_pass.close()
+        if get_patch(unet) not in (None, patch):
+            get_patch(unet).begin_call(unet, args, kwargs)
+
+    def _follow(self, unet: nn.Module, size: tuple[int, int] | None) -> None:
+        hires = compat.HOST.is_hires(self.p)
+        if hires is not self._hires:
+            self._begin_pass(hires, size)
+        if self._pass is not None:
+            self._pass.next_call(unet)
+
+    def _begin_pass(self, hires: bool, size: tuple[int, int] | None) -> None:
+        self._end_pass.close()
+        self._hires, self._pass = hires, None
+        self.watch()  # a refiner may have been loaded since
+        if self.generation is not None and table.to_config(self.generation.values, hires=hires) is not None:
+            around = session.sampling_pass(self.p, self.generation, hires, size)
+            self._pass = self._end_pass.enter_context(around)
+
+
+# Batches under way, nested if a script makes an image in the middle of another one
+_batches: list[Batch] = []
+
+
+def begin(p: Any) -> None:
+    """Watch the next batch of `p`, where the host does not announce passes."""
+    if compat.HOST.announces_passes:
+        return
+    end(p)
+    if session.generation_of(p) is not None or _batches:
+        batch = Batch(p)
+        _batches.append(batch)
+        batch.watch()
+
+
+def end(p: Any) -> None:
+    """End the batch of `p` and those begun in it, and whatever other threads have lost."""
+    here = threading.get_ident()
+    first = next((i for i, batch in enumerate(_batches) if batch.p is p or batch.thread != here), len(_batches))
+    for batch in reversed(_batches[first:]):
+        batch.close()
+
+
+def end_all(p: Any) -> None:
+    """Called by such a host when the generation of `p` has ended, in whatever way."""
+    end(p)
+    session.finish(p)

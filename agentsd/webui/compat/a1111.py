@@ -1,0 +1,195 @@
+"""AUTOMATIC1111's WebUI, whose ways the other WebUIs inherit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from modules import scripts, sd_models, shared
+from PIL import Image
+from torch import Tensor, nn
+
+from ...config import AgentConfig
+from ...hosts import UnsupportedModelError, find_sites, find_unet
+from ...panel.host import Busy, Hint
+from ...settings import table
+
+TOKEN_MERGING = "the WebUI's own token merging is on"
+HYPERTILE = "HyperTile is on"
+
+
+def option(name: str) -> Any:
+    """Return one of the host's options; None if it has no such option."""
+    return getattr(shared.opts, name, None)
+
+
+def unet_of(model: Any) -> nn.Module | None:
+    """Return a model's U-Net; None if it has none that can be patched."""
+    try:
+        return find_unet(model)
+    except UnsupportedModelError:
+        return None
+
+
+class WebUI:
+    """The program that we are installed in; also the panel's host, see `agentsd.panel.host.PanelHost`.
+
+    Attributes:
+        name: what it is called.
+        announces_passes: whether it calls `process_before_every_sampling`. Where it announces batches only, passes are
+            recognised by the calls of its `unets`, and `is_hires` tells which one it is.
+        plots: names of the modules of its X/Y/Z plot.
+    """
+
+    name = "AUTOMATIC1111"
+    announces_passes = True
+    plots: tuple[str, ...] = ("xyz_grid.py", "scripts.xyz_grid")
+
+    @classmethod
+    def is_running(cls) -> bool:
+        """Whether this is the WebUI that imports us."""
+        return True
+
+    # The model
+
+    def current_unet(self) -> nn.Module | None:
+        """Return the U-Net of the current checkpoint; a refiner replaces it in the middle of a pass."""
+        return unet_of(shared.sd_model)
+
+    def unet(self) -> nn.Module | None:
+        """Return the U-Net of the current checkpoint; None if none is loaded yet. Never loads one."""
+        return None if getattr(sd_models.model_data, "sd_model", None) is None else self.current_unet()
+
+    def kv_context(self) -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None:
+        """Return AUTOMATIC1111's hypernetworks as a `kv_context`; None if none are loaded."""
+        if not getattr(shared, "loaded_hypernetworks", None):
+            return None
+        from modules.hypernetworks.hypernetwork import apply_hypernetworks
+
+        # without the attention module, on which it would leave its networks as attributes
+        return lambda attn, x: apply_hypernetworks(shared.loaded_hypernetworks, x)
+
+    def replaced_blocks(self, unet: nn.Module) -> bool:
+        """Whether another extension (ControlNet's reference, say) has replaced the forward of a transformer block."""
+        return any({"forward", "_forward"} & vars(site.block).keys() for site in find_sites(unet))
+
+    # A pass
+
+    def on_end(self, callback: Callable[[Any], None]) -> None:
+        """Have `callback(p)` called when a generation has ended in whatever way, where passes are not announced."""
+
+    def unets(self) -> list[nn.Module]:
+        """List the U-Nets that may be called next."""
+        return [unet for unet in (self.unet(),) if unet is not None]
+
+    def is_hires(self, p: Any) -> bool:
+        """Whether `p` is in its hires pass."""
+        return bool(getattr(p, "is_hr_pass", False))
+
+    def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
+        """Make the config of a pass, respecting the host's own options; None if the pass is to be left alone."""
+        config = table.to_config(values, hires=hires)
+        if config is None or not self.upcasts():
+            return config
+        return replace(config, attn_precision="fp32")
+
+    def upcasts(self) -> bool:
+        """Whether the host's options upcast attention to float32."""
+        return bool(option("upcast_attn"))
+
+    def obstacles(self, p: Any, hires: bool) -> Iterator[str]:
+        """Yield why a pass cannot be patched: other changes to the same layers, or models that bypass them."""
+        if _active_sd_unet() is not None:
+            yield "an SD Unet (such as TensorRT) replaces the U-Net"
+        if _token_merging_ratio(p, hires) > 0:
+            yield TOKEN_MERGING
+        if self._hypertile(hires):
+            yield HYPERTILE
+
+    def first_image(self, p: Any, processed: Any) -> Image.Image | None:
+        """Return the first image of a generation, or its inpainted region; None if there is no image."""
+        images = processed.images[processed.index_of_first_image :]
+        if not images or not isinstance(images[0], Image.Image):
+            return None
+        region = getattr(p, "paste_to", None)  # "Inpaint area: only masked"
+        if region is None:
+            return images[0].convert("RGB")
+        x, y, width, height = region
+        return images[0].convert("RGB").crop((x, y, x + width, y + height))
+
+    # The panel
+
+    def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
+        """Like `obstacles`, but before generation: judged by the options alone."""
+        if self._hypertile(hires):
+            return Hint(HYPERTILE, ("Settings → HyperTile",))
+        ratio = option("token_merging_ratio_hr") if hires else img2img and option("token_merging_ratio_img2img")
+        if (ratio or option("token_merging_ratio") or 0) > 0:
+            return Hint(TOKEN_MERGING, ("Settings → Optimizations",))
+        return None
+
+    def advice(self, values: Mapping[str, Any]) -> list[Hint]:
+        """Advise 32 bits where half precision may overflow."""
+        if values["fp32"] or not (self.upcasts() or self.is_sd2()):
+            return []
+        sd2 = "attention of SD 2 models can overflow in half precision"
+        reason = "the host's upcast option is on" if self.upcasts() else sd2
+        return [Hint(f"{reason}: 32 bits are advised", ("fp32",))]
+
+    @contextmanager
+    def at_rest(self) -> Iterator[tuple[nn.Module, Any]]:
+        """Reserve the current U-Net and its `kv_context` for a `with` block while nothing is generated.
+
+        Raises:
+            Busy: an image is being generated, or no model is loaded.
+        """
+        from modules import devices
+        from modules.call_queue import queue_lock
+
+        unet = self.unet()
+        if unet is None:
+            raise Busy("No Stable Diffusion model is loaded.")
+        if not queue_lock.acquire(blocking=False):
+            raise Busy("An image is being generated: try again when it is done.")
+        try:
+            self.bring_to_device()
+            with torch.no_grad(), devices.autocast():
+                yield unet, self.kv_context()
+        finally:
+            queue_lock.release()
+
+    def xyz_grids(self) -> list[Any]:
+        """List the modules of the X/Y/Z plot script, where axes are registered."""
+        return [data.module for data in scripts.scripts_data if data.script_class.__module__ in self.plots]
+
+    def paragraph(self, text: str) -> Any:
+        """Make a paragraph between the options of the settings page."""
+        return shared.OptionHTML(text)
+
+    # What other WebUIs do in their own way
+
+    def bring_to_device(self) -> None:
+        """Load the U-Net to the device, if the host leaves it elsewhere until sampling."""
+
+    def is_sd2(self) -> bool:
+        """Whether the loaded model is of Stable Diffusion 2."""
+        return bool(getattr(sd_models.model_data.sd_model, "is_sd2", False))
+
+    def _hypertile(self, hires: bool) -> bool:
+        return bool(option("hypertile_enable_unet") or (hires and option("hypertile_enable_unet_secondpass")))
+
+
+def _active_sd_unet() -> Any:
+    try:
+        from modules import sd_unet
+    except ImportError:
+        return None
+    return getattr(sd_unet, "current_unet", None)
+
+
+def _token_merging_ratio(p: Any, hires: bool) -> float:
+    ratio = getattr(p, "get_token_merging_ratio", None)
+    return (ratio(for_hr=hires) if ratio else 0) or 0

@@ -1,0 +1,75 @@
+"""SD.Next: diffusers pipelines, options of its own, and batches where others announce passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+from modules import script_callbacks, sd_models, shared
+from torch import nn
+
+from ...panel.host import Hint
+from .a1111 import HYPERTILE, WebUI, option, unet_of
+
+MERGING = {"ToMe": "tome_ratio", "ToDo": "todo_ratio"}
+SD2_WIDTH = 1024  # channels of SD 2's text encoder, read off the U-Net's cross-attention
+
+
+class SDNext(WebUI):
+    """SD.Next.
+
+    Its hires pass has no callback: while the host makes it, `p.is_hr_pass` is true. `p` is the object that the
+    sampling uses, which is another one than the callbacks' where the host makes only the hires pass again.
+    """
+
+    name = "SD.Next"
+    announces_passes = False
+
+    @classmethod
+    def is_running(cls) -> bool:
+        return hasattr(script_callbacks, "on_after_process")
+
+    def on_end(self, callback: Callable[[Any], None]) -> None:
+        script_callbacks.on_after_process(callback)
+
+    def unets(self) -> list[nn.Module]:
+        # the refiner's too, if it is loaded; not through `shared`, which would load a model to answer
+        models = (getattr(sd_models.model_data, name, None) for name in ("sd_model", "sd_refiner"))
+        return [unet for unet in map(unet_of, models) if unet is not None]
+
+    def is_hires(self, p: Any) -> bool:
+        from modules import processing_callbacks
+
+        return super().is_hires(processing_callbacks.p or p)
+
+    def obstacles(self, p: Any, hires: bool) -> Iterator[str]:
+        merging = self._merging()
+        if merging:
+            yield merging
+        if self._tiled(hires, p):
+            yield HYPERTILE
+
+    def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
+        if self._tiled(hires):
+            return Hint(HYPERTILE, ("Settings → Pipeline Modifiers",))
+        merging = self._merging()
+        return Hint(merging, ("Settings → Pipeline Modifiers",)) if merging else None
+
+    def _merging(self) -> str:
+        method = option("token_merging_method")
+        return f"the WebUI's own token merging ({method}) is on" if (option(MERGING.get(method, "")) or 0) > 0 else ""
+
+    def _tiled(self, hires: bool, p: Any = None) -> bool:
+        def chosen(name: str) -> Any:
+            own = getattr(p, name, None)
+            return option(name) if own is None else own
+
+        return bool(chosen("hypertile_unet_enabled") and (hires or not chosen("hypertile_hires_only")))
+
+    def is_sd2(self) -> bool:
+        unet = self.unet()
+        return getattr(getattr(unet, "config", None), "cross_attention_dim", None) == SD2_WIDTH
+
+    def paragraph(self, text: str) -> Any:
+        return shared.OptionInfo(text, "", gr.HTML)
