@@ -15,7 +15,6 @@ from torch import nn
 from ..hosts import read_size
 from ..panel.report import STATUS
 from ..patch import get_patch
-from ..settings import table
 from . import compat, session
 
 
@@ -27,10 +26,9 @@ class Batch:
     """
 
     def __init__(self, p: Any) -> None:
-        self.p, self.generation = p, session.generation_of(p)
+        self.p = p
         self.thread = threading.get_ident()
-        self._hires: bool | None = None  # of the pass under way
-        self._pass: session.Pass | None = None
+        self._pass: session.Pass | None = None  # the one under way
         self._end_pass = ExitStack()
         self._watched: dict[nn.Module, Any] = {}
 
@@ -56,24 +54,17 @@ class Batch:
             self._follow(unet, read_size(args, kwargs))
         except Exception as error:  # a bug of ours must never cost the user an image
             STATUS.fail(f"an error of ours: {type(error).__name__}: {error}")
-            self._end_pass.close()
+            self.close()
         if get_patch(unet) not in (None, patch):
             get_patch(unet).begin_call(unet, args, kwargs)
 
     def _follow(self, unet: nn.Module, size: tuple[int, int] | None) -> None:
         hires = compat.HOST.is_hires(self.p)
-        if hires is not self._hires:
-            self._begin_pass(hires, size)
-        if self._pass is not None:
-            self._pass.next_call(unet)
-
-    def _begin_pass(self, hires: bool, size: tuple[int, int] | None) -> None:
-        self._end_pass.close()
-        self._hires, self._pass = hires, None
-        self.watch()  # a refiner may have been loaded since
-        if self.generation is not None and table.to_config(self.generation.values, hires=hires) is not None:
-            around = session.sampling_pass(self.p, self.generation, hires, size)
-            self._pass = self._end_pass.enter_context(around)
+        if self._pass is None or hires is not self._pass.report.hires:
+            self._end_pass.close()
+            self.watch()  # a refiner may have been loaded since
+            self._pass = self._end_pass.enter_context(session.around_pass(self.p, hires, size))
+        self._pass.next_call(unet)
 
 
 # Batches under way, nested if a script makes an image in the middle of another one

@@ -79,13 +79,10 @@ def process(p: Any, args: Sequence[Any]) -> None:
 
 def before_sampling(p: Any, latent: Tensor | None = None) -> None:
     """Sample the next pass under the patch; `latent` is its (B, C, height, width), if the host provides it."""
-    generation = generation_of(p)
     hires = compat.HOST.is_hires(p)
-    if generation is not None and table.to_config(generation.values, hires=hires) is not None:
+    if _is_on(generation_of(p), hires) or _running:
         size = None if latent is None else tuple(latent.shape[-2:])
-        wrap_sampling(p.sampler, lambda: sampling_pass(p, generation, hires, size))
-    elif _running:  # an unpatched image generated in the middle of a patched one
-        wrap_sampling(p.sampler, lambda: under_way(Pass({}, PassReport(hires, obstacles=["it is off"]))))
+        wrap_sampling(p.sampler, lambda: around_pass(p, hires, size))
 
 
 def before_model_call() -> None:
@@ -104,10 +101,10 @@ def postprocess(p: Any, processed: Any) -> None:
 
 
 def finish(p: Any) -> None:
-    """Say so if the host made the images without any pass that we were told of."""
+    """Say why if the host made the images without any pass that we were told of."""
     generation = generation_of(p)
-    if generation is not None and not generation.reports and generation.run == STATUS.run:
-        STATUS.fail(NO_PASS)
+    if generation is not None and not generation.reports and generation.run == STATUS.run and not STATUS.error:
+        STATUS.fail(NO_UNET if compat.HOST.current_unet() is None else NO_PASS)
 
 
 def generation_of(p: Any) -> Generation | None:
@@ -118,6 +115,10 @@ def generation_of(p: Any) -> Generation | None:
 def token_map(call: int, layer: int) -> tokenmap.View:
     """Show the token map of the last run; see `tokenmap.view`."""
     return tokenmap.view(STATUS.recording, call, layer, STATUS.text())
+
+
+def _is_on(generation: Generation | None, hires: bool) -> bool:
+    return generation is not None and table.to_config(generation.values, hires=hires) is not None
 
 
 def _observer(
@@ -164,12 +165,18 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
     sampler.launch_sampling = launch_sampling
 
 
+def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> AbstractContextManager[Pass]:
+    """Make the context in which a pass is sampled, patched or not; `size` is the latent's (height, width), if known."""
+    generation = generation_of(p)
+    if _is_on(generation, hires):
+        return sampling_pass(p, generation, hires, size)
+    # an unpatched image may be generated in the middle of a patched one
+    return under_way(Pass({}, PassReport(hires, obstacles=["it is off"])))
+
+
 @contextmanager
 def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, int] | None = None) -> Iterator[Pass]:
-    """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends.
-
-    `size` is the latent's (height, width), if the host provides it.
-    """
+    """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends."""
     report = PassReport(hires, obstacles=list(compat.HOST.obstacles(p, hires)))
     current = Pass(generation.values, report, _observer(p, generation.recording, hires, size))
     generation.reports.append(report)
@@ -183,14 +190,14 @@ def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, 
 
 
 @contextmanager
-def under_way(current: Pass) -> Iterator[None]:
+def under_way(current: Pass) -> Iterator[Pass]:
     """Make `current` the pass under way. Enclosing passes lose their patch until their next step."""
     for outer in _running:
         outer.suspend()
     _running.append(current)
     try:
         current.follow(compat.HOST.current_unet())
-        yield
+        yield current
     finally:
         current.close()
 

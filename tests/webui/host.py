@@ -286,12 +286,12 @@ class Host:
     @contextmanager
     def options(self, **options: Any) -> Iterator[None]:
         """Settings of the WebUI for a while. Its own override_settings would leave some behind."""
-        current = self.call("/sdapi/v1/options")
+        current = self.call(PROBE + "/options", {"names": list(options)})
         self.call("/sdapi/v1/options", options)
         try:
             yield
         finally:
-            self.call("/sdapi/v1/options", {name: current[name] for name in options})
+            self.call("/sdapi/v1/options", current)
 
     def reload_ui(self) -> None:
         """Settings → Reload UI."""

@@ -144,6 +144,10 @@ def on_app_started(demo, app):
             "loaded": len(getattr(sd_models.model_data, "loaded_sd_models", [])),
         }
 
+    @app.post(PREFIX + "/options")
+    def options(body: dict = Body({})):  # noqa: B008
+        return {name: getattr(shared.opts, name) for name in body["names"]}  # SD.Next's API lists only those changed
+
     @app.post(PREFIX + "/interfere")
     def interfere(body: dict = Body({})):  # noqa: B008
         for block in blocks():

@@ -1,0 +1,263 @@
+"""SD.Next's ways on a tiny pipeline of diffusers: batches announced, passes not, options of its own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+
+from test_webui_session import _forget_ours as forget_ours
+from test_webui_session import state
+from tiny_pipelines import tiny_unet
+
+from agentsd import get_patch
+from agentsd.settings import infotext
+
+ON = {"until": 1.0}
+WIDTH = 32  # channels of the tiny U-Net's context
+
+
+class Processing:
+    """What SD.Next's processing object is to us."""
+
+    def __init__(self):
+        self.extra_generation_params = {"Other extension": "here"}
+        self.is_hr_pass, self.iteration = False, 0
+
+    def comment(self, text):
+        raise AssertionError(text)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """SD.Next's modules, as far as we import them, around a tiny U-Net."""
+    fake = {"modules": ModuleType("modules")}
+    for part in ("processing_callbacks", "script_callbacks", "scripts", "shared", "sd_models", "ui_components"):
+        fake[part] = module = ModuleType(f"modules.{part}")
+        setattr(fake["modules"], part, module)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "modules", fake["modules"])
+    fake["ui_components"].InputAccordion = object
+    fake["scripts"].scripts_data = []
+    fake["processing_callbacks"].p = None
+    ended = []
+    fake["script_callbacks"].on_after_process = ended.append
+    shared, model = fake["shared"], SimpleNamespace(unet=tiny_unet())
+    shared.opts = SimpleNamespace(token_merging_method="None", tome_ratio=0.0, todo_ratio=0.0)
+    shared.OptionInfo = lambda *args: args
+    shared.sd_model, fake["sd_models"].model_data = model, SimpleNamespace(sd_model=model, sd_refiner=None)
+    forget_ours()
+    batch = importlib.import_module("agentsd.webui.batch")
+    batch.compat.HOST.on_end(batch.end_all)
+    yield SimpleNamespace(
+        batch=batch, session=batch.session, shared=shared, model=model, ended=ended, parts=fake, host=batch.compat.HOST
+    )
+    forget_ours()
+
+
+@pytest.fixture
+def unet(host):
+    return host.model.unet
+
+
+def call(unet, size=16, t=500):
+    generator = torch.Generator().manual_seed(size)
+    x, context = torch.randn(2, 4, size, size, generator=generator), torch.randn(2, 7, WIDTH, generator=generator)
+    with torch.no_grad():
+        return unet(x, t, encoder_hidden_states=context).sample
+
+
+def generate(host, settings=ON, p=None, batches=1, passes=((False, 16),), steps=2, end=True):
+    """A generation as SD.Next makes it: the outputs of its U-Net's calls, two for each pass."""
+    p, made = p or Processing(), []
+    host.session.before_process(p)
+    host.session.process(p, [settings if settings is not None else False])
+    try:
+        for p.iteration in range(batches):
+            host.batch.begin(p)
+            for p.is_hr_pass, size in passes:
+                host.parts["processing_callbacks"].p = p
+                made += [call(host.model.unet, size) for _ in range(steps)]
+            p.is_hr_pass = False
+            host.batch.end(p)
+        host.session.postprocess(p, SimpleNamespace(images=[], index_of_first_image=0))
+    finally:
+        for callback in host.ended:
+            callback(p)
+    return made
+
+
+def test_it_is_recognised(host):
+    assert host.host.name == "SD.Next"
+    assert host.host.paragraph("words")[:2] == ("words", "")
+
+
+def test_patched_during_the_batch_and_no_longer(host, unet):
+    before, plain = state(unet), call(unet)
+    p = Processing()
+    made = generate(host, p=p)
+    assert not any(torch.equal(one, plain) for one in made)
+    assert torch.equal(made[0], made[1]), "the first call is patched like the others"
+    assert state(unet) == before
+    assert torch.equal(call(unet), plain)
+    assert infotext.read(p.extra_generation_params[infotext.KEY])["until"] == 1.0
+    assert host.session.STATUS.notes() == []
+
+
+def test_off_does_nothing(host, unet):
+    p = Processing()
+    made = generate(host, None, p)
+    assert all(torch.equal(one, call(unet)) for one in made)
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
+def test_each_pass_has_its_own_settings(host, unet):
+    plain = call(unet, 16), call(unet, 24)
+    settings = {"until": 0.4, "hires_until": 1.0}  # t = 500 is half way
+    made = generate(host, settings, batches=2, passes=((False, 16), (True, 24)))
+    assert all(torch.equal(made[i], plain[0]) for i in (0, 1, 4, 5))
+    assert not any(torch.equal(made[i], plain[1]) for i in (2, 3, 6, 7))
+    passes = host.session.STATUS.as_dict()["passes"]
+    assert [(one["hires"], one["latent"]) for one in passes] == [(False, (16, 16)), (True, (24, 24))] * 2
+
+
+def test_a_pass_that_is_switched_off(host, unet):
+    made = generate(host, {**ON, "passes": "first"}, passes=((False, 16), (True, 24)))
+    assert not torch.equal(made[0], call(unet, 16))
+    assert torch.equal(made[2], call(unet, 24))
+
+
+def test_the_object_that_samples_tells_the_pass(host, unet):
+    """Where only the hires pass is made again, SD.Next samples with the object of the run before."""
+    p, earlier = Processing(), Processing()
+    earlier.is_hr_pass = True
+    host.session.process(p, [ON])
+    host.batch.begin(p)
+    host.parts["processing_callbacks"].p = earlier
+    call(unet)
+    host.batch.end(p)
+    assert host.session.STATUS.as_dict()["passes"][0]["hires"]
+
+
+def test_an_exception_in_the_u_net(host, unet):
+    before = state(unet)
+    handle = unet.mid_block.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(host)
+    handle.remove()
+    assert state(unet) == before
+    assert get_patch(unet) is None
+
+
+def test_an_interrupted_image_has_its_settings(host, unet):
+    """SD.Next writes its infotext while the pass is under way, and calls no postprocess."""
+    p = Processing()
+    host.session.process(p, [ON])
+    host.batch.begin(p)
+    call(unet)
+    assert infotext.KEY in p.extra_generation_params
+    for callback in host.ended:
+        callback(p)
+    assert get_patch(unet) is None
+    assert host.session.STATUS.as_dict()["passes"][0]["calls"]["agents"] > 0
+
+
+OBSTACLES = {
+    "ToMe": {"token_merging_method": "ToMe", "tome_ratio": 0.5},
+    "ToDo": {"token_merging_method": "ToDo", "todo_ratio": 0.5},
+    "HyperTile": {"hypertile_unet_enabled": True},
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_stands_down_beside_its_own(host, unet, reason):
+    vars(host.shared.opts).update(OBSTACLES[reason])
+    p = Processing()
+    (made, _) = generate(host, p=p)
+    assert torch.equal(made, call(unet))
+    assert reason in host.session.STATUS.text()
+    assert reason in host.host.obstacle(False, False).text
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
+def test_an_unused_ratio_is_no_obstacle(host, unet):
+    vars(host.shared.opts).update(token_merging_method="ToDo", tome_ratio=0.5, hypertile_unet_enabled=True)
+    host.shared.opts.hypertile_hires_only = True
+    made = generate(host, passes=((False, 16), (True, 24)))
+    assert not torch.equal(made[0], call(unet, 16))
+    assert torch.equal(made[2], call(unet, 24))
+    assert host.host.obstacle(False, False) is None
+
+
+def test_a_model_without_a_u_net(host):
+    host.shared.sd_model = host.parts["sd_models"].model_data.sd_model = SimpleNamespace(transformer=torch.nn.Module())
+    p = Processing()
+    generate(host, p=p)
+    assert host.session.NO_UNET in host.session.STATUS.text()
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
+def test_a_batch_without_a_call(host):
+    p = Processing()
+    generate(host, p=p, steps=0)
+    assert host.session.NO_PASS in host.session.STATUS.text()
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
+def test_a_refiner_that_is_loaded_meanwhile(host, unet):
+    refiner, plain = tiny_unet(), call(unet)
+    before = state(refiner)
+    p = Processing()
+    host.session.process(p, [ON])
+    host.batch.begin(p)
+    host.parts["sd_models"].model_data.sd_refiner = SimpleNamespace(unet=refiner)
+    call(unet)
+    assert not torch.equal(call(refiner), plain)
+    assert get_patch(unet) is None
+    host.batch.end(p)
+    assert state(refiner) == before
+    assert host.session.STATUS.as_dict()["passes"][0]["models"] == 2
+
+
+def test_an_image_in_the_middle_of_another_one(host, unet):
+    plain, p = call(unet), Processing()
+    host.session.process(p, [ON])
+    host.batch.begin(p)
+    outer = call(unet)
+    assert torch.equal(generate(host, None)[0], plain)
+    assert torch.equal(call(unet), outer)
+    host.batch.end(p)
+    assert get_patch(unet) is None
+
+
+def test_a_batch_that_a_thread_has_lost(host, unet):
+    before = state(unet)
+
+    def lose():
+        p = Processing()
+        host.session.process(p, [ON])
+        host.batch.begin(p)
+        call(unet)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    thread.join()
+    assert get_patch(unet) is not None
+    generate(host, None)
+    assert state(unet) == before
+
+
+def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):
+    monkeypatch.setattr(host.batch.compat.HOST, "obstacles", lambda *args: 1 / 0)
+    p = Processing()
+    (made, _) = generate(host, p=p)
+    assert torch.equal(made, call(unet))
+    assert "ZeroDivisionError" in host.session.STATUS.text()
+    assert p.extra_generation_params == {"Other extension": "here"}
