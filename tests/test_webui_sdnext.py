@@ -20,7 +20,7 @@ from tiny_pipelines import tiny_unet
 from agentsd import get_patch
 from agentsd.settings import infotext
 
-ON = {"until": 1.0}
+ON = {"until": 1.0, "min_tokens": 1}
 WIDTH = 32  # channels of the tiny U-Net's context
 
 
@@ -120,7 +120,7 @@ def test_off_does_nothing(host, unet):
 
 def test_each_pass_has_its_own_settings(host, unet):
     plain = call(unet, 16), call(unet, 24)
-    settings = {"until": 0.4, "hires_until": 1.0}  # t = 500 is half way
+    settings = {**ON, "until": 0.4, "hires_until": 1.0}  # t = 500 is half way
     made = generate(host, settings, batches=2, passes=((False, 16), (True, 24)))
     assert all(torch.equal(made[i], plain[0]) for i in (0, 1, 4, 5))
     assert not any(torch.equal(made[i], plain[1]) for i in (2, 3, 6, 7))
