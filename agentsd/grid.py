@@ -21,6 +21,24 @@ def cell_side(agent_ratio: float, height: int, width: int, max_agents: int | Non
     return s
 
 
+def landmark_cell(agent_ratio: float, height: int, width: int, fewest: int, most: int) -> tuple[tuple[int, int], int]:
+    """Return the (height, width) in tokens of the cell that one sampled token stands for, and the number of samples.
+
+    The cell of `cell_side`, halved while it gives fewer than `fewest` samples; then doubled along one axis after the
+    other while it gives more than `most`.
+    """
+
+    def samples() -> int:
+        return len(sampled(height, sy)) * len(sampled(width, sx))
+
+    sy = sx = cell_side(agent_ratio, height, width)
+    while sy > 1 and samples() < fewest:
+        sy = sx = sy // 2
+    while samples() > most:
+        sy, sx = (sy, 2 * sx) if sy == sx else (2 * sy, sx)
+    return (sy, sx), samples()
+
+
 def sampled(length: int, side: int) -> range:
     """Return the positions sampled along one axis: the middle of each cell, unless the cell is cut short before it."""
     return range((min(side, length) - 1) // 2, length, side)

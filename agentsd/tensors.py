@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -90,9 +90,22 @@ def sample_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> 
 
     A cell that the edge cuts short before its middle gives none.
     """
-    rows, columns = sampled(height, cell[0]), sampled(width, cell[1])
-    grid = x.unflatten(1, (height, width))
-    return grid[:, rows.start :: rows.step, columns.start :: columns.step].flatten(1, 2)
+    return _sampled_grid(x, (height, width), cell).flatten(1, 2)
+
+
+def sample_each(xs: Sequence[Tensor], size: tuple[int, int], cell: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Take `sample_tokens` of several tensors of one shape, in one kernel."""
+    return torch.cat([_sampled_grid(x, size, cell) for x in xs]).flatten(1, 2).chunk(len(xs))
+
+
+def _sampled_grid(x: Tensor, size: tuple[int, int], cell: tuple[int, int]) -> Tensor:
+    rows, columns = (sampled(*axis) for axis in zip(size, cell, strict=True))
+    return x.unflatten(1, size)[:, rows.start :: rows.step, columns.start :: columns.step]
+
+
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy to `dtype`, laid out in the order of its dimensions, in one kernel."""
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def lost_by_pooling(x: Tensor, pooled: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentsd.methods import fit
-from agentsd.methods.fit import bounded, fit_tikhonov, has_cholesky, solve_tikhonov
+from agentsd.methods.fit import fit_tikhonov, fit_values, fitted_to, has_cholesky, solve_tikhonov
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 KINDS = ["shift", "one row", "unused key", "tall", "wide", "flat", "sharp"]
@@ -41,8 +41,8 @@ class CoarseProducts(torch.utils._python_dispatch.TorchDispatchMode):
     """Products of matrices as TF32 computes them: coarse factors, exact sums."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
-            args = [rounded_to_tf32(a) for a in args]
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm, torch.ops.aten.baddbmm):
+            args = [*args[:-2], *(rounded_to_tf32(a) for a in args[-2:])]
         return func(*args, **(kwargs or {}))
 
 
@@ -65,8 +65,9 @@ class TestSolution:
         v_a, v_bar = problem(w)
         W, V_A, V_bar = w.double(), v_a.double(), v_bar.double()
         gram = W.mT @ W
-        penalty = mu * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(w.shape[-1])
-        expected = V_bar + torch.linalg.solve(gram + penalty, W.mT @ (V_A - W @ V_bar))
+        m = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        penalty = mu * m * (1 + 4 * m)
+        expected = V_bar + torch.linalg.solve(gram + penalty * torch.eye(w.shape[-1]), W.mT @ (V_A - W @ V_bar))
         torch.testing.assert_close(fit_tikhonov(w, v_a, v_bar, mu).double(), expected, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -112,31 +113,58 @@ class TestCoarseProducts:
         assert (coarse - exact).norm() < 0.02 * exact.norm()
 
 
+class TestConjugateSteps:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_residual_never_grows(self, kind):
+        w = weights(kind)[0, 0]
+        v_a, start = torch.randn(w.shape[0], 5), torch.randn(w.shape[1], 5)
+        residuals = torch.stack([(v_a - w @ fit_values(w, v_a, start, steps)).norm(dim=0) for steps in range(9)])
+        assert residuals.isfinite().all()
+        assert (residuals.diff(dim=0) <= 1e-5).all()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_what_is_solved_stays(self, kind):
+        w = weights(kind)[0, 0]
+        start = torch.randn(w.shape[1], 5)
+        torch.testing.assert_close(fit_values(w, w @ start, start, 8), start, **CLOSE)
+
+    def test_a_rectangular_fit_is_the_least_squares_solution(self):
+        w, v_a = torch.randn(40, 6).softmax(-1), torch.randn(40, 3)
+        y = fit_values(w, v_a, torch.zeros(6, 3), 12)
+        torch.testing.assert_close(y, torch.linalg.lstsq(w, v_a).solution, rtol=1e-3, atol=1e-3)
+
+
 class TestFallback:
     def test_a_row_that_is_not_finite_uses_the_values_it_began_with(self):
         w, v_a, v_bar = weights("tall").clone(), torch.randn(2, 3, 36, 5), torch.randn(2, 3, 12, 5)
         expected = fit_tikhonov(w, v_a, v_bar)
-        v_a[0, 1, 3, 2] = torch.nan
         w[1, 2, 0, 0] = torch.inf
         y = fit_tikhonov(w, v_a, v_bar)
-        bad = [(0, 1), (1, 2)]
-        for row in range(2):
-            for head in range(3):
-                assert torch.equal(y[row, head], v_bar[row, head] if (row, head) in bad else expected[row, head])
+        assert torch.equal(y[1, 2], v_bar[1, 2])
+        expected[1, 2] = y[1, 2]
+        assert torch.equal(y, expected)
 
-    def test_nothing_grows_beyond_the_norm_of_the_values(self):
-        v_bar, delta = torch.ones(3, 4, 4), torch.zeros(3, 4, 4)
-        delta[0, 0, 0], delta[1, 1, 1], delta[2, 2, 2] = 3.9, -4.1, torch.nan
-        assert [bool(row.any()) for row in bounded(delta, v_bar)] == [True, False, False]
+    def test_a_channel_that_is_not_finite_keeps_its_values(self):
+        w, v_a, v_bar = weights("tall"), torch.randn(2, 3, 36, 5), torch.randn(2, 3, 12, 5)
+        expected = fit_tikhonov(w, v_a, v_bar)
+        v_a[0, 1, 3, 2] = torch.nan
+        y = fit_tikhonov(w, v_a, v_bar)
+        expected[0, 1, :, 2] = v_bar[0, 1, :, 2]
+        torch.testing.assert_close(y, expected, **CLOSE)
 
     @given(seed=st.integers(0, 10**6), sharpness=st.sampled_from([0.0, 0.1, 1.0, 10.0, 1e3, 1e6]))
     def test_it_is_bounded(self, seed, sharpness):
         generator = torch.Generator().manual_seed(seed)
         w = (sharpness * torch.randn(2, 20, 20, generator=generator)).softmax(-1)
-        v_a, v_bar = torch.randn(2, 2, 20, 6, generator=generator)
-        y = fit_tikhonov(w, v_a, v_bar)
-        assert y.isfinite().all()
-        assert (y.abs().amax((-2, -1)) <= 2 * v_bar.norm(dim=(-2, -1))).all()
+        r = torch.randn(2, 20, 6, generator=generator)
+        penalty = torch.tensor([[1e-3], [1e-1]])
+        delta = solve_tikhonov(w, r, penalty)
+        assert (delta.norm(dim=(-2, -1)) <= 1.001 * r.norm(dim=(-2, -1)) / (2 * penalty[:, 0].sqrt())).all()
+
+    def test_float16_ends_where_it_ends(self):
+        y = torch.tensor([1.0, 1e5, -1e6])
+        assert fitted_to(torch.float16, y).tolist() == [1.0, 65504.0, -65504.0]
+        assert torch.equal(fitted_to(torch.float32, y), y)
 
 
 class TestWithoutCholesky:
@@ -148,6 +176,11 @@ class TestWithoutCholesky:
         assert (v_a - w @ y).norm() < 0.99 * (v_a - w @ v_bar).norm()
         assert torch.equal(fit_tikhonov(w, w @ v_bar, v_bar), v_bar)
 
+    def test_steps_that_run_away_are_rejected(self, no_cholesky):
+        v_bar = torch.randn(2, 3, 12, 5)
+        w, v_a = torch.full((2, 3, 12, 12), torch.nan), v_bar.clone()
+        assert torch.equal(fit_tikhonov(w, v_a, v_bar), v_bar)
+
     def test_a_device_is_tried_once(self, monkeypatch):
         tried = []
 
@@ -156,20 +189,19 @@ class TestWithoutCholesky:
             raise NotImplementedError("aten::linalg_cholesky_ex is not implemented")
 
         monkeypatch.setattr(torch.linalg, "cholesky_ex", missing)
-        has_cholesky.cache_clear()
+        fit._factorises.cache_clear()
         try:
-            assert [has_cholesky("cpu") for _ in range(3)] == [False] * 3
+            assert [fit._factorises("cpu") for _ in range(3)] == [False] * 3
             assert len(tried) == 1
-            w = weights("tall")
-            assert fit_tikhonov(w, torch.randn(2, 3, 36, 5), torch.randn(2, 3, 12, 5)).isfinite().all()
         finally:
-            has_cholesky.cache_clear()
+            fit._factorises.cache_clear()
 
     def test_this_device_has_one(self):
-        has_cholesky.cache_clear()
+        fit._factorises.cache_clear()
+        assert fit._factorises("cpu")
         assert has_cholesky("cpu")
 
     def test_a_tensor_of_no_weights_is_solved_too(self):
         """Where a window sees everything, landmarks have no weight, and the penalty is what the other weights say."""
-        delta = solve_tikhonov(torch.zeros(2, 6, 5), torch.zeros(2, 6, 3), torch.ones(2))
+        delta = solve_tikhonov(torch.zeros(2, 6, 5), torch.zeros(2, 6, 3), torch.ones(2, 1))
         assert torch.equal(delta, torch.zeros(2, 5, 3))

@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agentsd import AgentConfig, get_patch, patched, plan_layer
 from agentsd.methods import method_of
-from agentsd.methods.fit import MU
-from agentsd.methods.local import HALO, MOST, WINDOW, local_attention
+from agentsd.methods.local import HALO, MOST, MU, WINDOW, local_attention
 from agentsd.tensors import join_heads, split_heads
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

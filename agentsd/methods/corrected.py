@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..grid import cell_side, sampled
+from ..grid import landmark_cell, sampled
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
+from .fit import FEWEST, MU, fit_tikhonov, fitted_to
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Number of conjugate steps of the fit.
-FIT_STEPS = 3
-# Largest ratio of fitted values to the values they are fitted to and from, beyond which the fit is rejected.
-FIT_GROWTH = 16.0
-# With fewer agents, corrected values overshoot between them: see docs/fidelity.md for figures.
-FEWEST = 32
+# More agents cost more than they gain: their fit takes n × n matrices. See docs/zoo.md for figures.
+MOST = 1024
 
 
 @register
@@ -29,28 +26,26 @@ class Corrected(Method):
     noun = "corrected agents"
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
-        N = height * width
-        s = cell_side(settings.agent_ratio, height, width, settings.max_agents)
-        while (n := len(sampled(height, s)) * len(sampled(width, s))) < FEWEST and s > 1:
-            s //= 2
-        if settings.max_agents is not None and n > settings.max_agents:
-            most = counted(settings.max_agents, "agents")
-            return untouched(N, f"at most {most} would be too few to correct", "max_agents", r=r)
+        N, most = height * width, settings.max_agents or MOST
+        cell, n = landmark_cell(settings.agent_ratio, height, width, FEWEST, most)
+        if n < min(FEWEST, N):
+            return untouched(N, f"at most {counted(most, 'agents')} would be too few to correct", "max_agents", r=r)
         if 2 * n < N:
-            return LayerPlan(self.action, N, N, n, (s, s), r)
+            return LayerPlan(self.action, N, N, n, cell, r)
         return untouched(N, too_many_agents(n, N), "agent_ratio", r=r)
 
     def attend(self, attention: SelfAttention) -> Tensor:
-        from ..tensors import sample_tokens
+        from ..tensors import sample_each
 
-        q, k, v = attention.project(attention.x)
-        few = (sample_tokens(t, *attention.size, attention.plan.cell) for t in (q, k, v))
-        return attention.project_out(attention.by_heads(corrected_attention, q, k, v, *few))
+        tokens = attention.project(attention.x)
+        few = sample_each(tokens, attention.size, attention.plan.cell)
+        return attention.project_out(attention.by_heads(corrected_attention, *tokens, *few))
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
         C, N, n = channels, plan.tokens, plan.agents
-        # projections; full attention at n queries and broadcast to n keys; n × n weights and their fit
-        return 8 * N * C * C + 8 * n * N * C + (4 + 4 * FIT_STEPS) * n * n * C
+        # projections; full attention at n queries and broadcast to n keys; n × n weights and their fit, where WᵀW and
+        # its factors grow with the number of heads: that of heads of 64 channels
+        return 8 * N * C * C + 8 * n * N * C + 8 * n * n * C + 7 * n**3 // 3 * -(-C // 64)
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
         rows, columns = (sampled(*axis) for axis in zip((height, width), plan.cell or (1, 1), strict=True))
@@ -61,19 +56,19 @@ class Corrected(Method):
 
 
 def corrected_attention(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, k_bar: Tensor, v_bar: Tensor, *, steps: int = FIT_STEPS
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, k_bar: Tensor, v_bar: Tensor, *, mu: float = MU
 ) -> Tensor:
     """Compute attention to a few keys whose values are fitted so that it equals full attention at the agents.
 
-        V_A = σ(A Kᵀ · d^-½) V                 agent aggregation
+        V_A = σ(A Kᵀ · d^-½) V                            agent aggregation
         W   = σ(A K̄ᵀ · d^-½)
-        Y   ≈ argmin ‖W Y − V_A‖, from Y = V̄
-        O   = σ(Q K̄ᵀ · d^-½) Y                 agent broadcast, corrected
+        Y   = argmin ‖W Y − V_A‖² + λ ‖Y − V̄‖²            see `fit_tikhonov`
+        O   = σ(Q K̄ᵀ · d^-½) Y                            agent broadcast, corrected
 
-    Without the fit (Y = V̄) this is attention to the few keys and values. With an exact fit it is the Nyström
+    With a heavy penalty (Y = V̄) this is attention to the few keys and values; without any it is the Nyström
     approximation σ(Q K̄ᵀ) W⁺ σ(A Kᵀ) V (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902), whose inverse
-    agent attention leaves out. W is close to singular: a few steps of the fit recover the directions that carry weight
-    and leave alone those that would only amplify noise.
+    agent attention leaves out. W is close to singular: the penalty keeps to V̄ in directions that would only amplify
+    noise.
 
     Args:
         q: queries (B, H, N, d).
@@ -81,68 +76,21 @@ def corrected_attention(
         v: values (B, H, M, d).
         a: agent tokens (B, H, m, d), which are queries too.
         k_bar: the few keys (B, H, n, d): a sample, as in the patch, or means.
-        v_bar: their values (B, H, n, d), the start of the fit.
-        steps: number of steps of the fit, at least 0.
+        v_bar: their values (B, H, n, d), which the fit begins with.
+        mu: weight of the penalty, above 0.
 
     Returns:
-        (B, H, N, d). The m × n matrix W and the fit are float32 whatever the dtype of the tensors. Where the fit of a
-        row and head is not finite, or grows out of proportion, V̄ is used: attention to the few keys and values.
+        (B, H, N, d). The m × n matrix W and the fit are float32 whatever the dtype of the tensors. A row and head whose
+        fit is not finite uses V̄: attention to the few keys and values.
     """
-    from ..tensors import no_autocast, scaled_dot_product_attention
+    import torch
+
+    from ..tensors import dense, no_autocast, scaled_dot_product_attention
 
     v_a = scaled_dot_product_attention(a, k, v)
     with no_autocast(q.device.type):
-        y = _fitted(a.float(), k_bar.float(), v_a.float(), v_bar.float(), steps).to(v.dtype)
+        few_q, few_k = (dense(t, torch.float32).flatten(0, 1) for t in (a, k_bar))
+        scores = torch.baddbmm(few_q.new_empty(()), few_q, few_k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+        w = scores.softmax(dim=-1).unflatten(0, q.shape[:2])
+        y = fitted_to(v.dtype, fit_tikhonov(w, v_a, dense(v_bar, torch.float32), mu))
     return scaled_dot_product_attention(q, k_bar, y)
-
-
-def _fitted(a: Tensor, k_bar: Tensor, v_a: Tensor, v_bar: Tensor, steps: int) -> Tensor:
-    w = (a @ k_bar.mT * a.shape[-1] ** -0.5).softmax(dim=-1)
-    y = fit_values(w, v_a, v_bar, steps)
-    # False for NaN. Decided on the device, so that nothing waits for it.
-    bounded = _largest(y) <= FIT_GROWTH * _largest(v_a).maximum(_largest(v_bar))
-    return y.where(bounded, v_bar)
-
-
-def fit_values(w: Tensor, v_a: Tensor, y: Tensor, steps: int) -> Tensor:
-    """Minimise ‖W Y − V_A‖² from Y by `steps` conjugate directions, for every column (channel) separately.
-
-    The directions are those of conjugate gradients on the least-squares problem (CGLS). Each image W p is explicitly
-    orthogonalised against all earlier ones: by the recursion alone, rounding errors grow a thousandfold within six
-    steps, and the picture would depend on the batch. The residual never grows, whatever W is. Products only: no
-    factorisation, and nothing that waits for the device.
-
-    Args:
-        w: (..., m, n).
-        v_a: (..., m, d).
-        y: start of the fit (..., n, d).
-        steps: number of steps, at least 0.
-
-    Returns:
-        The fitted values (..., n, d).
-    """
-    residual, directions = v_a - w @ y, []
-    for _ in range(steps):
-        p = w.mT @ residual
-        image = w @ p
-        before = _dot(image, image)
-        for other, other_image in directions:
-            overlap = _dot(image, other_image)
-            p, image = p - overlap * other, image - overlap * other_image
-        square = _dot(image, image)
-        # drop a direction that is only rounding error: the column is solved, or W cannot improve it further
-        fresh = square > 1e-8 * before
-        length = square.where(fresh, 1.0).rsqrt() * fresh
-        p, image = p * length, image * length
-        gain = _dot(image, residual)
-        y, residual = y.addcmul(gain, p), residual.addcmul(gain, image, value=-1)
-        directions.append((p, image))
-    return y
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(dim=-2, keepdim=True)
-
-
-def _largest(x: Tensor) -> Tensor:
-    return x.abs().amax(dim=(-2, -1), keepdim=True)

@@ -5,79 +5,140 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from .corrected import FIT_STEPS, fit_values
-
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-# Weight of the penalty, as a share of the mean of WᵀW's diagonal: docs/zoo.md has the figures.
-MU = 0.05
+# Weight of the penalty, as a share of the mean of WᵀW's diagonal, and how it grows as attention gets sharper:
+# docs/zoo.md has the figures.
+MU, GROWTH = 0.03, 4.0
+# With fewer agents, fitted values overshoot between them: see docs/fidelity.md for figures.
+FEWEST = 32
+# Number of conjugate steps where a device has no Cholesky factorisation.
+FIT_STEPS = 3
+# Largest ratio of what those steps add to what is left to be fitted, beyond which they are rejected.
+FIT_GROWTH = 16.0
 
 
 def fit_tikhonov(w: Tensor, v_a: Tensor, v_bar: Tensor, mu: float = MU) -> Tensor:
-    """Fit values to full attention at the agents: argmin ‖W Y − V_A‖² + μ m ‖Y − V̄‖².
+    """Fit values to full attention at the agents: argmin ‖W Y − V_A‖² + λ ‖Y − V̄‖².
 
-        Y = V̄ + (WᵀW + μ m I)⁻¹ Wᵀ (V_A − W V̄),  m: the mean of WᵀW's diagonal
+        Y = V̄ + (WᵀW + λ I)⁻¹ Wᵀ (V_A − W V̄)
+        λ = μ m (1 + 4 m),  m: the mean of WᵀW's diagonal, from 1 / n for even weights to 1 for sharp ones
 
-    Only what V̄ leaves over is fitted: where that is nothing, no rounding of the solution shows, and the products may
-    be as coarse as TF32's.
+    Where weights are sharp, values between the agents are known less well, and noise is what a light penalty would fit.
 
     Args:
         w: weights of the few keys at the agents (..., m, n), float32.
-        v_a: full attention at the agents (..., m, d), float32.
+        v_a: full attention at the agents (..., m, d), of any dtype.
         v_bar: values of the few keys (..., n, d), float32.
         mu: weight of the penalty, above 0. Below 0.001 it does not hold sharp attention.
 
     Returns:
-        (..., n, d); V̄ in rows of the batch whose fit is not finite or grows out of proportion.
+        (..., n, d), float32.
     """
     from torch.linalg import vector_norm
 
-    delta = solve_tikhonov(w, v_a - w @ v_bar, vector_norm(w, dim=(-2, -1)), mu)
-    return v_bar + bounded(delta, v_bar)
+    n = w.shape[-1]
+    square = vector_norm(w, dim=(-2, -1))[..., None].square()
+    penalty = square.addcmul(square, square, value=GROWTH / n)
+    return v_bar - solve_tikhonov(w, (w @ v_bar).sub_(v_a), penalty, mu / n)
 
 
-def solve_tikhonov(w: Tensor, r: Tensor, norm: Tensor, mu: float = MU) -> Tensor:
-    """(WᵀW + μ ‖·‖² / n I)⁻¹ Wᵀ R, without waiting for the device.
+def solve_tikhonov(w: Tensor, r: Tensor, penalty: Tensor, weight: float = 1.0) -> Tensor:
+    """Solve (WᵀW + λ I)⁻¹ Wᵀ R, λ = weight · penalty, without waiting for the device.
+
+    R is what the values still miss: where that is nothing, no rounding of the solution shows, and the products may be
+    as coarse as TF32's. Whatever W is, the solution's norm is at most ‖R‖ / 2√λ.
 
     Args:
-        w: (..., m, n), float32.
+        w: weights of the few keys at the agents (..., m, n), float32.
         r: (..., m, d), float32.
-        norm: ‖·‖, what the penalty is measured by (...): the Frobenius norm of all weights that the agents have. Those
-            of the few keys are some or all of them.
-        mu: weight of the penalty, above 0.
+        penalty: positive (..., 1), float32.
+        weight: factor of the penalty, above 0.
 
     Returns:
-        (..., n, d). On devices without a Cholesky factorisation, a few conjugate steps take its place.
+        (..., n, d): always finite, 0 where W or R isn't. On devices without a Cholesky factorisation, a few conjugate
+        steps take its place.
     """
     from torch.linalg import cholesky_ex
 
     if not has_cholesky(w.device.type):
-        return fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS)
-    gram, norm = w.mT @ w, norm[..., None]
-    gram.diagonal(dim1=-2, dim2=-1).addcmul_(norm, norm, value=mu / w.shape[-1])
+        return _bounded(fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
+    gram = w.mT @ w
+    gram.diagonal(dim1=-2, dim2=-1).add_(penalty, alpha=weight)
     factor, _ = cholesky_ex(gram)
-    return (w.mT @ r).cholesky_solve(factor)
+    # this succeeds: factors that are rounded, as TF32's, leave WᵀW without negative eigenvalues
+    return (w.mT @ r).cholesky_solve(factor).nan_to_num(0.0, 0.0, 0.0)
 
 
-def bounded(delta: Tensor, v_bar: Tensor) -> Tensor:
-    """δ where none of its values exceeds the norm of V̄, and 0 elsewhere; decided on the device.
+def fitted_to(dtype: torch.dtype, y: Tensor) -> Tensor:
+    """Convert fitted values to `dtype`. Float16 ends at 65504: what would be beyond stays there."""
+    import torch
+
+    y = y.to(dtype)
+    return y.nan_to_num() if dtype == torch.float16 else y
+
+
+def fit_values(w: Tensor, v_a: Tensor, y: Tensor, steps: int) -> Tensor:
+    """Minimise ‖W Y − V_A‖² from Y by `steps` conjugate directions, for every column (channel) separately.
+
+    The directions are those of conjugate gradients on the least-squares problem (CGLS). Each image W p is explicitly
+    orthogonalised against all earlier ones: by the recursion alone, rounding errors grow a thousandfold within six
+    steps, and the picture would depend on the batch. The residual never grows, whatever W is. Products only: no
+    factorisation, and nothing that waits for the device.
 
     Args:
-        delta: what the fit adds to V̄ (..., n, d).
-        v_bar: values of the few keys (..., n, d).
+        w: (..., m, n).
+        v_a: (..., m, d).
+        y: start of the fit (..., n, d).
+        steps: number of steps, at least 0.
+
+    Returns:
+        The fitted values (..., n, d).
     """
+    residual, directions = v_a - w @ y, []
+    for _ in range(steps):
+        p = w.mT @ residual
+        image = w @ p
+        before = _dot(image, image)
+        for other, other_image in directions:
+            overlap = _dot(image, other_image)
+            p, image = p - overlap * other, image - overlap * other_image
+        square = _dot(image, image)
+        # drop a direction that is only rounding error: the column is solved, or W cannot improve it further
+        fresh = square > 1e-8 * before
+        length = square.where(fresh, 1.0).rsqrt() * fresh
+        p, image = p * length, image * length
+        gain = _dot(image, residual)
+        y, residual = y.addcmul(gain, p), residual.addcmul(gain, image, value=-1)
+        directions.append((p, image))
+    return y
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dim=-2, keepdim=True)
+
+
+def _bounded(delta: Tensor, r: Tensor) -> Tensor:
+    """δ where none of its values is out of proportion to the norm of R, and 0 elsewhere; decided on the device."""
     import torch
     from torch.linalg import vector_norm
 
     largest = vector_norm(delta, torch.inf, dim=(-2, -1), keepdim=True)
     # a comparison with NaN is false
-    return delta.where(largest <= vector_norm(v_bar, dim=(-2, -1), keepdim=True, dtype=largest.dtype), 0)
+    return delta.where(largest <= FIT_GROWTH * vector_norm(r, dim=(-2, -1), keepdim=True), 0)
+
+
+def has_cholesky(device_type: str) -> bool:
+    """Whether devices of this type factorise matrices."""
+    # a compiler meets no cache and no trial for the usual ones
+    return device_type in ("cpu", "cuda", "meta") or _factorises(device_type)
 
 
 @cache
-def has_cholesky(device_type: str) -> bool:
-    """Whether devices of this type factorise matrices; tried once, so that no generation has to fail to find out."""
+def _factorises(device_type: str) -> bool:
+    """Try it, once, so that no generation has to fail to find out."""
     import torch
 
     try:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..grid import cell_side, cells, sampled
+from ..grid import cells, landmark_cell, sampled
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, register, untouched
-from .corrected import FEWEST
-from .fit import MU, bounded, solve_tikhonov
+from .fit import FEWEST, solve_tikhonov
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Side of a window of queries, and what its keys reach beyond it: docs/zoo.md has the figures of others.
 WINDOW, HALO = 16, 4
+# Weight of the penalty of the fit.
+MU = 0.05
 # More landmarks cost more than they gain: their fit grows with the square of their number.
 MOST = 640
 # Kernels of fused attention take biases of rows that long as they are.
@@ -51,8 +52,8 @@ class Local(Method):
         Where that would be too many, a cell is doubled along one axis after the other.
         """
         N, most = height * width, min(settings.max_agents or MOST, MOST)
-        sy, sx = cell = _cell(settings.agent_ratio, height, width, most)
-        n = _landmarks(height, width, cell)
+        cell, n = landmark_cell(settings.agent_ratio, height, width, FEWEST, most)
+        sy, sx = cell
         if n < min(FEWEST, N):
             return untouched(N, f"at most {most} landmarks are too few to fit", "max_agents", r=r)
         y, x = _Axis(height, sy), _Axis(width, sx)
@@ -87,20 +88,6 @@ class Local(Method):
             f"Dots: {plan.agents} landmarks, one token of each cell. A token attends to its neighbourhood, and to the "
             "landmarks outside it."
         )
-
-
-def _cell(agent_ratio: float, height: int, width: int, most: int) -> tuple[int, int]:
-    """(height, width) of a cell: a square, or half of one."""
-    sy = sx = cell_side(agent_ratio, height, width)
-    while sy > 1 and _landmarks(height, width, (sy, sx)) < FEWEST:
-        sy = sx = sy // 2
-    while _landmarks(height, width, (sy, sx)) > most:
-        sy, sx = (sy, 2 * sx) if sy == sx else (2 * sy, sx)
-    return sy, sx
-
-
-def _landmarks(height: int, width: int, cell: tuple[int, int]) -> int:
-    return len(sampled(height, cell[0])) * len(sampled(width, cell[1]))
 
 
 def local_attention(
@@ -187,8 +174,8 @@ def _fitted(a: Tensor, near_k: Tensor, near_v: Tensor, v_a: Tensor, at: _Tables,
         scores = a.float() @ near_k.float().mT
         w = torch.add(at.bias, scores, alpha=a.shape[-1] ** -0.5).softmax(dim=-1)
         error = (w @ near_v.float()).view(*v_a.shape).sub_(v_a).flatten(0, 1)
-        norm = torch.linalg.vector_norm(w, dim=(1, 2, 3))
-        return bounded(solve_tikhonov(w.flatten(1, 2)[..., -n:], error, norm, mu), near_v[:, 0, -n:])
+        square = torch.linalg.vector_norm(w, dim=(1, 2, 3))[:, None].square()
+        return solve_tikhonov(w.flatten(1, 2)[..., -n:], error, square, mu / n)
 
 
 class _Axis(NamedTuple):
