@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .patch import LayerReport, Patch, apply_patch, get_patch, patch_unet, patched, remove_patch
     from .plan import plan_layer
     from .rules import format_rules, parse_rules
+    from .tuning.data import Tuning, TuningCancelled, TuningError
+    from .tuning.record import record_calls
+    from .tuning.tuner import tune
 
 __version__ = "1.1.0"
 
@@ -40,6 +43,9 @@ _HOMES = {
     "patch": ("LayerReport", "Patch", "apply_patch", "get_patch", "patch_unet", "patched", "remove_patch"),
     "plan": ("plan_layer",),
     "rules": ("format_rules", "parse_rules"),
+    "tuning.data": ("Tuning", "TuningCancelled", "TuningError"),
+    "tuning.record": ("record_calls",),
+    "tuning.tuner": ("tune",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -56,6 +62,9 @@ __all__ = [
     "SettingError",
     "Stage",
     "Timing",
+    "Tuning",
+    "TuningCancelled",
+    "TuningError",
     "UnsupportedModelError",
     "agent_attention",
     "apply_patch",
@@ -68,7 +77,9 @@ __all__ = [
     "patch_unet",
     "patched",
     "plan_layer",
+    "record_calls",
     "remove_patch",
+    "tune",
 ]
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .config import MAX_TIMESTEP, SETTINGS, AgentConfig, Rule, Stage, check_names
+from .config import MAX_TIMESTEP, SETTINGS, AgentConfig, Rule, SettingError, Stage, check_names
 from .eager import not_compiled
 from .hosts import (
     Call,
@@ -32,6 +32,9 @@ from .hosts import (
 from .merging import Clusters, Matching, Partition, match, partition, partition_seed
 from .methods import UNTOUCHED, LayerPlan, SelfAttention, method_of
 from .plan import merged_tokens, plan_block
+
+if TYPE_CHECKING:
+    from .tuning.data import Tuning
 
 log = logging.getLogger("agentsd")
 
@@ -499,12 +502,14 @@ def apply_patch(
     reuse_match: float = _DEFAULTS.reuse_match,
     stages: Sequence[Stage] = _DEFAULTS.stages,
     rules: Sequence[Rule] = _DEFAULTS.rules,
+    tuning: Tuning | None = None,
     **unknown: Any,
 ) -> Model:
     """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
 
     Args:
         model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, or a U-Net.
+        tuning: a result of `agentsd.tune` for this model. It has settings of its own, beside which none may be given.
         **: the settings of `AgentConfig`, which documents their meanings and ranges.
 
     Returns:
@@ -512,11 +517,18 @@ def apply_patch(
 
     Raises:
         SettingError: a setting is unknown or outside its range. The model is unchanged.
+        TuningError: the tuning is for another model. The model is unchanged.
         UnsupportedModelError: the model has no transformer blocks. The model is unchanged.
     """
     settings = {k: v for k, v in locals().items() if k in SETTINGS}
     check_names(unknown, SETTINGS)
-    patch_unet(find_unet(model), AgentConfig(**settings))
+    unet, config = find_unet(model), AgentConfig(**settings)
+    if tuning is not None:
+        given = [name for name in SETTINGS if getattr(config, name) != getattr(_DEFAULTS, name)]
+        if given:
+            raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
+        config = tuning.config_for(unet)
+    patch_unet(unet, config)
     return model
 
 

@@ -23,6 +23,7 @@ class Agents(Method):
     summary = "agent attention"
     phrase = "with agents"
     merges = True
+    candidates = ({"agent_ratio": 0.95},)
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         """Plan agents if 2 · n_agents < n_queries, as in AgentSD; otherwise merging alone."""

@@ -10,7 +10,7 @@ Importing a method loads no torch: functions that compute import it themselves.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -162,6 +162,7 @@ class Method(ABC):
         phrase: description of its calls after their number: "40 `phrase`".
         selectable: whether the setting `method` can select it.
         merges: whether its self-attention works on the `r` merged tokens.
+        candidates: settings that are worth trying when a model is tuned, beside `method` itself.
     """
 
     name: str
@@ -171,6 +172,7 @@ class Method(ABC):
     phrase: str = ""
     selectable: bool = True
     merges: bool = False
+    candidates: tuple[Mapping[str, Any], ...] = ()
 
     def __init_subclass__(cls) -> None:
         cls.action = cls.__dict__.get("action") or cls.name

@@ -24,6 +24,7 @@ class Corrected(Method):
         "k_scale2 nor k_shortcut"
     )
     noun = "corrected agents"
+    candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95}, {"agent_ratio": 0.75})  # cells of 8×8, 4×4 and 2×2
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         N, most = height * width, settings.max_agents or MOST

@@ -45,6 +45,7 @@ class Local(Method):
         "it has no k_scale2 and no k_shortcut"
     )
     noun = "landmarks"
+    candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95})
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         """Landmarks in the cells of corrected agents, where all that is attended to is less than half of the layer.

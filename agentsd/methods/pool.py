@@ -19,6 +19,7 @@ class Pool(Method):
     name = "pool"
     summary = "keys and values averaged over cells of sx × sy tokens"
     noun = "pooled keys"
+    candidates = ({"sx": 2, "sy": 2},)
     phrase = "pooled"
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:

@@ -1,0 +1,165 @@
+"""Try candidates in every block of a running U-Net, which computes full attention all the while."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AgentConfig
+from ..eager import not_compiled
+from ..hosts import Call, Site, read_tokens
+from ..methods import LayerPlan, method_of
+from ..patch import KVContext, Patch, _Layer, get_patch
+from ..plan import merged_tokens, plan_block
+
+FULL = 0
+
+
+@dataclass
+class Trials:
+    """What was measured in one block.
+
+    Attributes:
+        kind: blocks of the same kind take the same time: (height, width) of the tokens, and their shape.
+        errors: for each call, the error of each candidate, ‖candidate − full‖ / ‖h‖, h: the tokens that the block was
+            given, to which attention is added.
+        relative: for each call, the error of each candidate relative to attention itself, ‖candidate − full‖ / ‖full‖.
+    """
+
+    kind: Any = None
+    errors: list[dict[int, float]] = field(default_factory=list)
+    relative: list[dict[int, float]] = field(default_factory=list)
+
+
+class Probe(Patch):
+    """A patch that answers every call with the host's attention, and tries candidates beside it.
+
+    Attributes:
+        candidates: the settings to try, numbered from 1.
+        trials: what was measured, by the block's name.
+        inside: seconds spent on trials since it was last set to 0.
+    """
+
+    def __init__(self, unet: nn.Module, candidates: Sequence[AgentConfig], kv_context: KVContext | None) -> None:
+        self.candidates = dict(enumerate(candidates, 1))
+        self.trials: defaultdict[str, Trials] = defaultdict(Trials)
+        self.times: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
+        self.inside = 0.0
+        super().__init__(unet, candidates[0], kv_context)
+
+    def _make_layer(self, site: Site) -> _Layer:
+        return _ProbedLayer(self, site)
+
+    def begin_call(self, count: int) -> None:
+        """Make room for the measurements of one more U-Net call."""
+        self.inside = 0.0
+        for layer in self._layers:
+            trials = self.trials[layer.site.name]
+            trials.errors += [{} for _ in range(count - len(trials.errors))]
+            trials.relative += [{} for _ in range(count - len(trials.relative))]
+
+    def seconds(self, name: str) -> Mapping[int, float]:
+        """Return the median seconds of each candidate, and of full attention (0), in blocks of this one's kind."""
+        kind = self.trials[name].kind
+        return {k: median(times) for (of, k), times in self.times.items() if of == kind}
+
+
+class _ProbedLayer(_Layer):
+    patch: Probe
+
+    def _plan(self, moment: Any) -> tuple[AgentConfig, LayerPlan] | None:
+        """Plan the first candidate that does anything here; which one doesn't matter, all are tried."""
+        return next((plan for _, plan in self._plans(moment)), None)
+
+    def _plans(self, moment: Any) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
+        for k, config in self.patch.candidates.items():
+            found = plan_block(config, self.site.place, moment.latent, None, self.size)
+            if found is not None and found[1].acts:
+                yield k, found
+
+    @not_compiled
+    def _see_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._see_tokens(module, args, kwargs)
+        x = read_tokens(args, kwargs)
+        self.stream = norm(x) if isinstance(x, Tensor) else 1.0
+
+    def _attend(self, call: Call) -> Tensor:
+        patch, trials = self.patch, self.patch.trials[self.site.name]
+        begin = time.perf_counter()
+        trials.kind = (self.size, tuple(call.x.shape), self.site.heads)
+        full, seconds = timed(call.proceed, call.x.device)
+        patch.times[trials.kind, FULL].append(seconds)
+        length = max(norm(full), 1e-12)
+        for k, (config, plan) in self._plans(patch.moment):
+            self.config, self.plan = config, plan
+            try:
+                if (trials.kind, k) not in patch.times:
+                    self._try(call)  # the first time, kernels are loaded and tables are made
+                out, spent = timed(lambda: self._try(call), call.x.device)
+            except RuntimeError as failure:  # too little memory, say; what was not tried here is not chosen here
+                patch.note(f"an error of ours: {failure}")
+                continue
+            patch.times[trials.kind, k].append(spent)
+            error = norm(out.float() - full.float())
+            trials.errors[-1][k] = error / max(self.stream, 1e-12)
+            trials.relative[-1][k] = error / length
+        patch.inside += time.perf_counter() - begin - seconds
+        return full
+
+    def _try(self, call: Call) -> Tensor:
+        r, agent_r = merged_tokens(self.config, self.plan), self.plan.agent_r
+        matches = r or agent_r
+        self.matching = (
+            self.patch.match(self.config, self.site.name, call.x, self.size, r, agent_r) if matches else None
+        )
+        return method_of(self.plan.action).attend(self._for_method(call))
+
+
+def norm(x: Tensor) -> float:
+    """‖x‖; waits for the device."""
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32))
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """Return what `run` returns, and its seconds until the device is done."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
+
+
+@contextmanager
+def installed(patch: Patch) -> Iterator[Patch]:
+    """Install a patch for the length of a `with` block."""
+    patch.install()
+    try:
+        yield patch
+    finally:
+        patch.remove()
+
+
+@contextmanager
+def unpatched(unet: nn.Module) -> Iterator[None]:
+    """Remove the patch from a U-Net for the length of a `with` block."""
+    outer = get_patch(unet)
+    if outer is not None:
+        outer.remove()
+    try:
+        yield
+    finally:
+        if outer is not None:
+            outer.install()

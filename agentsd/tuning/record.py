@@ -1,0 +1,99 @@
+"""Record calls of a U-Net while an ordinary picture is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import MAX_TIMESTEP, SettingError
+from ..eager import not_compiled
+from ..hosts import find_timestep, find_unet, read_size, read_timestep
+
+# One call of a U-Net: its arguments
+RecordedCall = tuple[tuple[Any, ...], dict[str, Any]]
+# Calls kept of one timestep: cond and uncond may come in two.
+_PER_MOMENT = 2
+
+
+@contextmanager
+def record_calls(model: Any, moments: int = 6) -> Iterator[list[RecordedCall]]:
+    """Collect calls of the model's U-Net, spread evenly over the diffusion, during a `with` block.
+
+        with agentsd.record_calls(pipe) as calls:
+            pipe("a photo of a cat")
+        tuning = agentsd.tune(pipe, calls)
+
+    The arguments are copied, never more than those of 2 · `moments` timesteps at a time. Of one timestep up to two
+    calls are kept, since cond and uncond may be evaluated separately. All are of the latent size that the first one
+    has; calls of other sizes are left out, and so is a call without a timestep.
+
+    Args:
+        model: as for `apply_patch`.
+        moments: number of timesteps, 1–100.
+
+    Yields:
+        The list of (args, kwargs), in the order of the diffusion; filled when the block ends, even by an error.
+    """
+    if isinstance(moments, bool) or not isinstance(moments, int) or not 1 <= moments <= 100:
+        raise SettingError(f"moments must be a whole number from 1 to 100, got {moments!r}")
+    recorder, calls = _Recorder(moments), []
+    handle = find_unet(model).register_forward_pre_hook(recorder.see, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+        calls += recorder.spread()
+
+
+def copied(value: Any) -> Any:
+    """Copy tensors, and the lists, tuples and dictionaries around them; other objects are shared."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: copied(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(copied, value))
+    return value
+
+
+def progress_of(call: RecordedCall) -> float | None:
+    """Return the fraction of the diffusion that is done at a call, 0–1; None if it has no timestep."""
+    t = read_timestep(find_timestep(*call))
+    return None if t is None or not 0 <= t <= MAX_TIMESTEP else (MAX_TIMESTEP - t) / MAX_TIMESTEP
+
+
+@dataclass
+class _Recorder:
+    moments: int
+    size: tuple[int, int] | None = None
+    seen: dict[float, list[RecordedCall]] = field(default_factory=dict)
+
+    @not_compiled
+    def see(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        size, progress = read_size(args, kwargs), progress_of((args, kwargs))
+        self.size = self.size or size
+        if size is None or size != self.size or progress is None:
+            return
+        calls = self.seen.setdefault(progress, [])
+        if len(calls) < _PER_MOMENT:
+            calls.append((copied(args), copied(kwargs)))
+        if len(self.seen) > 2 * self.moments:
+            del self.seen[self._most_crowded()]
+
+    def _most_crowded(self) -> float:
+        """Return the timestep whose neighbours are closest to each other; never the first or the last."""
+        at = sorted(self.seen)
+        return min(zip(at, at[1:], at[2:], strict=False), key=lambda three: three[2] - three[0])[1]
+
+    def spread(self) -> list[RecordedCall]:
+        """Return the calls, thinned out to the number of timesteps asked for."""
+        at = sorted(self.seen)
+        if len(at) > self.moments:
+            low, high = at[0], at[-1]
+            wanted = [low + (high - low) * i / max(1, self.moments - 1) for i in range(self.moments)]
+            at = sorted({min(at, key=lambda p: abs(p - w)) for w in wanted})
+        return [call for progress in at for call in self.seen[progress]]

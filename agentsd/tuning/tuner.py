@@ -1,0 +1,417 @@
+"""Tune a model: measure, choose, verify."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..config import AgentConfig, Rule, SettingError
+from ..hosts import Site, UnsupportedModelError, find_unet, output_tensor, read_size, weight_of
+from ..methods import METHODS, method_named, selectable
+from ..patch import KVContext, Patch
+from .choose import Option, choose, deviation
+from .data import _BASE, _FULL, _LETTERS, Candidate, Level, Moment, Point, Tuning, TuningCancelled
+from .fingerprint import ordered_sites, structure_of, weights_of
+from .probe import FULL, Probe, installed, norm, timed, unpatched
+from .record import RecordedCall, copied, progress_of
+
+# Tolerances of the frontier, beside the one that is asked for.
+FRONTIER = (0.005, 0.01, 0.02, 0.05, 0.1)
+# Share of full attention's time up to which a candidate counts as faster: a smaller gain is noise.
+_WORTH = 0.95
+# Share of a U-Net call that a block's fastest candidate must save, or the block keeps full attention.
+_NOTABLE = 0.002
+# Groups of blocks for which the effect on the output is measured: one U-Net call each.
+_GROUPS = 7
+# Rounds of choosing and running the whole plan.
+_ROUNDS = 4
+# Share of the tolerance that a plan should use: less means it can be faster.
+_USED = 0.8
+# Calls whose time is measured at the end, with and without.
+_TIMED = 3
+
+Progress = Callable[[int, int, str], Any]
+
+
+def tune(
+    model: Any,
+    calls: Iterable[RecordedCall],
+    tolerance: float = 0.02,
+    *,
+    methods: Iterable[str | Candidate] | None = None,
+    progress: Progress | None = None,
+    kv_context: KVContext | None = None,
+) -> Tuning:
+    """Find the fastest settings of each block that keep the U-Net's output within a tolerance, on this machine.
+
+    Each recorded call is made once with full attention, while all candidates are tried in all blocks: their errors and
+    their seconds. A few more calls tell what such errors do to the output. Then each block gets its settings for each
+    part of the diffusion, so that the deviation stays below the tolerance; the whole is run on the recorded calls, and
+    tightened until the measured deviation is below the tolerance at every moment. Candidates that are no faster here
+    than full attention are never chosen. The model is left as it was, also by an error or an interrupt.
+
+    Args:
+        model: as for `apply_patch`. A patch on it is removed meanwhile.
+        calls: calls of its U-Net, (args, kwargs), at several timesteps and with latents of one size: see
+            `agentsd.record_calls`.
+        tolerance: upper limit on ‖out − full‖ / ‖full‖ of the U-Net's output, above 0 and at most 1.
+        methods: what to try: names of methods, or settings as in `agentsd.Rule`; None for all methods.
+        progress: called with (done, total, text) before each U-Net call. Tuning stops if it returns False.
+        kv_context: as for `agentsd.Patch`.
+
+    Raises:
+        SettingError: an argument is outside its range.
+        TuningCancelled: `progress` returned False.
+        UnsupportedModelError: the model has no transformer blocks.
+    """
+    unet = find_unet(model)
+    tolerance = _checked_tolerance(tolerance)
+    candidates = _checked_candidates(methods)
+    tuner = _Tuner(unet, _checked_calls(calls), candidates, progress, kv_context)
+    with torch.no_grad(), unpatched(unet):
+        return tuner.run(tolerance)
+
+
+def _checked_tolerance(tolerance: Any) -> float:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 1:
+        raise SettingError(f"tolerance must be a number above 0 and at most 1, got {tolerance!r}")
+    return float(tolerance)
+
+
+def _checked_candidates(methods: Any) -> list[Candidate]:
+    entries = [method.name for method in selectable()] if methods is None else methods
+    if isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable):
+        raise SettingError(f"methods must be a list of names or settings, got {methods!r}")
+    found: list[Candidate] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            if entry not in METHODS:
+                raise SettingError(f"methods must be of {', '.join(METHODS)}, got {entry!r}")
+            found += [{"method": entry, **settings} for settings in method_named(entry).candidates]
+        else:
+            found.append(dict(Rule(entry).settings or {}))
+    if not 1 <= len(found) <= len(_LETTERS):
+        raise SettingError(f"methods must name 1 to {len(_LETTERS)} settings to try, got {len(found)}")
+    AgentConfig(**_BASE, rules=tuple(map(Rule, found)))  # checks names and ranges
+    return found
+
+
+def _checked_calls(calls: Any) -> list[RecordedCall]:
+    listed = list(calls)
+    if not listed:
+        raise SettingError("calls must hold at least one call of the U-Net, got none")
+    sizes = {read_size(*call) for call in listed}
+    if None in sizes or len(sizes) > 1:
+        raise SettingError(f"calls must have latents of one size, got {sorted(map(str, sizes))}")
+    return sorted(listed, key=lambda call: progress_of(call) or 0.0)
+
+
+@dataclass
+class _Part:
+    """A part of the diffusion: around the recorded calls of one timestep.
+
+    Attributes:
+        progress: where these calls are.
+        calls: their numbers.
+        constraints: numbers of calls whose squared deviations are averaged: those of this part, and halfway to its
+            neighbours.
+        options: options of each block that is tuned.
+        scale: ratio of measured to predicted deviation.
+        chosen: options chosen for now.
+        measured: deviation of each call under `chosen`; None if not run.
+        best: options that were measured to keep the tolerance, and their deviation.
+    """
+
+    progress: float
+    calls: list[int]
+    constraints: list[tuple[int, ...]]
+    options: list[list[Option]]
+    scale: float = 1.0
+    chosen: list[Option] | None = None
+    measured: float | None = None
+    best: tuple[list[Option], float] | None = None
+
+    def choose(self, tolerance: float) -> list[Option]:
+        return choose(self.options, [tolerance / self.scale] * len(self.constraints))
+
+    def predicted(self, chosen: Sequence[Option]) -> float:
+        """Predict the largest deviation of this part's own calls."""
+        return self.scale * max(deviation(chosen, k) for k, of in enumerate(self.constraints) if len(of) == 1)
+
+
+class _Tuner:
+    """The state of one tuning."""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        calls: list[RecordedCall],
+        candidates: list[Candidate],
+        progress: Progress | None,
+        kv_context: KVContext | None,
+    ) -> None:
+        self.unet, self.calls, self.candidates = unet, calls, candidates
+        self.progress, self.kv_context = progress, kv_context
+        self.sites = ordered_sites(unet)
+        if not self.sites:
+            raise UnsupportedModelError(f"{type(unet).__name__} has no transformer blocks to patch")
+        self.base = AgentConfig(**_BASE)
+        self.size = read_size(*calls[0])
+        self.device = weight_of(unet).device
+        self.done, self.total = 0, len(calls) * (3 + _GROUPS) + 2 * _TIMED
+
+    def run(self, tolerance: float) -> Tuning:
+        self.observe()
+        self.blocks = self._tunable()
+        self.measure_effects()
+        parts = self.parts()
+        if self.blocks:
+            self.verify(parts, tolerance)
+        return self.result(parts, tolerance)
+
+    def call(self, number: int, text: str) -> Tensor:
+        """Make a recorded call."""
+        if self.progress is not None and self.progress(self.done, self.total, text) is False:
+            raise TuningCancelled(f"cancelled after {self.done} of {self.total} U-Net calls")
+        self.done = min(self.done + 1, self.total - 1)
+        args, kwargs = copied(self.calls[number])
+        return output_tensor(self.unet(*args, **kwargs)).detach().float()
+
+    # Measure
+
+    def observe(self) -> None:
+        """Make each call with full attention, and try all candidates in all blocks."""
+        configs = [replace(self.base, **candidate) for candidate in self.candidates]
+        self.probe = Probe(self.unet, configs, self.kv_context)
+        self.full: list[Tensor] = []
+        with installed(self.probe):
+            for number in range(len(self.calls)):
+                self.probe.begin_call(number + 1)
+                out, seconds = timed(
+                    lambda number=number: self.call(number, "Trying the methods in every block"), self.device
+                )
+                self.full.append(out)
+                self.call_seconds = seconds - self.probe.inside
+
+    def _tunable(self) -> list[Site]:
+        """Return the blocks in which something would be saved."""
+        return [site for site in self.sites if self._saving(site) > _NOTABLE * self.call_seconds]
+
+    def useful(self, site: Site) -> dict[int, float]:
+        """Return the seconds of each candidate that was always tried in a block, and is faster than full attention."""
+        trials, seconds = self.probe.trials[site.name], self.probe.seconds(site.name)
+        return {
+            k: s
+            for k, s in seconds.items()
+            if k != FULL
+            and s < _WORTH * seconds[FULL]
+            and all(math.isfinite(e.get(k, math.nan)) for e in trials.errors)
+        }
+
+    def _saving(self, site: Site) -> float:
+        useful = self.useful(site)
+        return self.probe.seconds(site.name)[FULL] - min(useful.values()) if useful else 0.0
+
+    def measure_effects(self) -> None:
+        """Measure what errors in each block do to the U-Net's output: the ratio is the same for all candidates."""
+        self.effects: dict[str, list[float]] = {}
+        for group in self.groups():
+            tried = {site.name: self._typical(site) for site in group}
+            ratios = []
+            with installed(self.patch([Rule(self.candidates[k - 1], blocks=name) for name, k in tried.items()])):
+                for number in range(len(self.calls)):
+                    error = math.hypot(*(self.probe.trials[name].errors[number][k] for name, k in tried.items()))
+                    moved = self.deviation(number, self.call(number, "Measuring what each block does to the image"))
+                    ratios.append(moved / error if error else 0.0)
+            self.effects.update(dict.fromkeys(tried, ratios))
+
+    def _typical(self, site: Site) -> int:
+        """Return the candidate of the middle error."""
+        errors = self.probe.trials[site.name].errors
+        return sorted(self.useful(site), key=lambda k: fmean(e[k] for e in errors))[len(self.useful(site)) // 2]
+
+    def groups(self) -> list[list[Site]]:
+        """Group neighbouring blocks of the same kind; the groups with the most to save are split first."""
+        groups: list[list[Site]] = []
+        for site in self.blocks:
+            if groups and self.probe.trials[groups[-1][-1].name].kind == self.probe.trials[site.name].kind:
+                groups[-1].append(site)
+            else:
+                groups.append([site])
+        while len(groups) < _GROUPS and any(len(group) > 1 for group in groups):
+            largest = max((g for g in groups if len(g) > 1), key=lambda g: sum(map(self._saving, g)))
+            at, middle = groups.index(largest), len(largest) // 2
+            groups[at : at + 1] = [largest[:middle], largest[middle:]]
+        return groups
+
+    def patch(self, rules: Sequence[Rule]) -> Patch:
+        return Patch(self.unet, replace(self.base, rules=(Rule(None), *rules)), self.kv_context)
+
+    def deviation(self, number: int, out: Tensor) -> float:
+        """‖out − full‖ / ‖full‖."""
+        return norm(out - self.full[number]) / max(norm(self.full[number]), 1e-12)
+
+    # Choose
+
+    def parts(self) -> list[_Part]:
+        at = [progress_of(call) for call in self.calls]
+        if None in at:
+            everything = list(range(len(self.calls)))
+            return [self._part(0.0, everything, [])]
+        moments = sorted(set(at))
+        numbers = [[i for i, p in enumerate(at) if p == moment] for moment in moments]
+        return [
+            self._part(moment, numbers[i], [numbers[j] for j in (i - 1, i + 1) if 0 <= j < len(moments)])
+            for i, moment in enumerate(moments)
+        ]
+
+    def _part(self, progress: float, calls: list[int], neighbours: list[list[int]]) -> _Part:
+        constraints = [(i,) for i in calls]
+        # a part reaches halfway to its neighbours; what is between two timesteps is taken to lie between them
+        constraints += [(i, j) for others in neighbours for i in calls for j in others]
+        return _Part(progress, calls, constraints, [self._options(site, constraints) for site in self.blocks])
+
+    def _options(self, site: Site, constraints: list[tuple[int, ...]]) -> list[Option]:
+        seconds, useful = self.probe.seconds(site.name), self.useful(site)
+        errors, effect = self.probe.trials[site.name].errors, self.effects[site.name]
+        options = [Option(FULL, seconds[FULL], (0.0,) * len(constraints))]
+        for k, spent in useful.items():
+            squares = [(effect[i] * error[k]) ** 2 for i, error in enumerate(errors)]
+            options.append(Option(k, spent, tuple(fmean(squares[i] for i in of) for of in constraints)))
+        return options
+
+    # Verify
+
+    def verify(self, parts: list[_Part], tolerance: float) -> None:
+        """Run the whole plan, and choose again until every part keeps the tolerance and uses most of it."""
+        for part in parts:
+            part.chosen = part.choose(tolerance)
+        for round_ in range(_ROUNDS):
+            pending = [part for part in parts if part.chosen is not None]
+            if not pending:
+                break
+            self.run_parts(parts, pending)
+            for part in pending:
+                part.chosen = self._next(part, tolerance, last=round_ == _ROUNDS - 1)
+
+    def run_parts(self, parts: list[_Part], pending: list[_Part]) -> None:
+        for part in pending:
+            with installed(self.patch(self.rules(part.chosen))):
+                part.measured = max(
+                    self.deviation(number, self.call(number, "Verifying the plan")) for number in part.calls
+                )
+
+    def rules(self, chosen: Sequence[Option]) -> list[Rule]:
+        return [
+            Rule(self.candidates[option.candidate - 1], blocks=site.name)
+            for site, option in zip(self.blocks, chosen, strict=True)
+            if option.candidate != FULL
+        ]
+
+    def _next(self, part: _Part, tolerance: float, last: bool) -> list[Option] | None:
+        """Choose what to run next for a part; None if it is settled."""
+        kept = part.measured <= tolerance
+        if kept and (part.best is None or _seconds(part.chosen) < _seconds(part.best[0])):
+            part.best = part.chosen, part.measured
+        predicted = part.predicted(part.chosen)
+        if predicted and part.measured:
+            part.scale *= part.measured / predicted
+        if kept and part.measured >= _USED * tolerance:
+            return None
+        following = part.choose(tolerance)
+        if _same(following, part.chosen) and not kept:
+            part.scale *= 1.1
+            following = part.choose(tolerance)
+        settled = part.best is not None and _seconds(following) >= _seconds(part.best[0])
+        return None if last or settled else following
+
+    # Result
+
+    def result(self, parts: list[_Part], tolerance: float) -> Tuning:
+        full = [options[0] for options in (parts[0].options if self.blocks else [])]
+        plans = [part.best or (full, 0.0) for part in parts]
+        moments = tuple(
+            Moment(part.progress, part.predicted(chosen) if chosen else 0.0, measured)
+            for part, (chosen, measured) in zip(parts, plans, strict=True)
+        )
+        middles = [(a.progress + b.progress) / 2 for a, b in pairwise(parts)]
+        chosen = [plan for plan, _ in plans]
+        without, seconds = self.time(parts, chosen)
+        weight = weight_of(self.unet)
+        return Tuning(
+            tolerance,
+            self.size,
+            tuple(self.candidates),
+            (0.0, *(round(middle, 4) for middle in middles)),
+            self.choices(chosen),
+            structure_of(self.sites),
+            weights_of(self.unet),
+            tuple(Level(site.name, site.downsample) for site in self.sites),
+            moments,
+            without,
+            seconds,
+            self.frontier(parts, tolerance, chosen, without, seconds),
+            {
+                "agentsd": __version__,
+                "torch": torch.__version__,
+                "device": _device_name(self.device),
+                "dtype": str(weight.dtype).removeprefix("torch."),
+            },
+        )
+
+    def choices(self, plans: Sequence[Sequence[Option]]) -> tuple[str, ...]:
+        """Write the chosen options of each part as letters."""
+        return tuple(self._letters(chosen) for chosen in plans)
+
+    def _letters(self, chosen: Sequence[Option]) -> str:
+        by_name = {site.name: option.candidate for site, option in zip(self.blocks, chosen, strict=True)}
+        numbers = [by_name.get(site.name, FULL) for site in self.sites]
+        return "".join(_FULL if k == FULL else _LETTERS[k - 1] for k in numbers)
+
+    def time(self, parts: list[_Part], plans: list[list[Option]]) -> tuple[float, float]:
+        """Time whole U-Net calls without and with the plan, in turn."""
+        wanted = {round(i * (len(parts) - 1) / max(1, _TIMED - 1)) for i in range(_TIMED)}
+        without, seconds = [], []
+        for i in sorted(wanted):
+            number = parts[i].calls[0]
+            run = lambda number=number: self.call(number, "Timing the plan")  # noqa: E731
+            without.append(timed(run, self.device)[1])
+            with installed(self.patch(self.rules(plans[i]))):
+                seconds.append(timed(run, self.device)[1])
+        return fmean(without), fmean(seconds)
+
+    def frontier(
+        self, parts: list[_Part], tolerance: float, chosen: list[list[Option]], without: float, seconds: float
+    ) -> tuple[Point, ...]:
+        """Plan for several tolerances; for the one asked for, what was chosen."""
+        points = []
+        for wanted in sorted({*FRONTIER, tolerance}):
+            plans = chosen if wanted == tolerance else [part.choose(wanted) for part in parts]
+            predicted = max((part.predicted(plan) if plan else 0.0) for part, plan in zip(parts, plans, strict=True))
+            saved = fmean(
+                sum(options[0].seconds - option.seconds for options, option in zip(part.options, plan, strict=True))
+                for part, plan in zip(parts, plans, strict=True)
+            )
+            spent = seconds if wanted == tolerance else max(without - saved, 0.0)
+            points.append(Point(wanted, predicted, spent, self.choices(plans)))
+        return tuple(points)
+
+
+def _seconds(chosen: Sequence[Option]) -> float:
+    return sum(option.seconds for option in chosen)
+
+
+def _same(a: Sequence[Option], b: Sequence[Option]) -> bool:
+    return [option.candidate for option in a] == [option.candidate for option in b]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

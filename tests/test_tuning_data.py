@@ -1,0 +1,121 @@
+"""A tuning as data: text, files, the frontier, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import agentsd
+from agentsd import Rule, Tuning, TuningError
+from agentsd.tuning.data import Level, Moment, Point
+
+TUNING = Tuning(
+    0.02,
+    (64, 48),
+    ({"method": "corrected", "agent_ratio": 0.98}, {"method": "pool", "sx": 2, "sy": 2}),
+    (0.0, 0.3),
+    ("a.b", "aab"),
+    "12345678",
+    "abcdef",
+    (Level("down.0", 1), Level("down.1", 2), Level("up.0", 1)),
+    (Moment(0.1, 0.01, 0.012), Moment(0.5, 0.02, 0.018)),
+    2.0,
+    1.0,
+    (Point(0.01, 0.008, 1.5, ("a..", "a..")), Point(0.02, 0.018, 1.0, ("a.b", "aab"))),
+    {"agentsd": "1"},
+)
+
+
+def test_text_comes_back_as_the_same_plan():
+    back = Tuning.from_text(TUNING.text)
+    assert back.text == TUNING.text
+    assert (back.choices, back.since, back.size, back.tolerance) == (TUNING.choices, (0.0, 0.3), (64, 48), 0.02)
+    assert [dict(c) for c in back.candidates] == [dict(c) for c in TUNING.candidates]
+
+
+def test_text_fits_into_an_infotext():
+    assert not set(TUNING.text) & set(",:;\"'\n")
+
+
+def test_rules_are_those_of_the_choices():
+    config = agentsd.AgentConfig(rules=TUNING.rules, max_downsample=8)
+
+    def at(name, level, progress):
+        found = config.at(progress, agentsd.config.Block(name, level))
+        return None if found is None else found.method
+
+    assert [at("down.0", 1, p) for p in (0.0, 0.29, 0.3, 1.0)] == ["corrected"] * 4
+    assert [at("down.1", 2, p) for p in (0.0, 0.29, 0.3, 1.0)] == [None, None, "corrected", "corrected"]
+    assert [at("up.0", 1, p) for p in (0.0, 1.0)] == ["pool"] * 2
+    assert TUNING.rules[0] == Rule(None)
+
+
+def test_rules_ask_for_as_many_tokens_as_were_measured():
+    assert {rule.settings["min_tokens"] for rule in TUNING.rules[1:]} == {64 * 48, 32 * 24}
+
+
+def test_a_file_comes_back(tmp_path):
+    TUNING.save(tmp_path / "t.json")
+    assert Tuning.load(tmp_path / "t.json") == TUNING
+    assert Tuning.from_dict(json.loads(json.dumps(TUNING.to_dict()))) == TUNING
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace("a.b", "b.b"),
+        lambda text: "{}",
+        lambda text: "[1]",
+        lambda text: text.replace("agentsd tuning", "something"),
+        lambda text: text.replace('"version": 1', '"version": 99'),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_says_so(tmp_path, damage):
+    path = tmp_path / "t.json"
+    TUNING.save(path)
+    path.write_text(damage(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(TuningError, match=r"damaged|version 99"):
+        Tuning.load(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("tuning 1", "tuning 2"),
+        lambda text: text.replace("a.b", "a.c"),
+        lambda text: text.replace("a.b", "a."),
+        lambda text: text.replace("0.3 aab", "0.0 aab"),
+        lambda text: text.replace("sx=2", "sx=99"),
+        lambda text: text.split("|")[0],
+        lambda text: "nonsense",
+        lambda text: "",
+    ],
+)
+def test_damaged_text_is_an_error_that_says_so(damage):
+    with pytest.raises(TuningError, match=r"damaged|version"):
+        Tuning.from_text(damage(TUNING.text))
+
+
+def test_another_tolerance_takes_its_plan_from_the_frontier():
+    assert TUNING.at(0.02) is TUNING
+    closer = TUNING.at(0.01)
+    assert closer.choices == ("a..", "a..")
+    assert (closer.predicted, closer.measured, closer.seconds) == (0.008, None, 1.5)
+    assert set("".join(TUNING.at(0.001).choices)) == {"."}
+    assert TUNING.at(0.5).choices == TUNING.choices
+
+
+def test_the_table_says_what_was_asked_and_reached():
+    text = str(TUNING)
+    assert "tuned to 2 % at a latent of 48×64: deviation 1.8 % (measured), 2 → 1 s a U-Net call, 2.00×" in text
+    assert "1 corrected agent_ratio=0.98" in text
+    assert "0 % – 30 %" in text
+    assert str(Tuning.from_text(TUNING.text))
+
+
+def test_a_tuning_loads_no_torch():
+    from test_imports import in_a_process_of_its_own
+
+    in_a_process_of_its_own("import sys, agentsd; agentsd.Tuning; assert 'torch' not in sys.modules")
