@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .closeness import Closeness, ClosenessMeter
 from .config import MAX_TIMESTEP, SETTINGS, AgentConfig, Rule, SettingError, Stage, check_names
 from .eager import not_compiled
 from .hosts import (
@@ -149,6 +150,7 @@ class Patch:
         self.notes: Counter[str] = Counter()
         self.observer: Callable[[Answer], None] | None = None
         self.moment = _Moment()
+        self.meter: ClosenessMeter | None = None
         self._kept: dict[Any, tuple[_Moment, Matching]] = {}
         self._unet = weakref.ref(unet)
         self._layers = [self._layer(site) for site in find_sites(unet)]
@@ -218,6 +220,22 @@ class Patch:
             for layer, settings_and_plan in zip(self._layers, plans, strict=True)
         ]
 
+    @property
+    def observe_closeness(self) -> bool:
+        """Whether one of every few U-Net calls compares a few tokens of each patched block with full attention.
+
+        Off by default. No pixel depends on it. Setting it starts the measurement anew.
+        """
+        return self.meter is not None
+
+    @observe_closeness.setter
+    def observe_closeness(self, on: bool) -> None:
+        self.meter = ClosenessMeter() if on else None
+
+    def closeness(self) -> Closeness | None:
+        """Return how close attention was to full attention; None if not observed. Waits for the device."""
+        return None if self.meter is None else self.meter.read()
+
     def note(self, reason: str) -> None:
         """Count a reason for leaving a call to the host, and log it the first time."""
         if reason not in self.notes:
@@ -263,6 +281,8 @@ class Patch:
         else:
             self._kept.clear()
         self.moment = moment
+        if self.meter is not None:
+            self.meter.begin_call()
         for layer in self._layers:
             layer.forget()
 
@@ -413,7 +433,11 @@ class Layer:
             return fallback()
 
     def _attend(self, call: Call) -> Tensor:
-        answer = method_of(self.plan.action).attend(self._for_method(call))
+        method, meter, attention = method_of(self.plan.action), self.patch.meter, self._for_method(call)
+        if meter is not None and meter.watching:
+            answer = meter.attend(self.site.name, method, attention)
+        else:
+            answer = method.attend(attention)
         if self.patch.observer is not None:
             self._safely(self._notify_observer, lambda: None)
         return answer

@@ -90,6 +90,21 @@ def test_methods_narrow_what_is_tried(unet, every_gain_counts):
     assert {candidate["method"] for candidate in tuning.candidates} == {"pool"}
 
 
+def test_nothing_is_done_where_nothing_was_measured(unet, every_gain_counts):
+    tuning = agentsd.tune(unet, calls_at(500, 400), 0.9, methods=TRY)
+    assert tuning.since == (0.0, 0.45, 0.55, 0.65)
+    assert tuning.choices[0] == tuning.choices[-1] == "." * len(tuning.blocks)
+    assert tuning.choices[1] != tuning.choices[0] != tuning.choices[2]
+    assert deviation(unet, tuning, calls_at(900)[0]) == 0
+    assert deviation(unet, tuning, calls_at(500)[0]) > 0
+
+
+def test_one_timestep_is_enough(unet, every_gain_counts):
+    tuning = agentsd.tune(unet, calls_at(500), 0.9, methods=TRY)
+    assert tuning.since == (0.0, 0.4, 0.6)
+    assert deviation(unet, tuning, calls_at(500)[0]) > 0
+
+
 def test_the_same_picture_in_any_batch(unet, tuning):
     (x, t), kwargs = CALLS[1]
     with torch.no_grad(), agentsd.patched(unet, tuning=tuning):

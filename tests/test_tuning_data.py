@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,10 @@ TUNING = Tuning(
     (Moment(0.1, 0.01, 0.012), Moment(0.5, 0.02, 0.018)),
     2.0,
     1.0,
-    (Point(0.01, 0.008, 1.5, ("a..", "a..")), Point(0.02, 0.018, 1.0, ("a.b", "aab"))),
+    (
+        Point(0.01, ((0.1, 0.008), (0.5, 0.002)), 1.5, ("a..", "a..")),
+        Point(0.02, ((0.1, 0.012), (0.5, 0.018)), 1.0, ("a.b", "aab")),
+    ),
     {"agentsd": "1"},
 )
 
@@ -32,6 +36,14 @@ def test_text_comes_back_as_the_same_plan():
     assert back.text == TUNING.text
     assert (back.choices, back.since, back.size, back.tolerance) == (TUNING.choices, (0.0, 0.3), (64, 48), 0.02)
     assert [dict(c) for c in back.candidates] == [dict(c) for c in TUNING.candidates]
+
+
+def test_text_leaves_out_what_no_block_uses_and_writes_parts_that_do_the_same_once():
+    part = replace(TUNING, choices=("b.b", "b.b"))
+    back = Tuning.from_text(part.text)
+    assert [c["method"] for c in back.candidates] == ["pool"]
+    assert (back.since, back.choices) == ((0.0,), ("a.a",))
+    assert Tuning.from_text(replace(TUNING, choices=("...", "...")).text).choices == ("...",)
 
 
 def test_text_fits_into_an_infotext():

@@ -67,15 +67,20 @@ class Point:
 
     Attributes:
         tolerance: the deviation that it was chosen for.
-        predicted: its deviation, the largest over the recorded moments.
+        moments: (progress, predicted deviation) of each recorded timestep.
         seconds: predicted seconds of a U-Net call, averaged over the recorded moments.
         choices: as in `Tuning`.
     """
 
     tolerance: float
-    predicted: float
+    moments: tuple[tuple[float, float], ...]
     seconds: float
     choices: tuple[str, ...]
+
+    @property
+    def predicted(self) -> float:
+        """The largest predicted deviation."""
+        return max((deviation for _, deviation in self.moments), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -213,8 +218,13 @@ class Tuning:
             full = tuple(_FULL * len(part) for part in self.choices)
             return replace(self, tolerance=tolerance, choices=full, moments=(), seconds=self.seconds_full)
         best = min(points, key=lambda point: point.seconds)
-        moments = (Moment(1.0, best.predicted),)
-        return replace(self, tolerance=tolerance, choices=best.choices, moments=moments, seconds=best.seconds)
+        return replace(
+            self,
+            tolerance=tolerance,
+            choices=best.choices,
+            moments=tuple(Moment(*moment) for moment in best.moments),
+            seconds=best.seconds,
+        )
 
     def advice(self, height: int, width: int) -> str:
         """Explain what becomes of the tuning for a latent of `height` × `width`; empty at its own size."""
@@ -235,8 +245,12 @@ class Tuning:
         """
         height, width = self.size
         head = f"tuning {VERSION} {width}x{height} {self.tolerance} {self.structure}"
-        settings = [format_rules([Rule(candidate)]) for candidate in self.candidates]
-        parts = [f"{since} {choices}" for since, choices in zip(self.since, self.choices, strict=True)]
+        used = {c: candidate for c, candidate in self.by_letter.items() if any(c in part for part in self.choices)}
+        settings = [format_rules([Rule(candidate)]) for candidate in used.values()]
+        renamed = str.maketrans(dict(zip(used, _LETTERS, strict=False)))
+        # parts that do the same are written once
+        runs = [next(run) for _, run in groupby(zip(self.since, self.choices, strict=True), lambda part: part[1])]
+        parts = [f"{since} {choices.translate(renamed)}" for since, choices in runs]
         return " | ".join([head, *settings, *parts])
 
     @classmethod
@@ -304,7 +318,10 @@ class Tuning:
             given = dict(data)
             for name, kind in (("blocks", Level), ("moments", Moment), ("frontier", Point)):
                 given[name] = tuple(kind(**entry) for entry in given.get(name, ()))
-            given["frontier"] = tuple(replace(point, choices=tuple(point.choices)) for point in given["frontier"])
+            given["frontier"] = tuple(
+                replace(point, choices=tuple(point.choices), moments=tuple(map(tuple, point.moments)))
+                for point in given["frontier"]
+            )
             for name in ("size", "candidates", "since", "choices"):
                 given[name] = tuple(given[name])
             return cls(**given).checked()

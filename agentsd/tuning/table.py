@@ -38,13 +38,15 @@ def headline(tuning: Tuning) -> str:
 
 def part_rows(tuning: Tuning) -> list[list[str]]:
     """Describe each part of the diffusion: where it is, its deviation, and how many blocks do what."""
-    ends = (*tuning.since[1:], 1.0)
-    values = [m.predicted if m.measured is None else m.measured for m in tuning.moments]
-    deviations = [percent(value) for value in values] if len(values) == len(ends) else [""] * len(ends)
     return [
-        [f"{percent(since)} – {percent(until)}", deviation, what_is_done(tuning, choices)]
-        for since, until, deviation, choices in zip(tuning.since, ends, deviations, tuning.choices, strict=True)
+        [f"{percent(since)} – {percent(until)}", _deviation_in(tuning, since, until), what_is_done(tuning, choices)]
+        for since, until, choices in zip(tuning.since, (*tuning.since[1:], 1.0), tuning.choices, strict=True)
     ]
+
+
+def _deviation_in(tuning: Tuning, since: float, until: float) -> str:
+    inside = [moment for moment in tuning.moments if since <= moment.progress < until or moment.progress == until == 1]
+    return percent(max(m.predicted if m.measured is None else m.measured for m in inside)) if inside else ""
 
 
 def what_is_done(tuning: Tuning, choices: str) -> str:

@@ -35,6 +35,10 @@ _GROUPS = 7
 _ROUNDS = 4
 # Share of the tolerance that a plan should use: less means it can be faster.
 _USED = 0.8
+# Fraction of the diffusion around a single timestep for which a plan is used.
+_REACH = 0.1
+# Fraction of the diffusion that may lie beyond the outermost parts: they are extended to the end.
+_MARGIN = 0.02
 # Calls whose time is measured at the end, with and without.
 _TIMED = 3
 
@@ -263,7 +267,8 @@ class _Tuner:
 
     def parts(self) -> list[_Part]:
         at = [progress_of(call) for call in self.calls]
-        if None in at:
+        self.timed = None not in at
+        if not self.timed:
             everything = list(range(len(self.calls)))
             return [self._part(0.0, everything, [])]
         moments = sorted(set(at))
@@ -342,7 +347,6 @@ class _Tuner:
             Moment(part.progress, part.predicted(chosen) if chosen else 0.0, measured)
             for part, (chosen, measured) in zip(parts, plans, strict=True)
         )
-        middles = [(a.progress + b.progress) / 2 for a, b in pairwise(parts)]
         chosen = [plan for plan, _ in plans]
         without, seconds = self.time(parts, chosen)
         weight = weight_of(self.unet)
@@ -350,8 +354,8 @@ class _Tuner:
             tolerance,
             self.size,
             tuple(self.candidates),
-            (0.0, *(round(middle, 4) for middle in middles)),
-            self.choices(chosen),
+            self.edges(parts)[0],
+            self.choices(parts, chosen),
             structure_of(self.sites),
             weights_of(self.unet),
             tuple(Level(site.name, site.downsample) for site in self.sites),
@@ -367,9 +371,26 @@ class _Tuner:
             },
         )
 
-    def choices(self, plans: Sequence[Sequence[Option]]) -> tuple[str, ...]:
+    def edges(self, parts: list[_Part]) -> tuple[tuple[float, ...], bool, bool]:
+        """Return where parts begin, and whether full attention is in front of the first and behind the last of them.
+
+        A part reaches halfway to its neighbours, and as far on the other side, but no further: beyond it, nothing was
+        measured.
+        """
+        if not self.timed:
+            return (0.0,), False, False
+        at = [part.progress for part in parts]
+        middles = [(a + b) / 2 for a, b in pairwise(at)] or [at[0] + _REACH]
+        first, last = 2 * at[0] - middles[0], 2 * at[-1] - (middles[-1] if len(at) > 1 else at[0] - _REACH)
+        before, after = first > _MARGIN, last < 1 - _MARGIN
+        since = [0.0, *([first] if before else []), *(middles if len(at) > 1 else []), *([last] if after else [])]
+        return tuple(round(edge, 4) for edge in since), before, after
+
+    def choices(self, parts: list[_Part], plans: Sequence[Sequence[Option]]) -> tuple[str, ...]:
         """Write the chosen options of each part as letters."""
-        return tuple(self._letters(chosen) for chosen in plans)
+        _, before, after = self.edges(parts)
+        full = _FULL * len(self.sites)
+        return (*[full] * before, *(self._letters(chosen) for chosen in plans), *[full] * after)
 
     def _letters(self, chosen: Sequence[Option]) -> str:
         by_name = {site.name: option.candidate for site, option in zip(self.blocks, chosen, strict=True)}
@@ -395,13 +416,15 @@ class _Tuner:
         points = []
         for wanted in sorted({*FRONTIER, tolerance}):
             plans = chosen if wanted == tolerance else [part.choose(wanted) for part in parts]
-            predicted = max((part.predicted(plan) if plan else 0.0) for part, plan in zip(parts, plans, strict=True))
+            moments = tuple(
+                (part.progress, part.predicted(plan) if plan else 0.0) for part, plan in zip(parts, plans, strict=True)
+            )
             saved = fmean(
                 sum(options[0].seconds - option.seconds for options, option in zip(part.options, plan, strict=True))
                 for part, plan in zip(parts, plans, strict=True)
             )
             spent = seconds if wanted == tolerance else max(without - saved, 0.0)
-            points.append(Point(wanted, predicted, spent, self.choices(plans)))
+            points.append(Point(wanted, moments, spent, self.choices(parts, plans)))
         return tuple(points)
 
 

@@ -1,0 +1,119 @@
+"""How close a patched model's attention is to full attention, from a few tokens of a few calls while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .methods import Method, SelfAttention
+
+# Tokens of a layer for which full attention is computed as well.
+TOKENS = 32
+# One of so many U-Net calls is observed; odd, so that both halves of cond and uncond are, where they come in two calls.
+EVERY = 5
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How close self-attention was to full attention, in the blocks that were patched.
+
+    Attributes:
+        mean: relative error ‖ours − full‖ / ‖full‖ of attention's output, averaged over the blocks.
+        worst: that of the worst block.
+        block: name of the worst block.
+        calls: number of U-Net calls that were observed.
+    """
+
+    mean: float
+    worst: float
+    block: str
+    calls: int
+
+    def __str__(self) -> str:
+        return f"attention within {_percent(self.mean)} of full (worst block {_percent(self.worst)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+
+
+class ClosenessMeter:
+    """Compares answers with full attention at a few tokens. What it sums stays on the device until `read`."""
+
+    def __init__(self) -> None:
+        self._seen = self._observed = 0
+        self._sums: dict[str, Tensor] = {}
+        self.watching = False
+
+    def begin_call(self) -> None:
+        """Decide whether a U-Net call is observed."""
+        self.watching = self._seen % EVERY == 0
+        self._seen += 1
+        self._observed += self.watching
+
+    def attend(self, name: str, method: Method, attention: SelfAttention) -> Tensor:
+        """Have `method` answer the attention of the block `name`, and compare the answer."""
+        watched = _Watched(attention)
+        out = method.attend(replace(attention, project=watched.project))
+        with torch.no_grad():
+            full = attention.project_out(watched.full())
+            self._add(name, full.float(), watched.rows(out.detach()).float())
+        return out
+
+    def _add(self, name: str, full: Tensor, ours: Tensor) -> None:
+        squares = torch.stack([(ours - full).square().sum(), full.square().sum()])
+        earlier = self._sums.get(name)
+        self._sums[name] = squares if earlier is None or earlier.device != squares.device else earlier + squares
+
+    def read(self) -> Closeness | None:
+        """Return what was found so far; None if no patched block was observed. Waits for the device."""
+        if not self._sums:
+            return None
+        squares = torch.stack([sums.cpu() for sums in self._sums.values()]).tolist()
+        errors = {name: (a / b) ** 0.5 if b else 0.0 for name, (a, b) in zip(self._sums, squares, strict=True)}
+        block = max(errors, key=errors.__getitem__)
+        return Closeness(sum(errors.values()) / len(errors), errors[block], block, self._observed)
+
+
+class _Watched:
+    """One self-attention call: full attention for some of its tokens."""
+
+    def __init__(self, attention: SelfAttention) -> None:
+        self.attention = attention
+        self.places = _places(attention.x.shape[1], attention.x.device)
+        self._full: Tensor | None = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.places)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project as the method asked, and compute full attention before the method can change the tensors."""
+        projected = self.attention.project(x)
+        if x is self.attention.x and self._full is None:
+            self._full = self._attend(*projected)
+        return projected
+
+    def full(self) -> Tensor:
+        """Full attention at the places (B, TOKENS, C), before the output projection."""
+        if self._full is None:  # the method projected other tokens, merged ones say
+            self._full = self._attend(*self.attention.project(self.attention.x))
+        return self._full
+
+    @torch.no_grad()
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention.full(self.rows(q), k, v)
+
+
+@cache
+def _places(tokens: int, device: torch.device) -> Tensor:
+    """Places of the tokens that are compared: one at random in each of as many stretches, the same every time.
+
+    Not evenly spaced, since agents are: where full attention is known at agents, these would all be close.
+    """
+    count = min(TOKENS, tokens)
+    with torch.inference_mode(False):
+        jitter = torch.rand(count, generator=torch.Generator().manual_seed(0))
+        return ((torch.arange(count) + jitter) * (tokens / count)).long().clamp(max=tokens - 1).to(device)
