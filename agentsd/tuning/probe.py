@@ -21,6 +21,8 @@ from ..patch import KVContext, Patch, _Layer, get_patch
 from ..plan import merged_tokens, plan_block
 
 FULL = 0
+# Share of full attention's time above which a candidate is not tried again.
+_HOPELESS = 1.5
 
 
 @dataclass
@@ -66,6 +68,11 @@ class Probe(Patch):
             trials.errors += [{} for _ in range(count - len(trials.errors))]
             trials.relative += [{} for _ in range(count - len(trials.relative))]
 
+    def is_slow(self, kind: Any, k: int) -> bool:
+        """Whether a candidate took so long in blocks of this kind that it need not be tried again."""
+        times = self.times.get((kind, k))
+        return times is not None and min(times) > _HOPELESS * median(self.times[kind, FULL])
+
     def seconds(self, name: str) -> Mapping[int, float]:
         """Return the median seconds of each candidate, and of full attention (0), in blocks of this one's kind."""
         kind = self.trials[name].kind
@@ -100,6 +107,8 @@ class _ProbedLayer(_Layer):
         length = max(norm(full), 1e-12)
         for k, (config, plan) in self._plans(patch.moment):
             self.config, self.plan = config, plan
+            if patch.is_slow(trials.kind, k):
+                continue
             try:
                 if (trials.kind, k) not in patch.times:
                     self._try(call)  # the first time, kernels are loaded and tables are made

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .. import __version__
 from ..config import AgentConfig, Rule, SettingError
-from ..hosts import Site, UnsupportedModelError, find_unet, output_tensor, read_size, weight_of
+from ..hosts import Site, find_unet, weight_of
 from ..methods import METHODS, method_named, selectable
-from ..patch import KVContext, Patch
+from ..patch import KVContext
 from .choose import Option, choose, deviation
-from .data import _BASE, _FULL, _LETTERS, Candidate, Level, Moment, Point, Tuning, TuningCancelled
+from .data import _BASE, _FULL, _LETTERS, Candidate, Level, Moment, Point, Tuning
 from .fingerprint import ordered_sites, structure_of, weights_of
-from .probe import FULL, Probe, installed, norm, timed, unpatched
-from .record import RecordedCall, copied, progress_of
+from .probe import FULL, Probe, installed, unpatched
+from .record import RecordedCall, progress_of
+from .replay import Progress, Replay, called_under
 
 # Tolerances of the frontier, beside the one that is asked for.
 FRONTIER = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -42,8 +42,6 @@ _MARGIN = 0.02
 # Calls whose time is measured at the end, with and without.
 _TIMED = 3
 
-Progress = Callable[[int, int, str], Any]
-
 
 def tune(
     model: Any,
@@ -60,7 +58,8 @@ def tune(
     their seconds. A few more calls tell what such errors do to the output. Then each block gets its settings for each
     part of the diffusion, so that the deviation stays below the tolerance; the whole is run on the recorded calls, and
     tightened until the measured deviation is below the tolerance at every moment. Candidates that are no faster here
-    than full attention are never chosen. The model is left as it was, also by an error or an interrupt.
+    than full attention are never chosen. Where nothing was recorded, full attention stays. The model is left as it
+    was, also by an error or an interrupt.
 
     Args:
         model: as for `apply_patch`. A patch on it is removed meanwhile.
@@ -76,12 +75,12 @@ def tune(
         TuningCancelled: `progress` returned False.
         UnsupportedModelError: the model has no transformer blocks.
     """
-    unet = find_unet(model)
     tolerance = _checked_tolerance(tolerance)
-    candidates = _checked_candidates(methods)
-    tuner = _Tuner(unet, _checked_calls(calls), candidates, progress, kv_context)
-    with torch.no_grad(), unpatched(unet):
-        return tuner.run(tolerance)
+    candidates = checked_candidates(methods)
+    tuner = Tuner(Replay(find_unet(model), calls, progress), candidates, kv_context)
+    with torch.no_grad(), unpatched(tuner.unet):
+        tuner.measure()
+        return tuner.tuning(tolerance)
 
 
 def _checked_tolerance(tolerance: Any) -> float:
@@ -90,7 +89,8 @@ def _checked_tolerance(tolerance: Any) -> float:
     return float(tolerance)
 
 
-def _checked_candidates(methods: Any) -> list[Candidate]:
+def checked_candidates(methods: Any = None) -> list[Candidate]:
+    """List the settings that `methods` of `tune` stands for."""
     entries = [method.name for method in selectable()] if methods is None else methods
     if isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable):
         raise SettingError(f"methods must be a list of names or settings, got {methods!r}")
@@ -106,16 +106,6 @@ def _checked_candidates(methods: Any) -> list[Candidate]:
         raise SettingError(f"methods must name 1 to {len(_LETTERS)} settings to try, got {len(found)}")
     AgentConfig(**_BASE, rules=tuple(map(Rule, found)))  # checks names and ranges
     return found
-
-
-def _checked_calls(calls: Any) -> list[RecordedCall]:
-    listed = list(calls)
-    if not listed:
-        raise SettingError("calls must hold at least one call of the U-Net, got none")
-    sizes = {read_size(*call) for call in listed}
-    if None in sizes or len(sizes) > 1:
-        raise SettingError(f"calls must have latents of one size, got {sorted(map(str, sizes))}")
-    return sorted(listed, key=lambda call: progress_of(call) or 0.0)
 
 
 @dataclass
@@ -151,61 +141,53 @@ class _Part:
         return self.scale * max(deviation(chosen, k) for k, of in enumerate(self.constraints) if len(of) == 1)
 
 
-class _Tuner:
-    """The state of one tuning."""
+class Tuner:
+    """The state of one tuning. `measure` comes first; `tuning` may be called for several tolerances.
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        calls: list[RecordedCall],
-        candidates: list[Candidate],
-        progress: Progress | None,
-        kv_context: KVContext | None,
-    ) -> None:
-        self.unet, self.calls, self.candidates = unet, calls, candidates
-        self.progress, self.kv_context = progress, kv_context
-        self.sites = ordered_sites(unet)
-        if not self.sites:
-            raise UnsupportedModelError(f"{type(unet).__name__} has no transformer blocks to patch")
+    Args:
+        replay: the recorded calls.
+        candidates: settings to try in every block.
+        kv_context: as for `agentsd.Patch`.
+    """
+
+    def __init__(self, replay: Replay, candidates: Sequence[Candidate], kv_context: KVContext | None = None) -> None:
+        self.replay, self.unet = replay, replay.unet
+        self.candidates, self.kv_context = candidates, kv_context
+        self.sites = ordered_sites(self.unet)
         self.base = AgentConfig(**_BASE)
-        self.size = read_size(*calls[0])
-        self.device = weight_of(unet).device
-        self.done, self.total = 0, len(calls) * (3 + _GROUPS) + 2 * _TIMED
+        replay.total = len(replay) * (3 + _GROUPS) + 2 * _TIMED
+        at = [progress_of(call) for call in replay.calls]
+        self.timed = None not in at
+        # the timesteps, and the numbers of their calls
+        self.moments = {p: [i for i, q in enumerate(at) if p == q] for p in sorted(set(at))} if self.timed else {}
+        self.moments = self.moments or {0.0: list(range(len(replay)))}
 
-    def run(self, tolerance: float) -> Tuning:
+    def measure(self) -> None:
+        """Measure what each candidate does to each block, and what that does to the output."""
         self.observe()
-        self.blocks = self._tunable()
+        self.blocks = self.tunable()
         self.measure_effects()
+
+    def tuning(self, tolerance: float) -> Tuning:
+        """Choose and verify."""
         parts = self.parts()
         if self.blocks:
             self.verify(parts, tolerance)
         return self.result(parts, tolerance)
 
-    def call(self, number: int, text: str) -> Tensor:
-        """Make a recorded call."""
-        if self.progress is not None and self.progress(self.done, self.total, text) is False:
-            raise TuningCancelled(f"cancelled after {self.done} of {self.total} U-Net calls")
-        self.done = min(self.done + 1, self.total - 1)
-        args, kwargs = copied(self.calls[number])
-        return output_tensor(self.unet(*args, **kwargs)).detach().float()
-
     # Measure
 
     def observe(self) -> None:
         """Make each call with full attention, and try all candidates in all blocks."""
-        configs = [replace(self.base, **candidate) for candidate in self.candidates]
-        self.probe = Probe(self.unet, configs, self.kv_context)
-        self.full: list[Tensor] = []
+        self.probe = Probe(self.unet, [AgentConfig(**{**_BASE, **c}) for c in self.candidates], self.kv_context)
         with installed(self.probe):
-            for number in range(len(self.calls)):
+            for number in range(len(self.replay)):
                 self.probe.begin_call(number + 1)
-                out, seconds = timed(
-                    lambda number=number: self.call(number, "Trying the methods in every block"), self.device
-                )
-                self.full.append(out)
+                out, seconds = self.replay.call(number, "Trying the methods in every block")
+                self.replay.remember(number, out)
                 self.call_seconds = seconds - self.probe.inside
 
-    def _tunable(self) -> list[Site]:
+    def tunable(self) -> list[Site]:
         """Return the blocks in which something would be saved."""
         return [site for site in self.sites if self._saving(site) > _NOTABLE * self.call_seconds]
 
@@ -229,12 +211,12 @@ class _Tuner:
         self.effects: dict[str, list[float]] = {}
         for group in self.groups():
             tried = {site.name: self._typical(site) for site in group}
+            rules = [Rule(self.candidates[k - 1], blocks=name) for name, k in tried.items()]
             ratios = []
-            with installed(self.patch([Rule(self.candidates[k - 1], blocks=name) for name, k in tried.items()])):
-                for number in range(len(self.calls)):
-                    error = math.hypot(*(self.probe.trials[name].errors[number][k] for name, k in tried.items()))
-                    moved = self.deviation(number, self.call(number, "Measuring what each block does to the image"))
-                    ratios.append(moved / error if error else 0.0)
+            for number in range(len(self.replay)):
+                error = math.hypot(*(self.probe.trials[name].errors[number][k] for name, k in tried.items()))
+                moved = self.deviation(number, rules, "Measuring what each block does to the image")
+                ratios.append(moved / error if error else 0.0)
             self.effects.update(dict.fromkeys(tried, ratios))
 
     def _typical(self, site: Site) -> int:
@@ -256,26 +238,22 @@ class _Tuner:
             groups[at : at + 1] = [largest[:middle], largest[middle:]]
         return groups
 
-    def patch(self, rules: Sequence[Rule]) -> Patch:
-        return Patch(self.unet, replace(self.base, rules=(Rule(None), *rules)), self.kv_context)
+    def config(self, rules: Sequence[Rule]) -> AgentConfig:
+        return replace(self.base, rules=(Rule(None), *rules))
 
-    def deviation(self, number: int, out: Tensor) -> float:
-        """‖out − full‖ / ‖full‖."""
-        return norm(out - self.full[number]) / max(norm(self.full[number]), 1e-12)
+    def deviation(self, number: int, rules: Sequence[Rule], text: str) -> float:
+        """Make a call under rules; return its deviation."""
+        out, _ = called_under(self.replay, number, self.config(rules), text, self.kv_context)
+        return self.replay.deviation(number, out)
 
     # Choose
 
     def parts(self) -> list[_Part]:
-        at = [progress_of(call) for call in self.calls]
-        self.timed = None not in at
-        if not self.timed:
-            everything = list(range(len(self.calls)))
-            return [self._part(0.0, everything, [])]
-        moments = sorted(set(at))
-        numbers = [[i for i, p in enumerate(at) if p == moment] for moment in moments]
+        """A part of the diffusion for each recorded timestep."""
+        numbers = list(self.moments.values())
         return [
-            self._part(moment, numbers[i], [numbers[j] for j in (i - 1, i + 1) if 0 <= j < len(moments)])
-            for i, moment in enumerate(moments)
+            self._part(progress, numbers[i], [numbers[j] for j in (i - 1, i + 1) if 0 <= j < len(numbers)])
+            for i, progress in enumerate(self.moments)
         ]
 
     def _part(self, progress: float, calls: list[int], neighbours: list[list[int]]) -> _Part:
@@ -303,16 +281,11 @@ class _Tuner:
             pending = [part for part in parts if part.chosen is not None]
             if not pending:
                 break
-            self.run_parts(parts, pending)
+            for part in pending:
+                rules = self.rules(part.chosen)
+                part.measured = max(self.deviation(number, rules, "Verifying the plan") for number in part.calls)
             for part in pending:
                 part.chosen = self._next(part, tolerance, last=round_ == _ROUNDS - 1)
-
-    def run_parts(self, parts: list[_Part], pending: list[_Part]) -> None:
-        for part in pending:
-            with installed(self.patch(self.rules(part.chosen))):
-                part.measured = max(
-                    self.deviation(number, self.call(number, "Verifying the plan")) for number in part.calls
-                )
 
     def rules(self, chosen: Sequence[Option]) -> list[Rule]:
         return [
@@ -352,7 +325,7 @@ class _Tuner:
         weight = weight_of(self.unet)
         return Tuning(
             tolerance,
-            self.size,
+            self.replay.size,
             tuple(self.candidates),
             self.edges(parts)[0],
             self.choices(parts, chosen),
@@ -366,7 +339,7 @@ class _Tuner:
             {
                 "agentsd": __version__,
                 "torch": torch.__version__,
-                "device": _device_name(self.device),
+                "device": _device_name(weight.device),
                 "dtype": str(weight.dtype).removeprefix("torch."),
             },
         )
@@ -402,11 +375,9 @@ class _Tuner:
         wanted = {round(i * (len(parts) - 1) / max(1, _TIMED - 1)) for i in range(_TIMED)}
         without, seconds = [], []
         for i in sorted(wanted):
-            number = parts[i].calls[0]
-            run = lambda number=number: self.call(number, "Timing the plan")  # noqa: E731
-            without.append(timed(run, self.device)[1])
-            with installed(self.patch(self.rules(plans[i]))):
-                seconds.append(timed(run, self.device)[1])
+            number, config = parts[i].calls[0], self.config(self.rules(plans[i]))
+            for times, settings in ((without, None), (seconds, config)):
+                times.append(called_under(self.replay, number, settings, "Timing the plan", self.kv_context)[1])
         return fmean(without), fmean(seconds)
 
     def frontier(

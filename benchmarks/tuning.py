@@ -1,0 +1,336 @@
+"""Whether tunings keep their promise, and whether they are the fastest that do.
+
+On the embedded model, as it is and with its self-attention queries multiplied by 4 and by 8, which sharpens attention:
+tuned on two prompts, checked on eight others with other noise, at timesteps that were not tuned on. Fixed settings are
+checked on the same calls.
+
+    python -m benchmarks.tuning times       # seconds of the candidates, which the tunings need: alone on the machine
+    python -m benchmarks.tuning check       # tunings and deviations: any time
+    python -m benchmarks.tuning rounds      # seconds of whole U-Net calls, in turn: alone on the machine
+    python -m benchmarks.tuning report      # docs/tune/: table and plot
+
+All of them resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import agentsd
+from agentsd import AgentConfig, Tuning, early, embedded
+from agentsd.embedded import EmbeddedPipeline
+from agentsd.hosts import find_sites
+from agentsd.tuning.record import RecordedCall, progress_of
+from agentsd.tuning.replay import Replay, called_under
+from agentsd.tuning.tuner import Tuner, checked_candidates
+
+SHARPNESS = (1, 4, 8)
+SIZES = ((64, 64), (96, 96))
+TOLERANCES = (0.005, 0.01, 0.03, 0.08)
+TUNED_ON = ("red apple", "panda")
+CHECKED_ON = ("avocado", "rose", "frog", "rainbow", "castle", "carrot", "cactus", "top hat")
+# Steps of the pictures: the timesteps of 7 steps are none of those of 20.
+STEPS, CHECK_STEPS, PICTURES = 20, 7, 2
+# Timesteps tuned on, by size.
+MOMENTS = {(64, 64): 6, (96, 96): 4}
+ROUNDS = 3
+
+
+def _grid(**settings: Any) -> AgentConfig:
+    return AgentConfig(ratio=0.0, agent_source="grid", **settings)
+
+
+# Settings that stay the same, whatever the model: the presets, and what a user might choose by hand.
+FIXED: Mapping[str, AgentConfig] = {
+    "preset Fast: grid agents 4×4 until .6": _grid(stages=early(0.6)),
+    "preset Faithful: corrected 4×4": _grid(method="corrected"),
+    "preset Paper": AgentConfig(stages=agentsd.paper_stages()),
+    "corrected 8×8": _grid(method="corrected", agent_ratio=0.98),
+    "corrected 4×4, levels 0 and 1": _grid(method="corrected", max_downsample=2),
+    "local 4×4": _grid(method="local"),
+    "local 4×4, levels 0 and 1": _grid(method="local", max_downsample=2),
+    "K/V 2×2": AgentConfig(method="pool", ratio=0.0, sx=2, sy=2),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one size."""
+
+    sharpness: int
+    size: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return f"queries × {self.sharpness}, {self.size[1]}×{self.size[0]}"
+
+
+CASES = [Case(s, size) for size in SIZES for s in SHARPNESS]
+
+
+@contextmanager
+def sharpened(unet: nn.Module, factor: int) -> Iterator[None]:
+    """Multiply the queries of self-attention in a `with` block. Factors are powers of two, so it is exact."""
+    weights = [site.block.attn1.to_q.weight for site in find_sites(unet)]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight in weights:
+                weight.div_(factor)
+
+
+class Enough(Exception):
+    """As much was computed as was asked for."""
+
+
+class Store:
+    """Results as JSON: each is computed once, and at most `left` of them in this run."""
+
+    def __init__(self, path: Path, left: int = -1) -> None:
+        self.path, self.left = path, left
+        self.data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        if key not in self.data:
+            if self.left == 0:
+                raise Enough
+            self.left -= 1
+            self.data[key] = compute()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.replace(self.path)
+        return self.data[key]
+
+
+class Bench:
+    """The embedded model and the results."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.pipe: EmbeddedPipeline = embedded.load()
+        self.unet = self.pipe.unet
+
+    def sample(self, prompt: str, seed: int, size: tuple[int, int], steps: int) -> torch.Tensor:
+        return self.pipe.sample(prompt, seed=seed, steps=steps, height=size[0], width=size[1])
+
+    def calls(self, case: Case, prompts: tuple[str, ...], seed: int, steps: int, moments: int) -> list[RecordedCall]:
+        calls = []
+        for i, prompt in enumerate(prompts):
+            with agentsd.record_calls(self.unet, moments) as recorded:
+                self.sample(prompt, seed + i, case.size, steps)
+            calls += recorded
+        return calls
+
+    # Seconds of the candidates
+
+    def times(self) -> None:
+        for size in tqdm(SIZES, desc="times"):
+            self.store.get(f"times {size[1]}×{size[0]}", lambda size=size: self._times(Case(1, size)))
+
+    def _times(self, case: Case) -> list[list[Any]]:
+        replay = Replay(self.unet, self.calls(case, TUNED_ON[:1], 0, 4, 4))
+        tuner = Tuner(replay, checked_candidates())
+        with torch.no_grad():
+            tuner.observe()
+        times = tuner.probe.times
+        return [[[*map(list, kind[:2]), kind[2]], k, median(seconds)] for (kind, k), seconds in times.items()]
+
+    # Tunings, and what they deviate by
+
+    def check(self) -> None:
+        for case in (bar := tqdm(CASES, desc="check")):
+            bar.set_postfix_str(case.name)
+            with sharpened(self.unet, case.sharpness):
+                self._check(case)
+
+    def _check(self, case: Case) -> None:
+        tunings = self.store.get(f"tunings {case.name}", lambda: self._tune(case))
+        configs = {**FIXED, **{f"tuned {t}": self._config(tuning) for t, tuning in tunings.items()}}
+        for i in range(len(CHECKED_ON)):
+            self.store.get(f"deviations {case.name}, {i}", lambda i=i: self._deviations(case, configs, i))
+        if case.size == SIZES[0]:
+            for i in range(PICTURES):
+                self.store.get(f"pictures {case.name}, {i}", lambda i=i: self._pictures(case, configs, i))
+
+    def _config(self, data: Mapping[str, Any]) -> AgentConfig:
+        tuning = Tuning.from_dict(data)
+        return agentsd.AgentConfig(**{**_fields(tuning.base), "rules": tuning.rules_for(self.unet)})
+
+    def _tune(self, case: Case) -> dict[str, Any]:
+        start = time.perf_counter()
+        replay = Replay(self.unet, self.calls(case, TUNED_ON, 0, STEPS, MOMENTS[case.size]))
+        tuner = Tuner(replay, checked_candidates())
+        with torch.no_grad():
+            tuner.observe()
+            tuner.probe.times.clear()
+            for kind, k, seconds in self.store.data[f"times {case.size[1]}×{case.size[0]}"]:
+                tuner.probe.times[(tuple(kind[0]), tuple(kind[1]), kind[2]), k] = [seconds]
+            tuner.blocks = tuner.tunable()
+            tuner.measure_effects()
+            found = {str(t): tuner.tuning(t).to_dict() for t in TOLERANCES}
+        tqdm.write(f"{case.name}: tuned in {time.perf_counter() - start:.0f} s, {replay.done} calls")
+        return found
+
+    def _deviations(self, case: Case, configs: Mapping[str, AgentConfig], i: int) -> dict[str, Any]:
+        """(progress, deviation) of each call of one picture, for each config."""
+        found: dict[str, list[Any]] = {name: [] for name in configs}
+        replay = Replay(self.unet, self.calls(case, (CHECKED_ON[i],), 100 + i, CHECK_STEPS, CHECK_STEPS))
+        with torch.no_grad():
+            for number, call in enumerate(replay.calls):
+                replay.remember(number, replay.call(number, "")[0])
+                for name, config in configs.items():
+                    out, _ = called_under(replay, number, config, "", None)
+                    found[name].append([round(progress_of(call), 4), replay.deviation(number, out)])
+        return found
+
+    def _pictures(self, case: Case, configs: Mapping[str, AgentConfig], i: int) -> dict[str, float]:
+        """RMSE of the final latents, in standard deviations of a latent, and whether the picture is the prompt's."""
+        prompt, found = CHECKED_ON[i], {}
+        full = self.sample(prompt, 100 + i, case.size, STEPS)
+        for name, config in configs.items():
+            patch = agentsd.patch_unet(self.unet, config)
+            try:
+                out = self.sample(prompt, 100 + i, case.size, STEPS)
+            finally:
+                patch.remove()
+            found[name] = ((out - full).square().mean().sqrt() / full.std()).item()
+        return found
+
+    # Seconds of whole calls
+
+    def rounds(self) -> None:
+        for case in (bar := tqdm(CASES, desc="rounds")):
+            bar.set_postfix_str(case.name)
+            tunings = self.store.data.get(f"tunings {case.name}")
+            if tunings is None:
+                continue
+            with sharpened(self.unet, case.sharpness):
+                self.store.get(f"seconds {case.name}", lambda case=case, tunings=tunings: self._rounds(case, tunings))
+
+    def _rounds(self, case: Case, tunings: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Seconds relative to full attention: means over three moments of medians over rounds."""
+        configs = {**FIXED, **{f"tuned {t}": self._config(tuning) for t, tuning in tunings.items()}}
+        wanted = [name for name in configs if self.keeps_any(case, name)]
+        replay = Replay(self.unet, self.calls(case, (CHECKED_ON[0],), 100, 5, 3))
+        ratios: dict[str, list[list[float]]] = {name: [[] for _ in range(len(replay))] for name in wanted}
+        with torch.no_grad():
+            for round_ in range(ROUNDS + 1):
+                for number in range(len(replay)):
+                    full = replay.call(number, "")[1]
+                    for name in wanted:
+                        seconds = called_under(replay, number, configs[name], "", None)[1]
+                        if round_:  # the first is a warm-up
+                            ratios[name][number].append(seconds / full)
+        return {name: [median(of) for of in each] for name, each in ratios.items()}
+
+    # What was found
+
+    def deviations(self, case: Case, name: str) -> list[float]:
+        entries = (self.store.data.get(f"deviations {case.name}, {i}", {}) for i in range(len(CHECKED_ON)))
+        return [d for entry in entries for _, d in entry.get(name, ())]
+
+    def keeps(self, case: Case, name: str, tolerance: float) -> bool:
+        """Whether the mean deviation is within the tolerance, and the worst within 1.5 times it."""
+        found = self.deviations(case, name)
+        return fmean(found) <= tolerance and max(found) <= 1.5 * tolerance
+
+    def keeps_any(self, case: Case, name: str) -> bool:
+        return name.startswith("tuned") or self.keeps(case, name, max(TOLERANCES))
+
+    def report(self, folder: Path) -> None:
+        lines = []
+        for case in CASES:
+            if f"tunings {case.name}" in self.store.data:
+                lines += self._table(case)
+        (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draw(self, folder / "tune.png")
+
+    def _table(self, case: Case) -> list[str]:
+        seconds = self.store.data.get(f"seconds {case.name}", {})
+        lines = [f"**{case.name}**", ""]
+        lines += ["| tolerance | mean | worst | kept | time | fastest fixed settings that keep it | their time |"]
+        lines += ["|---:|---:|---:|:--:|---:|---|---:|"]
+        for t in TOLERANCES:
+            name = f"tuned {t}"
+            found = self.deviations(case, name)
+            rivals = {n: fmean(seconds[n]) for n in FIXED if self.keeps(case, n, t) and n in seconds}
+            best = min(rivals, key=rivals.__getitem__, default=None)
+            time_of = f"{fmean(seconds[name]):.2f}" if name in seconds else ""
+            rival = f"{best} | {rivals[best]:.2f}" if best else "none | 1.00"
+            kept = "yes" if self.keeps(case, name, t) else "**no**"
+            lines.append(f"| {t} | {fmean(found):.4f} | {max(found):.4f} | {kept} | {time_of} | {rival} |")
+        return [*lines, ""]
+
+
+def _fields(config: AgentConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in agentsd.config.SETTINGS}
+
+
+def draw(bench: Bench, path: Path) -> None:
+    """Time over deviation: tunings as a line, fixed settings as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(len(SIZES), len(SHARPNESS), figsize=(12, 7), sharex=True, sharey=True)
+    colours = dict(zip(FIXED, plt.get_cmap("tab10").colors, strict=False))
+    for panel, case in zip(panels.flat, CASES, strict=True):
+        seconds = bench.store.data.get(f"seconds {case.name}")
+        panel.set(xscale="log", title=case.name)
+        panel.grid(True, alpha=0.3)
+        if not seconds:
+            continue
+        tuned = [(max(bench.deviations(case, f"tuned {t}")), fmean(seconds[f"tuned {t}"])) for t in TOLERANCES]
+        panel.plot(*zip(*tuned, strict=True), "k*-", ms=10, label="tuned to .005, .01, .03, .08")
+        for name in FIXED:
+            if name in seconds:
+                panel.plot(
+                    max(bench.deviations(case, name)), fmean(seconds[name]), "o", color=colours[name], label=name
+                )
+        panel.axhline(1, color="grey", lw=0.8)
+    handles = {
+        label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="lower center", ncols=3, fontsize="small", frameon=False)
+    figure.supxlabel("worst deviation of the U-Net's output on pictures that were not tuned on", y=0.13)
+    figure.supylabel("time of a U-Net call, full attention = 1")
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("times", "check", "rounds", "report"))
+    parser.add_argument("--out", type=Path, default=Path("docs/tune"), help="folder of the results")
+    parser.add_argument("--most", type=int, default=-1, help="stop after as many measurements")
+    args = parser.parse_args(arguments)
+    bench = Bench(Store(args.out / "tuning.json", args.most))
+    if args.what == "report":
+        bench.report(args.out)
+        return
+    with suppress(Enough):
+        getattr(bench, args.what)()
+
+
+if __name__ == "__main__":
+    main()
