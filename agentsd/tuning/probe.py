@@ -17,7 +17,7 @@ from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, read_tokens
 from ..methods import LayerPlan, method_of
-from ..patch import KVContext, Patch, _Layer, get_patch
+from ..patch import KVContext, Layer, Patch, get_patch
 from ..plan import merged_tokens, plan_block
 
 FULL = 0
@@ -57,7 +57,7 @@ class Probe(Patch):
         self.inside = 0.0
         super().__init__(unet, candidates[0], kv_context)
 
-    def _make_layer(self, site: Site) -> _Layer:
+    def _layer(self, site: Site) -> Layer:
         return _ProbedLayer(self, site)
 
     def begin_call(self, count: int) -> None:
@@ -79,7 +79,7 @@ class Probe(Patch):
         return {k: median(times) for (of, k), times in self.times.items() if of == kind}
 
 
-class _ProbedLayer(_Layer):
+class _ProbedLayer(Layer):
     patch: Probe
 
     def _plan(self, moment: Any) -> tuple[AgentConfig, LayerPlan] | None:
