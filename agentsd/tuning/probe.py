@@ -47,14 +47,13 @@ class Probe(Patch):
     Attributes:
         candidates: the settings to try, numbered from 1.
         trials: what was measured, by the block's name.
-        inside: seconds spent on trials since it was last set to 0.
+        times: seconds of each candidate, and of full attention (0), by the kind of block.
     """
 
     def __init__(self, unet: nn.Module, candidates: Sequence[AgentConfig], kv_context: KVContext | None) -> None:
         self.candidates = dict(enumerate(candidates, 1))
         self.trials: defaultdict[str, Trials] = defaultdict(Trials)
         self.times: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
-        self.inside = 0.0
         super().__init__(unet, candidates[0], kv_context)
 
     def _layer(self, site: Site) -> Layer:
@@ -62,7 +61,6 @@ class Probe(Patch):
 
     def begin_call(self, count: int) -> None:
         """Make room for the measurements of one more U-Net call."""
-        self.inside = 0.0
         for layer in self._layers:
             trials = self.trials[layer.site.name]
             trials.errors += [{} for _ in range(count - len(trials.errors))]
@@ -100,7 +98,6 @@ class _ProbedLayer(Layer):
 
     def _attend(self, call: Call) -> Tensor:
         patch, trials = self.patch, self.patch.trials[self.site.name]
-        begin = time.perf_counter()
         trials.kind = (self.size, tuple(call.x.shape), self.site.heads)
         full, seconds = timed(call.proceed, call.x.device)
         patch.times[trials.kind, FULL].append(seconds)
@@ -120,7 +117,6 @@ class _ProbedLayer(Layer):
             error = norm(out.float() - full.float())
             trials.errors[-1][k] = error / max(self.stream, 1e-12)
             trials.relative[-1][k] = error / length
-        patch.inside += time.perf_counter() - begin - seconds
         return full
 
     def _try(self, call: Call) -> Tensor:

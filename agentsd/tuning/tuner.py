@@ -27,8 +27,8 @@ from .replay import Progress, Replay, called_under
 FRONTIER = (0.005, 0.01, 0.02, 0.05, 0.1)
 # Share of full attention's time up to which a candidate counts as faster: a smaller gain is noise.
 _WORTH = 0.95
-# Share of a U-Net call that a block's fastest candidate must save, or the block keeps full attention.
-_NOTABLE = 0.002
+# Share of all that could be saved which a block must save, or it keeps full attention.
+_NOTABLE = 0.01
 # Groups of blocks for which the effect on the output is measured: one U-Net call each.
 _GROUPS = 7
 # Rounds of choosing and running the whole plan.
@@ -183,13 +183,12 @@ class Tuner:
         with installed(self.probe):
             for number in range(len(self.replay)):
                 self.probe.begin_call(number + 1)
-                out, seconds = self.replay.call(number, "Trying the methods in every block")
-                self.replay.remember(number, out)
-                self.call_seconds = seconds - self.probe.inside
+                self.replay.remember(number, self.replay.call(number, "Trying the methods in every block")[0])
 
     def tunable(self) -> list[Site]:
-        """Return the blocks in which something would be saved."""
-        return [site for site in self.sites if self._saving(site) > _NOTABLE * self.call_seconds]
+        """Return the blocks in which a notable share of the time would be saved."""
+        savings = [self._saving(site) for site in self.sites]
+        return [site for site, saving in zip(self.sites, savings, strict=True) if saving > _NOTABLE * sum(savings)]
 
     def useful(self, site: Site) -> dict[int, float]:
         """Return the seconds of each candidate that was always tried in a block, and is faster than full attention."""
