@@ -28,7 +28,7 @@ from tqdm import tqdm
 from agentsd import AgentConfig, plan_layer
 from agentsd.hosts import Call, find_sites
 from agentsd.methods.agents import agent_attention
-from agentsd.methods.corrected import FIT_GROWTH, FIT_STEPS, corrected_attention, fit_values
+from agentsd.methods.fit import MU, fit_tikhonov, fit_values
 from agentsd.plan import grid_of
 from agentsd.tensors import lost_by_pooling, pool_tokens, sample_tokens, split_heads
 
@@ -55,11 +55,11 @@ class Attention:
     def split(self, *tensors: Tensor) -> list[Tensor]:
         return [split_heads(t.float(), self.heads) for t in tensors]
 
-    def sampled(self, x: Tensor, s: int) -> Tensor:
-        return sample_tokens(x, self.height, self.width, (s, s))
+    def sampled(self, x: Tensor, cell: tuple[int, int]) -> Tensor:
+        return sample_tokens(x, self.height, self.width, cell)
 
-    def pooled(self, x: Tensor, s: int) -> Tensor:
-        return pool_tokens(x, self.height, self.width, (s, s))
+    def pooled(self, x: Tensor, cell: tuple[int, int]) -> Tensor:
+        return pool_tokens(x, self.height, self.width, cell)
 
     def full(self) -> Tensor:
         return F.scaled_dot_product_attention(*self.split(self.q, self.k, self.v))
@@ -100,8 +100,9 @@ class Corrected:
     """Corrected agents, with every choice in the method open.
 
     Attributes:
-        s: side of a cell.
-        steps: steps of the fit.
+        cell: (height, width) of a cell.
+        mu: weight of the fit's penalty.
+        steps: number of conjugate steps in place of Tikhonov's fit; None for Tikhonov's fit.
         a: how the agents are made: "sampled" or "pooled".
         k: the same for the few keys.
         v: the same for the few values.
@@ -109,8 +110,9 @@ class Corrected:
         scale: factor on the few keys.
     """
 
-    s: int = 4
-    steps: int = FIT_STEPS
+    cell: tuple[int, int] = (4, 4)
+    mu: float = MU
+    steps: int | None = None
     a: str = "sampled"
     k: str = "sampled"
     v: str = "sampled"
@@ -118,31 +120,39 @@ class Corrected:
     scale: float = 1.0
 
     def __call__(self, at: Attention) -> Tensor:
-        few = [
-            at.sampled(x, self.s) if how == "sampled" else at.pooled(x, self.s)
-            for x, how in ((at.q, self.a), (at.k, self.k), (at.v, self.v))
-        ]
-        few[1] = few[1] * self.scale
-        out = corrected_attention(*at.split(at.q, at.k, at.v, *few), steps=self.steps)
+        q, k_bar, _, y = self.fit(at)
+        out = F.scaled_dot_product_attention(q, k_bar, y)
         if self.shortcut:
-            cell = (self.s, self.s)
-            lost = lost_by_pooling(at.v, at.pooled(at.v, self.s), at.height, at.width, cell)
+            lost = lost_by_pooling(at.v, at.pooled(at.v, self.cell), at.height, at.width, self.cell)
             out = out + self.shortcut * at.split(lost)[0]
         return out
 
+    def fit(self, at: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, the few keys, their values and the fitted ones."""
+        few = [
+            at.sampled(x, self.cell) if how == "sampled" else at.pooled(x, self.cell)
+            for x, how in ((at.q, self.a), (at.k, self.k), (at.v, self.v))
+        ]
+        q, k, v, a, k_bar, v_bar = at.split(at.q, at.k, at.v, *few)
+        k_bar = k_bar * self.scale
+        w = (a @ k_bar.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        v_a = F.scaled_dot_product_attention(a, k, v)
+        y = fit_tikhonov(w, v_a, v_bar, self.mu) if self.steps is None else fit_values(w, v_a, v_bar, self.steps)
+        return q, k_bar, v_bar, y
+
 
 def _grid(at: Attention, k_scale2: float = 0.3, k_shortcut: float = 0.075) -> Tensor:
-    q, k, v, a = at.split(at.q, at.k, at.v, at.pooled(at.q, 4))
+    q, k, v, a = at.split(at.q, at.k, at.v, at.pooled(at.q, (4, 4)))
     return agent_attention(q, k, v, a, k_scale2=k_scale2) + k_shortcut * v
 
 
-def _pool(at: Attention, s: int) -> Tensor:
-    return F.scaled_dot_product_attention(*at.split(at.q, at.pooled(at.k, s), at.pooled(at.v, s)))
+def _pool(at: Attention, cell: tuple[int, int]) -> Tensor:
+    return F.scaled_dot_product_attention(*at.split(at.q, at.pooled(at.k, cell), at.pooled(at.v, cell)))
 
 
 def _solved(at: Attention, solve: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Means as in Nyströmformer, with `solve`(W, V_A) as the values."""
-    q, k, v, a, k_bar = at.split(at.q, at.k, at.v, at.pooled(at.q, 4), at.pooled(at.k, 4))
+    q, k, v, a, k_bar = at.split(at.q, at.k, at.v, at.pooled(at.q, (4, 4)), at.pooled(at.k, (4, 4)))
     w = (a @ k_bar.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
     return F.scaled_dot_product_attention(q, k_bar, solve(w, F.scaled_dot_product_attention(a, k, v)))
 
@@ -158,23 +168,22 @@ def _tikhonov(w: Tensor, v_a: Tensor, mu: float = 1e-5) -> Tensor:
 VARIANTS: dict[str, Callable[[Attention], Tensor]] = {
     "grid agents 4×4, .3 / .075": _grid,
     "grid agents 4×4, 1 / 0": lambda at: _grid(at, 1.0, 0.0),
-    "K/V pooled 2×2": lambda at: _pool(at, 2),
-    "K/V pooled 4×4": lambda at: _pool(at, 4),
+    "K/V pooled 2×2": lambda at: _pool(at, (2, 2)),
+    "K/V pooled 4×4": lambda at: _pool(at, (4, 4)),
     "Nyström of means, ridge (W + .02 I)⁻¹": lambda at: _solved(at, _ridge),
     "Nyström of means, Tikhonov, μ 10⁻⁵": lambda at: _solved(at, _tikhonov),
-    **{f"sampled, {n} step{'' if n == 1 else 's'}": Corrected(steps=n) for n in (0, 1, 2, 3, 4, 5, 6, 8)},
+    **{f"sampled, {n} conjugate steps": Corrected(steps=n) for n in (0, 3, 5, 8)},
+    **{f"sampled, μ {mu}": Corrected(mu=mu) for mu in (0.001, 0.01, MU, 0.1)},
     "agents: means of the queries": Corrected(a="pooled"),
     "keys and values: means": Corrected(k="pooled", v="pooled"),
-    "keys and values: means, 5 steps": Corrected(k="pooled", v="pooled", steps=5),
     "values: means": Corrected(v="pooled"),
     "keys: means": Corrected(k="pooled"),
     "+ .02 · (V − up(V̄))": Corrected(shortcut=0.02),
     "− .02 · (V − up(V̄))": Corrected(shortcut=-0.02),
-    "+ .05 · (V − up(V̄))": Corrected(shortcut=0.05),
     "keys' scale × 1.1": Corrected(scale=1.1),
     "keys' scale × .9": Corrected(scale=0.9),
-    "2×2 cells": Corrected(s=2),
-    "8×8 cells": Corrected(s=8),
+    "2×2 cells": Corrected((2, 2)),
+    "8×8 cells": Corrected((8, 8)),
 }
 
 
@@ -223,25 +232,16 @@ class Spikes:
     corrected: list[float] = field(default_factory=list)
     pooled: list[float] = field(default_factory=list)
 
-    def add(self, at: Attention, s: int) -> None:
-        """Count one call in, with cells of `s` tokens to a side."""
-        full = at.full()
-        out, pooled = Corrected(s=s)(at), _pool(at, s)
+    def add(self, at: Attention, cell: tuple[int, int]) -> None:
+        """Count one call in, with cells of this (height, width)."""
+        full, method = at.full(), Corrected(cell)
+        out, (_, _, v_bar, y) = method(at), method.fit(at)
         self.calls += 1
         self.heads += full.shape[0] * full.shape[1]
         self.finite &= bool(out.isfinite().all())
-        self.fallbacks += _fallbacks(at, s)
+        self.fallbacks += int((y == v_bar).all(dim=-1).all(dim=-1).sum())
         self.corrected += at.error(out, full).flatten().tolist()
-        self.pooled += at.error(pooled, full).flatten().tolist()
-
-
-def _fallbacks(at: Attention, s: int) -> int:
-    """Number of rows and heads whose fit is not used."""
-    q, k, v, a, few_k, few_v = at.split(at.q, at.k, at.v, *(at.sampled(x, s) for x in (at.q, at.k, at.v)))
-    v_a = F.scaled_dot_product_attention(a, k, v)
-    y = fit_values((a @ few_k.mT * q.shape[-1] ** -0.5).softmax(dim=-1), v_a, few_v, FIT_STEPS)
-    largest = [x.abs().amax(dim=(-2, -1)) for x in (y, v_a, few_v)]
-    return int((~(largest[0] <= FIT_GROWTH * torch.maximum(*largest[1:]))).sum())
+        self.pooled += at.error(_pool(at, cell), full).flatten().tolist()
 
 
 def stability(pipes: dict[str, Any], forwards: int, seed: int = 0) -> dict[tuple[str, tuple[int, int]], Spikes]:
@@ -257,7 +257,7 @@ def stability(pipes: dict[str, Any], forwards: int, seed: int = 0) -> dict[tuple
             config = AgentConfig(method="corrected", agent_ratio=1 - chance.choice(CELLS) ** -2)
             plan = plan_layer(config, at.height, at.width, 1)
             if plan.acts:
-                spikes[dtype, next(c for c in CLASSES if c[0] <= plan.tokens <= c[1])].add(at, plan.cell[0])
+                spikes[dtype, next(c for c in CLASSES if c[0] <= plan.tokens <= c[1])].add(at, plan.cell)
 
         with observed(pipe.unet, size, visit):
             pipe.predict(_noised(pipe, size, index, t, generator), t, [pipe.prompts[i] for i in index])

@@ -200,6 +200,16 @@ def sharpened(unet: torch.nn.Module, factor: float) -> Iterator[None]:
                 weight.copy_(value)
 
 
+def named(every: Sequence[Method], names: Sequence[str]) -> list[Method]:
+    """The unpatched model, and the methods of these names; a name that no method has stands for all that contain it."""
+    known = {method.name for method in every}
+    return [
+        method
+        for method in every
+        if method.name in ("unpatched", *names) or any(part in method.name for part in set(names) - known)
+    ]
+
+
 def covering(pictures: Tensor, height: int, width: int) -> Tensor:
     """Enlarge latents of the trained size to cover `height` rows and `width` columns, and crop them at the middle."""
     side = max(height, width)
@@ -285,14 +295,42 @@ def _key(part: Method) -> Any:
     return part.tomesd, part.config
 
 
-def pictures(pipe: Any, method: Method, index: Sequence[int]) -> Tensor:
-    """Final latents of the prompts `index`, two at a time, in 20 steps of DDIM; each prompt's number is its seed."""
-    latents = []
+class Latents:
+    """Final latents by method and prompt, in a file beside the results that only serves to go on."""
+
+    def __init__(self, file: Path, key: str) -> None:
+        self.file = file
+        saved = torch.load(file) if file.exists() else {}
+        self.data = saved if saved.get("key") == key else {"key": key, "made": {}}
+
+    def of(self, method: Method) -> dict[int, Tensor]:
+        return self.data["made"].setdefault((method.name, method.settings()), {})
+
+    def drop(self, parts: Sequence[str]) -> None:
+        made = self.data["made"].items()
+        self.data["made"] = {key: of for key, of in made if not any(part in key[0] for part in parts)}
+
+    def save(self) -> None:
+        torch.save(self.data, self.file)
+
+
+def pictures(
+    pipe: Any, method: Method, index: Sequence[int], made: Latents, more: Callable[[], bool] = lambda: True
+) -> Tensor | None:
+    """Final latents of the prompts `index`, two at a time, in 20 steps of DDIM; each prompt's number is its seed.
+
+    Those that are `made` are not made again. None where time runs out.
+    """
+    latents = made.of(method)
     with method.on(pipe.unet):
-        for pair in _chunks(index, 2):
+        for pair in _chunks([i for i in index if i not in latents], 2):
+            if not more():
+                return None
             prompts, noise = [pipe.prompts[i] for i in pair], pipe.noise(pair)
-            latents.append(pipe.sample(prompts, latents=noise, steps=STEPS, guidance=GUIDANCE))
-    return torch.cat(latents)
+            found = pipe.sample(prompts, latents=noise, steps=STEPS, guidance=GUIDANCE)
+            latents.update(zip(pair, found.clone().split(1), strict=True))
+            made.save()
+    return torch.cat([latents[i] for i in index])
 
 
 def judge(pipe: Any, index: Sequence[int], latents: Tensor, unpatched: Tensor) -> dict[str, float]:
@@ -340,7 +378,8 @@ class Store:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return list(self.data["rows"].values())
+        """What is measured: another run may have begun more."""
+        return [row for row in self.data["rows"].values() if "deviation" in row]
 
 
 def run(
@@ -375,7 +414,7 @@ def run(
     about = {"key": f"{key} samples {samples} pictures {prompts}", **machine()}
     store = Store(folder, about)
     store.drop(again)
-    store.keep({method.name for method in chosen})
+    store.keep({method.name for method in (*methods(), *chosen)})
     for size in sizes:
         here = [m for m in chosen if m.sizes or size == sizes[0]]
         missing = [m for m in here if "deviation" not in store.row(m, size)]
@@ -392,12 +431,13 @@ def run(
             store.save()
     index = [i * len(pipe.prompts) // prompts for i in range(prompts)] if prompts else []
     missing = [m for m in chosen if m.pictures and "retrieved" not in store.row(m, sizes[0])] if prompts else []
-    unpatched = pictures(pipe, chosen[0], index) if missing else None
+    made = Latents(folder / "latents.pt", about["key"])
+    made.drop(again)
     for method in tqdm(missing, desc="pictures"):
-        if not more():
+        latents = [pictures(pipe, m, index, made, more) for m in (chosen[0], method)]
+        if latents[0] is None or latents[1] is None:
             return store
-        latents = unpatched if method is chosen[0] else pictures(pipe, method, index)
-        store.row(method, sizes[0]).update(judge(pipe, index, latents, unpatched))
+        store.row(method, sizes[0]).update(judge(pipe, index, latents[1], latents[0]))
         store.save()
     write_csv(store, folder / "fidelity.csv")
     (folder / "table.md").write_text(table(store, sizes), encoding="utf-8")
@@ -518,7 +558,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for the results (docs/fidelity, or out/fidelity with --quick)")
     parser.add_argument("--quick", action="store_true", help="few methods, one size, no final pictures")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only methods whose names contain one of these")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only methods of these names, or with one in theirs")
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="latent sizes, WIDTHxHEIGHT: 64x64 96x64")
     parser.add_argument("--samples", type=int, default=8, help="pictures at each timestep (8)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
@@ -542,7 +582,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     chosen = methods()
     if args.only:
-        chosen = [m for m in chosen if m.name == "unpatched" or any(part in m.name for part in args.only)]
+        chosen = named(chosen, args.only)
     sizes = [_size(text) for text in args.sizes] if args.sizes else list(SIZES)
     if args.quick:
         chosen = [m for m in chosen if m.name in QUICK or m.family.startswith("corrected")]
@@ -559,11 +599,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.untimed or args.queries != 1:
         clock = None
     end = time.monotonic() + 60 * args.minutes
+
+    def more() -> bool:
+        return time.monotonic() < end
+
     pipe = load()
     with sharpened(pipe.unet, args.queries):
         run(pipe, folder, chosen, sizes=sizes, samples=args.samples, rounds=args.rounds, prompts=args.pictures,
-            clock=clock, key=key, again=args.again, more=lambda: time.monotonic() < end)  # fmt: skip
-    print(f"written to {folder}/")
+            clock=clock, key=key, again=args.again, more=more)  # fmt: skip
+    print(f"written to {folder}/" if more() else "out of time: the next run goes on")
 
 
 def _size(text: str) -> tuple[int, int]:

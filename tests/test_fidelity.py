@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -59,6 +60,23 @@ def test_a_run_goes_on_where_it_stopped_and_measures_anew_on_request(tmp_path, p
     assert measured[3:] == ["pooled"]
 
 
+def test_pictures_are_made_once(tmp_path, pipe, few, monkeypatch):
+    sampled, really = [], pipe.sample
+    monkeypatch.setattr(fidelity, "STEPS", 1)
+    monkeypatch.setattr(
+        pipe, "sample", lambda prompts, **kwargs: (sampled.append(prompts), really(prompts, **kwargs))[1]
+    )
+    few[1] = dataclasses.replace(few[1], pictures=True)
+    budget = itertools.chain([True] * 4, itertools.repeat(False))  # two deviations and two pairs of pictures
+    run(pipe, tmp_path, few[:2], prompts=3, more=lambda: next(budget))
+    assert len(sampled) == 2
+    rows = run(pipe, tmp_path, few[:2], prompts=3)
+    assert len(sampled) == 4
+    assert rows["unpatched"]["picture_deviation"] == 0
+    assert rows["pooled"]["picture_deviation"] > 0
+    assert rows["pooled"]["pictures"] == 3
+
+
 def test_without_seconds_the_table_has_no_column_for_them(tmp_path, pipe, few):
     run(pipe, tmp_path, few[:2])
     assert "speed-up" not in (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -86,3 +104,9 @@ def test_all_methods_have_names_of_their_own_and_pass_the_planner():
     found = fidelity.methods()
     assert len({method.name for method in found}) == len(found)
     assert found[0].name == "unpatched"
+
+
+def test_a_name_selects_its_method_and_a_part_of_a_name_all_that_contain_it():
+    every = fidelity.methods()
+    names = [method.name for method in fidelity.named(every, ["grid 4×4", "tomesd"])]
+    assert names == ["unpatched", "tomesd .3", "tomesd .5", "grid 4×4"]
