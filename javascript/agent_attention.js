@@ -7,6 +7,7 @@
 {
     const TABS = ["txt2img", "img2img"];
     const ROUTE = "./agent-attention";
+    const PASTING = "#paste, #txt2img_tab, #img2img_tab, #inpaint_tab"; // the host's buttons that bring an infotext
     const FOLDS = ["more", "measuring", "map"];
     const POLL_MS = 250; // sliders that the host moves by itself (paste, swap, presets) fire no event
     const DEBOUNCE_MS = 150; // a slider on its way is not worth a question
@@ -20,11 +21,22 @@
 
     const find = (selector) => gradioApp().querySelector(selector);
     const panelId = (tab, name = "") => `${tab}_agent_attention${name && "_" + name}`;
+    // What the page's settings were when gradio drew it, by element id
+    const drawn = () => new Map(((globalThis.gradio_config || {}).components || [])
+        .filter(({props}) => props && props.elem_id && "value" in props).map(({props}) => [props.elem_id, props.value]));
     const findOurs = (tab, name, inner = "") => find(`#${panelId(tab, name)} ${inner}`.trim());
     const numberIn = (id) => parseFloat(find(`#${id} input[type=number]`)?.value);
     const isChecked = (id) => Boolean(find(`#${id} input[type=checkbox]`)?.checked);
     const isShown = (element) => Boolean(element && element.offsetParent);
     const options = () => (typeof opts === "undefined" ? {} : opts);
+    // Storage may be forbidden
+    const stored = (access) => {
+        try {
+            return access();
+        } catch {
+            return null;
+        }
+    };
     const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
     // ---- The server ----
@@ -134,7 +146,7 @@
         const tabs = TABS.map((name) => ({name, values: {}, again: Infinity, lost: false, pressed: -Infinity}));
         let data = null, learning = false, learnt = -Infinity; // the page's tables, and when they were asked for
         let version = 0; // goes up when the server may answer otherwise although nothing in the page has changed
-        let generating = false, greeted = false;
+        let greeted = false;
 
         const show = (tab, lines) => {
             const element = findOurs(tab.name, "summary");
@@ -245,6 +257,15 @@
             tab.other = other;
         };
 
+        // Whether somebody has filled in the controls already. An infotext counts more than the page's preset.
+        const isFilled = (name, values) => {
+            const before = drawn();
+            return settingNames().some((setting, i) => {
+                const id = panelId(name, setting);
+                return before.has(id) && String(before.get(id)) !== String(values[i]);
+            });
+        };
+
         // Handlers of gradio: [preset, every control but "enabled"] in, the same out.
         const choose = (name, [preset, ...values]) => {
             const chosen = data && data.presets[preset];
@@ -256,7 +277,7 @@
         const sync = (name, [preset, ...values]) => {
             const tab = tabs.find((one) => one.name === name), wanted = tab.wanted;
             tab.wanted = undefined;
-            if (data && wanted in data.presets) return choose(name, [wanted, ...values]);
+            if (data && wanted in data.presets && !isFilled(name, values)) return choose(name, [wanted, ...values]);
             if (data) note(tab, values);
             return [tab.preset ?? preset, ...values];
         };
@@ -298,6 +319,7 @@
         };
 
         const press = ({target}) => {
+            if (target.closest(PASTING)) for (const tab of tabs) tab.wanted = undefined;
             for (const tab of tabs) {
                 if (data && target.closest(`#${panelId(tab.name, "measure")}`)) {
                     measure(tab).catch((error) => {
@@ -313,41 +335,60 @@
 
         // ---- The last run ----
 
-        const showStatus = async () => {
-            const status = await ask("status").catch(() => null);
-            if (!status || stopped.signal.aborted) return;
+        // A run belongs to the page that asked for it: by the id that the host gives it, kept while the page's own
+        // session lasts. Hosts without ids have one user.
+        const taskKey = (tab) => `agent_attention_task_${tab.name}`;
+        const taskOf = (tab) => tab.task ?? stored(() => sessionStorage.getItem(taskKey(tab))) ?? "";
+        const noteTask = (tab) => {
+            const task = stored(() => localStorage.getItem(`${tab.name}_task_id`));
+            if (!task || task === tab.task) return;
+            tab.task = task;
+            stored(() => sessionStorage.setItem(taskKey(tab), task));
+        };
+
+        const showStatus = async (tab) => {
+            const status = await ask(`status?task=${encodeURIComponent(taskOf(tab))}`).catch(() => null);
+            const element = findOurs(tab.name, "status");
+            if (!status || !element || stopped.signal.aborted) return;
             const wanted = status.text && options()[STATUS_OPTION] !== false;
-            for (const tab of TABS) {
-                const element = findOurs(tab, "status");
-                if (element) fill(element, wanted ? [{text: status.text}] : []);
-            }
+            const when = new Date(1000 * status.at).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
+            fill(element, wanted ? [{text: `${when} – ${status.text}`, state: status.state}] : []);
+            // the style sheet puts it above everything else
+            element.classList.toggle("agent-attention-alert", Boolean(wanted) && status.state === "wrong");
         };
 
         // Who has the map open and asked for a record wants to see the new image's.
-        const showMaps = () => {
-            for (const tab of TABS) {
-                const button = findOurs(tab, "map_show");
-                if (isChecked(panelId(tab, "record")) && isShown(button)) button.click();
-            }
+        const showMap = (tab) => {
+            const button = findOurs(tab.name, "map_show");
+            if (isChecked(panelId(tab.name, "record")) && isShown(button)) button.click();
         };
 
-        // The host shows its Interrupt button while it generates.
-        const watchGeneration = () => {
-            const now = TABS.some((tab) => find(`#${tab}_interrupt`)?.style.display === "block");
-            if (generating && !now) {
+        // Handler of gradio: [task, call, layer] in and out.
+        const ofTask = (name, [, call, layer]) => [taskOf(tabs.find((tab) => tab.name === name)), call, layer];
+
+        // The host shows one of these buttons while it generates.
+        const isGenerating = (tab) => ["interrupt", "interrupting"]
+            .some((name) => find(`#${tab.name}_${name}`)?.style.display === "block");
+
+        const watchGeneration = (tab) => {
+            const now = isGenerating(tab);
+            if (now) noteTask(tab);
+            if (tab.generating && !now) {
                 version += 1; // another model may have been loaded for it
-                showStatus();
-                showMaps();
+                showStatus(tab);
+                showMap(tab);
             }
-            generating = now;
+            tab.generating = now;
         };
 
         // The page is drawn, and the host's options are there, after the scripts have run.
         const greet = () => {
             if (!greeted && STATUS_OPTION in options() && findOurs(TABS[0], "status")) {
                 greeted = true;
-                for (const tab of tabs) tab.wanted = options()[PRESET_OPTION];
-                showStatus();
+                for (const tab of tabs) {
+                    tab.wanted = options()[PRESET_OPTION];
+                    if (taskOf(tab)) showStatus(tab);
+                }
             }
             if (tabs.some((tab) => tab.wanted !== undefined)) learn();
             for (const tab of tabs) if (data && tab.wanted in data.presets) pressSync(tab);
@@ -377,7 +418,7 @@
         const tick = () => {
             if (document.hidden || stopped.signal.aborted) return;
             greet();
-            watchGeneration();
+            tabs.forEach(watchGeneration);
             tabs.forEach(look);
             TABS.forEach(reachFolds);
         };
@@ -389,6 +430,7 @@
         return {
             choose,
             sync,
+            ofTask,
             stop: () => {
                 clearInterval(timer);
                 stopped.abort();

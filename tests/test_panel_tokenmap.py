@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -211,8 +213,37 @@ def test_the_choice_is_taken_into_its_range():
     seen = view(recording, 99, -3, "")
     assert (seen.call, seen.calls, seen.layer) == (3, 3, 1)
     assert seen.layers == len(recording.calls[0].layers) > 1
-    assert "90% of the diffusion done" in seen.text
+    assert "0.9 of the diffusion done" in seen.text
     assert f"Layer 1 of {seen.layers}" in seen.text
+
+
+def test_layers_are_named_as_people_think_and_by_their_block():
+    call = recorded(golden_unet(), max_downsample=2, **GRID).calls[0]
+    names = [tokenmap.place(call, number) for number in range(1, len(call.layers) + 1)]
+    assert names[0] == "down 1"
+    assert names[-1].startswith("up 1, ")
+    assert len(set(names)) == len(names)
+    seen = view(recorded(golden_unet(), **GRID), 1, 1, "")
+    assert "of 3: down 1" in seen.text
+    assert seen.block.startswith("input_blocks.")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["down_blocks.0.attentions.0", "down_blocks.0.attentions.1"],
+            ["down 1, first of two", "down 1, second of two"],
+        ),
+        (["mid_block.attentions.0"], ["middle"]),
+        (["somebody.elses"], ["somebody.elses"]),
+        (["up_blocks.3"] * 11, [f"up 1, number {i} of 11" for i in range(1, 12)]),
+    ],
+)
+def test_the_place_of_a_layer_in_words(names, words):
+    layers = [replace(hand_made([0, 0], (1, 2)), name=name) for name in names]
+    call = tokenmap.Call(False, (1, 2), None, layers)
+    assert [tokenmap.place(call, number) for number in range(1, len(names) + 1)] == words
 
 
 WORDS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agentsd import AgentConfig, paper_stages
-from agentsd.panel.pace import StepClock
+from agentsd.panel.pace import Pace, StepClock
 from agentsd.settings import infotext, legacy, table
 from agentsd.settings.presets import CUSTOM, KEPT, PRESETS, preset_of
 
@@ -123,3 +123,11 @@ def test_no_pace_without_a_call():
     clock = StepClock()
     clock.lap(0)
     assert clock.pace().words() == ""
+
+
+@pytest.mark.parametrize(
+    ("pace", "slower"),
+    [(Pace(1.2, 1.0), True), (Pace(1.01, 1.0), False), (Pace(0.5, 1.0), False), (Pace(1.0), False), (Pace(), False)],
+)
+def test_what_is_slower_than_without_is_known(pace, slower):
+    assert pace.slower is slower

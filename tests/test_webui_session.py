@@ -46,7 +46,17 @@ class Processing:
 @pytest.fixture
 def host(monkeypatch):
     """The WebUI's modules, as far as we import them, around a small U-Net."""
-    parts = ("call_queue", "devices", "script_callbacks", "scripts", "shared", "sd_models", "sd_unet", "ui_components")
+    parts = (
+        "call_queue",
+        "devices",
+        "progress",
+        "script_callbacks",
+        "scripts",
+        "shared",
+        "sd_models",
+        "sd_unet",
+        "ui_components",
+    )
     names = ("modules", *(f"modules.{part}" for part in parts))
     fake = {name: ModuleType(name) for name in names}
     for name, module in fake.items():
@@ -62,7 +72,8 @@ def host(monkeypatch):
     shared.sd_model = as_model(golden_unet())
     _forget_ours()
     session = importlib.import_module("agentsd.webui.session")
-    yield SimpleNamespace(session=session, shared=shared, sd_unet=fake["modules.sd_unet"])
+    progress = fake["modules.progress"]
+    yield SimpleNamespace(session=session, shared=shared, sd_unet=fake["modules.sd_unet"], progress=progress)
     _forget_ours()
 
 
@@ -365,7 +376,7 @@ def test_the_map_of_the_last_image(host, unet):
     (made,) = generate(host, SIMILARITY, record=True)
     assert torch.equal(made, plain)
     assert state(unet) == before
-    seen = host.session.token_map(1, 1)
+    seen = host.session.token_map("", 1, 1)
     assert seen.image.size == (768, 768)
     assert "256 tokens were merged into 154" in seen.text
 
@@ -375,7 +386,7 @@ def test_the_record_goes_with_the_next_image(host, unet, later):
     generate(host, record=True)
     generate(host, **later)
     assert host.session.STATUS.recording is None
-    seen = host.session.token_map(1, 1)
+    seen = host.session.token_map("", 1, 1)
     assert seen.image is None
     assert tokenmap.RECORD in seen.text
 
@@ -409,14 +420,14 @@ def test_an_obstacle_is_why_there_is_no_map(host, unet, monkeypatch, reason):
     monkeypatch.setattr(Processing, "get_token_merging_ratio", Processing.get_token_merging_ratio)
     OBSTACLES[reason](host)
     generate(host, record=True)
-    seen = host.session.token_map(1, 1)
+    seen = host.session.token_map("", 1, 1)
     assert seen.image is None
     assert reason in seen.text
 
 
 def test_tiles_have_no_map(host, unet):
     generate(host, steps=lambda: (host.session.before_model_call(), run(unet, inputs(height=8))), record=True)
-    assert "parts of the image" in host.session.token_map(1, 1).text
+    assert "parts of the image" in host.session.token_map("", 1, 1).text
 
 
 def test_a_lost_image_has_no_map(host, unet):
@@ -426,7 +437,7 @@ def test_a_lost_image_has_no_map(host, unet):
     generate(host, record=True)
     with pytest.raises(RuntimeError):
         generate(host, steps=fail, record=True)
-    assert "without an image" in host.session.token_map(1, 1).text
+    assert "without an image" in host.session.token_map("", 1, 1).text
 
 
 def test_inpainting_only_the_masked_part_is_mapped_there(host, unet):

@@ -75,14 +75,14 @@ def element_id(tab: str, name: str = "") -> str:
 def build(
     tab: str,
     accordion: Callable[..., AbstractContextManager],
-    token_map: Callable[[int, int], View] | None = None,
+    token_map: Callable[[str, int, int], View] | None = None,
 ) -> Panel:
     """Build the panel inside the current gradio blocks.
 
     Args:
         tab: prefix of the elements' ids: "txt2img" or "img2img".
         accordion: makes an accordion with a checkbox as its value, such as the WebUI's InputAccordion.
-        token_map: makes the token map of the last run from (call, layer); without it the panel has none.
+        token_map: makes the token map of the last run from (task, call, layer); without it the panel has none.
     """
     enabled = BY_NAME["enabled"]
     with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:
@@ -140,7 +140,7 @@ def _measure(tab: str) -> None:
         gr.HTML("", elem_id=element_id(tab, "measured"), elem_classes=["agent-attention-measured"])
 
 
-def _token_map(tab: str, show: Callable[[int, int], View]) -> Any:
+def _token_map(tab: str, show: Callable[[str, int, int], View]) -> Any:
     """Make the controls of the token map, and return the checkbox that turns on recording."""
 
     def named(name: str, **more: Any) -> dict[str, Any]:
@@ -154,15 +154,17 @@ def _token_map(tab: str, show: Callable[[int, int], View]) -> Any:
             layer = gr.Slider(1, 2, 1, step=1, label="Map layer", visible=False, **named("map_layer"))
         text = gr.HTML("", **named("map_text", elem_classes=["agent-attention-status"]))
         image = gr.Image(type="pil", interactive=False, show_label=False, visible=False, **named("map_image"))
-    sliders, outputs = [moment, layer], [image, text, moment, layer]
+        task = gr.Textbox("", visible=False)  # the page's last request, which its script fills in
+    inputs, outputs = [task, moment, layer], [image, text, moment, layer]
 
-    def refresh(call: float, number: float) -> list[Any]:
-        return _map_updates(show(int(call or 1), int(number or 1)))
+    def refresh(task: str, call: float, number: float) -> list[Any]:
+        return _map_updates(show(task, int(call or 1), int(number or 1)))
 
-    button.click(refresh, sliders, outputs, show_progress="hidden")
-    for slider in sliders:
-        slider.input(refresh, sliders, outputs, show_progress="hidden", **_LAST)
-    for part in (record, button, *outputs):
+    own = {_JS: f"(...values) => agentAttentionReadout.ofTask('{tab}', values)"}
+    button.click(refresh, inputs, outputs, show_progress="hidden", **own)
+    for slider in (moment, layer):
+        slider.input(refresh, inputs, outputs, show_progress="hidden", **own, **_LAST)
+    for part in (record, button, task, *outputs):
         part.do_not_save_to_config = True
     return record
 
@@ -175,7 +177,7 @@ def _map_updates(view: View) -> list[Any]:
 
     return [
         gr.update(value=view.image, visible=view.image is not None),
-        f'<div role="status">{escape(view.text)}</div>',
+        f'<div role="status" title="{escape(view.block)}">{escape(view.text)}</div>',
         slider(view.call, view.calls),
         slider(view.layer, view.layers),
     ]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from ..methods import UNTOUCHED
 
+_CLEARLY = 1.05  # what is less is noise
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -24,6 +26,11 @@ class Pace:
 
     patched: float | None = None
     untouched: float | None = None
+
+    @property
+    def slower(self) -> bool:
+        """Whether patched calls took clearly longer than the others."""
+        return None not in (self.patched, self.untouched) and self.patched > _CLEARLY * self.untouched
 
     def words(self) -> str:
         """Describe the pace, as in "0.41 s/it patched, 0.52 s/it untouched"; empty if nothing was timed."""

@@ -6,7 +6,8 @@ Imports neither gradio nor the WebUI.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 from ..methods import UNTOUCHED, LayerPlan, method_of
 from ..patch import Patch
 from .pace import Pace, changed
-from .preview import in_layers
+from .preview import ACTS, NOTHING, SLOWER, WRONG, in_layers
 from .tokenmap import Recording
 
 log = logging.getLogger("agentsd.panel")
+_KEPT = 50  # earlier runs
 _TOLD = ("action", "tokens", "queries", "agents")
 
 
@@ -113,6 +115,8 @@ class Status:
 
     Attributes:
         run: number of the run.
+        task: the host's id of the request that it belongs to; empty if the host has none.
+        at: when it began or its last pass ended, in seconds since the epoch.
         enabled: whether the extension was on and its settings were valid.
         error: why the settings were invalid; empty if they were not.
         passes: reports of its sampling passes.
@@ -122,17 +126,23 @@ class Status:
     def __init__(self) -> None:
         self.run = 0
         self._said: set[str] = set()
+        self._earlier: OrderedDict[str, dict[str, Any]] = OrderedDict()  # by task
         self.clear()
 
-    def clear(self) -> None:
+    def clear(self, task: str = "") -> None:
+        self.task, self.at = task, time.time()
         self.enabled = False
         self.error = ""
         self.passes: list[PassReport] = []
         self.recording: Recording | None = None
 
-    def begin(self, enabled: bool, error: str = "") -> None:
-        """Start a generation; with an `error` it runs unpatched."""
-        self.clear()
+    def begin(self, enabled: bool, error: str = "", task: str = "") -> None:
+        """Start a generation of the request `task`; with an `error` it runs unpatched."""
+        if self.task:
+            self._earlier[self.task] = self.as_dict()
+            while len(self._earlier) > _KEPT:
+                self._earlier.popitem(last=False)
+        self.clear(task)
         self.run += 1
         self.enabled = enabled
         if error:
@@ -146,6 +156,7 @@ class Status:
     def add(self, report: PassReport) -> None:
         """Add the report of a pass that has ended."""
         self.passes.append(report)
+        self.at = time.time()
         if report.changed():
             log.info(report.sentence())
         for reason in (*report.obstacles, *report.notes):
@@ -173,10 +184,27 @@ class Status:
         lines += [f"left to the host: {note}" for note in self.notes()]
         return f"Last run: {'. '.join(lines)}." if lines else ""
 
-    def as_dict(self) -> Mapping[str, Any]:
-        """Return the status for the status route, in JSON types."""
+    def state(self) -> str:
+        """Tell how the run went, in the preview's words for a line; empty if there is nothing to tell."""
+        if self.error or self.obstacles():
+            return WRONG
+        if not any(report.changed() for report in self.passes):
+            return NOTHING if self.passes else ""
+        return SLOWER if any(report.pace.slower for report in self.passes) else ACTS
+
+    def of(self, task: str | None = None) -> Mapping[str, Any]:
+        """Return the status of the last run, or of the last one that belongs to `task`, in JSON types."""
+        if task is None or task == self.task:
+            return self.as_dict()
+        return self._earlier.get(task, _UNKNOWN)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the status of the last run in JSON types."""
         return {
             "run": self.run,
+            "task": self.task,
+            "at": self.at,
+            "state": self.state(),
             "enabled": self.enabled,
             "text": self.text(),
             "error": self.error,
@@ -197,4 +225,5 @@ class Status:
         }
 
 
+_UNKNOWN = Status().as_dict()
 STATUS = Status()

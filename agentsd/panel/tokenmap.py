@@ -18,6 +18,7 @@ from ..merging import Clusters
 from ..methods import LayerPlan, method_of
 from ..patch import Answer
 from ..plan import downsample_of, grid_of
+from .preview import fraction
 
 # Label of the checkbox that turns on recording
 RECORD = "Record tokens for the map"
@@ -270,13 +271,37 @@ def _agent_places(layer: Layer, raster: _Raster) -> list[tuple[float, float]]:
 # Words
 
 
+_PARTS = {"input": "down", "down": "down", "middle": "middle", "mid": "middle", "output": "up", "up": "up"}
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
 def caption(call: Call, number: int) -> str:
     """Describe the map of layer `number` (from 1) of a call in a few sentences."""
     layer = call.layers[number - 1]
     height, width = layer.size
-    progress = "" if call.progress is None else f", {call.progress:.0%} of the diffusion done"
-    where = f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)} ({layer.name})"
-    return f"{where}, {width}×{height} tokens. {' '.join(filter(None, _explained(layer)))}"
+    progress = "" if call.progress is None else f", {fraction(call.progress)} of the diffusion done"
+    where = f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}"
+    explained = " ".join(filter(None, _explained(layer)))
+    return f"{where}: {place(call, number)}, {width}×{height} tokens. {explained}"
+
+
+def place(call: Call, number: int) -> str:
+    """Say where layer `number` (from 1) of a call is in the U-Net, such as "down 1, first of two"."""
+    places = [_part_and_level(call, layer) for layer in call.layers]
+    own = places[number - 1]
+    count, nth = places.count(own), places[:number].count(own)
+    if count == 1:
+        return own
+    if count > len(_NUMBERS):
+        return f"{own}, number {nth} of {count}"
+    return f"{own}, {_ORDINALS[nth - 1]} of {_NUMBERS[count - 1]}"
+
+
+def _part_and_level(call: Call, layer: Layer) -> str:
+    part = _PARTS.get(layer.name.partition("_")[0], layer.name)
+    level = downsample_of(call.latent, layer.size).bit_length()
+    return part if part in ("middle", layer.name) else f"{part} {level}"
 
 
 def _explained(layer: Layer) -> Iterator[str]:
@@ -300,6 +325,7 @@ class View:
     Attributes:
         image: the map; None if there is nothing to show.
         text: caption of the map, or the reason why there is none.
+        block: name of the layer's block in the U-Net.
         call: number of the call shown, from 1 to `calls`.
         calls: number of calls to choose from.
         layer: number of the layer shown, from 1 to `layers`.
@@ -308,6 +334,7 @@ class View:
 
     image: Image.Image | None
     text: str
+    block: str = ""
     call: int = 1
     calls: int = 1
     layer: int = 1
@@ -317,7 +344,10 @@ class View:
 UNRECORDED = f"No record was kept of the last image's tokens. Tick “{RECORD}”, press Generate, and come back."
 
 
-def view(recording: Recording | None, call: int, layer: int, outcome: str) -> View:
+FOREIGN = "This image was made by another page or the API."
+
+
+def view(recording: Recording | None, call: int, layer: int, outcome: str, foreign: bool = False) -> View:
     """Show the map of one layer at one call; both numbers count from 1 and are clamped to the available range.
 
     Args:
@@ -325,6 +355,7 @@ def view(recording: Recording | None, call: int, layer: int, outcome: str) -> Vi
         call: number of the call.
         layer: number of the layer among those changed in that call.
         outcome: status line of the last run, which gives the reason if nothing was changed.
+        foreign: whether somebody else made the image than the one who looks at the map.
     """
     if recording is None:
         return View(None, UNRECORDED)
@@ -339,4 +370,5 @@ def view(recording: Recording | None, call: int, layer: int, outcome: str) -> Vi
     layers = len(record.layers)
     layer = min(max(1, layer), layers)
     picture = draw(recording.image, record.layers[layer - 1], record.latent)
-    return View(picture, caption(record, layer), call, calls, layer, layers)
+    text = f"{FOREIGN} {caption(record, layer)}" if foreign else caption(record, layer)
+    return View(picture, text, record.layers[layer - 1].name, call, calls, layer, layers)

@@ -66,11 +66,11 @@ def process(p: Any, args: Sequence[Any]) -> None:
     except SettingError as error:
         by_name = bool(args) and isinstance(args[0], Mapping)  # an API call, which knows no labels
         message = str(error) if by_name else table.labelled(str(error))
-        STATUS.begin(False, message)
+        STATUS.begin(False, message, compat.HOST.task())
         _write_infotext(p, {infotext.NOTE: f"not applied, {message}"})
         p.comment(f"Agent Attention was not applied: {message}")
         return
-    STATUS.begin(values["enabled"])
+    STATUS.begin(values["enabled"], task=compat.HOST.task())
     if values["enabled"]:
         generation = Generation(values, STATUS.run, tokenmap.Recording() if table.wants_record(args) else None)
         STATUS.recording = generation.recording
@@ -112,9 +112,9 @@ def generation_of(p: Any) -> Generation | None:
     return getattr(p, _GENERATION, None)
 
 
-def token_map(call: int, layer: int) -> tokenmap.View:
-    """Show the token map of the last run; see `tokenmap.view`."""
-    return tokenmap.view(STATUS.recording, call, layer, STATUS.text())
+def token_map(task: str, call: int, layer: int) -> tokenmap.View:
+    """Show the token map of the last run to the page whose last request was `task`; see `tokenmap.view`."""
+    return tokenmap.view(STATUS.recording, call, layer, STATUS.text(), foreign=task != STATUS.task)
 
 
 def _is_on(generation: Generation | None, hires: bool) -> bool:

@@ -34,7 +34,11 @@ class Element {
     }
 
     get classList() {
-        return {contains: (name) => this.className.split(" ").includes(name)};
+        const names = () => this.className.split(" ").filter(Boolean);
+        const toggle = (name, on) => {
+            this.className = [...names().filter((one) => one !== name), ...(on ? [name] : [])].join(" ");
+        };
+        return {contains: (name) => names().includes(name), toggle};
     }
 
     get textContent() {

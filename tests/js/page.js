@@ -65,6 +65,7 @@ const host = (tab) => new Element("div", {id: `tab_${tab}`},
     ...["width", "height"].map((name) => field(`${tab}_${name}`, {value: "512"})),
     field(`${tab}_denoising_strength`, {value: "0.7"}),
     new Element("button", {id: `${tab}_interrupt`}),
+    new Element("button", {id: `${tab}_interrupting`}),
     panel(tab));
 
 const hires = () => [
@@ -74,9 +75,29 @@ const hires = () => [
     field("txt2img_hr_resize_y", {value: "0"}),
 ];
 
+const storage = () => {
+    const kept = new Map();
+    return {
+        getItem: (key) => kept.get(key) ?? null,
+        setItem: (key, value) => kept.set(key, value),
+        removeItem: (key) => kept.delete(key),
+    };
+};
+
+const clock = (page) => class extends Date {
+    static now() {
+        return page.now;
+    }
+
+    toLocaleTimeString() {
+        return this.toISOString().slice(11, 16);
+    }
+};
+
 class Page {
     constructor() {
         this.now = 0;
+        this.session = storage(); // lives as long as the page's tab
         this.timers = [];
         this.asked = []; // every request: {method, name, body, aborted}
         this.deaf = false; // whether an answer comes although nobody waits for it any more
@@ -86,7 +107,7 @@ class Page {
         // them; undefined where it does not answer
         this.server = {
             "GET page": PAGE,
-            "GET status": {run: 1, text: "First pass: done"},
+            "GET status": {run: 1, at: 45240, state: "acts", text: "First pass: done"},
             "POST preview": ({values, ...size}) => (
                 {lines: [{text: summaryOf({values, ...size}), hint: ""}], preset: presetOf(values)}
             ),
@@ -101,7 +122,9 @@ class Page {
             document: this.document,
             gradioApp: () => this.document,
             fetch: (url, init) => this.fetch(url, init),
-            Date: {now: () => this.now},
+            Date: clock(this),
+            localStorage: storage(),
+            sessionStorage: this.session,
             setTimeout: (call, delay, ...args) => this.later(call, delay, args),
             setInterval: (call, delay) => this.later(call, delay, [], delay),
             clearTimeout: (id) => this.forget(id),
@@ -154,8 +177,8 @@ class Page {
     // The server
 
     fetch(url, {method = "GET", body, signal, headers = {}} = {}) {
-        const name = url.replace("./agent-attention/", "");
-        assert.equal(url, `./agent-attention/${name}`);
+        const [name, query] = url.replace("./agent-attention/", "").split("?");
+        assert.ok(url.startsWith("./agent-attention/"));
         assert.equal(headers["Content-Type"], body && "application/json");
         const request = {method, name, body: body && JSON.parse(body), aborted: false};
         this.asked.push(request);
@@ -165,7 +188,7 @@ class Page {
                 if (!this.deaf) reject(new Error("aborted"));
             });
             const given = this.server[`${method} ${name}`];
-            Promise.resolve(typeof given === "function" ? given(request.body) : given).then((answer) => {
+            Promise.resolve(typeof given === "function" ? given(request.body ?? query) : given).then((answer) => {
                 if (answer === undefined) throw new TypeError("Failed to fetch");
                 const {status = 200, content = answer} = answer ?? {};
                 resolve({ok: status < 300, status, json: async () => JSON.parse(JSON.stringify(content))});
@@ -261,4 +284,4 @@ setImmediate(async () => {
     }
 });
 
-module.exports = {test, assert, PAGE, NAMES};
+module.exports = {test, assert, PAGE, NAMES, ROWS};

@@ -110,32 +110,99 @@ test("without a size nothing is measured", async (page) => {
 
 // The last run
 
-const generate = async (page) => {
-    const button = page.document.querySelector("#txt2img_interrupt");
-    button.style.display = "block";
-    await page.wait(1000);
-    button.style.display = "none";
+// The host's buttons while it generates, and the id of the request
+const begin = async (page, {task = "task(1)", tab = "txt2img"} = {}) => {
+    page.context.localStorage.setItem(`${tab}_task_id`, task);
+    page.document.querySelector(`#${tab}_interrupt`).style.display = "block";
     await page.wait(1000);
 };
+const end = async (page, tab = "txt2img") => {
+    page.context.localStorage.removeItem(`${tab}_task_id`);
+    for (const name of ["interrupt", "interrupting"]) page.document.querySelector(`#${tab}_${name}`).style.display = "none";
+    await page.wait(1000);
+};
+const generate = async (page, which) => {
+    await begin(page, which);
+    await end(page, which?.tab);
+};
 
-test("the last run is told when the page is there, and after each generation", async (page) => {
+// A server that knows these runs by their task
+const ran = (page, runs) => {
+    page.server["GET status"] = (query) => (
+        runs[decodeURIComponent(query.replace("task=", ""))] ?? {run: 0, at: 0, state: "", text: ""}
+    );
+};
+
+const run = (text, state = "acts") => ({run: 1, at: 45240, state, text});
+const READY = {agent_attention_status_line: true, agent_attention_preset: "as saved"};
+
+test("the last run is told after each generation, with its time and its mark", async (page) => {
+    page.context.opts = READY;
+    ran(page, {"task(1)": run("First pass: done"), "task(2)": run("Not applied: x", "wrong")});
     page.load();
-    await page.wait(1000);
-    assert.equal(page.count("GET status"), 0, "the host's options are not there yet");
-    page.context.opts = {agent_attention_status_line: true, agent_attention_preset: "as saved"};
-    await page.wait(1000);
-    assert.equal(page.text("status"), "First pass: done");
-    assert.equal(page.text("status", "img2img"), "First pass: done");
-    page.server["GET status"] = {run: 2, text: "Hires pass: done"};
     await generate(page);
-    assert.equal(page.text("status"), "Hires pass: done");
-    assert.equal(page.count("GET status"), 2);
+    assert.equal(page.text("status"), "12:34 – First pass: done");
+    assert.ok(page.find("status", ".agent-attention-acts"));
+    assert.equal(page.text("status", "img2img"), "", "it was not made there");
+    await generate(page, {task: "task(2)"});
+    assert.equal(page.text("status"), "12:34 – Not applied: x");
+    assert.ok(page.find("status", ".agent-attention-wrong"));
+    assert.ok(page.find("status").classList.contains("agent-attention-alert"), "goes to the top");
+    await generate(page);
+    assert.ok(!page.find("status").classList.contains("agent-attention-alert"));
+    assert.equal(page.count("GET status"), 3);
+});
+
+test("after Interrupt, whose button is swapped for another, the last run is told when the host has ended", async (page) => {
+    page.context.opts = READY;
+    page.load();
+    await begin(page);
+    page.document.querySelector("#txt2img_interrupt").style.display = "none";
+    page.document.querySelector("#txt2img_interrupting").style.display = "block";
+    await page.wait(2000);
+    assert.equal(page.count("GET status"), 0, "the host is still at it");
+    await end(page);
+    assert.equal(page.text("status"), "12:34 – First pass: done");
+});
+
+test("a page that is loaded again tells its own last run, and no other", async (page) => {
+    page.context.opts = READY;
+    ran(page, {"task(7)": run("Mine"), "": run("Of somebody else")});
+    page.load();
+    await page.wait(2000);
+    assert.equal(page.text("status"), "", "nothing was made here yet");
+    page.session.setItem("agent_attention_task_img2img", "task(7)");
+    page.load();
+    await page.wait(2000);
+    assert.equal(page.text("status", "img2img"), "12:34 – Mine");
+    assert.equal(page.text("status"), "");
+});
+
+test("the token map is asked for with the page's own request", async (page) => {
+    page.context.opts = READY;
+    page.load();
+    assert.deepEqual([...page.readout.ofTask("txt2img", ["", 2, 3, "an image"])], ["", 2, 3]);
+    await generate(page, {task: "task(9)"});
+    assert.deepEqual([...page.readout.ofTask("txt2img", ["", 2, 3])], ["task(9)", 2, 3]);
+});
+
+test("where storage is forbidden the panel works all the same", async (page) => {
+    page.context.opts = READY;
+    for (const name of ["localStorage", "sessionStorage"]) {
+        Object.defineProperty(page.context, name, {get: () => { throw new Error("forbidden"); }});
+    }
+    page.load();
+    page.document.querySelector("#txt2img_interrupt").style.display = "block";
+    await page.wait(1000);
+    page.document.querySelector("#txt2img_interrupt").style.display = "none";
+    await page.wait(1000);
+    assert.equal(page.text("status"), "12:34 – First pass: done");
 });
 
 test("the last run can be left out", async (page) => {
-    page.context.opts = {agent_attention_status_line: false, agent_attention_preset: "as saved"};
+    page.context.opts = {...READY, agent_attention_status_line: false};
     page.load();
-    await page.wait(1000);
+    await generate(page);
     assert.equal(page.text("status"), "");
 });
 

@@ -1,6 +1,6 @@
 "use strict";
 // The preset's control and the other controls, which gradio fills on the script's word.
-const {test, assert, PAGE, NAMES} = require("./page.js");
+const {test, assert, PAGE, NAMES, ROWS} = require("./page.js");
 
 const READY = {agent_attention_status_line: true, agent_attention_preset: "as saved"};
 const PAPER = NAMES.map((name) => ({...PAGE.defaults, ...PAGE.presets.Paper})[name]);
@@ -142,6 +142,39 @@ test("it is filled in as soon as gradio listens", async (page) => {
     page.gradio = true;
     await page.wait(2000);
     assert.equal(preset(page), "Paper");
+});
+
+// gradio's own account of what it drew
+const DRAWN = (tab) => ROWS.filter(({name}) => name !== "enabled").map(({name}) => (
+    {props: {elem_id: `${tab}_agent_attention_${name}`, value: PAGE.defaults[name]}}
+));
+
+test("an infotext that was pasted before the preset came stays", async (page) => {
+    page.context.opts = {...READY, agent_attention_preset: "Paper"};
+    page.context.gradio_config = {components: [{props: {}}, ...DRAWN("txt2img"), ...DRAWN("img2img")]};
+    page.gradio = false;
+    page.load();
+    await page.wait(1500);
+    page.find("min_tokens", "input").value = "7"; // all other settings are the defaults
+    page.gradio = true;
+    await page.wait(5000);
+    assert.deepEqual([page.find("ratio", "input").value, page.find("min_tokens", "input").value], [0, 7]);
+    assert.equal(Number(page.find("ratio", "input", "img2img").value), 0.4, "nothing was pasted there");
+});
+
+test("an infotext of the defaults stays, whichever of the host's buttons brings it", async (page) => {
+    for (const id of ["paste", "txt2img_tab"]) {
+        page.context.opts = {...READY, agent_attention_preset: "Paper"};
+        page.gradio = false;
+        page.load();
+        await page.wait(1500);
+        const button = new page.document.constructor("button", {id});
+        page.document.append(button);
+        button.click();
+        page.gradio = true;
+        await page.wait(5000);
+        assert.equal(Number(page.find("ratio", "input").value), 0);
+    }
 });
 
 test("as saved leaves the controls alone", async (page) => {

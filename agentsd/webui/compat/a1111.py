@@ -34,6 +34,15 @@ def unet_of(model: Any) -> nn.Module | None:
         return None
 
 
+def _replaced(module: nn.Module, name: str) -> bool:
+    """Whether a method on the instance is another than its class's. ControlNet leaves the original there when done."""
+    own = vars(module).get(name)
+    if own is None:
+        return False
+    original = getattr(own, "__func__", None) is getattr(type(module), name, None)
+    return not (original and own.__self__ is module)
+
+
 class WebUI:
     """The program that we are installed in; also the panel's host, see `agentsd.panel.host.PanelHost`.
 
@@ -74,7 +83,7 @@ class WebUI:
 
     def replaced_blocks(self, unet: nn.Module) -> bool:
         """Whether another extension (ControlNet's reference, say) has replaced the forward of a transformer block."""
-        return any({"forward", "_forward"} & vars(site.block).keys() for site in find_sites(unet))
+        return any(_replaced(site.block, name) for site in find_sites(unet) for name in ("forward", "_forward"))
 
     # A pass
 
@@ -84,6 +93,12 @@ class WebUI:
     def unets(self) -> list[nn.Module]:
         """List the U-Nets that may be called next."""
         return [unet for unet in (self.unet(),) if unet is not None]
+
+    def task(self) -> str:
+        """Return the host's id of the request that it is working on; empty if it has none."""
+        from modules import progress
+
+        return str(getattr(progress, "current_task", None) or "")
 
     def is_hires(self, p: Any) -> bool:
         """Whether `p` is in its hires pass."""

@@ -1,0 +1,69 @@
+"""Whose run it was, how it is told, and what other extensions leave on the blocks."""
+
+from __future__ import annotations
+
+import time
+import types
+
+from blocks import blocks_of
+from test_webui_session import ON, SIMILARITY, Processing, generate, host, unet  # noqa: F401 - fixtures
+
+from agentsd.panel import tokenmap
+from agentsd.settings import infotext
+
+# ruff: noqa: F811 - a fixture's name is an argument's
+
+
+def test_a_run_is_told_to_whom_it_belongs(host):
+    status = host.session.STATUS
+    for task, settings in (("task(1)", ON), ("task(2)", {"ratio": 7})):
+        host.progress.current_task = task
+        generate(host, settings)
+    host.progress.current_task = None
+    assert "4096" not in status.of("task(1)")["text"]
+    assert status.of("task(1)")["state"] == "acts"
+    assert status.of("task(2)")["state"] == "wrong"
+    assert status.of("task(3)")["text"] == status.of("")["text"] == ""
+    assert status.of() == status.of("task(2)"), "the last one of all"
+    assert abs(status.of("task(1)")["at"] - time.time()) < 60
+
+
+def test_somebody_elses_map_is_shown_with_a_word(host):
+    host.progress.current_task = "task(1)"
+    generate(host, SIMILARITY, record=True)
+    own, other = (host.session.token_map(task, 1, 1) for task in ("task(1)", "task(2)"))
+    assert other.text == f"{tokenmap.FOREIGN} {own.text}"
+
+
+def test_from_the_page_messages_name_labels(host):
+    p = Processing()
+    host.session.before_process(p)
+    host.session.process(p, [True, 0.4, 0.9, 0.3, 0.1, False, "grid", "agent", 0.7, 0.6])
+    assert host.session.STATUS.text() == "Not applied: Until must be above From (0.7), got 0.6"
+    assert "Until must be above From" in p.comments[0]
+    assert len(p.extra_generation_params[infotext.NOTE]) < 100
+
+
+# Other extensions
+
+
+def hijacked(block, call):
+    """The block's forward replaced on the instance, as ControlNet's reference does."""
+    block._forward = types.MethodType(call, block)
+
+
+def test_blocks_that_call_their_own_forward_again_are_nobodys(host, unet):
+    """ControlNet's reference, once used, leaves the original on the blocks."""
+    for block in blocks_of(unet):
+        original = block._forward
+        hijacked(block, lambda block, x, context=None, **more: x)
+        assert host.session.compat.HOST.replaced_blocks(unet)
+        block._forward = original
+    generate(host)
+    assert "_forward" in vars(blocks_of(unet)[0])
+    assert host.session.STATUS.notes() == []
+    hijacked(blocks_of(unet)[0], lambda block, x, context=None, **more: x)
+    generate(host)
+    assert "replaces transformer blocks" in host.session.STATUS.notes()[0]
+    blocks_of(unet)[0]._forward = blocks_of(unet)[1]._forward  # another block's
+    assert host.session.compat.HOST.replaced_blocks(unet)
