@@ -17,7 +17,7 @@
     const MEASURE_POLL_MS = 400;
     const PRESET_OPTION = "agent_attention_preset", STATUS_OPTION = "agent_attention_status_line";
     // The host's options that the answer depends on
-    const DECISIVE = /^(sd_model_checkpoint|upcast_attn|hypertile|token_merging)/;
+    const DECISIVE = /^(sd_model_checkpoint|upcast_attn|hypertile|token_merging|tome_ratio|todo_ratio)/;
 
     const find = (selector) => gradioApp().querySelector(selector);
     const panelId = (tab, name = "") => `${tab}_agent_attention${name && "_" + name}`;

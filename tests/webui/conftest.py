@@ -1,4 +1,4 @@
-"""Real WebUIs, started once for all tests. AGENTSD_WEBUI and AGENTSD_FORGE name their checkouts."""
+"""Real WebUIs, started once for all tests. Variables name their checkouts; without its variable a WebUI is skipped."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 from host import Host
 from page import Panel, browser
 
-CHECKPOINTS = ("tinysd1", "tinysd1b", "tinysd2v", "tinysdxl")
+# the variable of each WebUI, and the models that its tests need; it is started with the first
+CHECKOUTS = {
+    "a1111": ("AGENTSD_WEBUI", ("tinysd1", "tinysd1b", "tinysd2v", "tinysdxl")),
+    "forge": ("AGENTSD_FORGE", ("tinysd1", "tinysdxl")),
+    "reforge": ("AGENTSD_REFORGE", ("tinysd1",)),
+    "sdnext": ("AGENTSD_SDNEXT", ("tiny-sd",)),
+}
 
 
-def _running(variable: str, kind: str, needed: tuple[str, ...]) -> Iterator[Host]:
+def _running(kind: str) -> Iterator[Host]:
+    variable, needed = CHECKOUTS[kind]
     folder = os.environ.get(variable)
     if not folder:
         pytest.skip(f"{variable} does not name a WebUI checkout")
-    models = Path(folder) / "models/Stable-diffusion"
-    missing = [name for name in needed if not (models / f"{name}.safetensors").exists()]
+    host = Host(Path(folder).resolve(), kind, needed[0])
+    missing = [name for name in needed if not host.has(name)]
     if missing:
-        pytest.skip(f"{models} lacks {', '.join(missing)}; tests/webui/README.md says how to make them")
-    host = Host(Path(folder).resolve(), kind, "tinysd1.safetensors")
+        pytest.skip(f"{host.models} lacks {', '.join(missing)}; tests/webui/README.md says how to make them")
     try:
         host.install()
         host.start()
@@ -38,7 +44,7 @@ def _running(variable: str, kind: str, needed: tuple[str, ...]) -> Iterator[Host
 
 @pytest.fixture(scope="session")
 def a1111() -> Iterator[Host]:
-    yield from _running("AGENTSD_WEBUI", "a1111", CHECKPOINTS)
+    yield from _running("a1111")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,12 @@ def panel(page) -> Panel:
     return Panel(page)
 
 
+@pytest.fixture(scope="session", params=["forge", "reforge"])
+def forge(request: pytest.FixtureRequest) -> Iterator[Host]:
+    """Forge and its fork, one after the other."""
+    yield from _running(request.param)
+
+
 @pytest.fixture(scope="session")
-def forge() -> Iterator[Host]:
-    yield from _running("AGENTSD_FORGE", "forge", ("tinysd1", "tinysdxl"))
+def sdnext() -> Iterator[Host]:
+    yield from _running("sdnext")

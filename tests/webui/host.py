@@ -79,6 +79,7 @@ SDNEXT_CONFIG = {
     "diffusers_dir": "models/Diffusers",
     "sd_checkpoint_autoload": True,
     "sdnq_dequantize_compile": False,
+    "theme_type": "Standard",
 }
 # A user's own defaults: other values than ours, and whole numbers where ours have a fraction
 USER_DEFAULTS = {
@@ -131,7 +132,7 @@ class Host:
     Args:
         root: its folder.
         kind: "a1111", "forge", "reforge" or "sdnext": which flags it is started with.
-        checkpoint: file name of the checkpoint to start with.
+        checkpoint: name of the checkpoint to start with; SD.Next's are folders.
         flags: more flags to start it with.
     """
 
@@ -146,6 +147,14 @@ class Host:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models" / ("Diffusers" if self.kind == "sdnext" else "Stable-diffusion")
+
+    def has(self, checkpoint: str) -> bool:
+        """Whether the host has a checkpoint of this name."""
+        return any((self.models / name).exists() for name in (checkpoint, f"{checkpoint}.safetensors"))
 
     # Life
 
@@ -188,7 +197,7 @@ class Host:
         )
         flags = [*FLAGS[self.kind], *self.flags, "--port", str(self.port)]
         if self.kind != "sdnext":
-            flags += ["--ckpt", str(self.root / "models/Stable-diffusion" / self.checkpoint)]
+            flags += ["--ckpt", str(self.models / f"{self.checkpoint}.safetensors")]
         flags += os.environ.get("AGENTSD_WEBUI_FLAGS", "").split()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -202,7 +211,7 @@ class Host:
             )
         self.wait(timeout)
         if self.kind != "sdnext":
-            self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": self.checkpoint})
+            self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": f"{self.checkpoint}.safetensors"})
 
     def wait(self, timeout: float = 300, starts: int = 1) -> None:
         """Wait until the server has started so many times. A request before that would make its start fail."""

@@ -82,7 +82,7 @@ def pictures(page: Any, folder: Path, prompt: str) -> None:
 
 
 def main(webui: str, folder: str) -> None:
-    host = Host(Path(webui).resolve(), "a1111", "tinysd1.safetensors")
+    host = Host(Path(webui).resolve(), "a1111", "tinysd1")
     try:
         host.install()
         (host.root / "ui-config.json").write_text("{}")
