@@ -90,7 +90,7 @@ def test_rules(forge: Host, leaves_no_trace, plain: Result):
 def test_bad_value(forge: Host, leaves_no_trace, plain: Result):
     bad = forge.txt2img([True, 7])
     assert bad.pixels == plain.pixels
-    assert "ratio" in bad.info["extra_generation_params"][infotext.NOTE]
+    assert "Ratio" in bad.info["extra_generation_params"][infotext.NOTE]
 
 
 def test_axes_appear_once(forge: Host):
@@ -150,3 +150,20 @@ def test_token_map(forge: Host, leaves_no_trace):
             arg=element_id("txt2img", "map_text"),
             timeout=30 * SECONDS,
         )
+
+
+def test_beside_reforges_own(forge: Host, leaves_no_trace):
+    """Token merging is an option, HyperTile a script: each changes the layers, and keeps them."""
+    if forge.kind != "reforge":
+        pytest.skip("only reForge has both")
+    with forge.options(token_merging_ratio=0.5):
+        off, on = forge.txt2img(), forge.txt2img([{"until": 1}])
+        assert "token merging" in forge.status()["text"]
+    assert on.pixels == off.pixels
+    assert infotext.KEY not in on.infotext
+    tiles = {"alwayson_scripts": {"hypertile integrated": {"args": [True, 64, 1, 3, False]}}}
+    off = forge.txt2img(width=256, height=256, **tiles)
+    on = forge.txt2img([{"until": 1}], width=256, height=256, **tiles)
+    assert on.pixels == off.pixels
+    assert forge.status()["notes"]
+    assert infotext.KEY not in on.infotext

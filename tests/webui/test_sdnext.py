@@ -112,7 +112,7 @@ def test_stands_down_beside_its_own(sdnext: Host, plain: Result, reason: str):
 def test_bad_value(sdnext: Host, leaves_no_trace, plain: Result):
     bad = sdnext.txt2img([True, 7])
     assert bad.pixels == plain.pixels
-    assert "ratio" in bad.info["extra_generation_params"][infotext.NOTE]
+    assert "Ratio" in bad.info["extra_generation_params"][infotext.NOTE]
 
 
 def test_axes_appear_once(sdnext: Host):
