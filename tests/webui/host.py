@@ -203,7 +203,7 @@ class Host:
             self._process = subprocess.Popen(
                 [str(python), "launch.py", *flags],
                 cwd=self.root,
-                env={**os.environ, **OFFLINE},
+                env={**os.environ, **OFFLINE, **self._pins()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -212,6 +212,14 @@ class Host:
         self.wait(timeout)
         if self.kind != "sdnext":
             self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": f"{self.checkpoint}.safetensors"})
+
+    def _pins(self) -> dict[str, str]:
+        """What keeps reForge from fetching another commit of a repository than the one it has."""
+        if self.kind != "reforge":
+            return {}
+        repository = str(self.root / "repositories/stable-diffusion-stability-ai")
+        commit = subprocess.check_output(["git", "-C", repository, "rev-parse", "HEAD"], text=True)
+        return {"STABLE_DIFFUSION_COMMIT_HASH": commit.strip()}
 
     def wait(self, timeout: float = 300, starts: int = 1) -> None:
         """Wait until the server has started so many times. A request before that would make its start fail."""
