@@ -393,8 +393,15 @@ SETTINGS = tuple(f.name for f in fields(AgentConfig))
 STAGE_SETTINGS = tuple(name for name in SETTINGS if name not in ("stages", "rules", "seed"))
 LIMITS: Mapping[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(AgentConfig)}
 
-# Token merging alone: with agent_ratio 0 every token would be its own agent, so none are used.
-TOKEN_MERGING: Mapping[str, Any] = {"ratio": 0.4, "sx": 2, "sy": 2, "agent_ratio": 0.0, "agent_source": "similarity"}
+# Token merging alone, whatever the method was before. With agent_ratio 0 no token is matched for agents.
+TOKEN_MERGING: Mapping[str, Any] = {
+    "method": "merge",
+    "ratio": 0.4,
+    "sx": 2,
+    "sy": 2,
+    "agent_ratio": 0.0,
+    "agent_source": "similarity",
+}
 
 
 def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None = None) -> tuple[Stage, ...]:

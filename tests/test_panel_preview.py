@@ -62,7 +62,7 @@ def test_the_defaults_at_512():
     layout, config = costs.layouts()["SD 1"], table.to_config(table.check({"enabled": True}))
     gain = 1 / costs.share_of_run(layout, config, 64, 64)
     expected = f"Expected: about {gain:.2f}× faster, by FLOPs over the whole pass."
-    assert text == f"512×512: 4096 tokens → 256 agents in 5 layers. {expected}"
+    assert text == f"512×512: 4096 tokens → 256 corrected agents in 5 layers. {expected}"
     assert hint == ""
     assert gain > 1
 
@@ -70,16 +70,16 @@ def test_the_defaults_at_512():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"method": "corrected"}, "4096 tokens → 256 corrected agents in 5 layers"),
+        ({"method": "agent"}, "4096 tokens → 256 agents in 5 layers"),
         ({"method": "pool"}, "4096 tokens → 256 pooled keys in 5 layers"),
         ({"method": "merge", "ratio": 0.4}, "4096 tokens → 2458 merged in 5 layers"),
-        ({"ratio": 0.4}, "4096 tokens → 256 agents (2458 queries) in 5 layers"),
-        ({"max_downsample": "2"}, "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 agents in 5 layers"),
+        ({"method": "agent", "ratio": 0.4}, "4096 tokens → 256 agents (2458 queries) in 5 layers"),
+        ({"max_downsample": "2"}, "4096 tokens → 256 corrected agents in 5 layers, 1024 tokens → 64 corrected agents in 5 layers"),
         (
             {"rules": "downsample=2 max_downsample=2 method=pool | blocks=middle_block.* full"},
-            "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers",
+            "4096 tokens → 256 corrected agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers",
         ),
-        ({"rules": "blocks=input_blocks.* full"}, "4096 tokens → 256 agents in 3 layers"),
+        ({"rules": "blocks=input_blocks.* full"}, "4096 tokens → 256 corrected agents in 3 layers"),
         ({"merge_attn": False, "merge_mlp": True, "ratio": 0.4}, "tokens merged outside self-attention"),
     ],
 )
@@ -97,7 +97,7 @@ def test_what_is_done_in_words(values, words):
             {"agent_ratio": 0.1},
             "4096 agents are too many for 4096 queries (fewer than half are needed). Change “Agent ratio”.",
         ),
-        ({"since": 0.7}, "Agents begin at 0.7 and end at 0.6. Change “From” or “Until”."),
+        ({"since": 0.7, "until": 0.6}, "Agents begin at 0.7 and end at 0.6. Change “From” or “Until”."),
         ({"passes": "hires"}, "Only the hires pass is chosen, and there is none. Change “Passes”."),
         ({"method": "pool", "sx": 1, "sy": 1}, "Cells of 1×1 pool nothing. Change “Cell width” or “Cell height”."),
         ({"method": "merge"}, "No token is merged. Change “Ratio”."),
@@ -118,29 +118,30 @@ def test_layers_that_the_model_does_not_have():
     assert text == "512×512: nothing happens."
     assert hint == "Layers at level 2 are further down than level 1. Change “Layers down to”."
     [(text, _)] = said({"max_downsample": "auto"}, host=Host(sdxl_like_unet()))
-    assert "1024 tokens → 64 agents" in text
+    assert "1024 tokens → 64 corrected agents" in text
 
 
 def test_merging_without_agents_says_why_there_are_none():
-    [(_, hint)] = said({"agent_source": "similarity", "agent_ratio": 0.5, "ratio": 0.4})
+    similarity = {"method": "agent", "agent_source": "similarity", "ratio": 0.4}
+    [(_, hint)] = said({**similarity, "agent_ratio": 0.5})
     assert hint.startswith("No agents: 2048 agents are too many for 2458 queries")
-    [(_, hint)] = said({"agent_source": "similarity", "agent_ratio": 0.0, "ratio": 0.4})
+    [(_, hint)] = said({**similarity, "agent_ratio": 0.0})
     assert hint == "", "it was asked for"
 
 
 def test_both_passes():
     first, second = said({}, HERE, HIRES)
     assert first[0].startswith("512×512: 4096 tokens")
-    assert second[0].startswith("Hires 1024×1024: 16384 tokens → 1024 agents in 5 layers")
+    assert second[0].startswith("Hires 1024×1024: 16384 tokens → 1024 corrected agents in 5 layers")
     [(text, _)] = said({"passes": "hires"}, HERE, HIRES)
     assert text.startswith("Hires 1024×1024"), "a pass that is left out is not worth a line"
 
 
 def test_a_late_pass():
-    [(text, hint)] = said({}, SamplingPass(512, 512, 0.75))
+    [(text, hint)] = said({"until": 0.6}, SamplingPass(512, 512, 0.75))
     assert text == "512×512: nothing happens."
     assert hint == "0.75 of the diffusion is done when this pass begins, and agents end at 0.6. Change “Until”."
-    [(text, hint)] = said({"after": "token merging"}, SamplingPass(512, 512, 0.75))
+    [(text, hint)] = said({"until": 0.6, "after": "token merging"}, SamplingPass(512, 512, 0.75))
     assert "2458 merged" in text
     assert hint == "Agents end before this pass begins, so only what comes afterwards is done. Change “Until”."
 
@@ -170,13 +171,13 @@ def test_no_model_is_said_and_a_model_is_read():
     assert preview({}, [HERE], Host(golden_unet()))["model"] is True
     host = Host(golden_unet(), advice=[Hint("32 bits are advised", ("fp32",))])
     lines = preview({}, [HERE], host)["lines"]
-    assert "4096 tokens → 256 agents in 3 layers" in lines[0]["text"]
+    assert "4096 tokens → 256 corrected agents in 3 layers" in lines[0]["text"]
     assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”.", "state": NOTE}
 
 
 def test_what_was_measured_counts_more_than_flops():
-    """The gain is that of the whole pass: of the default's 0.6 of the diffusion here."""
-    [(text, _)] = said({}, measured=lambda one: (20.0, 10.0))
+    """The gain is that of the whole pass: of 0.6 of the diffusion here."""
+    [(text, _)] = said({"until": 0.6}, measured=lambda one: (20.0, 10.0))
     assert text.endswith("Expected: 1.43× faster over the whole pass; measured: 20 → 10\u00a0ms a U-Net call.")
     [line] = preview({"until": 1.0}, [HERE], Host(golden_unet()), measured=lambda one: (10.0, 20.0))["lines"]
     assert "Slower than without: 0.50× the speed over the whole pass" in line["text"]
@@ -185,7 +186,7 @@ def test_what_was_measured_counts_more_than_flops():
 
 @pytest.mark.parametrize(("side", "tokens"), [(64, 64), (128, 256)])
 def test_where_nothing_is_gained_it_says_so(side, tokens):
-    [(text, hint)] = said({"min_tokens": 0}, SamplingPass(side, side))
+    [(text, hint)] = said({"method": "agent", "min_tokens": 0}, SamplingPass(side, side))
     assert f"{tokens} tokens →" in text
     assert hint == f"Nothing is gained from layers of {tokens} tokens. Change “Minimum tokens”."
     assert said({"min_tokens": 512}, SamplingPass(side, side)) == [
@@ -202,7 +203,7 @@ def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():
     )
 
 
-@pytest.mark.parametrize(("values", "state"), [({}, ACTS), ({"passes": "hires"}, NOTHING), ({"since": 0.7}, NOTHING)])
+@pytest.mark.parametrize(("values", "state"), [({}, ACTS), ({"passes": "hires"}, NOTHING), ({"since": 0.7, "until": 0.6}, NOTHING)])
 def test_each_line_tells_its_state(values, state):
     assert preview(values, [HERE], Host())["lines"][0]["state"] == state
 

@@ -50,7 +50,7 @@ def test_before_and_after_are_the_models_pictures(model):
     assert before.tobytes() == playground._shown(expected).tobytes()
     assert before.tobytes() != after.tobytes()
     assert "PSNR" in timings
-    assert "1024 tokens → 64 agents in 3 layers" in status
+    assert "1024 tokens → 64 corrected agents in 3 layers" in status
     assert get_patch(model.unet) is None
 
 
@@ -88,9 +88,9 @@ def test_the_routes_of_the_panels_script_answer(model):
     data = client.get("/agent-attention/page").json()
     assert [row["name"] for row in data["rows"]] == [row.name for row in SETTINGS]
     assert client.get("/agent-attention/status").json()["run"] >= 0
-    state = {"tab": "txt2img", "values": ON, "width": 128, "height": 128, "denoising": 0.7, "hires": None}
+    state = {"tab": "txt2img", "values": {**ON, "min_tokens": 0}, "width": 128, "height": 128, "denoising": 0.7, "hires": None}
     told = client.post("/agent-attention/preview", json=state).json()
-    assert "256 tokens → 16 agents in 3 layers" in told["lines"][0]["text"]
+    assert "256 tokens → 64 corrected agents in 3 layers" in told["lines"][0]["text"]
     assert client.post("/agent-attention/measure", json=state).json() == {"error": ""}
     deadline = time.monotonic() + 60
     while (job := client.get("/agent-attention/measure").json())["state"] == "running":
@@ -177,16 +177,16 @@ def generate(page) -> str:
 
 
 def test_a_picture_is_drawn_both_ways_in_the_browser(page, url):
-    assert "512×512: 4096 tokens → 256 agents in 3 layers" in page.inner_text("#txt2img_agent_attention_summary")
+    assert "512×512: 4096 tokens → 256 corrected agents in 3 layers" in page.inner_text("#txt2img_agent_attention_summary")
     for name, value in (("width", 256), ("height", 256), ("steps", 2), ("agent_attention_agent_ratio", 0.75)):
         fill(page, name, value)
     page.wait_for_function(
-        "document.querySelector('#txt2img_agent_attention_summary').innerText.includes('1024 tokens → 256 agents')"
+        "document.querySelector('#txt2img_agent_attention_summary').innerText.includes('1024 tokens → 256 corrected agents')"
     )
     timings = generate(page)
     assert "without" in timings
     assert "PSNR" in timings
-    assert "1024 tokens → 256 agents in 3 layers" in page.inner_text("#txt2img_agent_attention_status")
+    assert "1024 tokens → 256 corrected agents in 3 layers" in page.inner_text("#txt2img_agent_attention_status")
     page.wait_for_function("document.querySelectorAll('#playground_pictures img').length >= 2")
     sizes = page.evaluate(
         "Promise.all([...document.querySelectorAll('#playground_pictures img')].map(async i =>"
@@ -198,7 +198,7 @@ def test_a_picture_is_drawn_both_ways_in_the_browser(page, url):
 
 
 def test_the_panel_is_that_of_the_webui(page):
-    assert page.input_value("#txt2img_agent_attention_preset input") == "Fast"
+    assert page.input_value("#txt2img_agent_attention_preset input") == "Faithful"
     page.click("#txt2img_agent_attention_more button")
     for row in SETTINGS:
         if row.name != "enabled":

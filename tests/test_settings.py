@@ -213,10 +213,15 @@ def on(**values):
 
 def test_panel_defaults():
     config = to_config(on())
-    assert (config.agent_source, config.ratio, config.agent_ratio, config.max_downsample) == ("grid", 0.0, 0.95, "auto")
-    assert config.at(0.59).agent_source == "grid"
+    assert (config.method, config.ratio, config.agent_ratio, config.max_downsample) == ("corrected", 0.0, 0.95, "auto")
+    assert config.stages == to_config(on(), hires=True).stages == ()
+
+
+def test_an_end_is_that_of_its_pass():
+    config = to_config(on(until=0.6))
+    assert config.at(0.59).method == "corrected"
     assert config.at(0.61) is None
-    assert to_config(on(), hires=True).stages == ()
+    assert to_config(on(until=0.6), hires=True).stages == ()
 
 
 def test_off_leaves_the_pass_alone():
@@ -314,7 +319,8 @@ def test_infotext_round_trip(values):
 
 def test_infotext_names_the_main_settings_even_at_their_defaults():
     assert infotext.write(on()) == (
-        "ratio=0.0; agent_ratio=0.95; k_scale2=0.3; k_shortcut=0.075; agent_source=grid; until=0.6; min_tokens=512"
+        "ratio=0.0; agent_ratio=0.95; k_scale2=0.3; k_shortcut=0.075; agent_source=grid; method=corrected; until=1.0; "
+        "min_tokens=512"
     )
 
 
@@ -425,7 +431,7 @@ def test_messages_repeat_values_shortened(value):
 
 def test_messages_name_controls_by_their_labels():
     with pytest.raises(SettingError) as raised:
-        to_config(on(since=0.7))
+        to_config(on(since=0.7, until=0.6))
     assert labelled(str(raised.value)) == "Until must be above From (0.7), got 0.6"
     with pytest.raises(SettingError) as raised:
         check({"max_agents": 10**11})

@@ -86,7 +86,7 @@ def test_an_image_of_the_older_extension_fills_our_controls():
 def test_its_hires_only_images_too():
     hires = {**OLD, "Fix Only": "True", "Hires steps": "20", "Denoising strength": "0.5"}
     found = read(hires)
-    assert (found["passes"], found["hires_until"], found["until"]) == ("hires", 0.8, table.DEFAULTS["until"])
+    assert (found["passes"], found["hires_until"], found["until"]) == ("hires", 0.8, table.IMPLIED["until"])
 
 
 def test_its_second_step_may_never_come():

@@ -216,7 +216,7 @@ def test_two_passes_have_their_own_settings(host):
     generate(host, {**ON, "until": 0.4}, p, passes=(False, True))
     first, hires = host.session.STATUS.as_dict()["passes"]
     assert not first["calls"].get("agents")
-    assert hires["calls"]["agents"] > 0
+    assert hires["calls"]["corrected"] > 0
 
 
 def test_announced_twice_patched_once(host, unet):
@@ -367,7 +367,7 @@ def test_an_xyz_cell_does_not_inherit_the_infotext_of_the_one_before(host):
 # The token map
 
 
-SIMILARITY = {"min_tokens": 0, **ON, "agent_source": "similarity", "ratio": 0.4}
+SIMILARITY = {"min_tokens": 0, **ON, "method": "agent", "agent_source": "similarity", "ratio": 0.4}
 
 
 def test_the_map_of_the_last_image(host, unet):
