@@ -25,6 +25,9 @@ from agentsd.settings import DEFAULTS, check, to_config
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
+# agents in the pictures of the stand-in model, whose layers the defaults leave alone
+GRID = ("--method", "agent", "--min-tokens", "0")
+
 
 # Options
 
@@ -117,7 +120,7 @@ def test_ranges(text, values):
 
 
 def test_generate_draws_the_picture_that_the_settings_ask_for(stand_in, capsys, tmp_path):
-    given = ["a red apple", *SMALL, "--seed", "3", "--until", "1", "--agent-ratio", "0.75"]
+    given = ["a red apple", *SMALL, *GRID, "--seed", "3", "--agent-ratio", "0.75"]
     assert main(["generate", *given, "--out", "ours.png"]) == 0
     assert main(["generate", *given, "--out", "plain.png", "--off"]) == 0
     assert agentsd.get_patch(stand_in.unet) is None
@@ -170,7 +173,7 @@ def test_outputs_do_not_overwrite_each_other(stand_in):
 
 
 def test_compare_measures_the_two_pictures_that_it_shows(stand_in, capsys):
-    given = ["a rose", *SMALL, "--until", "1"]
+    given = ["a rose", *SMALL, *GRID]
     assert main(["compare", *given, "--out", "both.png"]) == 0
     said = capsys.readouterr().out
     config = options.config_of(parse(["compare", *given]).settings)
@@ -202,7 +205,7 @@ def test_settings_that_change_nothing_are_told_as_such(stand_in, capsys):
 
 def test_sweep_measures_every_cell(stand_in):
     axes = ["--x", "agent_ratio=0.75,0.9", "--y", "k-scale2=0.2:0.6:0.2"]
-    assert main(["sweep", "a rose", *SMALL, *axes, "--until", "1", "--out", "swept"]) == 0
+    assert main(["sweep", "a rose", *SMALL, *GRID, *axes, "--out", "swept"]) == 0
     swept = Path("swept")
     with (swept / "sweep.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
