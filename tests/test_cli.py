@@ -14,7 +14,7 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from drawing import PROMPTS, SMALL, pixels
+from drawing import GRID, PROMPTS, SMALL, pixels
 
 import agentsd
 from agentsd.cli import files, main, models, options, sheets
@@ -24,9 +24,6 @@ from agentsd.config import LIMITS
 from agentsd.settings import DEFAULTS, check, to_config
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-
-# agents in the pictures of the stand-in model, whose layers the defaults leave alone
-GRID = ("--method", "agent", "--min-tokens", "0")
 
 
 # Options

@@ -18,7 +18,7 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from drawing import SMALL, pixels
+from drawing import GRID, SMALL, pixels
 from tiny_pipelines import ldm_and_diffusers, tiny_sd, tiny_sdxl
 
 import agentsd
@@ -113,14 +113,14 @@ def test_a_diffusers_folder(folder, no_network, capsys):
     given = ["cat", "--model", str(folder), "--steps", "2", "--seed", "5", "--quiet"]
     assert main(["generate", *given, "--off", "--out", "plain.png"]) == 0
     assert np.array_equal(pixels(Image.open("plain.png")), theirs(tiny_sd()))
-    assert main(["generate", *given, "--until", "1", "--out", "ours.png"]) == 0
+    assert main(["generate", *given, *GRID, "--out", "ours.png"]) == 0
     assert "of 14 self-attentions 6 with agents" in capsys.readouterr().out
     assert not np.array_equal(pixels(Image.open("ours.png")), theirs(tiny_sd()))
 
 
 def test_an_sdxl_folder_is_patched_where_it_has_attention(no_network, capsys):
     tiny_sdxl().save_pretrained("xl")
-    assert main(["generate", "cat", "--model", "xl", *SMALL[:2], "--size", "128", "--quiet", "--until", "1"]) == 0
+    assert main(["generate", "cat", "--model", "xl", *SMALL[:2], "--size", "128", "--quiet", *GRID]) == 0
     assert "of 16 self-attentions 16 with agents" in capsys.readouterr().out
 
 
@@ -177,7 +177,7 @@ def test_the_embedded_model_takes_no_negative_prompt(stand_in, capsys):
 
 
 def test_info_names_what_would_happen(folder, capsys, no_network):
-    assert main(["info", str(folder), "--size", "128", "256x128", "--layers"]) == 0
+    assert main(["info", str(folder), "--size", "128", "256x128", "--layers", *GRID]) == 0
     said = capsys.readouterr().out
     assert "7 transformer blocks" in said
     assert "128×128 pixels, a latent of 16×16" in said
@@ -187,7 +187,7 @@ def test_info_names_what_would_happen(folder, capsys, no_network):
 
 
 def test_info_as_json_is_what_happens(folder, capsys):
-    given = ["--until", "1", "--agent-ratio", "0.75", "--max-downsample", "2"]
+    given = [*GRID, "--agent-ratio", "0.75", "--max-downsample", "2"]
     assert main(["info", str(folder), "--size", "128", "--json", *given]) == 0
     said = json.loads(capsys.readouterr().out)["sizes"][0]
     pipe = tiny_sd()

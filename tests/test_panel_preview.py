@@ -74,7 +74,10 @@ def test_the_defaults_at_512():
         ({"method": "pool"}, "4096 tokens → 256 pooled keys in 5 layers"),
         ({"method": "merge", "ratio": 0.4}, "4096 tokens → 2458 merged in 5 layers"),
         ({"method": "agent", "ratio": 0.4}, "4096 tokens → 256 agents (2458 queries) in 5 layers"),
-        ({"max_downsample": "2"}, "4096 tokens → 256 corrected agents in 5 layers, 1024 tokens → 64 corrected agents in 5 layers"),
+        (
+            {"max_downsample": "2"},
+            "4096 tokens → 256 corrected agents in 5 layers, 1024 tokens → 64 corrected agents in 5 layers",
+        ),
         (
             {"rules": "downsample=2 max_downsample=2 method=pool | blocks=middle_block.* full"},
             "4096 tokens → 256 corrected agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers",
@@ -203,7 +206,9 @@ def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():
     )
 
 
-@pytest.mark.parametrize(("values", "state"), [({}, ACTS), ({"passes": "hires"}, NOTHING), ({"since": 0.7, "until": 0.6}, NOTHING)])
+@pytest.mark.parametrize(
+    ("values", "state"), [({}, ACTS), ({"passes": "hires"}, NOTHING), ({"since": 0.7, "until": 0.6}, NOTHING)]
+)
 def test_each_line_tells_its_state(values, state):
     assert preview(values, [HERE], Host())["lines"][0]["state"] == state
 

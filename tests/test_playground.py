@@ -88,7 +88,8 @@ def test_the_routes_of_the_panels_script_answer(model):
     data = client.get("/agent-attention/page").json()
     assert [row["name"] for row in data["rows"]] == [row.name for row in SETTINGS]
     assert client.get("/agent-attention/status").json()["run"] >= 0
-    state = {"tab": "txt2img", "values": {**ON, "min_tokens": 0}, "width": 128, "height": 128, "denoising": 0.7, "hires": None}
+    values = {**ON, "min_tokens": 0}
+    state = {"tab": "txt2img", "values": values, "width": 128, "height": 128, "denoising": 0.7, "hires": None}
     told = client.post("/agent-attention/preview", json=state).json()
     assert "256 tokens → 64 corrected agents in 3 layers" in told["lines"][0]["text"]
     assert client.post("/agent-attention/measure", json=state).json() == {"error": ""}
@@ -177,11 +178,13 @@ def generate(page) -> str:
 
 
 def test_a_picture_is_drawn_both_ways_in_the_browser(page, url):
-    assert "512×512: 4096 tokens → 256 corrected agents in 3 layers" in page.inner_text("#txt2img_agent_attention_summary")
+    told = page.inner_text("#txt2img_agent_attention_summary")
+    assert "512×512: 4096 tokens → 256 corrected agents in 3 layers" in told
     for name, value in (("width", 256), ("height", 256), ("steps", 2), ("agent_attention_agent_ratio", 0.75)):
         fill(page, name, value)
     page.wait_for_function(
-        "document.querySelector('#txt2img_agent_attention_summary').innerText.includes('1024 tokens → 256 corrected agents')"
+        "document.querySelector('#txt2img_agent_attention_summary').innerText"
+        ".includes('1024 tokens → 256 corrected agents')"
     )
     timings = generate(page)
     assert "without" in timings
