@@ -36,7 +36,7 @@ def test_every_setting_of_the_panel_is_an_option():
     assert replace(to_config(check({"enabled": True})), **beyond) == options.config_of(args.settings)
     assert all(row.info for row in options.ROWS.values())
     core = set(LIMITS) - {"stages", "attn_precision"}  # since, until and after; fp32
-    assert core | set(DEFAULTS) - {"enabled", "hires_until", "passes"} == set(options.ROWS)
+    assert core | set(DEFAULTS) - set(options._NOT_HERE) == set(options.ROWS)
 
 
 @pytest.mark.parametrize("row", options.ROWS.values(), ids=options.ROWS.keys())
@@ -250,8 +250,9 @@ def test_demo_draws_a_sheet_and_a_table(stand_in, capsys):
     assert "mean" in said
     assert str(Path("demo/demo.png").resolve()) in said
     assert said.strip().splitlines()[-1].endswith("make playground")
+    assert "tuned to 1 %" in said
     with Image.open("demo/demo.png") as page:
-        assert page.width > 6 * 128
+        assert page.width > 8 * 128
 
 
 # Failures

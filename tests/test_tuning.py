@@ -10,7 +10,7 @@ from blocks import flat_unet, golden_unet, inputs, run, tree
 
 import agentsd
 from agentsd import SettingError, TuningCancelled, TuningError
-from agentsd.tuning import probe, tuner
+from agentsd.tuning import probe
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +28,6 @@ def calls_at(*timesteps: int, seed: int = 0, side: int = 16) -> list:
 
 CALLS = calls_at(900, 500, 100)
 TRY = ({"method": "corrected", "agent_ratio": 0.75}, {"method": "pool", "sx": 2, "sy": 2})
-
-
-@pytest.fixture
-def every_gain_counts(monkeypatch):
-    """As on a machine on which every method is faster than full attention; the blocks of the tests are too small."""
-    monkeypatch.setattr(
-        probe.Probe,
-        "seconds",
-        lambda self, name: {0: 1.0, **{k: 0.5 - 0.1 * k for of, k in self.times if k and of == self.trials[name].kind}},
-    )
-    monkeypatch.setattr(tuner, "_NOTABLE", 0.0)
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from ..methods import UNTOUCHED, method_of
 from .distance import Distance, distance
 from .files import OUTPUTS, fresh, save_picture, save_table, slug
 from .models import Model, Request, open_model
-from .options import ROWS, config_of
+from .options import AXES
 from .runs import Run, draw, infotext_of, record, warm_up
 from .sheets import AMPLIFIED, difference, enlarged, sheet
+from .tuned import settings_for
 
 SIDE = 256  # longer side, in pixels, to which small pictures are enlarged
 
@@ -34,8 +35,9 @@ def opened(args: argparse.Namespace) -> tuple[Model, Request]:
 def generate(args: argparse.Namespace) -> None:
     """Draw one picture."""
     model, request = opened(args)
-    values = None if args.off else args.settings
-    config = None if args.off else config_of(values)
+    settings = settings_for(args, model, request)
+    values = None if args.off else settings.values
+    config = None if args.off else settings.config()
     run = draw(model, request, config, request.prompt, args.quiet)
     metadata = record(model, request, values, seconds=round(run.seconds, 3), unet_seconds=round(run.unet_seconds, 3))
     path = Path(args.out) if args.out else fresh(f"{slug(request.prompt)}-seed{request.seed}")
@@ -53,6 +55,8 @@ def say_what_was_done(run: Run, patched: bool) -> None:
     total = sum(run.actions.values())
     what = ", ".join(f"{count} {method_of(action).phrase}" for action, count in changed.items()) or "none changed"
     print(f"agent attention: of {total} self-attentions {what}")
+    if run.closeness is not None:
+        print(f"  {run.closeness}")
     for reason, count in run.notes.items():
         print(f"  left to the model {count} times: {reason}")
 
@@ -60,7 +64,8 @@ def say_what_was_done(run: Run, patched: bool) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Draw a picture with and without agent attention."""
     model, request = opened(args)
-    config = config_of(args.settings)
+    settings = settings_for(args, model, request)
+    config = settings.config()
     warm_up(model, request, [None, config], args.quiet)
     plain = draw(model, request, None, "without", args.quiet)
     patched = draw(model, request, config, "with", args.quiet)
@@ -68,7 +73,7 @@ def compare(args: argparse.Namespace) -> None:
     metadata = record(
         model,
         request,
-        args.settings,
+        settings.values,
         seconds={"without": round(plain.seconds, 3), "with": round(patched.seconds, 3)},
         distance=as_record(metrics),
     )
@@ -127,16 +132,17 @@ def sweep(args: argparse.Namespace) -> None:
     model, request = opened(args)
     folder = Path(args.out) if args.out else fresh(f"sweep-{slug(request.prompt)}-seed{request.seed}", suffix="")
     (x, columns), (y, lines) = args.x, args.y or ("", (None,))
-    warm_up(model, request, [None, config_of(args.settings)], args.quiet)
+    settings = settings_for(args, model, request)
+    warm_up(model, request, [None, settings.config()], args.quiet)
     plain = draw(model, request, None, "without", args.quiet)
     _save(folder / "without.png", model, request, None, plain)
     cells: list[list[Cell]] = []
     for i, line in enumerate(lines):
         cells.append([])
         for j, column in enumerate(columns):
-            values = {**args.settings, x: column, **({y: line} if y else {})}
+            values = settings.varied({x: column, **({y: line} if y else {})})
             label = ", ".join(f"{name} {value}" for name, value in [(x, column), (y, line)] if name)
-            run = draw(model, request, config_of(values), label, args.quiet)
+            run = draw(model, request, settings.config(values), label, args.quiet)
             cell = Cell(values, run, distance(plain.picture, run.picture))
             cells[i].append(cell)
             _save(folder / f"{i + 1:02}-{j + 1:02}.png", model, request, values, run, cell.apart)
@@ -161,7 +167,7 @@ def _flat(cells: list[list[Cell]]) -> list[Cell]:
 
 
 def _where(cell: Cell, x: str, y: str) -> list[str]:
-    return [ROWS[name].text(cell.values[name]) for name in (x, y) if name]
+    return [AXES[name].text(cell.values[name]) for name in (x, y) if name]
 
 
 def _save(path: Path, model: Model, request: Request, values: Any, run: Run, metrics: Distance | None = None) -> None:
@@ -203,8 +209,8 @@ def _save_grid(
     ]
     page = sheet(
         pictures,
-        columns=["without", *(f"{x} = {ROWS[x].text(value)}" for value in columns)],
-        labels=[f"{y} = {ROWS[y].text(value)}" for value in lines] if y else (),
+        columns=["without", *(f"{x} = {AXES[x].text(value)}" for value in columns)],
+        labels=[f"{y} = {AXES[y].text(value)}" for value in lines] if y else (),
         captions=captions,
         title=f"{request.prompt}, seed {request.seed}, {request.steps} steps, {model.name}{what}",
     )

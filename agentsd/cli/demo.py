@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from statistics import mean
 
+from ..tuning.table import percent
 from .commands import SIDE, as_record, print_table, speed
 from .distance import distance
 from .files import save_picture, save_table
@@ -14,9 +15,12 @@ from .models import Request, open_model
 from .options import config_of
 from .runs import draw, record, warm_up
 from .sheets import AMPLIFIED, difference, enlarged, sheet
+from .tuned import recorded, tuned
 
 # Recognisable at a glance, with distinct shapes and colours
 FAVOURITES = ("red apple", "avocado", "sunglasses face", "panda", "rose", "american football", "frog", "rainbow")
+# What the tuned pictures are tuned to, and on how many timesteps of the first picture.
+TOLERANCE, MOMENTS = 0.01, 4
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -32,36 +36,42 @@ def demo(args: argparse.Namespace) -> None:
         plain = draw(model, request, None, f"{request.prompt}, without", args.quiet)
         patched = draw(model, request, config, f"{request.prompt}, with", args.quiet)
         results.append((request.prompt, plain, patched, distance(plain.picture, patched.picture)))
+    tuning = tuned(model, recorded(model, requests[0], MOMENTS, args.quiet), TOLERANCE, quiet=args.quiet)
+    last = [draw(model, request, tuning.config_for(model.unet), "tuned", args.quiet) for request in requests]
 
     folder = Path(args.out)
     rows = [
-        [plain.picture, patched.picture, difference(plain.picture, patched.picture)] for _, plain, patched, _ in results
+        [plain.picture, patched.picture, difference(plain.picture, patched.picture), run.picture]
+        for (_, plain, patched, _), run in zip(results, last, strict=True)
     ]
+    captions = [
+        [prompt, speed(plain, patched), str(metrics), f"{speed(plain, run)}, {distance(plain.picture, run.picture)}"]
+        for (prompt, plain, patched, metrics), run in zip(results, last, strict=True)
+    ]
+    tuned_to = f"tuned to {percent(TOLERANCE)}"
     page = sheet(
         [[enlarged(picture, SIDE // 2) for row in pair for picture in row] for pair in _in_pairs(rows)],
-        columns=["without", "with agent attention", f"difference, {AMPLIFIED}x"] * min(2, len(rows)),
-        captions=[
-            [text for prompt, plain, patched, metrics in pair for text in (prompt, speed(plain, patched), str(metrics))]
-            for pair in _in_pairs(results)
-        ],
+        columns=["without", "with agent attention", f"difference, {AMPLIFIED}x", tuned_to] * min(2, len(rows)),
+        captions=[[text for row in pair for text in row] for pair in _in_pairs(captions)],
         title=f"Agent attention on the embedded model: {args.steps} steps, seed {args.seed}",
     )
-    metadata = record(model, requests[0], args.settings, prompts=list(prompts))
+    metadata = record(model, requests[0], args.settings, prompts=list(prompts), tuning=tuning.text)
     image = save_picture(folder / "demo.png", page, metadata)
     table = save_table(
         folder / "demo.csv",
-        ["prompt", "seconds without", "seconds with", "speed", "rmse", "psnr", "ssim"],
+        ["prompt", "seconds without", "seconds with", "seconds tuned", "speed", "speed tuned", "rmse", "psnr", "ssim"],
         [
             [
                 prompt,
-                *(round(run.seconds, 4) for run in (plain, patched)),
-                round(plain.seconds / patched.seconds, 3),
+                *(round(run.seconds, 4) for run in (plain, patched, tuned_run)),
+                *(round(plain.seconds / run.seconds, 3) for run in (patched, tuned_run)),
                 *("" if value is None else value for value in as_record(metrics).values()),
             ]
-            for prompt, plain, patched, metrics in results
+            for (prompt, plain, patched, metrics), tuned_run in zip(results, last, strict=True)
         ],
     )
     _print(results)
+    print(f"\n{tuning}")
     print(f"\nThe pictures: {image.resolve()}\nThe table:    {table.resolve()}")
     print("Try it yourself, with the panel of the WebUI: make playground")
 

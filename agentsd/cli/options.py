@@ -12,8 +12,8 @@ from typing import Any
 from ..config import LIMITS, AgentConfig, SettingError
 from ..settings.table import BY_NAME, Row, check, to_config
 
-# The panel's switch is the command itself, and a command line has no hires pass.
-_NOT_HERE = ("enabled", "hires_until", "passes")
+# The panel's switch is the command itself, a command line has no hires pass, and `--tuning` names a file.
+_NOT_HERE = ("enabled", "hires_until", "passes", "tuning", "tune", "how_close")
 # Settings of the core that the panel has under other names
 _RENAMED = ("attn_precision", "stages")
 _KINDS = {"bool": "flag", "int": "number", "float": "slider", "choice": "choice"}
@@ -42,6 +42,9 @@ def _row_of(name: str) -> Row:
 _CORE = AgentConfig()
 _BEYOND = {name: _row_of(name) for name in LIMITS if name not in BY_NAME and name not in _RENAMED}
 ROWS: Mapping[str, Row] = {**{name: row for name, row in BY_NAME.items() if name not in _NOT_HERE}, **_BEYOND}
+# What a sweep with a tuning may vary instead
+TOLERANCE = Row("tolerance", "Tolerance", "Limit on the deviation", 0.02, "slider", step=0.001)
+AXES: Mapping[str, Row] = {**ROWS, TOLERANCE.name: TOLERANCE}
 _OPTION = {"seed": "partition-seed"}  # --seed is the seed of the picture
 LARGEST = 8192
 
@@ -82,7 +85,7 @@ def reader(row: Row) -> Callable[[str], Any]:
 def axis(text: str) -> tuple[str, tuple[Any, ...]]:
     """Parse SETTING=VALUES to the setting's name in the table and its values."""
     option, equals, values = text.partition("=")
-    by_option = {option_name(row): row for row in ROWS.values()}
+    by_option = {option_name(row): row for row in AXES.values()}
     row = by_option.get(option.strip().lstrip("-").replace("_", "-"))
     if row is None or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not SETTING=VALUES with one of {', '.join(by_option)}")

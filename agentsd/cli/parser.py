@@ -8,8 +8,9 @@ from typing import Any
 
 from .. import __version__
 from ..config import SettingError
-from . import commands, demo, info
-from .options import ROWS, axis, config_of, option_name, reader, real, settings_of, size, whole
+from ..methods import METHODS
+from . import commands, demo, info, tuned
+from .options import ROWS, TOLERANCE, axis, config_of, option_name, reader, real, settings_of, size, whole
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -25,6 +26,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     try:
         args.settings = settings_of(_chosen_settings(args))
         config_of(args.settings)  # settings can contradict each other
+        _check_tuning(args)
         for axis in ("x", "y"):
             _check_axis(args, axis)
     except SettingError as error:
@@ -35,6 +37,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {name: getattr(args, f"setting_{name}", None) for name in ROWS}
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _check_tuning(args: argparse.Namespace) -> None:
+    """Check that settings come from a tuning or from the command line, not from both."""
+    axes = [given[0] for given in (getattr(args, axis, None) for axis in ("x", "y")) if given]
+    if getattr(args, "tuning", None):
+        others = [name for name in (*_chosen_settings(args), *axes) if name != TOLERANCE.name]
+        if others:
+            raise SettingError(f"a tuning has settings of its own, got {', '.join(others)} as well")
+    elif TOLERANCE.name in axes:
+        raise SettingError("a sweep over tolerance needs --tuning")
 
 
 def _check_axis(args: argparse.Namespace, axis: str) -> None:
@@ -67,6 +80,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--x", type=axis, required=True, metavar="SETTING=VALUES", help=f"the columns, as {ranges}")
     sub.add_argument("--y", type=axis, metavar="SETTING=VALUES", help="the rows, in the same form; may be left out")
     _settings(sub)
+
+    sub = _command(subs, "tune", tuned.tune, "find the fastest settings of each layer within a tolerance", "")
+    sub.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="PROMPT",
+        help="prompts of the pictures to tune on (default: some of the model's)",
+    )
+    _model_options(sub)
+    tolerance = "limit on the deviation of the U-Net's output, as a fraction (default: %(default)s)"
+    sub.add_argument("--tolerance", type=real("tolerance", 0.0001, 1), default=0.02, help=tolerance)
+    sub.add_argument("--methods", nargs="+", choices=[*METHODS], help="methods to try (default: all)")
+    sub.add_argument("--moments", type=whole("moments", 1, 100), default=6, help="timesteps to tune on (default: 6)")
+    sub.add_argument("--out", metavar="FILE", help="JSON file to write (default: a new one in outputs/)")
+    _quiet(sub)
 
     sub = _command(
         subs, "info", info.info, "show which layers of a model would be patched, and what that saves", "[MODEL] "
@@ -126,6 +154,15 @@ def _download(sub: argparse.ArgumentParser) -> None:
 
 def _picture_options(sub: argparse.ArgumentParser, folder: bool = False) -> None:
     sub.add_argument("prompt", help="what to draw; the embedded model knows emoji by name, such as 'a cat'")
+    _model_options(sub)
+    where, what = ("FOLDER", "folder to write to") if folder else ("FILE", "PNG file to write")
+    sub.add_argument("--out", metavar=where, help=f"{what} (default: a new one in outputs/)")
+    tuning = "use the tuning that `tune` wrote, instead of settings"
+    sub.add_argument("--tuning", metavar="FILE", help=tuning)
+    _quiet(sub)
+
+
+def _model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="embedded", help=_MODEL_HELP)
     sub.add_argument(
         "--config", metavar="FOLDER", help="diffusers folder or hub id that tells how to read a single file"
@@ -138,9 +175,6 @@ def _picture_options(sub: argparse.ArgumentParser, folder: bool = False) -> None
     sub.add_argument("--size", type=size, help="size of the picture in pixels, such as 512 or 768x512 (width first)")
     sub.add_argument("--device", default="auto", help="torch device (default: a GPU if there is one)")
     sub.add_argument("--dtype", default="auto", choices=DTYPES, help="default: float16 on a GPU, else float32")
-    where, what = ("FOLDER", "folder to write to") if folder else ("FILE", "PNG file to write")
-    sub.add_argument("--out", metavar=where, help=f"{what} (default: a new one in outputs/)")
-    _quiet(sub)
 
 
 def _settings(sub: argparse.ArgumentParser) -> None:

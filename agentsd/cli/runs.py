@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
+from ..closeness import Closeness
 from ..config import AgentConfig
 from ..patch import Patch, get_patch, patch_unet, remove_patch
 from ..settings import infotext
@@ -34,6 +35,7 @@ class Run:
         calls: number of U-Net calls.
         actions: number of self-attention calls by action: "agents", "merge", "pool", "untouched".
         notes: reasons for leaving self-attention to the model, each with its number of calls.
+        closeness: how close attention was to full attention; None if nothing was patched.
     """
 
     picture: Image
@@ -42,6 +44,7 @@ class Run:
     calls: int
     actions: Mapping[str, int]
     notes: Mapping[str, int]
+    closeness: Closeness | None = None
 
     def timings(self) -> str:
         return f"{self.seconds:.2f} s, {self.unet_seconds:.2f} s of it in {self.calls} calls of the U-Net"
@@ -102,17 +105,20 @@ def draw(
         before_removal: called with the patch, if there is one, when the picture is done.
     """
     with _patch(model.unet, config), _bar(label, request.steps, quiet) as bar, Stopwatch(model.unet) as watch:
+        patch = get_patch(model.unet)
+        if patch:
+            patch.observe_closeness = True
         start = _now()
         picture = model.draw(request, lambda: (bar.update(), step and step()))
         seconds = _now() - start
-        patch = get_patch(model.unet)
         actions: Counter[str] = Counter()
         for layer in patch.report() if patch else ():
             actions.update(layer.calls)
         notes = dict(patch.notes) if patch else {}
         if patch and before_removal:
             before_removal(patch)
-    return Run(picture, seconds, watch.seconds, watch.calls, dict(actions), notes)
+        closeness = patch.closeness() if patch else None
+    return Run(picture, seconds, watch.seconds, watch.calls, dict(actions), notes, closeness)
 
 
 @contextmanager

@@ -328,11 +328,15 @@ class Tuning:
         except (TypeError, KeyError, AttributeError) as error:
             raise TuningError(f"this tuning is damaged: {error}") from error
 
-    def save(self, path: str | Path) -> None:
-        """Write the tuning to a JSON file."""
+    def to_json(self) -> str:
+        """Write the tuning as JSON, with its format and a checksum: what `save` saves."""
         data = self.to_dict()
         whole = {"format": FORMAT, "version": VERSION, "checksum": _checksum(data), "tuning": data}
-        Path(path).write_text(json.dumps(whole, indent=1, ensure_ascii=False), encoding="utf-8")
+        return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the tuning to a JSON file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Tuning:

@@ -1,0 +1,117 @@
+"""The command line's `tune` and `--tuning`. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+
+from drawing import SMALL, pixels
+
+import agentsd
+from agentsd.cli import chart, files, main, sheets
+from agentsd.tuning.replay import Compared
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+@pytest.fixture
+def plan(stand_in, every_gain_counts, capsys):
+    """A tuning, in a file, and what was said of it."""
+    given = ["--prompt", "a rose", *SMALL, "--steps", "4", "--tolerance", "0.5", "--methods", "pool", "corrected"]
+    assert main(["tune", *given, "--moments", "2", "--quiet", "--out", "plan.json"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_tuning_is_written_with_its_table_and_chart(stand_in, plan):
+    tuning = agentsd.Tuning.load("plan.json")
+    assert tuning.tolerance == 0.5
+    assert tuning.measured <= 0.5
+    assert {candidate["method"] for candidate in tuning.candidates} == {"pool", "corrected"}
+    assert len(tuning.moments) == 2
+    assert str(tuning) in plan
+    assert "--tuning plan.json" in plan
+    with Image.open("plan.png") as picture:
+        assert picture.text["agentsd"]
+        assert len(np.unique(pixels(picture).reshape(-1, 3), axis=0)) > 5
+    assert agentsd.get_patch(stand_in.unet) is None
+
+
+def test_a_picture_is_drawn_with_it(stand_in, plan, capsys):
+    given = ["a rose", *SMALL, "--seed", "3"]
+    assert main(["generate", *given, "--tuning", "plan.json", "--out", "a.png"]) == 0
+    said = capsys.readouterr().out
+    assert "attention within" in said
+    with agentsd.patched(stand_in.unet, tuning=agentsd.Tuning.load("plan.json")):
+        expected = stand_in("a rose", seed=3, steps=2, height=16, width=16)[0]
+    assert np.array_equal(pixels(Image.open("a.png")), pixels(sheets.enlarged(expected, 256)))
+    made = files.read_record(Path("a.png"))
+    again = agentsd.Tuning.from_text(made["agent_attention"]["tuning"])
+    assert again.text == agentsd.Tuning.load("plan.json").text
+
+
+def test_compare_and_a_sweep_over_its_frontier(stand_in, plan, capsys):
+    assert main(["compare", "a rose", *SMALL, "--tuning", "plan.json", "--out", "b.png"]) == 0
+    assert main(["sweep", "a rose", *SMALL, "--tuning", "plan.json", "--x", "tolerance=0,0.5", "--out", "swept"]) == 0
+    with Path("swept/sweep.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["tolerance"] for row in rows[1:]] == ["0", "0.5"]
+    assert float(rows[1]["rmse"]) == 0
+    assert float(rows[2]["rmse"]) > 0
+
+
+def test_another_size_is_told(stand_in, plan, capsys):
+    main(["generate", "a rose", "--steps", "2", "--size", "32", "--tuning", "plan.json", "--out", "a.png"])
+    assert "tuned for a latent of 16×16: this one is larger" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        (["--tuning", "none.json"], 1, "none.json cannot be read"),
+        (["--tuning", "broken.json"], 1, "damaged"),
+        (["--tuning", "other.json"], 1, "another model"),
+        (["--tuning", "plan.json", "--sx", "2"], 2, "settings of its own, got sx"),
+    ],
+)
+def test_what_cannot_be_used_is_a_sentence(stand_in, plan, capsys, given, code, said):
+    Path("broken.json").write_text(Path("plan.json").read_text(encoding="utf-8")[:200])
+    tuning = json.loads(Path("plan.json").read_text(encoding="utf-8"))["tuning"]
+    agentsd.Tuning.from_dict({**tuning, "structure": "00000000"}).save("other.json")
+    assert main(["generate", "a rose", *SMALL, *given]) == code
+    assert said in capsys.readouterr().err
+    assert not Path("outputs").exists()
+
+
+def test_a_sweep_over_tolerances_needs_a_tuning(stand_in, capsys):
+    assert main(["sweep", "a rose", "--x", "tolerance=0.01"]) == 2
+    assert "needs --tuning" in capsys.readouterr().err
+
+
+def test_ctrl_c_writes_nothing(stand_in, monkeypatch):
+    from agentsd.tuning.replay import Replay
+
+    calls = []
+
+    def call(self, number, text, original=Replay.call):
+        calls.append(number)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(self, number, text)
+
+    monkeypatch.setattr(Replay, "call", call)
+    assert main(["tune", "--prompt", "a rose", *SMALL, "--moments", "2", "--out", "plan.json"]) == 130
+    assert not list(Path().iterdir())
+    assert agentsd.get_patch(stand_in.unet) is None
+
+
+def test_a_chart_of_a_tuning_without_measurements():
+    tuning = agentsd.Tuning(0.02, (16, 16), ({"method": "pool"},), (0.0,), ("a.",), "12345678")
+    assert chart.chart(tuning, {}).size == chart.chart(tuning, {"Fast": Compared(0.1, 0.5)}).size
