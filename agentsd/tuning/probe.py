@@ -59,7 +59,7 @@ class Probe(Patch):
     def _layer(self, site: Site) -> Layer:
         return _ProbedLayer(self, site)
 
-    def begin_trials(self, count: int) -> None:
+    def make_room(self, count: int) -> None:
         """Make room for the measurements of one more U-Net call."""
         for layer in self._layers:
             trials = self.trials[layer.site.name]

@@ -182,7 +182,7 @@ class Tuner:
         self.probe = Probe(self.unet, [AgentConfig(**{**_BASE, **c}) for c in self.candidates], self.kv_context)
         with installed(self.probe):
             for number in range(len(self.replay)):
-                self.probe.begin_trials(number + 1)
+                self.probe.make_room(number + 1)
                 self.replay.remember(number, self.replay.call(number, "Trying the methods in every block")[0])
 
     def tunable(self) -> list[Site]:
