@@ -9,9 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 
 # Bisections of the price of deviation; more change nothing.
 _BISECTIONS = 50
+# Pairs of options above which exchanges take too long: with many blocks, they also gain little.
+_PAIRS = 20_000
+# Seconds that an exchange must save: rounding errors are no gain.
+_GAIN = 1e-9
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float]) -> l
     """Choose an option for each block, so that the blocks take the least time and every constraint holds.
 
     By a price for deviation: each block takes the option with the least seconds + price · squares, and the price is
-    the lowest at which all constraints hold. What is left over is then given to single blocks.
+    the lowest at which all constraints hold. What is left over is then given to single blocks, and to pairs of them.
 
     Args:
         blocks: options of each block; each has one without deviation.
@@ -60,7 +65,10 @@ def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float]) -> l
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high) if low else high / 2
         low, high = (low, middle) if holds(at(middle), limits) else (middle, high)
-    return _filled(at(high), blocks, limits)
+    chosen = _filled(at(high), blocks, limits)
+    while exchanged := _exchanged(chosen, blocks, limits):
+        chosen = _filled(exchanged, blocks, limits)
+    return chosen
 
 
 def _share(square: float, limit: float) -> float:
@@ -89,6 +97,24 @@ def _filled(chosen: list[Option], blocks: Sequence[Sequence[Option]], limits: Se
                 break
         else:
             return chosen
+
+
+def _exchanged(
+    chosen: list[Option], blocks: Sequence[Sequence[Option]], limits: Sequence[float]
+) -> list[Option] | None:
+    """Switch two blocks at once, one of them to a slower option, where that saves most; None if nothing does."""
+    if sum(map(len, blocks)) ** 2 > _PAIRS:
+        return None
+    best, found = 0.0, None
+    for a, b in permutations(range(len(blocks)), 2):
+        for slower, faster in product(blocks[a], blocks[b]):
+            lost, saved = slower.seconds - chosen[a].seconds, chosen[b].seconds - faster.seconds
+            if lost > 0 and saved - lost > best + _GAIN:
+                switched = [*chosen]
+                switched[a], switched[b] = slower, faster
+                if holds(switched, limits):
+                    best, found = saved - lost, switched
+    return found
 
 
 def deviation(chosen: Sequence[Option], constraint: int) -> float:

@@ -52,7 +52,7 @@ class Moment:
 
     Attributes:
         progress: fraction of the diffusion that is done there, 0–1.
-        predicted: deviation foreseen by the errors of single blocks.
+        predicted: deviation by the errors of single blocks, scaled by what plans were measured to deviate there.
         measured: deviation of the whole plan; None if it was not run.
     """
 
