@@ -62,7 +62,7 @@ def test_compare_and_a_sweep_over_its_frontier(stand_in, plan, capsys):
     assert main(["sweep", "a rose", *SMALL, "--tuning", "plan.json", "--x", "tolerance=0,0.5", "--out", "swept"]) == 0
     with Path("swept/sweep.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["tolerance"] for row in rows[1:]] == ["0", "0.5"]
+    assert [float(row["tolerance"]) for row in rows[1:]] == [0, 0.5]
     assert float(rows[1]["rmse"]) == 0
     assert float(rows[2]["rmse"]) > 0
 
