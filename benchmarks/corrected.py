@@ -295,7 +295,7 @@ def stability_table(spikes: dict[tuple[str, tuple[int, int]], Spikes]) -> str:
 
 
 def _short(x: float) -> str:
-    return f"{x:.3f}".lstrip("0") if x < 1 else f"{x:.2f}"
+    return f"{x:.3f}" if x < 1 else f"{x:.2f}"
 
 
 def main(arguments: list[str] | None = None) -> None:

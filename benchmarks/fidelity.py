@@ -31,7 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agentsd import AgentConfig, early, paper_stages, patch_unet
-from agentsd.hosts import find_sites
+from agentsd.hosts import Call, find_sites
+from agentsd.tensors import join_heads, split_heads
 
 TIMESTEPS = (900, 700, 500, 300, 100)
 # (height, width) of the latents
@@ -55,6 +56,7 @@ class Method:
         family: its line in the plot, which joins the methods of a family.
         config: the settings of the patch; None for no patch of ours.
         tomesd: the ratio of the tomesd library; None for no tomesd.
+        todo: the side of the cells of which level 0 keeps the first key and value; None for no ToDo.
         pictures: whether final pictures are made as well.
         sizes: whether latents other than 64×64 are measured as well.
     """
@@ -63,6 +65,7 @@ class Method:
     family: str
     config: AgentConfig | None = None
     tomesd: float | None = None
+    todo: int | None = None
     pictures: bool = False
     sizes: bool = False
 
@@ -78,6 +81,9 @@ class Method:
                 yield
             finally:
                 tomesd.remove_patch(unet)
+        elif self.todo is not None:
+            with downsampled(unet, self.todo):
+                yield
         elif self.config is not None:
             patch = patch_unet(unet, self.config)
             try:
@@ -101,7 +107,8 @@ class Method:
 
     def settings(self) -> str:
         """The method's settings as a row of results keeps them."""
-        return f"({_settings_text(self.config)}, {self.tomesd!r})"
+        todo = "" if self.todo is None else f", ToDo {self.todo}"
+        return f"({_settings_text(self.config)}, {self.tomesd!r}{todo})"
 
 
 def _settings_text(config: AgentConfig | None) -> str:
@@ -165,6 +172,7 @@ def methods() -> list[Method]:
         Method("K/V pooled 2×4", "K/V pooling", _pool(2, 4), sizes=True),
         Method("K/V pooled 4×4", "K/V pooling", _pool(4, 4), pictures=True, sizes=True),
         Method("K/V pooled 8×8", "K/V pooling", _pool(8, 8)),
+        Method("ToDo 2×2", "ToDo", todo=2, pictures=True),
         Method("corrected 2×2", "corrected agents", _corrected(0.75)),
         Method("corrected 4×4", "corrected agents", _corrected(1 - 1 / 16), pictures=True, sizes=True),
         Method("corrected 8×8", "corrected agents", _corrected(1 - 1 / 64), pictures=True, sizes=True),
@@ -182,6 +190,32 @@ def methods() -> list[Method]:
         Method("K/V pooled 2×2, shortcut .075", "K/V pooling, shortcut", _pool(2, 2, 0.075)),
         Method("K/V pooled 4×4, shortcut .15", "K/V pooling, shortcut", _pool(4, 4, 0.15)),
     ]
+
+
+@contextmanager
+def downsampled(unet: torch.nn.Module, s: int) -> Iterator[None]:
+    """Let level 0 attend to each cell's first token in a `with` block: ToDo as published (arXiv 2402.13573)."""
+    seams = []
+
+    def handler(site: Any, seam: Any) -> Callable[[Call], Tensor]:
+        def answer(call: Call) -> Tensor:
+            x, side = call.x, math.isqrt(call.x.shape[1])  # latents are squares here
+            few = x.unflatten(1, (side, side))[:, ::s, ::s].flatten(1, 2)
+            attn = site.block.attn1
+            q, k, v = (split_heads(t, site.heads) for t in (attn.to_q(x), attn.to_k(few), attn.to_v(few)))
+            return seam.project_out(join_heads(F.scaled_dot_product_attention(q, k, v)))
+
+        return answer
+
+    try:
+        for site in find_sites(unet):
+            if site.downsample == 1:
+                seams.append(site.seam())
+                seams[-1].install(handler(site, seams[-1]))
+        yield
+    finally:
+        for seam in seams:
+            seam.remove()
 
 
 @contextmanager
@@ -292,7 +326,7 @@ def seconds(
 
 
 def _key(part: Method) -> Any:
-    return part.tomesd, part.config
+    return part.tomesd, part.todo, part.config
 
 
 class Latents:
@@ -502,9 +536,9 @@ def table(store: Store, sizes: Sequence[tuple[int, int]]) -> str:
             if timed:
                 ratio = speedup(store, row)
                 cells += [f"{row['seconds']:.3f}", f"{ratio:.2f}×"] if ratio else ["", ""]
-            cells += [_thousandths(statistics.fmean(case)) for case in row["deviation"]]
-            cells += [f"**{_thousandths(mean(row))}**", _thousandths(worst(row))]
-            cells += [_thousandths(row["picture_deviation"]) if "retrieved" in row else ""]
+            cells += [_figure(statistics.fmean(case)) for case in row["deviation"]]
+            cells += [f"**{_figure(mean(row))}**", _figure(worst(row))]
+            cells += [_figure(row["picture_deviation"]) if "retrieved" in row else ""]
             cells += [f"{row['retrieved'] * row['pictures']:.0f}/{row['pictures']}" if "retrieved" in row else ""]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
@@ -516,8 +550,8 @@ def _shown(size: Sequence[int]) -> str:
     return f"{size[1]}×{size[0]}"
 
 
-def _thousandths(x: float) -> str:
-    return f"{x:.4f}".lstrip("0") if x else "0"
+def _figure(x: float) -> str:
+    return f"{x:.4f}" if x else "0"
 
 
 def plot(store: Store, size: tuple[int, int], file: Path) -> None:

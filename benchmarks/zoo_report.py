@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .candidates import CANDIDATES, FULL
+from .pages import fill
 from .zoo import MAIN, Case, Shape
 
 # Columns of the page's table; all are in table.md.
@@ -189,18 +190,7 @@ def write(out: Path, errors: Sequence[Mapping[str, str]], seconds: Sequence[Mapp
     draw({case: found for case, found in points.items() if case.shape == main}, concentration, out / "zoo.png")
     if out == PAGE.with_suffix(""):
         sections = {"verdict": verdict(points), "closeness": table(points, concentration, main, SHOWN)}
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), sections), encoding="utf-8")
-
-
-def filled(page: str, sections: Mapping[str, str]) -> str:
-    """Put each section between its two comments in the page."""
-    for name, text in sections.items():
-        begin, end = f"<!-- {name}: written by benchmarks.zoo -->", f"<!-- end of {name} -->"
-        if not page.count(begin) == page.count(end) == 1:
-            raise ValueError(f"the page must hold {begin} and {end} once")
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
-    return page
+        fill(PAGE, "benchmarks.zoo", sections)
 
 
 def draw(points: Points, concentration: Mapping[Case, tuple[str, str]], path: Path) -> None:

@@ -106,6 +106,15 @@ def test_all_methods_have_names_of_their_own_and_pass_the_planner():
     assert found[0].name == "unpatched"
 
 
+def test_todo_attends_to_the_first_token_of_each_cell_and_leaves_no_trace(pipe):
+    first, every = (fidelity.Method("ToDo", "ToDo", todo=s) for s in (2, 1))
+    with torch.inference_mode():
+        noised = fidelity.cases(pipe, SIZE, 1)
+        assert max(fidelity.deviations(pipe, every, noised))[0] < 1e-5
+        assert min(fidelity.deviations(pipe, first, noised))[0] > 1e-4
+        assert max(fidelity.deviations(pipe, fidelity.methods()[0], noised)) == [0]
+
+
 def test_a_name_selects_its_method_and_a_part_of_a_name_all_that_contain_it():
     every = fidelity.methods()
     names = [method.name for method in fidelity.named(every, ["grid 4×4", "tomesd"])]

@@ -221,13 +221,6 @@ def test_the_verdict_counts_what_the_comparison_found():
     assert "| segments | 2 | 1 | 1 | K/V pooled 2×2" in text
 
 
-def test_sections_replace_what_was_there():
-    page = "a\n<!-- verdict: written by benchmarks.zoo -->\nold\n<!-- end of verdict -->\nb\n"
-    assert zoo_report.filled(page, {"verdict": "new"}) == page.replace("old", "new")
-    with pytest.raises(ValueError, match="closeness"):
-        zoo_report.filled(page, {"closeness": "new"})
-
-
 def test_the_page_says_what_the_results_say():
     folder = zoo_report.PAGE.with_suffix("")
     found = zoo_report.join(read(folder, "errors.csv"), read(folder, "seconds.csv"))
