@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,15 @@ class Partition:
     Attributes:
         dst: indices of the destination tokens (N_dst,), one per whole cell.
         src: indices of all other tokens (N − N_dst,).
+        place: place of each token in the list of `dst` and `src` (N,).
     """
 
     dst: Tensor
     src: Tensor
+    place: Tensor
 
     def to(self, device: torch.device) -> Partition:
-        return Partition(self.dst.to(device), self.src.to(device))
+        return Partition(self.dst.to(device), self.src.to(device), self.place.to(device))
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,13 @@ class Clusters:
         shape: (B, N), batch size and number of tokens.
         count: number of clusters per row of the batch.
         index: cluster of each token of the flattened batch (B · N,); row b has clusters [b·count, (b+1)·count).
-        weight: 1 / number of members of each cluster (B · count, 1), float32.
-        order: the tokens of the flattened batch sorted by cluster (B · N,), int32.
-        starts: offset of each cluster's first token in `order` (B · count,), int32.
+        order: the tokens of the flattened batch sorted by cluster (B · N,).
+        starts: offset of each cluster's first token in `order` (B · count,).
     """
 
     shape: tuple[int, int]
     count: int
     index: Tensor
-    weight: Tensor
     order: Tensor
     starts: Tensor
 
@@ -65,7 +66,8 @@ class Clusters:
         # sum in float32: in half precision a cluster of hundreds of tokens would lose its last members
         total = x.new_zeros(B * self.count, C, dtype=torch.float32)
         total.index_add_(0, self.index, x.reshape(B * N, C).float())
-        return (total * self.weight).to(x.dtype).view(B, self.count, C)
+        ends = F.pad(self.starts[1:], (0, 1), value=B * N)
+        return (total * (ends - self.starts).float().reciprocal()[:, None]).to(x.dtype).view(B, self.count, C)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Copy each cluster's value to its tokens: (B, count, C) → (B, N, C)."""
@@ -106,18 +108,27 @@ def partition(height: int, width: int, sx: int, sy: int, seed: int | None = None
         sy: height of a cell.
         seed: seed of the random choice; None takes each cell's first token. No global generator is touched.
     """
-    rows, columns = height // sy, width // sx
+    first, inside = _cells(height, width, sx, sy)
     if seed is None:
-        pick = torch.zeros(rows, columns, dtype=torch.int64)
+        dst = first
     else:
-        generator = torch.Generator().manual_seed(seed)
-        pick = torch.randint(sy * sx, (rows, columns), generator=generator)
-    y = torch.arange(rows)[:, None] * sy + pick // sx
-    x = torch.arange(columns)[None, :] * sx + pick % sx
-    dst = (y * width + x).flatten()
-    is_src = torch.ones(height * width, dtype=torch.bool)
-    is_src[dst] = False
-    return Partition(dst, is_src.nonzero().flatten())
+        # a shape of rows and columns: the generator's numbers depend on nothing else
+        pick = torch.randint(sy * sx, first.shape, generator=torch.Generator().manual_seed(seed))
+        dst = first + inside[pick]
+    dst = dst.flatten()
+    is_dst = torch.zeros(height * width, dtype=torch.uint8)
+    is_dst[dst] = 1
+    src = is_dst.argsort(stable=True)[: height * width - len(dst)]
+    return Partition(dst, src, torch.cat([dst, src]).argsort())
+
+
+@lru_cache(maxsize=32)
+def _cells(height: int, width: int, sx: int, sy: int) -> tuple[Tensor, Tensor]:
+    """(first token of each whole cell (rows, columns), how far each token of a cell is from its first (sy · sx,))."""
+    with torch.inference_mode(False):
+        token = torch.arange(height * width).view(height, width)
+        first = token[: height // sy * sy : sy, : width // sx * sx : sx].contiguous()
+        return first, (torch.arange(sy)[:, None] * width + torch.arange(sx)).flatten()
 
 
 @torch.no_grad()
@@ -133,10 +144,10 @@ def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Matching:
     B, N, _ = x.shape
     similarity, nearest = _nearest(x, part)
     order = similarity.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(order.shape[1], device=x.device).expand_as(order))
-    merged = _cluster(part, rank, nearest, r) if r else None
-    agents = _cluster(part, rank, nearest, agent_r) if agent_r else None
+    steps = torch.arange(B * N, device=x.device)
+    rank = torch.empty_like(order).scatter_(1, order, steps[: order.shape[1]].expand_as(order))
+    merged = _cluster(part, rank, nearest, r, steps) if r else None
+    agents = _cluster(part, rank, nearest, agent_r, steps) if agent_r else None
     return Matching((B, N), merged, agents, part.dst)
 
 
@@ -147,18 +158,20 @@ def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:
     dst = unit.index_select(1, part.dst).transpose(1, 2)
     step = max(1, _SLAB // max(1, part.dst.numel()))
     best = [(unit.index_select(1, src) @ dst).max(dim=-1) for src in part.src.split(step)]
-    return torch.cat([b.values for b in best], 1), torch.cat([b.indices for b in best], 1)
+    return best[0] if len(best) == 1 else tuple(torch.cat(parts, 1) for parts in zip(*best, strict=True))
 
 
-def _cluster(part: Partition, rank: Tensor, nearest: Tensor, r: int) -> Clusters:
-    """Let the r most similar source tokens join their destination's cluster; every other one is its own cluster."""
+def _cluster(part: Partition, rank: Tensor, nearest: Tensor, r: int, steps: Tensor) -> Clusters:
+    """Let the r most similar source tokens join their destination's cluster; every other one is its own cluster.
+
+    `steps` are the numbers from 0 to B · N − 1, made once for whatever needs some of them.
+    """
     B, n_src = rank.shape
     n_dst = part.dst.numel()
     N, count = n_src + n_dst, n_src + n_dst - r
-    slot = rank.new_empty(B, N)
-    slot[:, part.dst] = torch.arange(n_dst, device=rank.device)
-    slot[:, part.src] = torch.where(rank < r, nearest, n_dst + rank - r)
-    index = (slot + torch.arange(B, device=rank.device)[:, None] * count).flatten()
-    members = torch.bincount(index, minlength=B * count)
-    order, starts = index.argsort(stable=True), members.cumsum(0) - members
-    return Clusters((B, N), count, index, members.float().reciprocal().unsqueeze(1), order.int(), starts.int())
+    slot = torch.where(rank < r, nearest, rank + (n_dst - r))
+    slot = torch.cat([steps[:n_dst].expand(B, -1), slot], dim=1).index_select(1, part.place)
+    index = slot.add_(steps[:B, None], alpha=count).flatten()
+    ordered, order = index.sort(stable=True)
+    # no count of members, for which a device would have to be waited for
+    return Clusters((B, N), count, index, order, torch.searchsorted(ordered, steps[: B * count]))

@@ -103,15 +103,12 @@ def _sampled_grid(x: Tensor, size: tuple[int, int], cell: tuple[int, int]) -> Te
     return x.unflatten(1, size)[:, rows.start :: rows.step, columns.start :: columns.step]
 
 
-def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy to `dtype`, laid out in the order of its dimensions, in one kernel."""
-    return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
-
-
 def lost_by_pooling(x: Tensor, pooled: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
     """Compute x − up(pooled), the detail lost by averaging over cells; shapes as in `pool_tokens`."""
     sy, sx = cell
     rows, columns = cells(height, sy), cells(width, sx)
-    up = pooled.unflatten(1, (rows, 1, columns, 1)).expand(-1, rows, sy, columns, sx, -1)
-    up = up.flatten(3, 4).flatten(1, 2)[:, :height, :width]
-    return x - up.flatten(1, 2)
+    up = pooled.unflatten(1, (rows, 1, columns, 1))
+    if (rows * sy, columns * sx) == (height, width):
+        return (x.unflatten(1, (rows, sy, columns, sx)) - up).flatten(1, 4)
+    up = up.expand(-1, rows, sy, columns, sx, -1).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    return (x.unflatten(1, (height, width)) - up).flatten(1, 2)

@@ -151,6 +151,22 @@ HALVES = [
 ]
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the operators that compute something: no views, and nothing that only reserves memory."""
+
+    NONE = ("empty", "empty_like", "empty_strided", "new_empty", "scalar_tensor", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ not in self.NONE:
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
 class Recorder(TorchDispatchMode):
     """Records the operators that run inside, and the sizes of what they make."""
 

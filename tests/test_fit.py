@@ -157,9 +157,9 @@ class TestFallback:
         generator = torch.Generator().manual_seed(seed)
         w = (sharpness * torch.randn(2, 20, 20, generator=generator)).softmax(-1)
         r = torch.randn(2, 20, 6, generator=generator)
-        penalty = torch.tensor([[1e-3], [1e-1]])
-        delta = solve_tikhonov(w, r, penalty)
-        assert (delta.norm(dim=(-2, -1)) <= 1.001 * r.norm(dim=(-2, -1)) / (2 * penalty[:, 0].sqrt())).all()
+        root = torch.tensor([[0.03], [0.3]])
+        delta = solve_tikhonov(w, r, (root, root), 1.0)
+        assert (delta.norm(dim=(-2, -1)) <= 1.001 * r.norm(dim=(-2, -1)) / (2 * root[:, 0])).all()
 
     def test_float16_ends_where_it_ends(self):
         y = torch.tensor([1.0, 1e5, -1e6])
@@ -203,5 +203,5 @@ class TestWithoutCholesky:
 
     def test_a_tensor_of_no_weights_is_solved_too(self):
         """Where a window sees everything, landmarks have no weight, and the penalty is what the other weights say."""
-        delta = solve_tikhonov(torch.zeros(2, 6, 5), torch.zeros(2, 6, 3), torch.ones(2, 1))
+        delta = solve_tikhonov(torch.zeros(2, 6, 5), torch.zeros(2, 6, 3), (torch.ones(2, 1), torch.ones(2, 1)), 1.0)
         assert torch.equal(delta, torch.zeros(2, 5, 3))

@@ -123,7 +123,7 @@ class TestMatch:
         x.zero_()
         assert torch.equal(matching.merged.index, before)
         assert x.untyped_storage().data_ptr() not in {
-            t.untyped_storage().data_ptr() for t in (matching.merged.index, matching.merged.weight)
+            t.untyped_storage().data_ptr() for t in (matching.merged.index, matching.merged.order)
         }
 
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fit import CoarseProducts
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from agentsd import AgentConfig, get_patch, patched, plan_layer
@@ -107,9 +106,7 @@ def reference(q, k, v, size, cell, window=WINDOW, halo=HALO, mu=MU):
     far = w[..., N:]
     penalty = mu * w.square().sum((-2, -1))[..., None, None] / n * torch.eye(n, dtype=torch.float64)
     delta = torch.linalg.solve(far.mT @ far + penalty, far.mT @ error)
-    grown = delta.abs().amax((-2, -1), keepdim=True) > v_bar.norm(dim=(-2, -1), keepdim=True)
-    y = v_bar - delta.masked_fill(grown, 0.0)
-    return (scale * q @ keys.mT + bias).softmax(-1) @ torch.cat([v, y], dim=2)
+    return (scale * q @ keys.mT + bias).softmax(-1) @ torch.cat([v, v_bar - delta], dim=2)
 
 
 class TestFormula:
@@ -264,7 +261,7 @@ class TestNumerics:
         torch.testing.assert_close(out[[0, 2]], expected[[0, 2]], **CLOSE)
         torch.testing.assert_close(out[1, 0], expected[1, 0], **CLOSE)
         far = out[1, 1].unflatten(0, (40, 40))[28:, 28:]
-        assert far.isfinite().all()  # its fit fell back, and no landmark is token 0
+        assert far.isfinite().all()  # its fit failed, and no landmark is token 0
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_the_same_in_any_batch(self, dtype):
@@ -277,37 +274,7 @@ class TestNumerics:
             )
 
 
-class Kernels(TorchDispatchMode):
-    """Counts the operators that compute something: no views, and nothing that only reserves memory."""
-
-    NONE = ("empty", "empty_like", "empty_strided", "scalar_tensor", "_unsafe_view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in self.NONE:
-            self.names.append(func.overloadpacket.__name__)
-        return out
-
-
-class TestKernels:
-    @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 22), (torch.bfloat16, 25)])
-    def test_few_are_dispatched_beyond_full_attention(self, dtype, most):
-        qkv = [t.to(dtype) for t in smooth(48, 40, batch=1)]
-
-        def names(step):
-            step()  # tables are made once
-            with torch.no_grad(), Kernels() as kernels:
-                step()
-            return kernels.names
-
-        ours = names(lambda: join_heads(local_attention(*qkv, size=(48, 40), cell=(4, 4))))
-        assert len(ours) - len(names(lambda: join_heads(full(*qkv)))) <= most
-        assert not {"item", "_local_scalar_dense", "nonzero"} & set(ours)  # which would wait for the device
-
+class TestMemory:
     @torch.no_grad()
     def test_no_matrix_of_tokens_by_tokens_or_landmarks(self):
         size, N = (64, 64), 4096

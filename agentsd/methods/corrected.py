@@ -75,23 +75,24 @@ def corrected_attention(
         q: queries (B, H, N, d).
         k: keys (B, H, M, d).
         v: values (B, H, M, d).
-        a: agent tokens (B, H, m, d), which are queries too.
+        a: agent tokens (B, H, n, d), which are queries too.
         k_bar: the few keys (B, H, n, d): a sample, as in the patch, or means.
         v_bar: their values (B, H, n, d), which the fit begins with.
         mu: weight of the penalty, above 0.
 
     Returns:
-        (B, H, N, d). The m × n matrix W and the fit are float32 whatever the dtype of the tensors. A row and head whose
+        (B, H, N, d). The n × n matrix W and the fit are float32 whatever the dtype of the tensors. A row and head whose
         fit is not finite uses V̄: attention to the few keys and values.
     """
     import torch
 
-    from ..tensors import dense, no_autocast, scaled_dot_product_attention
+    from ..tensors import no_autocast, scaled_dot_product_attention
 
     v_a = scaled_dot_product_attention(a, k, v)
     with no_autocast(q.device.type):
-        few_q, few_k = (dense(t, torch.float32).flatten(0, 1) for t in (a, k_bar))
+        few = torch.stack([a, k_bar, v_bar]).float()  # laid out by heads
+        few_q, few_k = few[:2].flatten(1, 2)
         scores = torch.baddbmm(few_q.new_empty(()), few_q, few_k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
         w = scores.softmax(dim=-1).unflatten(0, q.shape[:2])
-        y = fitted_to(v.dtype, fit_tikhonov(w, v_a, dense(v_bar, torch.float32), mu))
+        y = fitted_to(v.dtype, fit_tikhonov(w, v_a, few[2], mu))
     return scaled_dot_product_attention(q, k_bar, y)

@@ -35,18 +35,20 @@ def fit_tikhonov(w: Tensor, v_a: Tensor, v_bar: Tensor, mu: float = MU) -> Tenso
         mu: weight of the penalty, above 0. Below 0.001 it does not hold sharp attention.
 
     Returns:
-        (..., n, d), float32.
+        (..., n, d), float32; V̄ where the fit is not finite.
     """
     from torch.linalg import vector_norm
 
     n = w.shape[-1]
     square = vector_norm(w, dim=(-2, -1))[..., None].square()
-    penalty = square.addcmul(square, square, value=GROWTH / n)
-    return v_bar - solve_tikhonov(w, (w @ v_bar).sub_(v_a), penalty, mu / n)
+    # μ m (1 + 4 m) = 4 μ / n² · ‖W‖² (‖W‖² + n / 4)
+    penalty = square, square + n / GROWTH
+    delta = solve_tikhonov(w, (w @ v_bar).sub_(v_a), penalty, mu * GROWTH / n**2)
+    return v_bar - delta.nan_to_num(0.0, 0.0, 0.0)
 
 
-def solve_tikhonov(w: Tensor, r: Tensor, penalty: Tensor, weight: float = 1.0) -> Tensor:
-    """Solve (WᵀW + λ I)⁻¹ Wᵀ R, λ = weight · penalty, without waiting for the device.
+def solve_tikhonov(w: Tensor, r: Tensor, penalty: tuple[Tensor, Tensor], weight: float) -> Tensor:
+    """Solve (WᵀW + λ I)⁻¹ Wᵀ R, without waiting for the device.
 
     R is what the values still miss: where that is nothing, no rounding of the solution shows, and the products may be
     as coarse as TF32's. Whatever W is, the solution's norm is at most ‖R‖ / 2√λ.
@@ -54,22 +56,22 @@ def solve_tikhonov(w: Tensor, r: Tensor, penalty: Tensor, weight: float = 1.0) -
     Args:
         w: weights of the few keys at the agents (..., m, n), float32.
         r: (..., m, d), float32.
-        penalty: positive (..., 1), float32.
-        weight: factor of the penalty, above 0.
+        penalty: two factors of λ, positive (..., 1), float32.
+        weight: the third, above 0.
 
     Returns:
-        (..., n, d): always finite, 0 where W or R isn't. On devices without a Cholesky factorisation, a few conjugate
-        steps take its place.
+        (..., n, d): finite where W and R are. On devices without a Cholesky factorisation, a few conjugate steps take
+        its place.
     """
     from torch.linalg import cholesky_ex
 
     if not has_cholesky(w.device.type):
         return _bounded(fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
     gram = w.mT @ w
-    gram.diagonal(dim1=-2, dim2=-1).add_(penalty, alpha=weight)
+    gram.diagonal(dim1=-2, dim2=-1).addcmul_(*penalty, value=weight)
     factor, _ = cholesky_ex(gram)
     # this succeeds: factors that are rounded, as TF32's, leave WᵀW without negative eigenvalues
-    return (w.mT @ r).cholesky_solve(factor).nan_to_num(0.0, 0.0, 0.0)
+    return (w.mT @ r).cholesky_solve(factor)
 
 
 def fitted_to(dtype: torch.dtype, y: Tensor) -> Tensor:

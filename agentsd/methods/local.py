@@ -22,6 +22,8 @@ MU = 0.05
 MOST = 640
 # Kernels of fused attention take biases of rows that long as they are.
 _ALIGNED = 16
+# Bytes of the copies of keys and values at a time; and of each of them on the CPU.
+_COPIES, _KEPT = 192 * 2**20, 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -132,51 +134,89 @@ def local_attention(
         mu: weight of the penalty, above 0.
 
     Returns:
-        (B, H, N, d). Only W at the agents exists as a matrix. It and the fit are float32 whatever the tensors are. A
-        row of the batch and head whose fit is not finite, or grows out of proportion, uses V̄.
+        (B, H, N, d). Only W at the agents exists as a matrix. It and the fit are float32 whatever the tensors are.
+        Large grids are taken a few heads at a time, as many as keep copies of keys and values below 200 MiB.
     """
     import torch
 
     from ..tensors import scaled_dot_product_attention
 
-    if q.device.type == "cpu" and len(q) > 1:
-        # copies of several rows outgrow what the C library keeps of its memory, and would be mapped anew in each call
-        rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
-        outs = [local_attention(*row, size=size, cell=cell, window=window, halo=halo, mu=mu) for row in rows]
-        return torch.cat([out.transpose(1, 2) for out in outs]).transpose(1, 2)
+    rows, heads = _at_once(q, size, cell, window, halo)
+    if (rows, heads) != q.shape[:2]:
+        step = partial(local_attention, size=size, cell=cell, window=window, halo=halo, mu=mu)
+        outs = [_of_heads(step, *some, heads) for some in zip(*(t.split(rows) for t in (q, k, v)), strict=True)]
+        return torch.cat(outs).transpose(1, 2)
     at = _tables(q, size, cell, window, halo)
+    queries, a = _by_window(q, at)
     # (B·H, windows, keys, d): windows are what fused attention takes for heads, so that one mask does for all
-    near_k, near_v = (_by_window(t.index_select(2, at.keys), at.windows) for t in (k, v))
-    a = q.index_select(2, at.agents)
-    delta = _fitted(_by_window(a, at.windows), near_k, near_v, scaled_dot_product_attention(a, k, v), at, mu)
-    if delta.requires_grad:  # then autograd needs these values as they are
-        near_v = near_v.clone()
-    near_v[:, :, -at.landmarks :].sub_(delta[:, None])
-    queries = q.index_select(2, at.queries).flatten(0, 1).unflatten(1, (-1, at.windows)).transpose(1, 2)
-    out = scaled_dot_product_attention(queries, near_k, near_v, attn_mask=at.bias)
+    near = _near(k, v, at)
+    delta = _misfit(a, near, scaled_dot_product_attention(a, k, v), at, mu)
+    near_v = near[1].clone() if delta.requires_grad else near[1]  # autograd needs these values as they are
+    # 0 where the fit failed; float16 ends at 65504
+    near_v[:, :, -at.landmarks :].sub_(delta[:, None]).nan_to_num_(0.0)
+    out = scaled_dot_product_attention(queries, near[0], near_v, attn_mask=at.bias)
     # fused kernels lay their output out as these queries or by them, so this is a view
     out = out.transpose(1, 2).flatten(1, 2).unflatten(0, q.shape[:2])
     return out.transpose(1, 2).index_select(1, at.places).transpose(1, 2)
 
 
-def _by_window(x: Tensor, windows: int) -> Tensor:
-    """(B, H, windows · M, d) → (B·H, windows, M, d), as a view."""
-    return x.flatten(0, 1).unflatten(1, (windows, -1))
+def _at_once(q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int, halo: int) -> tuple[int, int]:
+    """(rows, heads) whose copies of keys and values fit in memory at a time."""
+    (B, H), bytes_each = q.shape[:2], q.element_size()
+    y, x = (_Axis(length, side, window, halo) for length, side in zip(size, cell, strict=True))
+    keys = y.windows * x.windows * _aligned(y.near * x.near + len(y.sample) * len(x.sample)) * q.shape[-1]
+    if q.device.type == "cpu":
+        # a copy beyond what the C library keeps of its memory would be mapped anew in each call
+        pairs = _KEPT // (keys * bytes_each)
+    else:
+        pairs = _COPIES // (keys * (2 * bytes_each if bytes_each == 4 else 2 * bytes_each + 8))
+    return (min(B, pairs // H), H) if pairs >= H else (1, max(1, pairs))
 
 
-def _fitted(a: Tensor, near_k: Tensor, near_v: Tensor, v_a: Tensor, at: _Tables, mu: float) -> Tensor:
-    """V̄ − Y of the landmarks (B·H, n, d)."""
+def _of_heads(step: Any, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """(B, N, H, d): a step taken for so many heads at a time."""
+    import torch
+
+    some = zip(*(t.split(heads, dim=1) for t in (q, k, v)), strict=True)
+    outs = [step(*each).transpose(1, 2) for each in some]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _by_window(q: Tensor, at: _Tables) -> tuple[Tensor, Tensor]:
+    """Queries (B·H, windows, M, d), and agents (B, H, windows · m, d)."""
+    both = q.index_select(2, at.queries)
+    count = both.shape[2] - at.agents
+    return both[:, :, :count].flatten(0, 1).unflatten(1, (-1, at.windows)).transpose(1, 2), both[:, :, count:]
+
+
+def _near(k: Tensor, v: Tensor, at: _Tables) -> Tensor:
+    """Keys and values of each window (2, B·H, windows, keys, d)."""
+    import torch
+
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        near = torch.stack([t.index_select(2, at.keys) for t in (k, v)])
+    else:  # into one tensor, which is cast by one kernel
+        near = k.new_empty(2, *k.shape[:2], len(at.keys), k.shape[-1])
+        for t, part in zip((k, v), near, strict=True):
+            torch.index_select(t, 2, at.keys, out=part)
+    return near.flatten(1, 2).unflatten(2, (at.windows, -1))
+
+
+def _misfit(a: Tensor, near: Tensor, v_a: Tensor, at: _Tables, mu: float) -> Tensor:
+    """V̄ − Y of the landmarks (B·H, n, d), float32."""
     import torch
 
     from ..tensors import no_autocast
 
-    n = at.landmarks
+    n, batch = at.landmarks, near.shape[1:3]
     with no_autocast(a.device.type):
-        scores = a.float() @ near_k.float().mT
-        w = torch.add(at.bias, scores, alpha=a.shape[-1] ** -0.5).softmax(dim=-1)
-        error = (w @ near_v.float()).view(*v_a.shape).sub_(v_a).flatten(0, 1)
-        square = torch.linalg.vector_norm(w, dim=(1, 2, 3))[:, None].square()
-        return solve_tikhonov(w.flatten(1, 2)[..., -n:], error, square, mu / n)
+        near_k, near_v = near.float().flatten(1, 2)
+        agents = a.float().reshape(len(near_k), -1, a.shape[-1])
+        w = torch.baddbmm(at.far, agents, near_k.mT, alpha=a.shape[-1] ** -0.5).softmax(dim=-1)
+        r = (w @ near_v).view(v_a.shape).sub_(v_a).flatten(0, 1)
+        w = w.unflatten(0, batch).flatten(1, 2)
+        norm = torch.linalg.vector_norm(w, dim=(-2, -1))[:, None]
+        return solve_tikhonov(w[..., -n:], r, (norm, norm), mu / n)
 
 
 class _Axis(NamedTuple):
@@ -203,6 +243,11 @@ class _Axis(NamedTuple):
         return min(self.length, self.side + 2 * self.halo)
 
     @property
+    def sample(self) -> range:
+        """Where the landmarks are."""
+        return sampled(self.length, self.cell)
+
+    @property
     def agents(self) -> int:
         """Agents of a window."""
         return cells(self.side, self.cell)
@@ -212,7 +257,7 @@ class _Axis(NamedTuple):
         import torch
 
         arange = partial(torch.arange, device=device)
-        first = sampled(self.length, self.cell)
+        first = self.sample
         begin = self.side * arange(self.windows)[:, None]
         start = (begin - self.halo).clamp(0, self.length - self.near)
         # cells of the landmarks; a cell that is cut short before its middle belongs to the landmark before it
@@ -238,19 +283,22 @@ class _Tables(NamedTuple):
     Attributes:
         windows: number of windows.
         landmarks: n.
-        queries: the first token of each window, the second of each, and so on.
-        agents: agents of the first window, of the second, and so on.
+        agents: number of agents of all windows.
+        queries: the first token of each window, the second of each, and so on; then the agents of the first window, of
+            the second, and so on.
         keys: near keys of each window and the landmarks; between them as many masked ones as align the rows of `bias`.
         bias: log c, 0 for near keys, −∞ for landmarks inside and for what is masked (1, windows, 1, keys).
+        far: the same for the windows of each row and head (B · H · windows, 1, keys), float32.
         places: where each token's output is among those of `queries`.
     """
 
     windows: int
     landmarks: int
+    agents: int
     queries: Tensor
-    agents: Tensor
     keys: Tensor
     bias: Tensor
+    far: Tensor
     places: Tensor
 
 
@@ -259,11 +307,11 @@ def _tables(q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int
 
     # tensors without values, as counters of FLOPs use them, must not be kept
     make = _kept_tables if type(q) is torch.Tensor else _make_tables
-    return make(size, cell, window, halo, q.device, q.dtype)
+    return make(size, cell, window, halo, len(q) * q.shape[1], q.device, q.dtype)
 
 
 def _make_tables(
-    size: tuple[int, int], cell: tuple[int, int], window: int, halo: int, device: Any, dtype: Any
+    size: tuple[int, int], cell: tuple[int, int], window: int, halo: int, pairs: int, device: Any, dtype: Any
 ) -> _Tables:
     import torch
 
@@ -283,13 +331,16 @@ def _make_tables(
         keys = torch.cat([keys, keys[:, :1].expand(-1, filler)], dim=1)
         window_of = _pairs(axes[1].windows * y["window"], x["window"], torch.add)
         offset = _pairs(axes[1].side * y["offset"], x["offset"], torch.add)
+        agents = tokens("agents").flatten()
+        bias = torch.cat([far.new_zeros(windows, keys.shape[1] - filler), far], dim=1)
         return _Tables(
             windows,
             n,
-            tokens("queries").mT.flatten(),
-            tokens("agents").flatten(),
+            len(agents),
+            torch.cat([tokens("queries").mT.flatten(), agents]),
             torch.cat([keys, tokens("landmarks").expand(windows, -1)], dim=1).flatten(),
-            torch.cat([far.new_zeros(windows, keys.shape[1] - filler), far], dim=1)[None, :, None],
+            bias[None, :, None],
+            bias.float().repeat(pairs, 1)[:, None],
             (offset * windows + window_of).flatten(),
         )
 
