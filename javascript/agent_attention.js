@@ -8,7 +8,7 @@
     const TABS = ["txt2img", "img2img"];
     const ROUTE = "./agent-attention";
     const PASTING = "#paste, #txt2img_tab, #img2img_tab, #inpaint_tab"; // the host's buttons that bring an infotext
-    const FOLDS = ["more", "measuring", "map"];
+    const FOLDS = ["more", "tuner", "map"];
     const POLL_MS = 250; // sliders that the host moves by itself (paste, swap, presets) fire no event
     const DEBOUNCE_MS = 150; // a slider on its way is not worth a question
     const RETRY_MS = 5000;
@@ -142,7 +142,7 @@
         const stopped = new AbortController();
         // Of each tab: `values` are the settings as last known, `body` what is to be asked, `key` all that the answer
         // depends on, `request` the question under way, `again` when to repeat it, `lost` whether the server was out of
-        // reach, `lines` what is shown, `preset` what the settings are, undefined until the answer is there.
+        // reach, `lines` what is shown, `found` the preset to choose after tuning, `preset` what the settings are, undefined until the answer is there.
         const tabs = TABS.map((name) => ({name, values: {}, again: Infinity, lost: false, pressed: -Infinity}));
         let data = null, learning = false, learnt = -Infinity; // the page's tables, and when they were asked for
         let version = 0; // goes up when the server may answer otherwise although nothing in the page has changed
@@ -275,8 +275,9 @@
             return [preset, ...filled];
         };
         const sync = (name, [preset, ...values]) => {
-            const tab = tabs.find((one) => one.name === name), wanted = tab.wanted;
-            tab.wanted = undefined;
+            const tab = tabs.find((one) => one.name === name), {wanted, found} = tab;
+            tab.wanted = tab.found = undefined;
+            if (data && found in data.presets) return choose(name, [found, ...values]);
             if (data && wanted in data.presets && !isFilled(name, values)) return choose(name, [wanted, ...values]);
             if (data) note(tab, values);
             return [tab.preset ?? preset, ...values];
@@ -349,12 +350,20 @@
         const showStatus = async (tab) => {
             const status = await ask(`status?task=${encodeURIComponent(taskOf(tab))}`).catch(() => null);
             const element = findOurs(tab.name, "status");
-            if (!status || !element || stopped.signal.aborted) return;
+            if (!status || !element || stopped.signal.aborted) return null;
             const wanted = status.text && options()[STATUS_OPTION] !== false;
             const when = new Date(1000 * status.at).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
             fill(element, wanted ? [{text: `${when} – ${status.text}`, state: status.state}] : []);
             // the style sheet puts it above everything else
             element.classList.toggle("agent-attention-alert", Boolean(wanted) && status.state === "wrong");
+            return status;
+        };
+
+        // An order to tune holds for one image. Whoever gave it wants to see what was found, and to use it.
+        const showTuned = (tab, status) => {
+            if (!(tab.values.tune > 0)) return;
+            findOurs(tab.name, "tune_done")?.click();
+            tab.found = status?.preset || undefined;
         };
 
         // Who has the map open and asked for a record wants to see the new image's.
@@ -375,7 +384,7 @@
             if (now) noteTask(tab);
             if (tab.generating && !now) {
                 version += 1; // another model may have been loaded for it
-                showStatus(tab);
+                showStatus(tab).then((status) => showTuned(tab, status));
                 showMap(tab);
             }
             tab.generating = now;
@@ -391,7 +400,7 @@
                 }
             }
             if (tabs.some((tab) => tab.wanted !== undefined)) learn();
-            for (const tab of tabs) if (data && tab.wanted in data.presets) pressSync(tab);
+            for (const tab of tabs) if (data && (tab.found ?? tab.wanted) in data.presets) pressSync(tab);
         };
 
         // ---- The keyboard ----

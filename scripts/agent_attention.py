@@ -17,7 +17,7 @@ from agentsd.panel import controls
 from agentsd.panel.routes import Routes
 from agentsd.settings import infotext
 from agentsd.settings.table import NAMES
-from agentsd.webui import batch, compat, session, settings_page, xyz
+from agentsd.webui import batch, compat, session, settings_page, tuning, xyz
 
 _panels: list[controls.Panel] = []
 
@@ -30,7 +30,9 @@ class AgentAttentionScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        panel = controls.build("img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map)
+        panel = controls.build(
+            "img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map, tuning.Tunings()
+        )
         _panels.append(panel)
         self.infotext_fields = [(panel.controls[name], infotext.reader(name)) for name in NAMES]
         self.paste_field_names = [infotext.reader(name) for name in NAMES]

@@ -25,8 +25,8 @@ def unet():
     return golden_unet()
 
 
-def to_config(values, hires):
-    return table.to_config(values, hires=hires)
+def to_config(values, sampling):
+    return table.to_config(values, hires=sampling.hires)
 
 
 def todo(values=None, *passes):
@@ -56,7 +56,7 @@ def test_a_task_for_each_pass_in_which_agents_act():
     assert todo({"enabled": False}, HERE), "what is switched off can be measured"
 
 
-def test_the_outputs_are_compared_and_the_unet_is_left_as_it_was(unet):
+def test_both_are_timed_and_the_unet_is_left_as_it_was(unet):
     before = {name: set(vars(module)) for name, module in unet.named_modules()}
     [task] = todo({"method": "agent", "min_tokens": 0})
     ticks = []
@@ -65,15 +65,9 @@ def test_the_outputs_are_compared_and_the_unet_is_left_as_it_was(unet):
     assert len(ticks) == 2 * (measure.ROUNDS + 1)
     assert outcome.before > 0
     assert outcome.after > 0
-    assert 0 < outcome.distance < 1
     assert outcome.peak_before is None, "a CPU does not tell"
     assert get_patch(unet) is None
     assert {name: set(vars(module)) for name, module in unet.named_modules()} == before
-
-
-def test_settings_that_change_nothing_have_no_distance(unet):
-    with torch.no_grad():
-        assert measure.measure(unet, todo({"min_tokens": 9999, **GRID})[0], lambda: None).distance == 0
 
 
 def test_a_job_tells_its_progress_its_outcome_and_a_threshold(unet):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 from blocks import golden_unet, sdxl_like_unet
 
 from agentsd import costs
+from agentsd.panel import chart
 from agentsd.panel.host import Hint
 from agentsd.panel.preview import (
     ACTS,
@@ -22,8 +25,10 @@ from agentsd.panel.preview import (
     preview,
     sentence,
 )
+from agentsd.panel.tuned import Kept, PresetPoint
 from agentsd.settings import table
 from agentsd.settings.presets import CUSTOM, PRESETS
+from agentsd.tuning.data import Moment, Point, Tuning
 
 HERE = SamplingPass(512, 512)
 HIRES = SamplingPass(1024, 1024, 0.5, hires=True)
@@ -32,14 +37,17 @@ HIRES = SamplingPass(1024, 1024, 0.5, hires=True)
 class Host:
     """A program that shows the panel."""
 
-    def __init__(self, unet=None, obstacle=None, advice=()):
-        self._unet, self._obstacle, self._advice = unet, obstacle, list(advice)
+    def __init__(self, unet=None, obstacle=None, advice=(), kept=()):
+        self._unet, self._obstacle, self._advice, self._kept = unet, obstacle, list(advice), kept
 
     def unet(self):
         return self._unet
 
     def config(self, values, hires):
         return table.to_config(values, hires=hires)
+
+    def kept(self, of, size):
+        return next((kept for kept in self._kept if (kept.of, kept.tuning.size) == (of, size)), None)
 
     def obstacle(self, hires, img2img):
         return self._obstacle if not hires else None
@@ -249,3 +257,75 @@ def test_fractions_are_in_the_sliders_unit():
 
 def test_a_hint_without_words_is_none():
     assert sentence(Hint("")) == ""
+
+
+# Tunings
+
+PLAN = "tuning 1 64x64 0.02 12345678 | method=corrected agent_ratio=0.95 | 0.0 a..a | 0.5 aaaa"
+TUNING = replace(
+    Tuning.from_text(PLAN),
+    moments=(Moment(0.1, 0.015, 0.017),),
+    seconds_full=0.4,
+    seconds=0.25,
+    frontier=(Point(0.005, 0.004, 0.35, ("....", "....")), Point(0.02, 0.017, 0.25, ("a..a", "aaaa"))),
+)
+KEPT_HERE = Kept("a checkpoint", "first", TUNING, (PresetPoint("Fast", 0.2, 1.4), PresetPoint("Paper", 0.05, 0.9)), 1.0)
+
+
+def test_a_tuning_says_what_was_reached():
+    tuned = {**PRESETS["Tuned"], "how_close": "2 %"}
+    (line,) = preview(tuned, [HERE], Host(kept=[KEPT_HERE]))["lines"][:1]
+    assert line["text"] == (
+        "512×512: tuned to within 2 %, 1.7 % reached. Expected: 1.60× faster; measured: 400 → 250\u00a0ms a U-Net call."
+    )
+    assert line["state"] == ACTS
+    (line,) = preview({**tuned, "how_close": "0.5 %"}, [HERE], Host(kept=[KEPT_HERE]))["lines"][:1]
+    assert "tuned to within 0.5 %, 0.4 % expected" in line["text"]
+    assert "full attention stays" in line["hint"]
+    assert line["state"] == NOTHING
+
+
+def test_a_pass_without_a_tuning_says_which_preset_applies():
+    lines = preview(PRESETS["Tuned"], [HERE, HIRES], Host(kept=[KEPT_HERE]))["lines"]
+    assert "Hires 1024×1024: not tuned on this checkpoint at this size, so Fast applies." in [x["text"] for x in lines]
+    assert any(line["text"].startswith("512×512: tuned") for line in lines)
+    assert any("16384 tokens → 1024 agents" in line["text"] for line in lines)
+    lines = preview({"tuning": "auto", "method": "pool"}, [HERE], Host())["lines"]
+    assert "so Custom applies" in lines[0]["text"]
+
+
+def test_a_plan_for_another_model_does_not_apply():
+    lines = preview({"tuning": PLAN}, [HERE], Host(golden_unet()))["lines"]
+    assert "not tuned on this checkpoint" in lines[0]["text"]
+    lines = preview({"tuning": PLAN}, [HERE], Host())["lines"]  # as long as no model is loaded, it may
+    assert lines[0]["text"] == "512×512: tuned to within 2 %."
+
+
+def test_an_order_to_tune_is_said():
+    told = preview({"tune": 0.005}, [HERE, HIRES], Host())
+    assert [line["text"] for line in told["lines"]] == [
+        "The next image is made without Agent Attention, and tuned on: to within 0.5 %."
+    ]
+
+
+def test_the_table_and_the_chart_show_what_was_found():
+    shown = chart.html([KEPT_HERE])
+    for cell in ("First pass", "512×512", "400\u00a0ms", "250\u00a0ms", "1.60×", "2 %", "1.7 %"):
+        assert f"<td>{cell}</td>" in shown
+    drawing = ElementTree.fromstring(shown[shown.index("<svg") : shown.index("</figure>")])
+    assert {"Fast", "Paper", "0.5 %", "2 %"} <= {text.text for text in drawing.iter("text")}
+    place = {kind: [] for kind in ("chosen", "plan", "preset")}
+    for dot in drawing.iter("circle"):
+        place[dot.get("class").rsplit("-", 1)[1]].append((float(dot.get("cx")), float(dot.get("cy"))))
+    assert (len(place["chosen"]), len(place["plan"]), len(place["preset"])) == (1, 1, 2)
+    (chosen,), (plan,), (fast, paper) = place.values()
+    assert plan[0] < chosen[0] < paper[0] < fast[0], "the further right, the less close"
+    assert chosen[1] < fast[1] < plan[1] < paper[1], "the higher, the faster"
+    assert all(0 <= x <= 460 and 0 <= y <= 250 for x, y in [chosen, plan, fast, paper])
+    assert "Nothing is tuned" in chart.html([])
+
+
+def test_names_are_escaped():
+    shown = chart.html([replace(KEPT_HERE, checkpoint="<b>&", presets=(PresetPoint("<i>", 0.0, 1.0),))])
+    assert "<b>" not in shown
+    assert "<i>" not in shown

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agentsd import TOKEN_MERGING, AgentConfig, SettingError
 from agentsd.config import LIMITS
 from agentsd.rules import format_rules, parse_rules
-from agentsd.settings import infotext
+from agentsd.settings import infotext, tunings
 from agentsd.settings.table import (
     ARGUMENTS,
     BY_NAME,
@@ -30,6 +30,7 @@ from agentsd.settings.table import (
     to_config,
     wants_record,
 )
+from agentsd.tuning.data import Tuning
 from agentsd.webui import xyz
 from agentsd.webui.xyz import XYZ
 
@@ -42,6 +43,8 @@ RULES = [
     "downsample=2+4 until=0.4 method=corrected agent_ratio=0.9",
     "blocks=middle_block.* full | blocks=input_blocks.1.*+*output* since=0.25 ratio=0.3 use_rand=off",
 ]
+PLAN = "tuning 1 64x64 0.02 12345678 | method=corrected agent_ratio=0.95 | 0.0 a..a | 0.5 aaaa"
+TUNINGS = ["", "auto", f"first {PLAN}", f"first {PLAN} & hires {PLAN.replace('64x64', '128x128')}"]
 
 
 def values_of(row):
@@ -51,7 +54,7 @@ def values_of(row):
     if row.kind == "choice":
         return st.sampled_from(row.choices)
     if row.kind == "text":
-        return st.sampled_from(RULES)
+        return st.sampled_from(RULES if row.name == "rules" else TUNINGS)
     if row.whole:
         return st.integers(int(row.low), int(row.high))
     return st.floats(row.low, row.high)
@@ -99,7 +102,7 @@ def test_row_is_complete(row):
 
 def test_the_api_order_is_a_contract():
     """The token map's switch came before the rules did."""
-    assert (*NAMES[:23], RECORD, "rules") == ARGUMENTS
+    assert (*NAMES[:23], RECORD, "rules", "tuning", "how_close", "tune") == ARGUMENTS
     assert NAMES[:23] == (
         "enabled", "ratio", "agent_ratio", "k_scale2", "k_shortcut", "fp32", "agent_source", "method", "since", "until",
         "hires_until", "after", "passes", "max_downsample", "min_tokens", "max_agents", "sx", "sy", "use_rand",
@@ -265,6 +268,37 @@ def test_bad_rules_are_named(value, said):
         check({"rules": value})
 
 
+def test_a_tuning_may_be_text_or_a_dictionary_or_several():
+    text, data = f"first {PLAN}", Tuning.from_text(PLAN).to_dict()
+    for value in (PLAN, text, data, Tuning.from_text(PLAN), [data], [text, PLAN]):
+        assert check({"tuning": value})["tuning"] == text
+    assert check({"tuning": " auto "})["tuning"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("tuning", "first tuning 1 64x64", "tuning must be .* damaged"),
+        ("tuning", {"size": [64, 64]}, "tuning must be .* damaged"),
+        ("tuning", 7, "tuning must be .* got '7'"),
+        ("tune", 1.5, "tune must be a number from 0 to 1, got 1.5"),
+        ("how_close", 0.3, "how_close must be one of"),
+    ],
+)
+def test_a_bad_tuning_is_named(name, value, said):
+    with pytest.raises(SettingError, match=said):
+        check({name: value})
+
+
+def test_a_pass_takes_its_own_plan_before_the_first_passs():
+    plans = tunings.read(
+        f"first {PLAN} & hires {PLAN.replace('0.02', '0.01')} & img2img {PLAN.replace('64x64', '8x8')}"
+    )
+    found = {of: [plan.tolerance for plan in tunings.matching(plans, of, (64, 64))] for of in tunings.PASSES}
+    assert found == {"first": [0.02], "hires": [0.01, 0.02], "img2img": [0.02]}
+    assert tunings.matching(plans, "first", (64, 128)) == []
+
+
 def test_the_record_is_asked_for_after_the_settings():
     assert wants_record([True] + [None] * 22 + [True])
     assert not wants_record([True] + [None] * 22)
@@ -314,7 +348,8 @@ def test_the_table_allows_what_the_core_allows(values, hires):
 def test_infotext_round_trip(values):
     text = f"a cat\nSteps: 4, Sampler: Euler a, {infotext.KEY}: {infotext.write(values)}, Version: v1.10.1"
     parsed = dict(PAIR.findall(text.splitlines()[-1]))
-    assert {row.name: infotext.reader(row.name)(parsed) for row in SETTINGS} == values
+    found = {row.name: infotext.reader(row.name)(parsed) for row in SETTINGS}
+    assert found == {row.name: None if row.local else values[row.name] for row in SETTINGS}
 
 
 def test_infotext_names_the_main_settings_even_at_their_defaults():
@@ -385,6 +420,16 @@ def test_axes_set_values_from_the_plots_text(values):
         typed = str(values[row.name])
         option.apply(p, option.type(typed), [])
     assert from_args([False], getattr(p, XYZ)) == values
+
+
+def test_the_axis_of_how_close_is_over_one_tuning():
+    plot = grid()
+    xyz.register([plot])
+    option = next(option for option in plot.axis_options if option.label.endswith("How close"))
+    for typed in ("0.5%", "0.5 %"):
+        p = SimpleNamespace()
+        option.apply(p, typed, [])
+        assert from_args([True], getattr(p, XYZ)).items() >= {"how_close": "0.5 %", "tuning": "auto"}.items()
 
 
 def test_an_axis_switches_on_and_cells_are_separate():

@@ -19,7 +19,7 @@ def test_a_preset_is_valid_and_is_told_from_the_others(name):
 
 
 def test_a_preset_leaves_the_users_own_affairs_alone():
-    own = {"enabled": True, "fp32": True, "min_tokens": 4096, "seed": 5}
+    own = {"enabled": True, "fp32": True, "min_tokens": 4096, "seed": 5, "how_close": "5 %", "tune": 0.01}
     assert set(own) == set(KEPT)
     assert preset_of({**table.DEFAULTS, **own}) == preset_of(table.DEFAULTS)
     assert not any(name in preset for preset in PRESETS.values() for name in KEPT)
@@ -28,7 +28,7 @@ def test_a_preset_leaves_the_users_own_affairs_alone():
 def test_a_touched_control_makes_it_custom():
     for name, value in PRESETS["Paper"].items():
         other = table.BY_NAME[name]
-        text = {"choice": "x", "text": "ratio=0.2"}
+        text = {"choice": "x", "text": "auto" if name == "tuning" else "ratio=0.2"}
         changed = not value if other.kind == "flag" else text[other.kind] if other.kind in text else value + 1
         assert preset_of({**table.DEFAULTS, **PRESETS["Paper"], name: changed}) in (CUSTOM, *PRESETS)
         assert preset_of({**table.DEFAULTS, **PRESETS["Paper"], name: changed}) != "Paper"
@@ -60,8 +60,11 @@ OLD = {
 }
 
 
+LOCAL = {row.name: row.default for row in table.SETTINGS if row.local}
+
+
 def read(params: dict) -> dict:
-    return {name: infotext.reader(name)(params) for name in table.NAMES}
+    return {row.name: infotext.reader(row.name)(params) for row in table.SETTINGS if not row.local}
 
 
 def test_an_image_of_the_older_extension_fills_our_controls():
@@ -79,7 +82,7 @@ def test_an_image_of_the_older_extension_fills_our_controls():
         "after": "token merging",
         "passes": "first",
     }
-    assert read(OLD) == expected
+    assert {**LOCAL, **read(OLD)} == expected
     assert table.to_config(table.check(expected)) is not None
 
 
@@ -98,7 +101,7 @@ def test_its_second_step_may_never_come():
 def test_what_cannot_be_read_is_at_our_default(broken):
     found = read({**OLD, **broken})
     assert found["enabled"] is True
-    assert table.check(found) == found
+    assert table.check(found) == {**LOCAL, **found}
 
 
 def test_our_own_entry_counts_more_and_other_images_are_not_its():

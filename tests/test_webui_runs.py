@@ -6,12 +6,11 @@ import time
 import types
 
 from blocks import blocks_of
-from test_webui_session import ON, SIMILARITY, Processing, generate, host, unet  # noqa: F401 - fixtures
+from fake_webui import ON, Processing, fake_host, fake_unet, generate  # noqa: F401 - fixtures
+from test_webui_session import SIMILARITY
 
 from agentsd.panel import tokenmap
 from agentsd.settings import infotext
-
-# ruff: noqa: F811 - a fixture's name is an argument's
 
 
 def test_a_run_is_told_to_whom_it_belongs(host):

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from test_webui_session import _forget_ours as forget_ours
-from test_webui_session import state
+from fake_webui import _forget_ours as forget_ours
+from fake_webui import state
 from tiny_pipelines import tiny_unet
 
 from agentsd import get_patch
@@ -39,7 +39,15 @@ class Processing:
 def host(monkeypatch):
     """SD.Next's modules, as far as we import them, around a tiny U-Net."""
     fake = {"modules": ModuleType("modules")}
-    for part in ("processing_callbacks", "script_callbacks", "scripts", "shared", "sd_models", "ui_components"):
+    for part in (
+        "processing_callbacks",
+        "progress",
+        "script_callbacks",
+        "scripts",
+        "shared",
+        "sd_models",
+        "ui_components",
+    ):
         fake[part] = module = ModuleType(f"modules.{part}")
         setattr(fake["modules"], part, module)
         monkeypatch.setitem(sys.modules, module.__name__, module)

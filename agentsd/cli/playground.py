@@ -136,6 +136,9 @@ class Playground:
     def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
         return table.to_config(values, hires=hires)
 
+    def kept(self, of: str, size: tuple[int, int]) -> None:
+        """Nothing is kept here."""
+
     def obstacle(self, hires: bool, img2img: bool) -> None:
         """Nothing else acts on the model here."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -15,6 +16,7 @@ from ..settings.presets import CUSTOM, PRESETS, preset_of
 from ..settings.table import ARGUMENTS, BY_NAME, DEFAULTS, SETTINGS, Row
 from ..settings.table import RECORD as RECORD_NAME
 from .tokenmap import RECORD, View
+from .tune import Section, Tunings
 
 # Controls that share a line
 _LINES = (
@@ -27,6 +29,7 @@ _LINES = (
     ("sx", "sy", "seed"),
     ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
     ("rules",),
+    ("tuning",),
 )
 # (line, place in it); settings without a place come last
 _PLACE = {name: (i, j) for i, line in enumerate(_LINES) for j, name in enumerate(line)}
@@ -76,6 +79,7 @@ def build(
     tab: str,
     accordion: Callable[..., AbstractContextManager],
     token_map: Callable[[str, int, int], View] | None = None,
+    tunings: Tunings | None = None,
 ) -> Panel:
     """Build the panel inside the current gradio blocks.
 
@@ -83,17 +87,21 @@ def build(
         tab: prefix of the elements' ids: "txt2img" or "img2img".
         accordion: makes an accordion with a checkbox as its value, such as the WebUI's InputAccordion.
         token_map: makes the token map of the last run from (task, call, layer); without it the panel has none.
+        tunings: the tunings of the current checkpoint; without it nothing can be tuned.
     """
+    section = Section(partial(element_id, tab), tunings)
     enabled = BY_NAME["enabled"]
     with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:
         controls = {"enabled": switch}
         with gr.Row(elem_classes=["agent-attention-line"]):
             preset, sync = _preset(tab)
+            controls.update(section.order())
         summary = gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
-        controls.update(_lines(tab, [row for row in SETTINGS if not row.folded and row is not enabled]))
+        others = [row for row in SETTINGS if row.name not in controls]
+        controls.update(_lines(tab, [row for row in others if not row.folded]))
         with gr.Accordion("More settings", open=False, elem_id=element_id(tab, "more")):
-            controls.update(_lines(tab, [row for row in SETTINGS if row.folded]))
-        _measure(tab)
+            controls.update(_lines(tab, [row for row in others if row.folded]))
+        section.results()
         record = None if token_map is None else _token_map(tab, token_map)
         # the style sheet moves it to the top where it says that nothing was applied
         status = gr.HTML("", elem_id=element_id(tab, "status"), elem_classes=["agent-attention-status"])
@@ -129,15 +137,6 @@ _GRADIO_3 = gr.__version__.startswith("3.")
 _JS = "_js" if _GRADIO_3 else "js"
 # since gradio 4, events during a pending call are dropped unless the last one is asked for
 _LAST = {} if _GRADIO_3 else {"trigger_mode": "always_last"}
-
-
-def _measure(tab: str) -> None:
-    """Make the buttons and the table of a measurement; the page's script operates them."""
-    with gr.Accordion("Measure", open=False, elem_id=element_id(tab, "measuring")):
-        with gr.Row():
-            gr.Button("Measure at this size", elem_id=element_id(tab, "measure"))
-            gr.Button("Cancel measuring", elem_id=element_id(tab, "measure_cancel"), interactive=True)
-        gr.HTML("", elem_id=element_id(tab, "measured"), elem_classes=["agent-attention-measured"])
 
 
 def _token_map(tab: str, show: Callable[[str, int, int], View]) -> Any:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..config import AgentConfig
+    from .tuned import Kept
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class PanelHost(Protocol):
         Raises:
             SettingError: settings contradict each other.
         """
+
+    def kept(self, of: str, size: tuple[int, int]) -> Kept | None:
+        """Return the tuning that is kept for the current model and a pass of a latent of (height, width)."""
 
     def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
         """Say what in the host's options prevents a pass from being patched; None if nothing does."""

@@ -32,7 +32,7 @@ ROUNDS = 3  # pairs of forward passes, without and with the patch, after a warm-
 ROWS = 2  # cond and uncond
 CALIBRATION_SECONDS = 3.0
 MEBIBYTE = 2**20
-HEAD = ("Size", "Without", "With", "Speed-up", "Peak memory", "Output differs")
+HEAD = ("Size", "Without", "With", "Speed-up", "Peak memory")
 
 
 class Cancelled(Exception):
@@ -64,7 +64,6 @@ class Outcome:
         after: milliseconds per forward pass of the patched U-Net.
         peak_before: peak memory of the unpatched U-Net in bytes; None if the device does not report it.
         peak_after: peak memory of the patched U-Net.
-        distance: ‖patched − unpatched‖ / ‖unpatched‖ of the outputs, with noise for latent and prompt.
     """
 
     sampling: SamplingPass
@@ -72,7 +71,6 @@ class Outcome:
     after: float
     peak_before: int | None
     peak_after: int | None
-    distance: float
 
     def row(self) -> list[str]:
         """Format the outcome as a table row under `HEAD`."""
@@ -81,27 +79,25 @@ class Outcome:
             peak = f"{self.peak_before / MEBIBYTE:.0f} → {self.peak_after / MEBIBYTE:.0f} MiB"
         speed = f"{self.before / self.after:.2f}×"
         times = f"{self.before:.0f}\u00a0ms", f"{self.after:.0f}\u00a0ms"
-        return [str(self.sampling), *times, speed, peak, f"{self.distance:.1%}"]
+        return [str(self.sampling), *times, speed, peak]
 
     def sentence(self) -> str:
         """Describe the outcome in one line."""
-        size, _, _, speed, peak, distance = self.row()
-        times = milliseconds(self.before, self.after)
-        return f"{size}: {times} ({speed}), peak memory {peak}, outputs differ by {distance}"
+        size, _, _, speed, peak = self.row()
+        return f"{size}: {milliseconds(self.before, self.after)} ({speed}), peak memory {peak}"
 
 
 def tasks(
     values: Mapping[str, Any],
     passes: Sequence[SamplingPass],
-    to_config: Callable[[Mapping[str, Any], bool], AgentConfig | None],
+    to_config: Callable[[Mapping[str, Any], SamplingPass], AgentConfig | None],
 ) -> list[Task]:
     """Make a task for each pass in which agents act.
 
     Args:
         values: every setting, in canonical form.
         passes: the sampling passes.
-        to_config: makes the config of a pass from `values` and whether it is the hires pass; None if the pass is left
-            alone.
+        to_config: makes the config of a pass from `values`; None if the pass is left alone.
 
     Raises:
         SettingError: settings contradict each other.
@@ -109,14 +105,14 @@ def tasks(
     result = []
     for sampling in passes:
         low, high = max(sampling.start, values["since"]), values[sampling.end]
-        config = to_config({**values, "enabled": True}, sampling.hires)
+        config = to_config({**values, "enabled": True}, sampling)
         if config is not None and low < high:
             result.append(Task(sampling, config, (low + high) / 2))
     return result
 
 
 def measure(unet: nn.Module, task: Task, tick: Callable[[], None], kv_context: Any = None) -> Outcome:
-    """Time the U-Net with and without the patch, alternating, and compare its outputs.
+    """Time the U-Net with and without the patch, alternating.
 
     Args:
         unet: the U-Net, not patched.
@@ -132,35 +128,33 @@ def measure(unet: nn.Module, task: Task, tick: Callable[[], None], kv_context: A
 
     times: dict[bool, list[float]] = {False: [], True: []}
     peaks: dict[bool, int | None] = {}
-    outputs: dict[bool, Tensor] = {}
     for round_ in range(ROUNDS + 1):
         for patched in (False, True):
             patch = patch_unet(unet, task.config, kv_context) if patched else None
             try:
-                seconds, peaks[patched], outputs[patched] = _timed(run, device)
+                seconds, peaks[patched] = _timed(run, device)
             finally:
                 if patch is not None:
                     patch.remove()
             if round_:
                 times[patched].append(seconds)
             tick()
-    distance = (outputs[True].float() - outputs[False].float()).norm() / outputs[False].float().norm()
     before, after = (1000 * statistics.median(times[patched]) for patched in (False, True))
-    return Outcome(task.sampling, before, after, peaks[False], peaks[True], round(float(distance), 6))
+    return Outcome(task.sampling, before, after, peaks[False], peaks[True])
 
 
-def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, int | None, Tensor]:
-    """Time one call on `device`: (seconds, peak bytes or None, output)."""
+def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, int | None]:
+    """Time one call on `device`: (seconds, peak bytes or None)."""
     module = getattr(torch, device.type, None)
     wait = getattr(module, "synchronize", lambda: None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     wait()
     begin = time.perf_counter()
-    output = call()
+    call()
     wait()
     seconds = time.perf_counter() - begin
-    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None, output
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 @dataclass

@@ -6,16 +6,21 @@ The page's script reads the controls and asks; all wording is here. Imports neit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..config import AgentConfig, SettingError
 from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
 from ..methods import method_of
+from ..settings import tunings
 from ..settings.presets import CUSTOM, PRESETS, preset_of
 from ..settings.table import BY_NAME, DEFAULTS, SETTINGS, SMALL, check, labelled
+from ..tuning.data import Tuning, TuningError
+from ..tuning.table import percent
 from .host import Hint, PanelHost
+from .tuned import plans
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,6 +78,8 @@ def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: i
 # Help of the panel's controls that are no settings, by the name in their element id
 _HELP = {
     "preset": "Settings by intention. Changing one of them makes it Custom.",
+    "tune_next": "Make the next image without Agent Attention, and find the fastest settings that stay as close to it "
+    "as said on the left, for this checkpoint and size.",
     "record": "Keep which tokens were merged and where the agents sat for each image, until the next one.",
     "map_moment": "Which call of the U-Net: one for every 0.05 of the diffusion, first pass, then hires pass.",
     "map_layer": "Which of the changed layers, in the order of the U-Net.",
@@ -148,7 +155,10 @@ def preview(
     except SettingError as error:
         return _answer([Line("", Hint(labelled(str(error))), WRONG)], CUSTOM, unet)
     layout = layouts()[USUAL] if unet is None else layout_of_unet(unet)
+    if checked["tune"]:
+        return _answer([_order_to_tune(checked["tune"])], preset_of(checked), unet)
     lines = _chosen([_line(checked, sampling, layout, host, img2img, measured) for sampling in passes], checked)
+    lines = [*_not_tuned(checked, passes, host, img2img), *lines]
     if unet is None:
         lines.append(Line(f"No model is loaded yet: figures are those of {USUAL}"))
     else:
@@ -211,6 +221,9 @@ def _line(
     config = host.config(values, sampling.hires)
     if config is None:
         return nothing("this pass is left out", "passes")
+    plan = _plan(values, sampling, host, img2img)
+    if plan is not None:
+        return _tuned_line(sampling, plan)
     parts = _parts(config, values, sampling, layout)
     acting = next((part for part in parts if part.acts), None)
     own = next((part for part in parts if part.own), None)
@@ -226,6 +239,59 @@ def _line(
     return Line(
         f"{sampling}: {_describe(acting.cost)}", _advice(acting, own, sampling), SLOWER if slower else ACTS, gain
     )
+
+
+def _order_to_tune(tolerance: float) -> Line:
+    text = f"The next image is made without Agent Attention, and tuned on: to within {percent(tolerance)}"
+    return Line(text, Hint("that takes as long as some dozens of steps; Skip ends it"))
+
+
+def _plan(values: Mapping[str, Any], sampling: SamplingPass, host: PanelHost, img2img: bool) -> Tuning | None:
+    """Return the tuning that a pass would use; None where the other settings apply."""
+    if not values["tuning"]:
+        return None
+    of = tunings.HIRES if sampling.hires else tunings.IMG2IMG if img2img else tunings.FIRST
+    unet = host.unet()
+    for plan in plans(values, of, sampling.latent, host.kept(of, sampling.latent)):
+        with suppress(TuningError):
+            if unet is not None:
+                plan.config_for(unet)
+            return plan
+    return None
+
+
+def config_of(values: Mapping[str, Any], sampling: SamplingPass, host: PanelHost, img2img: bool) -> AgentConfig | None:
+    """Make the config of a pass, of its tuning if it has one; None if the pass is left alone."""
+    config, unet, plan = host.config(values, sampling.hires), host.unet(), _plan(values, sampling, host, img2img)
+    if config is None or plan is None or unet is None:
+        return config
+    return replace(plan.config_for(unet), attn_precision=config.attn_precision)
+
+
+def _not_tuned(values: Mapping[str, Any], passes: Sequence[SamplingPass], host: PanelHost, img2img: bool) -> list[Line]:
+    """Say of each pass for which a tuning was asked, and there is none, what applies instead."""
+    if not values["tuning"]:
+        return []
+    instead = preset_of({**values, "tuning": ""})
+    return [
+        Line(f"{sampling}: not tuned on this checkpoint at this size, so {instead} applies", Hint("", ()))
+        for sampling in passes
+        if host.config(values, sampling.hires) is not None and _plan(values, sampling, host, img2img) is None
+    ]
+
+
+def _tuned_line(sampling: SamplingPass, plan: Tuning) -> Line:
+    text = f"{sampling}: tuned to within {percent(plan.tolerance)}"
+    if plan.measured is not None:
+        text += f", {percent(plan.measured)} reached"
+    elif plan.predicted is not None:
+        text += f", {percent(plan.predicted)} expected"
+    if not plan.acts:
+        return Line(text, Hint("nothing is faster within that here, so full attention stays", ("how_close",)), NOTHING)
+    if plan.speed_up is None:
+        return Line(text, None, ACTS)
+    times = milliseconds(1000 * plan.seconds_full, 1000 * plan.seconds)
+    return Line(text, None, ACTS, f"{_speed(plan.speed_up)}; measured: {times}")
 
 
 def _by_flops(share: float) -> tuple[str, bool]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..methods import UNTOUCHED, LayerPlan, method_of
 from ..patch import Patch
+from ..settings.presets import TUNED
 from .pace import Pace, changed
 from .preview import ACTS, NOTHING, SLOWER, WRONG, in_layers
 from .tokenmap import Recording
@@ -37,6 +38,8 @@ class PassReport:
         notes: reasons for leaving single calls to the host, each with its number of calls.
         models: number of U-Nets that were patched; 2 if a refiner took over.
         pace: speed of the steps.
+        plan: which tuning was used, or why none; empty if none was asked for.
+        tuned: outcome of tuning on this pass; empty if that was not asked for.
     """
 
     hires: bool
@@ -48,18 +51,28 @@ class PassReport:
     notes: Counter[str] = field(default_factory=Counter)
     models: int = 0
     pace: Pace = field(default_factory=Pace)
+    plan: str = ""
+    tuned: str = ""
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was to be tuned on, and was not."""
+        return self.tuned.startswith("not ")
 
     @property
     def name(self) -> str:
         return "hires pass" if self.hires else "first pass"
 
-    def add(self, patch: Patch, progress: float) -> None:
-        """Collect the report of a patch before it is removed; `progress` is where its agents begin."""
+    def add(self, patch: Patch, progress: float | None) -> None:
+        """Collect the report of a patch before it is removed.
+
+        `progress` is where its agents begin; None if there is no one plan to tell, as in a tuning.
+        """
         self.notes.update(patch.notes)
         for layer in patch.report():
             self.calls.update(layer.calls)
         self.latent = patch.moment.latent or self.latent
-        if self.latent is not None:
+        if self.latent is not None and progress is not None:
             self._add_plans(plan for _, plan in patch.explain(*self.latent, progress) if plan is not None)
 
     def _add_plans(self, plans: Iterable[LayerPlan]) -> None:
@@ -86,10 +99,13 @@ class PassReport:
         if self.obstacles:
             return f"{self.name}: not applied, {' and '.join(self.obstacles)}"
         size = "" if self.latent is None else f", {self.latent[1] * 8}×{self.latent[0] * 8}"
+        if self.tuned:
+            return f"{self.name}{size}: {self.tuned}"
+        size += f", {self.plan}" if self.plan else ""
         if self.changed():
             what = ", ".join(f"{method_of(plan.action).words(plan)} {in_layers(n)}" for plan, n in self.layers)
-            pace = self.pace.words()
-            return f"{self.name}{size}: {what}; {self._calls_in_words()}" + (f"; {pace}" if pace else "")
+            parts = (what, self._calls_in_words(), self.pace.words())
+            return f"{self.name}{size}: {'; '.join(part for part in parts if part)}"
         why = "; ".join(self.idle) or "the U-Net was not called"
         if self.layers:
             why = "no step lay between From and Until"
@@ -120,6 +136,7 @@ class Status:
         enabled: whether the extension was on and its settings were valid.
         error: why the settings were invalid; empty if they were not.
         passes: reports of its sampling passes.
+        tuned: whether it has made a tuning.
         recording: the recording for its token map; None if none was requested.
     """
 
@@ -134,6 +151,7 @@ class Status:
         self.enabled = False
         self.error = ""
         self.passes: list[PassReport] = []
+        self.tuned = False
         self.recording: Recording | None = None
 
     def begin(self, enabled: bool, error: str = "", task: str = "") -> None:
@@ -157,7 +175,7 @@ class Status:
         """Add the report of a pass that has ended."""
         self.passes.append(report)
         self.at = time.time()
-        if report.changed():
+        if report.changed() or report.tuned:
             log.info(report.sentence())
         for reason in (*report.obstacles, *report.notes):
             self.say(f"left to the host: {reason}")
@@ -186,8 +204,10 @@ class Status:
 
     def state(self) -> str:
         """Tell how the run went, in the preview's words for a line; empty if there is nothing to tell."""
-        if self.error or self.obstacles():
+        if self.error or self.obstacles() or any(report.refused for report in self.passes):
             return WRONG
+        if self.tuned:
+            return ACTS
         if not any(report.changed() for report in self.passes):
             return NOTHING if self.passes else ""
         return SLOWER if any(report.pace.slower for report in self.passes) else ACTS
@@ -209,6 +229,7 @@ class Status:
             "text": self.text(),
             "error": self.error,
             "notes": [*self.obstacles(), *self.notes()],
+            "preset": TUNED if self.tuned else "",
             "passes": [
                 {
                     "hires": report.hires,
@@ -217,6 +238,8 @@ class Status:
                     "layers": [{**{k: getattr(plan, k) for k in _TOLD}, "count": n} for plan, n in report.layers],
                     "models": report.models,
                     "pace": asdict(report.pace),
+                    "plan": report.plan,
+                    "tuned": report.tuned,
                     "obstacles": report.obstacles,
                     "notes": dict(report.notes),
                 }

@@ -11,7 +11,7 @@ from ..config import SettingError
 from ..settings.table import check
 from . import measure
 from .host import PanelHost
-from .preview import SamplingPass, hires_size, page_data, preview
+from .preview import SamplingPass, config_of, hires_size, page_data, preview
 from .report import STATUS
 
 PREFIX = "/agent-attention"
@@ -94,7 +94,9 @@ class Routes:
             return {"error": NO_MODEL}
         try:
             values = check({**state.values, "enabled": True})
-            tasks = measure.tasks(values, passes, self.host.config)
+            tasks = measure.tasks(
+                values, passes, lambda values, sampling: config_of(values, sampling, self.host, state.img2img)
+            )
         except SettingError as error:
             return {"error": str(error)}
         return {"error": measure.JOB.start(values, tasks, self.host.at_rest)}

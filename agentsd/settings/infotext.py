@@ -15,6 +15,9 @@ from .table import BY_NAME, IMPLIED, SETTINGS
 
 KEY = "Agent Attention"
 NOTE = "Agent Attention note"
+# What a generation that tuned has found: not of its own images, which were made without us
+TUNED = "Agent Attention tuning"
+ENTRIES = (KEY, NOTE, TUNED)
 
 
 def write(values: Mapping[str, Any]) -> str:
@@ -23,7 +26,7 @@ def write(values: Mapping[str, Any]) -> str:
     It needs no quotes, having no comma, colon or line break. The main settings are always named, others only if they
     differ from what an entry without them stands for.
     """
-    rows = [row for row in SETTINGS if row.name != "enabled"]
+    rows = [row for row in SETTINGS if row.name != "enabled" and not row.local]
     named = [row for row in rows if row.written or values[row.name] != IMPLIED[row.name]]
     return "; ".join(f"{row.name}={row.text(values[row.name])}" for row in named)
 
@@ -59,6 +62,6 @@ def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
         values = legacy.read(params) if entry is None else read(str(entry))
         if values is None:
             return False if name == "enabled" else None
-        return values[name]
+        return None if BY_NAME[name].local else values[name]
 
     return value

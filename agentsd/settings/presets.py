@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .table import BY_NAME, DEFAULTS, HIRES, MERGING, NAMES
+from .table import BY_NAME, DEFAULTS, HIRES, MERGING, NAMES, SETTINGS
+from .tunings import AUTO
 
 CUSTOM = "Custom"
 # Settings that depend on the machine, the model or the user: presets neither set nor compare them
-KEPT = ("enabled", "fp32", "min_tokens", "seed")
+KEPT = ("enabled", "fp32", "min_tokens", "seed", *(row.name for row in SETTINGS if row.local))
+TUNED = "Tuned"
 
 # Values of the presets, as differences from the panel's defaults, chosen by the deviation of the U-Net's output and the
 # time of a forward pass: see docs/fidelity.md and docs/performance.md.
@@ -35,6 +37,8 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
     "Hires only": {"passes": HIRES},
     # SDXL has no attention at full resolution: its largest layers are at level 2, most of its attention at level 4
     "SDXL": {"max_downsample": "4"},
+    # What was tuned on the checkpoint at hand, at the size at hand; elsewhere the defaults
+    TUNED: {"tuning": AUTO},
 }
 
 

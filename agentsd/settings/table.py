@@ -7,19 +7,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 from ..config import AUTO, LIMITS, TOKEN_MERGING, AgentConfig, SettingError, check_names, early, shown
 from ..methods import selectable
 from ..rules import format_rules, parse_rules, rules_from
+from ..tuning.table import percent
+from . import tunings
 
 # Layers of fewer tokens gain nothing: the speed-up of SD 1's U-Net is 1.01× at 128×128 pixels (256 tokens) and 1.07× at
 # 256×256 pixels. See docs/performance-log.md.
 SMALL = 512
 NOTHING, MERGING = "nothing", "token merging"
 BOTH, FIRST, HIRES = "both", "first", "hires"
+
+
+def _read_percent(value: Any) -> Any:
+    """Bring a fraction such as 0.005, or a text such as "0.5%", into `percent`'s form; others are left as they are."""
+    try:
+        if isinstance(value, str):
+            return percent(fraction_of(value))
+        return percent(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    except ValueError:
+        return value
+
+
+def fraction_of(text: str) -> float:
+    """Read a deviation that `percent` wrote."""
+    return float(text.removesuffix("%")) / 100
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,9 @@ class Row:
         more_info: makes text to append to `info`; called when the help is read.
         implied: value that an infotext stands for which does not name the setting; None for the default. It never
             changes, so that a new default leaves the images of existing infotexts as they are.
+        read: turns what the API may send into a text or choice in canonical form.
+        local: whether it concerns one generation or one user only: neither infotext nor presets hold it.
+        implies: settings that its X/Y/Z axis sets as well.
     """
 
     name: str
@@ -56,6 +76,9 @@ class Row:
     written: bool = False
     more_info: Callable[[], str] | None = None
     implied: Any = None
+    read: Callable[[Any], Any] | None = None
+    local: bool = False
+    implies: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def help(self) -> str:
@@ -83,11 +106,11 @@ class Row:
             return self.default
         if self.kind == "flag":
             return self._flag(value)
+        if self.read is not None:
+            value = self.read(value)
         if self.kind == "choice":
             return self._choice(value)
-        if self.kind == "text":
-            return format_rules(rules_from(value))
-        return self._number(value)
+        return value if self.kind == "text" else self._number(value)
 
     def _flag(self, value: Any) -> bool:
         if isinstance(value, bool):
@@ -118,9 +141,7 @@ class Row:
         if self.kind == "flag":
             flags = {"on": True, "true": True, "off": False, "false": False}
             return flags[text.lower()] if text.lower() in flags else self._flag(text)
-        if self.kind == "choice":
-            return self._choice(text)
-        if self.kind == "text":
+        if self.kind in ("choice", "text"):
             return self.checked(text)
         try:
             return self._number(float(text))
@@ -344,6 +365,37 @@ SETTINGS: tuple[Row, ...] = (
         "blocks=middle_block.* full”. Later rules win; “full” is full attention.",
         "",
         "text",
+        read=lambda value: format_rules(rules_from(value)),
+    ),
+    Row(
+        "tuning",
+        "Tuning",
+        "“auto” uses what was tuned for this checkpoint and size; images carry the plan itself. Passes without a plan "
+        "use the other settings.",
+        "",
+        "text",
+        read=tunings.canonical,
+    ),
+    Row(
+        "how_close",
+        "How close",
+        "How much the U-Net's output may deviate from full attention's: what to tune for, and which of the plans found "
+        "then to use.",
+        "2 %",
+        "choice",
+        choices=("0.5 %", "1 %", "2 %", "5 %"),
+        read=_read_percent,
+        local=True,
+        implies={"tuning": tunings.AUTO},
+    ),
+    Row(
+        "tune",
+        "Tune",
+        "Make the next image without Agent Attention and tune on it, to this deviation, such as 0.02. 0 doesn't tune.",
+        0.0,
+        "slider",
+        step=0.001,
+        local=True,
     ),
 )
 

@@ -129,6 +129,11 @@ class Tuning:
         return max(values) if values and None not in values else None
 
     @property
+    def acts(self) -> bool:
+        """Whether any block uses anything but full attention."""
+        return any(set(part) != {_FULL} for part in self.choices)
+
+    @property
     def speed_up(self) -> float | None:
         """Seconds without / seconds with; None if unknown."""
         return self.seconds_full / self.seconds if self.seconds and self.seconds_full else None

@@ -15,8 +15,10 @@ from ..panel import tokenmap
 from ..panel.pace import StepClock, changed
 from ..panel.report import STATUS, PassReport
 from ..patch import Answer, Patch, patch_unet
-from ..settings import infotext, table
+from ..settings import infotext, table, tunings
+from ..tuning.data import TuningError
 from . import compat
+from .tuning import Plans, Recording, pass_of, size_of
 from .xyz import XYZ
 
 NO_PASS = "the host announced no sampling pass"
@@ -27,24 +29,44 @@ _GENERATION = "_agent_attention"
 
 @dataclass
 class Generation:
-    """One patched generation: its settings, its number among the runs, the reports of its passes, and the recording for
-    the token map.
+    """One patched generation, or one to tune on.
+
+    Attributes:
+        values: its settings.
+        run: its number among the runs.
+        recording: the recording for its token map.
+        reports: reports of its passes.
+        plans: the tunings that its passes use; or those that it has made, if it tunes.
     """
 
     values: Mapping[str, Any]
     run: int
     recording: tokenmap.Recording | None = None
     reports: list[PassReport] = field(default_factory=list)
+    plans: list[tunings.PassTuning] = field(default_factory=list)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it is made without us, to tune on it."""
+        return self.values["tune"] > 0
 
     def entries(self) -> dict[str, str]:
-        """Make the infotext entries: none unless a pass was patched; then the settings, and why others were not."""
+        """Make the infotext entries: none unless a pass was patched; then the settings, and why others were not.
+
+        In the place of the wish for what is kept here they hold the plans that were used.
+        """
+        if self.tunes:
+            return {infotext.NOTE: " and ".join(["not applied, the image was made to tune on it", *self._refusals()])}
         if not any(report.patched for report in self.reports):
             return {}
-        result = {infotext.KEY: infotext.write(self.values)}
+        result = {infotext.KEY: infotext.write({**self.values, "tuning": tunings.write(self.plans)})}
         obstacles = dict.fromkeys(reason for report in self.reports for reason in report.obstacles)
         if obstacles:
             result[infotext.NOTE] = f"not applied, {' and '.join(obstacles)}"
         return result
+
+    def _refusals(self) -> list[str]:
+        return list(dict.fromkeys(report.tuned for report in self.reports if report.refused))
 
 
 # The script's callbacks, in calling order
@@ -92,8 +114,10 @@ def before_model_call() -> None:
 
 
 def postprocess(p: Any, processed: Any) -> None:
-    """Keep the image over which the token map is drawn."""
+    """Keep the image over which the token map is drawn; tell what was tuned."""
     generation = generation_of(p)
+    if generation is not None and generation.tunes and generation.plans:
+        processed.extra_generation_params[infotext.TUNED] = tunings.write(generation.plans)
     if generation is not None and generation.recording is not None:
         generation.recording.image = compat.HOST.first_image(p, processed)
         STATUS.recording = generation.recording
@@ -131,7 +155,7 @@ def _observer(
 
 
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
-    for key in (infotext.KEY, infotext.NOTE):
+    for key in infotext.ENTRIES:
         p.extra_generation_params.pop(key, None)
     p.extra_generation_params.update(entries)
 
@@ -169,7 +193,8 @@ def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> Abs
     """Make the context in which a pass is sampled, patched or not; `size` is the latent's (height, width), if known."""
     generation = generation_of(p)
     if _is_on(generation, hires):
-        return sampling_pass(p, generation, hires, size)
+        around = tuning_pass if generation.tunes else sampling_pass
+        return around(p, generation, hires, size)
     # an unpatched image may be generated in the middle of a patched one
     return under_way(Pass({}, PassReport(hires, obstacles=["it is off"])))
 
@@ -178,7 +203,8 @@ def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> Abs
 def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, int] | None = None) -> Iterator[Pass]:
     """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends."""
     report = PassReport(hires, obstacles=list(compat.HOST.obstacles(p, hires)))
-    current = Pass(generation.values, report, _observer(p, generation.recording, hires, size))
+    plans = Plans(generation.values, pass_of(p, hires), size or size_of(p, hires), generation.plans)
+    current = Pass(generation.values, report, _observer(p, generation.recording, hires, size), plans)
     generation.reports.append(report)
     try:
         with under_way(current):
@@ -187,6 +213,29 @@ def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, 
     finally:
         STATUS.add(report)
         _write_infotext(p, generation.entries())
+
+
+@contextmanager
+def tuning_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, int] | None = None) -> Iterator[Pass]:
+    """Leave the current U-Net alone, and tune on the pass if it is of the first image."""
+    report = PassReport(hires, size)
+    with under_way(Pass({}, PassReport(hires, obstacles=["it is tuned"]))) as current:
+        if getattr(p, "iteration", 0):
+            yield current
+            return
+        generation.reports.append(report)
+        recording = Recording(p, generation.values, pass_of(p, hires), report)
+        try:
+            with recording:
+                yield current
+        finally:
+            if recording.kept is not None:
+                generation.plans.append(tunings.PassTuning(recording.of, recording.kept.tuning))
+                STATUS.tuned = True
+            elif report.tuned:
+                p.comment(f"Agent Attention: {report.tuned}")
+            STATUS.add(report)
+            _write_infotext(p, generation.entries())
 
 
 @contextmanager
@@ -206,9 +255,13 @@ class Pass:
     """The patch during one sampling pass."""
 
     def __init__(
-        self, values: Mapping[str, Any], report: PassReport, observer: Callable[[Answer], None] | None = None
+        self,
+        values: Mapping[str, Any],
+        report: PassReport,
+        observer: Callable[[Answer], None] | None = None,
+        plans: Plans | None = None,
     ) -> None:
-        self.values, self.report, self.observer = values, report, observer
+        self.values, self.report, self.observer, self.plans = values, report, observer, plans
         self.thread = threading.get_ident()
         self._clock = StepClock()
         self._patch: Patch | None = None
@@ -219,13 +272,15 @@ class Pass:
         """Patch `unet`, and only that. Never raises: the image is generated unpatched instead."""
         if unet is None and not self._models and not self.report.obstacles:
             self.report.obstacles.append(NO_UNET)
-        if self.report.obstacles or unet is self._unet:
+        if self.report.obstacles or (unet is self._unet and (self.plans is None or self.plans.hold())):
             return
         self.suspend()
         self._unet = unet
         try:
             if unet is not None:
                 self._patch = self._patched(unet)
+        except TuningError as error:
+            self.report.notes[str(error)] += 1
         except Exception as error:
             self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
 
@@ -244,11 +299,13 @@ class Pass:
             _running.remove(self)
 
     def _patched(self, unet: nn.Module) -> Patch:
-        config = compat.HOST.config(self.values, hires=self.report.hires)
+        plan = None if self.plans is None else self.plans.config(unet, self.report)
+        config = plan or compat.HOST.config(self.values, hires=self.report.hires)
         if compat.HOST.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
         patch = patch_unet(unet, config, compat.HOST.kv_context())
         patch.observer = self.observer
+        patch.observe_closeness = True
         self._models.add(id(unet))
         self.report.models = len(self._models)
         return patch
@@ -261,7 +318,8 @@ class Pass:
         patch, self._patch, self._unet = self._patch, None, None
         if patch is not None:
             try:
-                self.report.add(patch, self.values["since"])
+                tuned = self.plans is not None and self.plans.used
+                self.report.add(patch, None if tuned else self.values["since"])
             finally:
                 patch.remove()
 

@@ -33,7 +33,7 @@ def _label(row: Row) -> str:
 def _apply(row: Row) -> Callable[[Any, Any, Any], None]:
     def apply(p: Any, value: Any, values: Any) -> None:
         # make a new dictionary each time, since a cell's p is a shallow copy
-        setattr(p, XYZ, {"enabled": True, **getattr(p, XYZ, {}), row.name: _value(row, value)})
+        setattr(p, XYZ, {"enabled": True, **row.implies, **getattr(p, XYZ, {}), row.name: _value(row, value)})
 
     return apply
 

@@ -56,7 +56,7 @@ const panel = (tab) => {
         html(id("summary")),
         ...ROWS.map((row) => control(tab, row)),
         fold(id("more")),
-        fold(id("measuring"), button("measure"), button("measure_cancel"), html(id("measured"))),
+        fold(id("tuner"), button("measure"), button("measure_cancel"), html(id("measured"))),
         fold(id("map"), checkbox("record"), button("map_show")),
         html(id("status")));
 };

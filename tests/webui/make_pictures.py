@@ -20,7 +20,7 @@ from PIL import Image
 
 from agentsd.panel.controls import element_id
 
-FOLDS = ("more", "measuring", "map")
+FOLDS = ("more", "tuner", "map")
 
 
 def element(page: Any, name: str = "") -> Any:
@@ -70,11 +70,11 @@ def pictures(page: Any, folder: Path, prompt: str) -> None:
     take(element(page, "status"), folder / "panel-last-run.png")
     fold(page, panel)
     panel.choose("Fast")
-    panel.unfold("measuring")
+    panel.unfold("tuner")
     size(page, 256, 256)
     panel.press("measure")
     page.get_by_role("button", name="Set Minimum tokens to").wait_for(timeout=120 * SECONDS)
-    take(element(page, "measuring"), folder / "panel-measure.png")
+    take(element(page, "tuner"), folder / "panel-measure.png")
     page.locator("#tabs button", has_text="Settings").first.click()
     page.locator("#settings button", has_text="Agent Attention").first.click()
     page.wait_for_timeout(SECONDS)

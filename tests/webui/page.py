@@ -36,7 +36,7 @@ class Panel:
         self._at("seed").wait_for(state="visible")
 
     def unfold(self, name: str) -> None:
-        """Open "more", "measuring" or "map", if it is folded."""
+        """Open "more", "tuner" or "map", if it is folded."""
         label = self._at(name, "> .label-wrap")
         if "open" not in (label.get_attribute("class") or "").split():
             label.click()

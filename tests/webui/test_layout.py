@@ -16,7 +16,7 @@ from agentsd.settings.table import BY_NAME, DEFAULTS, NAMES
 
 PANEL = element_id("txt2img")
 SETTINGS = "settings_agent_attention"
-FOLDS = ("more", "measuring", "map")
+FOLDS = ("more", "tuner", "map")
 BUTTONS = ("measure", "measure_cancel", "record", "map_show")
 # what stands out of the window or of the box itself, and text that its element cuts off
 STANDS_OUT = """id => {
@@ -149,7 +149,7 @@ def test_a_fold_opens_and_closes_by_keyboard(page, panel: Panel, name: str):
         page.keyboard.press(key)
         page.wait_for_timeout(SECONDS)
         assert label.get_attribute("aria-expanded") == state
-        inner = {"more": "seed", "measuring": "measure", "map": "record"}[name]
+        inner = {"more": "seed", "tuner": "measure", "map": "record"}[name]
         assert page.locator(f"#{element_id('txt2img', inner)}").is_visible() is (state == "true")
 
 

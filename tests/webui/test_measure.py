@@ -31,7 +31,7 @@ def test_it_measures_and_leaves_no_trace(a1111: Host):
     [row] = told["rows"]
     outcome = dict(zip(told["head"], row, strict=True))
     assert outcome["Size"] == "128×128"
-    for column, unit in (("Without", "ms"), ("With", "ms"), ("Speed-up", "×"), ("Output differs", "%")):
+    for column, unit in (("Without", "ms"), ("With", "ms"), ("Speed-up", "×")):
         assert float(outcome[column].removesuffix(unit)) > 0
     assert told["min_tokens"] >= 0
     shown = a1111.call("/agent-attention/preview", ON)["lines"][0]["text"]
@@ -85,7 +85,7 @@ def test_in_the_page_with_progress_a_table_and_the_threshold(a1111: Host):
         panel.open()
         panel.choose("Fast")
         size(page, 128, 128)
-        panel.unfold("measuring")
+        panel.unfold("tuner")
         page.locator(f"#{element_id('txt2img', 'measure')}").click()
         table = page.locator(f"#{element_id('txt2img', 'measured')} table").first
         table.wait_for(timeout=120 * SECONDS)
@@ -101,7 +101,7 @@ def test_in_the_page_it_can_be_cancelled(a1111: Host):
         panel = Panel(page)
         panel.open()
         size(page, 512, 512)
-        panel.unfold("measuring")
+        panel.unfold("tuner")
         page.locator(f"#{element_id('txt2img', 'measure')}").click()
         page.wait_for_function(
             f"document.getElementById('{element_id('txt2img', 'measured')}').innerText.includes('Measuring')"

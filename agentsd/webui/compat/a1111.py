@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ...config import AgentConfig
 from ...hosts import UnsupportedModelError, find_sites, find_unet
 from ...panel.host import Busy, Hint
+from ...panel.tuned import Kept, Store
 from ...settings import table
 
 TOKEN_MERGING = "the WebUI's own token merging is on"
@@ -71,6 +73,11 @@ class WebUI:
     def unet(self) -> nn.Module | None:
         """Return the U-Net of the current checkpoint; None if none is loaded yet. Never loads one."""
         return None if getattr(sd_models.model_data, "sd_model", None) is None else self.current_unet()
+
+    def checkpoint(self) -> str:
+        """Return the name of the current checkpoint; empty if none is loaded. Never loads one."""
+        model = getattr(sd_models.model_data, "sd_model", None)
+        return str(getattr(getattr(model, "sd_checkpoint_info", None), "name", ""))
 
     def kv_context(self) -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None:
         """Return AUTOMATIC1111's hypernetworks as a `kv_context`; None if none are loaded."""
@@ -135,7 +142,60 @@ class WebUI:
         x, y, width, height = region
         return images[0].convert("RGB").crop((x, y, x + width, y + height))
 
+    # Tuning
+
+    @cached_property
+    def tunings(self) -> Store:
+        """The tunings in the host's cache of facts about checkpoints; where it has none, those of this process."""
+        return Store(self.cache)
+
+    def cache(self, section: str) -> MutableMapping[str, Any]:
+        """Return a section of that cache."""
+        try:
+            from modules.cache import cache
+        except ImportError:
+            return self._facts.setdefault(section, {})
+        return cache(section)
+
+    @cached_property
+    def _facts(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def was_stopped(self) -> bool:
+        """Whether the user has pressed Skip or Interrupt, or asked for the end of the batch."""
+        return any(getattr(shared.state, name, False) for name in ("skipped", "interrupted", "stopping_generation"))
+
+    @contextmanager
+    def progress_bar(self) -> Iterator[Callable[[int, int, str], bool]]:
+        """Add a job to the host's progress bar for a `with` block, which gets a function of (done, total, text).
+
+        It returns False once the user has pressed Skip or Interrupt. These end the block's work, and not the image that
+        it belongs to: after Interrupt, no further image is made.
+        """
+        state = shared.state
+        before = {name: getattr(state, name, None) for name in ("sampling_step", "sampling_steps", "textinfo")}
+        if state.job_count > 0:
+            state.job_count += 1
+        state.nextjob()
+
+        def show(done: int, total: int, text: str) -> bool:
+            state.sampling_step, state.sampling_steps, state.textinfo = done, total, text
+            return not self.was_stopped()
+
+        try:
+            yield show
+        finally:
+            for name, value in before.items():
+                setattr(state, name, value)
+            if state.interrupted:
+                state.interrupted, state.stopping_generation = False, True
+            state.skipped = False
+
     # The panel
+
+    def kept(self, of: str, size: tuple[int, int]) -> Kept | None:
+        """Return the tuning that is kept for the current checkpoint and a pass of a latent of (height, width)."""
+        return self.tunings.find(self.checkpoint(), of, size)
 
     def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
         """Like `obstacles`, but before generation: judged by the options alone."""

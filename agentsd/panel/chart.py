@@ -1,0 +1,166 @@
+"""Tunings as HTML: a table of what was asked for and reached, and a chart of speed over deviation.
+
+The chart is an SVG in the page's own colours. Imports neither torch, gradio nor a WebUI.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from ..settings import tunings
+from ..tuning.table import percent
+
+if TYPE_CHECKING:
+    from .tuned import Kept
+
+HEAD = ("Pass", "Size", "Without", "With", "Speed-up", "Asked", "Reached")
+NAMES = {tunings.FIRST: "First pass", tunings.HIRES: "Hires pass", tunings.IMG2IMG: "img2img"}
+_WIDTH, _HEIGHT = 460, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 14, 40
+_TICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_LINE = 13  # height of a label
+
+
+def html(kept: Sequence[Kept]) -> str:
+    """Show a checkpoint's tunings, newest first: all of them as a table, the newest as a chart."""
+    if not kept:
+        return "<p>Nothing is tuned yet for this checkpoint.</p>"
+    newest = kept[0]
+    caption = f"{newest.checkpoint}: {NAMES[newest.of].lower()} at {size_of(newest)}"
+    return f"{table(kept)}<figure><figcaption>{escape(caption)}</figcaption>{chart(newest)}</figure>"
+
+
+def size_of(kept: Kept) -> str:
+    height, width = kept.tuning.size
+    return f"{8 * width}×{8 * height}"
+
+
+def table(kept: Iterable[Kept]) -> str:
+    """Make the table of tunings; times are those of a U-Net call."""
+    head = "".join(f"<th>{name}</th>" for name in HEAD)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row(one)) + "</tr>" for one in kept)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def row(kept: Kept) -> list[str]:
+    """Format a tuning as a row under `HEAD`."""
+    tuning = kept.tuning
+    times = [_milliseconds(seconds) for seconds in (tuning.seconds_full, tuning.seconds)]
+    speed = f"{tuning.speed_up:.2f}×" if tuning.speed_up else "–"
+    reached = "–" if tuning.measured is None else percent(tuning.measured)
+    return [NAMES[kept.of], size_of(kept), *times, speed, percent(tuning.tolerance), reached]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.0f}\u00a0ms"
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A point of the chart: `deviation`, `speed_up`, its label, and whether it belongs to the tuning's line."""
+
+    deviation: float
+    speed_up: float
+    label: str
+    tuned: bool
+    chosen: bool = False
+
+
+def _marks(kept: Kept) -> list[_Mark]:
+    tuning, full = kept.tuning, kept.tuning.seconds_full
+    marks = [_Mark(p.deviation, p.speed_up, p.name, tuned=False) for p in kept.presets]
+    for point in tuning.frontier:
+        chosen = point.tolerance == tuning.tolerance
+        reached = tuning.measured if chosen and tuning.measured is not None else point.predicted
+        if full and point.seconds:
+            marks.append(_Mark(reached, full / point.seconds, percent(point.tolerance), True, chosen))
+    return marks
+
+
+def chart(kept: Kept) -> str:
+    """Draw speed over deviation: the plans of a tuning as a line, the presets beside them.
+
+    The deviation of a preset is that of the U-Net's output at a few moments of the picture that was tuned on.
+    """
+    marks = _marks(kept)
+    if not marks:
+        return ""
+    axes = _Axes(marks)
+    line = " ".join(f"{axes.x(m.deviation):.1f},{axes.y(m.speed_up):.1f}" for m in marks if m.tuned)
+    parts = [
+        *axes.drawn(),
+        f'<polyline class="agent-attention-frontier" points="{line}"/>',
+        *(_dot(axes, mark) for mark in marks),
+        *_labels(axes, marks),
+    ]
+    told = ", ".join(f"{m.label}: {m.speed_up:.2f}× at {percent(m.deviation)}" for m in marks)
+    return (
+        f'<svg class="agent-attention-chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escape(f"Speed-up over deviation. {told}", quote=True)}">{"".join(parts)}</svg>'
+    )
+
+
+class _Axes:
+    """Scales of the chart: the deviation's is logarithmic."""
+
+    def __init__(self, marks: Sequence[_Mark]) -> None:
+        deviations = [m.deviation for m in marks if m.deviation > 0] or [0.01]
+        self.low, self.high = 0.7 * max(min(deviations), 1e-4), 2 * max(deviations)
+        speeds = [1.0, *(m.speed_up for m in marks)]
+        margin = 0.08 * max(max(speeds) - min(speeds), 0.05)
+        self.slowest, self.fastest = min(speeds) - margin, max(speeds) + margin
+
+    def x(self, deviation: float) -> float:
+        share = math.log(max(deviation, self.low) / self.low) / math.log(self.high / self.low)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(self, speed_up: float) -> float:
+        share = (speed_up - self.slowest) / (self.fastest - self.slowest)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    def drawn(self) -> list[str]:
+        bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+        parts = []
+        for value in (tick for tick in _TICKS if self.low <= tick <= self.high):
+            x = self.x(value)
+            parts.append(f'<line class="agent-attention-grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+            parts.append(_text(x, bottom + 14, percent(value), "middle"))
+        for value in _steps(self.slowest, self.fastest):
+            y = self.y(value)
+            parts.append(f'<line class="agent-attention-grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(_text(_LEFT - 6, y + 4, f"{value:g}×", "end"))
+        parts.append(_text((_LEFT + right) / 2, _HEIGHT - 8, "deviation of the U-Net's output", "middle"))
+        return parts
+
+
+def _steps(low: float, high: float) -> list[float]:
+    """Choose three to six round values between two speeds."""
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, math.inf) if (high - low) / s <= 6)
+    return [] if math.isinf(step) else [round(step * i, 4) for i in range(math.ceil(low / step), int(high / step) + 1)]
+
+
+def _dot(axes: _Axes, mark: _Mark) -> str:
+    kind = "chosen" if mark.chosen else "plan" if mark.tuned else "preset"
+    place = f'cx="{axes.x(mark.deviation):.1f}" cy="{axes.y(mark.speed_up):.1f}"'
+    return f'<circle class="agent-attention-{kind}" {place} r="{6 if mark.chosen else 4}"/>'
+
+
+def _labels(axes: _Axes, marks: Sequence[_Mark]) -> Iterable[str]:
+    """Write each label beside its point, moved down where it would cover another."""
+    taken: list[tuple[float, float]] = []
+    for mark in sorted(marks, key=lambda m: -m.speed_up):
+        x, y = axes.x(mark.deviation), axes.y(mark.speed_up) + 4
+        anchor = "end" if x > _WIDTH - 110 else "start"
+        while any(abs(x - other) < 80 and abs(y - above) < _LINE for other, above in taken):
+            y += 2
+        taken.append((x, y))
+        yield _text(x - 9 if anchor == "end" else x + 9, y, mark.label, anchor, strong=mark.chosen)
+
+
+def _text(x: float, y: float, text: str, anchor: str, strong: bool = False) -> str:
+    weight = ' font-weight="700"' if strong else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'

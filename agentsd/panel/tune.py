@@ -1,0 +1,99 @@
+"""The panel's section Tune: how close, with the next image, what was found; and measuring. Imports gradio.
+
+The page's script operates the buttons of measuring, and presses `tune_done` when an image is there.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any, Protocol
+
+import gradio as gr
+
+from ..settings.table import BY_NAME, fraction_of
+
+TUNE, DONT_TUNE = "Tune with the next image", "Don't tune with the next image"
+FORGET = "Forget this checkpoint's tunings"
+
+
+class Tunings(Protocol):
+    """The tunings of the current checkpoint, as the program that shows the panel keeps them."""
+
+    def results(self) -> str:
+        """Show them as HTML; empty if no model is loaded."""
+
+    def forget(self) -> str:
+        """Forget them, and say so."""
+
+
+class Section:
+    """The controls of the section.
+
+    Args:
+        ids: makes the element id of a control's name.
+        tunings: the tunings; None where nothing can be tuned, and the controls are hidden.
+    """
+
+    def __init__(self, ids: Any, tunings: Tunings | None) -> None:
+        self._id, self.tunings = ids, tunings
+
+    def order(self) -> dict[str, Any]:
+        """Make the controls of an order to tune, by the names of their settings."""
+        hidden = [] if self.tunings is not None else ["agent-attention-hidden"]
+        row, tune = BY_NAME["how_close"], BY_NAME["tune"]
+        how_close = gr.Dropdown(
+            list(row.choices), value=row.default, label=row.label, elem_id=self._id(row.name), elem_classes=hidden
+        )
+        self.button = gr.Button(TUNE, elem_id=self._id("tune_next"), elem_classes=hidden)
+        # the page's script reads it, so it has to be drawn
+        self.value = gr.Slider(
+            tune.low,
+            tune.high,
+            tune.default,
+            step=tune.step,
+            label=tune.label,
+            elem_id=self._id(tune.name),
+            elem_classes=["agent-attention-hidden"],
+        )
+        controls = [how_close, self.value]
+        self.button.click(_ordered, controls, [self.value, self.button], show_progress="hidden")
+        how_close.input(
+            lambda text, value: fraction_of(text) if value else 0.0, controls, self.value, show_progress="hidden"
+        )
+        self.button.do_not_save_to_config = self.value.do_not_save_to_config = True
+        return {"how_close": how_close, "tune": self.value}
+
+    def results(self) -> None:
+        """Make what is folded: the tunings of the checkpoint, and measuring."""
+        with gr.Accordion("Measure" if self.tunings is None else "Tune", open=False, elem_id=self._id("tuner")):
+            if self.tunings is not None:
+                self._tunings(self.tunings)
+            with gr.Row():
+                gr.Button("Measure at this size", elem_id=self._id("measure"))
+                gr.Button("Cancel measuring", elem_id=self._id("measure_cancel"), interactive=True)
+            gr.HTML("", elem_id=self._id("measured"), elem_classes=["agent-attention-measured"])
+
+    def _tunings(self, tunings: Tunings) -> None:
+        # a function: asked for whenever the page loads
+        results = gr.HTML(tunings.results, elem_id=self._id("tuned"), elem_classes=["agent-attention-tuned"])
+        with gr.Row():
+            forget = gr.Button(FORGET, elem_id=self._id("tune_forget"))
+        done = gr.Button("", elem_id=self._id("tune_done"), elem_classes=["agent-attention-hidden"])
+        forget.click(lambda: f"<p>{escape(tunings.forget())}</p>", None, results, show_progress="hidden")
+        done.click(
+            lambda: (tunings.results(), 0.0, gr.update(value=TUNE)),
+            None,
+            [results, self.value, self.button],
+            show_progress="hidden",
+        )
+        forget.do_not_save_to_config = done.do_not_save_to_config = True
+
+
+def _ordered(how_close: str, value: float) -> tuple[float, Any]:
+    """Order a tuning with the next image, or take the order back."""
+    return (0.0, gr.update(value=TUNE)) if value else (fraction_of(how_close), gr.update(value=DONT_TUNE))
+
+
+def _changed(how_close: str, value: float) -> float:
+    """Change the order that was given, if any."""
+    return fraction_of(how_close) if value else 0.0

@@ -1,0 +1,236 @@
+"""Tunings of checkpoints: made on the calls of a pass, kept, and found again for a pass like it.
+
+Imports neither gradio nor a WebUI: the host's cache is passed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..config import AgentConfig
+from ..methods import selectable
+from ..patch import KVContext
+from ..settings import tunings
+from ..settings.presets import PRESETS, TUNED
+from ..settings.table import DEFAULTS, fraction_of, to_config
+from ..tuning.data import Tuning, TuningError
+from ..tuning.record import RecordedCall, progress_of
+from ..tuning.replay import Progress, compare
+from ..tuning.tuner import tune
+
+# Name of our section in the host's cache
+SECTION = "agent-attention-tunings"
+# Timesteps at which the presets are tried, for the chart
+_MOMENTS = 3
+_WITHOUT = "without"
+
+
+@dataclass(frozen=True)
+class PresetPoint:
+    """Where a preset lies in the chart.
+
+    Attributes:
+        name: the preset.
+        deviation: the largest deviation of the U-Net's output over the moments tried.
+        speed_up: seconds without / seconds with, over these moments.
+    """
+
+    name: str
+    deviation: float
+    speed_up: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tuning as it is kept.
+
+    Attributes:
+        checkpoint: the checkpoint's name.
+        of: the pass: one of `tunings.PASSES`.
+        tuning: the tuning.
+        presets: the presets beside it; none where a pass has none.
+        made: when it was made, in seconds since 1970.
+    """
+
+    checkpoint: str
+    of: str
+    tuning: Tuning
+    presets: tuple[PresetPoint, ...] = ()
+    made: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return _key(self.checkpoint, self.of, self.tuning.size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON types."""
+        presets = [asdict(point) for point in self.presets]
+        return {**vars(self), "tuning": self.tuning.to_dict(), "presets": presets}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Kept:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            TuningError: it is damaged.
+        """
+        try:
+            presets = tuple(PresetPoint(**point) for point in data["presets"])
+            return cls(**{**data, "tuning": Tuning.from_dict(data["tuning"]), "presets": presets})
+        except (TypeError, KeyError) as error:
+            raise TuningError(f"this tuning is damaged: {error}") from error
+
+
+def _key(checkpoint: str, of: str, size: tuple[int, int]) -> str:
+    return f"{checkpoint}|{of}|{size[1]}x{size[0]}"
+
+
+class Store:
+    """Tunings kept in a host's cache. What is damaged there counts as absent.
+
+    Args:
+        open_section: opens a section of it by its name, a mapping of texts to JSON types.
+    """
+
+    def __init__(self, open_section: Callable[[str], MutableMapping[str, Any]]) -> None:
+        self._open = open_section
+
+    def _cache(self) -> MutableMapping[str, Any]:
+        return self._open(SECTION)
+
+    def put(self, kept: Kept) -> None:
+        self._cache()[kept.key] = kept.to_dict()
+
+    def find(self, checkpoint: str, of: str, size: tuple[int, int]) -> Kept | None:
+        """Return the tuning of a checkpoint for a pass at a size, or else of its first pass at that size."""
+        for kind in dict.fromkeys((of, tunings.FIRST)):
+            kept = self._read(_key(checkpoint, kind, size))
+            if kept is not None:
+                return kept
+        return None
+
+    def of_checkpoint(self, checkpoint: str) -> list[Kept]:
+        """List a checkpoint's tunings, the newest first."""
+        found = (self._read(key) for key in self._keys(checkpoint))
+        return sorted((kept for kept in found if kept is not None), key=lambda kept: -kept.made)
+
+    def forget(self, checkpoint: str) -> int:
+        """Forget a checkpoint's tunings, and return their number."""
+        keys = self._keys(checkpoint)
+        for key in keys:
+            del self._cache()[key]
+        return len(keys)
+
+    def _keys(self, checkpoint: str) -> list[str]:
+        return [key for key in list(self._cache()) if str(key).startswith(f"{checkpoint}|")]
+
+    def _read(self, key: str) -> Kept | None:
+        data = self._cache().get(key)
+        try:
+            return None if data is None else Kept.from_dict(data)
+        except TuningError:
+            return None
+
+
+# Use
+
+
+def plans(values: Mapping[str, Any], of: str, size: tuple[int, int], kept: Kept | None) -> list[Tuning]:
+    """Return the tunings that the settings name for a pass; none if the other settings apply.
+
+    Args:
+        values: every setting, in canonical form.
+        of: the pass.
+        size: (height, width) of the latent.
+        kept: what is kept for the checkpoint and the pass.
+    """
+    if values["tuning"] != tunings.AUTO:
+        return tunings.matching(tunings.read(values["tuning"]), of, size)
+    return [] if kept is None else [kept.tuning.at(fraction_of(values["how_close"]))]
+
+
+def config_of(plan: Tuning, unet: nn.Module, precision: str | None) -> AgentConfig:
+    """Make the config of a plan.
+
+    Raises:
+        TuningError: the plan is for another model.
+    """
+    return replace(plan.config_for(unet), attn_precision=precision)
+
+
+# Tune
+
+
+def make(
+    unet: nn.Module,
+    calls: Sequence[RecordedCall],
+    tolerance: float,
+    *,
+    checkpoint: str,
+    of: str,
+    precision: str | None = None,
+    progress: Progress | None = None,
+    kv_context: KVContext | None = None,
+) -> Kept:
+    """Tune a U-Net on the calls of a pass, and place the presets beside the result.
+
+    Args:
+        unet: the U-Net, as it was called.
+        calls: its recorded calls.
+        tolerance: upper limit on the deviation of its output.
+        checkpoint: the checkpoint's name.
+        of: the pass.
+        precision: `attn_precision` of all settings that are tried.
+        progress: as in `agentsd.tune`.
+        kv_context: as in `agentsd.Patch`.
+
+    Raises:
+        TuningCancelled: `progress` returned False.
+    """
+    moments = _moments(calls)
+    configs: dict[str, AgentConfig | None] = {_WITHOUT: None, **_preset_configs(of, precision)}
+    more, total = len(moments) * (1 + len(configs)), 0
+
+    def show(done: int, of_them: int, text: str) -> Any:
+        nonlocal total
+        total = of_them
+        return None if progress is None else progress(done, total + more, text)
+
+    def show_presets(done: int, of_them: int, text: str) -> Any:
+        return None if progress is None else progress(total + done, total + more, "Trying the presets")
+
+    methods = [
+        {"method": method.name, **settings, **({"attn_precision": precision} if precision else {})}
+        for method in selectable()
+        for settings in method.candidates
+    ]
+    tuning = tune(unet, calls, tolerance, methods=methods, progress=show, kv_context=kv_context)
+    found = compare(unet, moments, configs, progress=show_presets, kv_context=kv_context)
+    without = found.pop(_WITHOUT).seconds
+    presets = tuple(PresetPoint(name, c.deviation, without / c.seconds) for name, c in found.items())
+    return Kept(checkpoint, of, tuning, presets, time.time())
+
+
+def _moments(calls: Sequence[RecordedCall]) -> list[RecordedCall]:
+    """Choose calls at a few timesteps, spread over those recorded."""
+    at = list({progress_of(call): call for call in calls}.values())
+    count = min(_MOMENTS, len(at))
+    return [at[round(i * (len(at) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _preset_configs(of: str, precision: str | None) -> dict[str, AgentConfig]:
+    """Make the config of each preset in a pass; those that leave it alone, or equal an earlier one, have none."""
+    found: dict[str, AgentConfig] = {}
+    for name, preset in PRESETS.items():
+        values = {**DEFAULTS, **preset, "enabled": True}
+        config = None if name == TUNED else to_config(values, hires=of == tunings.HIRES)
+        if config is not None:
+            config = replace(config, attn_precision=precision)
+            if config not in found.values():
+                found[name] = config
+    return found
