@@ -33,12 +33,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def sharper(runs: Sequence[Iterable[dict[str, Any]]]) -> str:
     """Deviation of forward passes and of final latents, by method and factor; `runs` as in `FACTORS`."""
     by_name = [{row["method"]: row for row in run if row["size"] == list(SIZE)} for run in runs]
-    names = [name for name in by_name[0] if all(name in run for run in by_name) and not name.endswith(DEEPER)]
+    sharp = {name for run in by_name[1:] for name in run if not name.endswith(DEEPER)}
     lines = ["| method | " + " | ".join(f"queries × {factor}" for factor in FACTORS)]
     lines[0] += " | " + " | ".join(f"picture, × {factor}" for factor in FACTORS) + " |"
     lines += ["|---|" + "---:|" * (2 * len(FACTORS))]
-    for name in names:
-        of = [run[name] for run in by_name]
+    for name in (name for name in by_name[0] if name in sharp):
+        of = [run.get(name, {}) for run in by_name]
         cells = [_mean_and_worst(row) for row in of]
         cells += [f"{row['picture_deviation']:.4f}" if "picture_deviation" in row else "" for row in of]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -71,7 +71,7 @@ def main() -> None:
     """Write the sections."""
     whole = rows(FOLDER)
     small, *sharp = (rows(FOLDER / f"queries{factor}") for factor in FACTORS)
-    table = (FOLDER / "table.md").read_text(encoding="utf-8").split("\n\n")[1]
+    table = (FOLDER / "table.md").read_text(encoding="utf-8").split("\n\n")[1].strip()
     sections = {"run": table, "sharper": sharper([whole, *sharp]), "levels": levels([small, *sharp])}
     fill(PAGE, "benchmarks.sharper", sections)
 
