@@ -337,8 +337,12 @@ class AgentConfig:
 
     def ever(self, name: str) -> bool:
         """Whether the setting `name` is on in any stage or rule, or in the config itself."""
-        rules = (rule.settings or {} for rule in (*self.stages, *self.rules))
-        return getattr(self, name) or any(settings.get(name) for settings in rules)
+        return any(self.values(name))
+
+    def values(self, name: str) -> tuple[Any, ...]:
+        """List the values of the setting `name`: the config's own, and those of stages and rules."""
+        overrides = (rule.settings or {} for rule in (*self.stages, *self.rules))
+        return (getattr(self, name), *(settings[name] for settings in overrides if name in settings))
 
 
 @lru_cache(maxsize=4096)

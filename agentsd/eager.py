@@ -1,4 +1,9 @@
-"""Keep functions out of torch.compile without importing the compiler for users who never compile."""
+"""What torch.compile makes of the patch's hooks, without importing the compiler for users who never compile.
+
+A hook that the compiler can follow (`followed`) becomes part of the host's graph: it tells by `compiling` that it is
+being traced, counts nothing then, and takes what was planned for constants (`constant`). What cannot be traced is
+`not_compiled`: the graph breaks there.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,29 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 _COMPILER = "torch._dynamo"
+# Older compilers guard on what hooks keep, and would compile every call anew.
+_OLDEST = (2, 9)
+FOLLOWS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= _OLDEST
+
+
+def compiling() -> bool:
+    """Whether torch.compile is tracing the caller into a graph."""
+    return FOLLOWS and torch.compiler.is_compiling()
+
+
+def followed(function: F) -> F:
+    """Decorator: a hook that the compiler may trace; older ones than `_OLDEST` are kept out of it."""
+    return function if FOLLOWS else not_compiled(function)
+
+
+def constant(function: F) -> F:
+    """Decorator: the compiler calls `function` once, while it traces, and takes what it returns for a constant.
+
+    Like `torch.compiler.assume_constant_result`, but without loading the compiler at import. The compiled code is used
+    again only for the same `self` and equal arguments.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def not_compiled(function: F) -> F:
@@ -26,7 +54,7 @@ def not_compiled(function: F) -> F:
         if _COMPILER not in sys.modules:  # nothing can be compiled
             return function(*args, **kwargs)
         if not disabled:
-            _skip(call)
+            keep_out()
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
 
@@ -35,13 +63,23 @@ def not_compiled(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def _skip(function: Callable[..., Any]) -> None:
-    """Keep the compiler from compiling the frame of `function` by itself, which it does behind a broken graph."""
+@not_compiled
+def _any() -> None:
+    pass
+
+
+def keep_out() -> None:
+    """Keep a compiler that is loaded from compiling the frames of what is `not_compiled` by themselves.
+
+    It would do that behind a broken graph, and where the whole call has to be one graph it would fail there.
+    """
+    if _COMPILER not in sys.modules:
+        return
     try:
         from torch._dynamo.decorators import skip
     except ImportError:
         return
-    skip(function)
+    skip(_any)  # all of them are one piece of code
 
 
-_skip._torchdynamo_disable = True  # type: ignore[attr-defined]
+keep_out._torchdynamo_disable = True  # type: ignore[attr-defined]

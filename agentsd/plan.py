@@ -21,7 +21,17 @@ from .config import AUTO, AgentConfig, Block
 from .grid import cells, destinations
 from .methods import LayerPlan, method_named, method_of, untouched
 
-__all__ = ["Block", "LayerPlan", "downsample_of", "grid_of", "limit", "merged_tokens", "plan_block", "plan_layer"]
+__all__ = [
+    "Block",
+    "LayerPlan",
+    "downsample_of",
+    "grid_of",
+    "limit",
+    "may_match",
+    "merged_tokens",
+    "plan_block",
+    "plan_layer",
+]
 
 
 def grid_of(latent: tuple[int, int], downsample: int) -> tuple[int, int]:
@@ -90,6 +100,13 @@ def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *,
     if not config.merge_attn:
         return untouched(N, "self-attention is left out", "merge_attn", r=r)
     return method_named(config.method).plan(config, height, width, r)
+
+
+def may_match(config: AgentConfig) -> bool:
+    """Whether some block may need clusters of tokens: those of merged tokens, or those of similarity agents."""
+    clustered = config.ever("ratio") or any(source != "grid" for source in config.values("agent_source"))
+    merges = any(method_named(name).merges for name in config.values("method"))
+    return clustered and (merges or config.ever("merge_crossattn") or config.ever("merge_mlp"))
 
 
 def merged_tokens(config: AgentConfig, plan: LayerPlan) -> int:

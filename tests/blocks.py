@@ -48,6 +48,25 @@ def sdxl_like_unet() -> nn.Module:
     return initialised(attention_resolutions=[2, 4], channel_mult=[1, 1, 2])
 
 
+class OneImage(nn.Module):
+    """A U-Net of one block, for what takes long with each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 32, 1)
+        self.input_blocks = nn.ModuleList([openaimodel.SpatialTransformer(32, 2, 16, depth=1, context_dim=CONTEXT)])
+        self.output_blocks = nn.ModuleList()
+        self.conv_out = nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        return self.conv_out(self.input_blocks[0](self.conv_in(x), context))
+
+
+def one_block_unet() -> nn.Module:
+    """A U-Net of one block, at level 0."""
+    return filled(OneImage())
+
+
 def stable_diffusion_unet(linear: bool) -> nn.Module:
     """The U-Net of SD 1, or with `linear` projections of SD 2, on the meta device."""
     with torch.device("meta"):
@@ -71,7 +90,12 @@ def stable_diffusion_unet(linear: bool) -> nn.Module:
 
 def initialised(**layout: Any) -> nn.Module:
     """A U-Net of this layout with the golden outputs' kind of weights."""
-    unet = openaimodel.UNetModel(**{**_COMMON, **layout}).eval()
+    return filled(openaimodel.UNetModel(**{**_COMMON, **layout}))
+
+
+def filled(unet: nn.Module) -> nn.Module:
+    """The U-Net with the golden outputs' kind of weights, for inference."""
+    unet.eval()
     generator = torch.Generator().manual_seed(1234)
     with torch.no_grad():
         for name, p in sorted(unet.named_parameters()):

@@ -205,7 +205,7 @@ class TestOtherNodes:
         plain = run(model, host)
         out, notes = self.said(model, host, caplog)
         assert torch.equal(out, plain)
-        assert any("do not form a 32×32 grid" in note for note in notes)
+        assert any("1024 queries for 2048 keys" in note for note in notes)
 
     def test_a_node_that_only_looks_on_leaves_all_to_us(self, model, host):
         expected = run(on(model), host)

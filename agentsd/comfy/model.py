@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, find_unet
-from ..methods import SelfAttention
+from ..merging import Matching
+from ..methods import LayerPlan, SelfAttention
 from ..panel.report import PassReport
-from ..patch import Layer, Patch
+from ..patch import Image, Layer, Patch
 from ..plan import plan_block
 from ..tensors import attention_by, join_heads, split_heads
 
@@ -65,7 +66,7 @@ def attach(model: Any, config: AgentConfig, since: float = 0.0) -> Any:
         return patch.answer(q, k, v, options)
 
     def unet_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        patch.begin_call(args, kwargs)
+        patch.begin_unet_call(args, kwargs)
         output = executor(*args, **kwargs)
         patch.end_call()
         return output
@@ -130,8 +131,8 @@ class ClonePatch(Patch):
         positions = {_position(layer.site.name): layer for layer in self._layers}
         self._at: dict[Position, _CloneLayer] = {p: layer for p, layer in positions.items() if p is not None}
 
-    def _layer(self, site: Site) -> _CloneLayer:
-        return _CloneLayer(self, site)
+    def _layer(self, site: Site, image: Image) -> _CloneLayer:
+        return _CloneLayer(self, site, Image(self, image.module))  # each call tells its own size
 
     def blocks(self) -> list[tuple[str, int]]:
         """List the parts of the U-Net that have transformer blocks, by the host's names."""
@@ -156,11 +157,11 @@ class ClonePatch(Patch):
         self.last = SamplingReport(hires=False)
         self.last.add(self, self.since)
         log.info("Agent Attention: %s", self.last.sentence())
-        self.begin_call((), {})  # without a latent: whoever asks outside of a sampling gets full attention
+        self.begin_unet_call((), {})  # without a latent: whoever asks outside of a sampling gets full attention
 
-    def begin_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begin_unet_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Read the latent's size and the timestep off a call of the U-Net."""
-        self._begin(self._unet(), args, kwargs)
+        self.begin_call(self._unet(), args, kwargs)
 
     def end_call(self) -> None:
         """Note the blocks where somebody else has answered in our place."""
@@ -221,15 +222,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Mapping[str
 class _CloneLayer(Layer):
     def answer(self, call: _ProjectedCall) -> Tensor:
         """Answer the block's self-attention."""
-        self.size = tuple(call.options["activations_shape"][-2:])
-        self._see_tokens(self.site.block, (call.k,), {})
-        output = self._attention(call)
+        self.image.see(tuple(call.options["activations_shape"][-2:]))
+        self.match(call.k)
+        output = self._attention(call) if self._wants() else call.proceed()
         self.matching = None
         return output
 
     def note_if_not_asked(self) -> None:
         moment = self.patch.moment
-        if self.attention_called or not moment.active:
+        if self.asked is moment or not moment.active:
             return
         planned = plan_block(self.patch.config, self.site.place, moment.latent, moment.part)
         if planned is not None and planned[1].acts:
@@ -241,14 +242,21 @@ class _CloneLayer(Layer):
         with attention_by(call.kernel):
             return super()._attend(call)
 
-    def _for_method(self, call: _ProjectedCall) -> SelfAttention:
+    def _for_method(
+        self,
+        call: _ProjectedCall,
+        config: AgentConfig,
+        plan: LayerPlan,
+        size: tuple[int, int],
+        matching: Matching | None = None,
+    ) -> SelfAttention:
         return SelfAttention(
             x=call.x,
-            plan=self.plan,
-            settings=self.config,
-            size=self.size,
+            plan=plan,
+            settings=config,
+            size=size,
             heads=call.options["n_heads"],
-            matching=self.matching if self._matched() else None,
+            matching=matching,
             wrapped=True,  # all tokens are projected already
             project=lambda x: (call.q, call.k, call.v),
             project_q=lambda x: call.q,

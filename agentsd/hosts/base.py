@@ -47,11 +47,16 @@ class Call:
 Handler = Callable[[Call], Tensor]
 
 
+def always() -> bool:
+    """Want every call."""
+    return True
+
+
 class Seam(Protocol):
     """Replacement point in one attention module, through which a handler answers its calls."""
 
-    def install(self, handler: Handler) -> None:
-        """Send every call to `handler`; at most once per seam."""
+    def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
+        """Send calls to `handler` while `wants()`, and the others on unread; at most once per seam."""
 
     def remove(self) -> None:
         """Restore the module."""

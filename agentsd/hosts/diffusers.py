@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, named, says_something
+from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, named, says_something
 
 
 class Diffusers(Host):
@@ -62,11 +63,11 @@ class ProcessorSeam:
         self._previous = host_processor(attn)
         self._processor: _Processor | None = None
 
-    def install(self, handler: Handler) -> None:
-        """Send every call to `handler`."""
+    def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
+        """Send calls to `handler` while `wants()`."""
         if isinstance(self._previous, nn.Module):
             return  # its weights would leave the module tree, out of reach of to() and state_dict()
-        self._processor = _Processor(self._previous, handler)
+        self._processor = _around(self._previous, handler, wants)
         self.attn.set_processor(self._processor)
 
     def remove(self) -> None:
@@ -88,19 +89,22 @@ class _Processor:
 
     It presents the class and the call signature of the processor underneath: diffusers decides by the class (and
     creates a new instance of it when an IP-Adapter is loaded), and passes only the arguments that `__call__` names.
+    Made by `_around`, in a class of its own for each signature: torch.compile follows calls that a class defines.
     """
 
     _NAMES = ("encoder_hidden_states", "attention_mask", "temb")
 
-    def __init__(self, previous: Callable[..., Tensor], handler: Handler | None) -> None:
-        self.previous, self.handler = previous, handler
-        self.__call__ = wraps(previous.__call__)(partial(type(self).__call__, self))
+    def __init__(self, previous: Callable[..., Tensor], handler: Handler | None, wants: Callable[[], bool]) -> None:
+        self.previous, self.handler, self.wants = previous, handler, wants
 
     @property
     def __class__(self) -> type:
         return self.previous.__class__
 
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def answer(self, attn: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Answer a call of self-attention."""
+        if self.handler is None or not self.wants():
+            return self.previous(attn, hidden_states, *args, **kwargs)
         arguments = named(self._NAMES, args, kwargs)
         context, mask = (arguments.pop(name, None) for name in self._NAMES[:2])
 
@@ -110,16 +114,30 @@ class _Processor:
             rest = arguments if context is None else {"encoder_hidden_states": tokens, **arguments}
             return self.previous(attn, tokens, **rest)
 
-        if self.handler is None:
-            return proceed()
         extras = {name: value for name, value in arguments.items() if says_something(value)}
         return self.handler(Call(hidden_states, context, mask, extras, proceed))
+
+
+def _around(previous: Callable[..., Tensor], handler: Handler, wants: Callable[[], bool]) -> _Processor:
+    return _processor_like(type(previous))(previous, handler, wants)
+
+
+@cache
+def _processor_like(cls: type) -> type[_Processor]:
+    """Make a subclass whose calls have the signature of `cls`."""
+
+    def call(self: _Processor, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.answer(attn, hidden_states, args, kwargs)
+
+    # not by functools.wraps, which the compiler does not follow; and it asks for the number of defaults
+    call.__signature__, call.__defaults__ = inspect.signature(cls.__call__), ()
+    return type(_Processor.__name__, (_Processor,), {"__call__": call})
 
 
 def host_processor(attn: nn.Module) -> Any:
     """Return an attention's processor, skipping ours that were removed but are still referenced by others."""
     processor = attn.processor
-    while type(processor) is _Processor and processor.handler is None:
+    while issubclass(type(processor), _Processor) and processor.handler is None:
         processor = processor.previous
     return processor
 

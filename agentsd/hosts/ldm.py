@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, named, says_something, weight_of
+from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, named, says_something, weight_of
 
 
 class LDM(Host):
@@ -76,16 +76,18 @@ class ForwardSeam:
         self._previous: Callable[..., Tensor] | None = None
         self._forward: Callable[..., Tensor] | None = None
         self._handler: Handler | None = None
+        self._wants: Callable[[], bool] = always
 
-    def install(self, handler: Handler) -> None:
-        """Send every call to `handler`; at most once per seam."""
-        self._handler, self._previous = handler, self.attn.__dict__.get("forward")
+    def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
+        """Send calls to `handler` while `wants()`; at most once per seam."""
+        self._handler, self._wants = handler, wants
+        self._previous = self.attn.__dict__.get("forward")
         # a bound method, not a closure, so that a deep copy of the model gets its own seam
         self._forward = self.attn.forward = self._answer
 
     def remove(self) -> None:
         """Restore `forward`. A wrapper put on top since then stays, and now wraps a pass-through."""
-        forward, self._forward, self._handler = self._forward, None, None
+        forward, self._forward, self._handler, self._wants = self._forward, None, None, always
         if forward is None or self.attn.__dict__.get("forward") != forward:  # equal, not identical, in a deep copy
             return
         if self._previous is None:
@@ -97,7 +99,8 @@ class ForwardSeam:
         return self.attn.to_out(x)
 
     def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._handler is None:  # removed, but a reference to this method survives
+        # without a handler it was removed, but a reference to this method survives
+        if self._handler is None or not self._wants():
             return self._original(*args, **kwargs)
         return self._handler(self._read(args, kwargs))
 
