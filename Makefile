@@ -9,7 +9,11 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export GRADIO_ANALYTICS_ENABLED ?= False
 
-.PHONY: help demo test test-webui lint format bench bench-quick playground clean
+# Python of the machine with the card, which has no network: `make gpu-wheels` fetches wheels for it.
+GPU_PYTHON ?= 3.12
+GPU_PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+
+.PHONY: help demo test test-webui lint format bench bench-quick gpu gpu-wheels playground clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,5 +54,15 @@ bench: $(READY) ## the speed table and its plots (about three hours on two cores
 bench-quick: $(READY) ## the same in under two minutes
 	$(PY) -m benchmarks.bench --quick
 
+gpu: $(READY) ## everything that can be measured on a card, in eight minutes; stop and go on at will
+	$(PY) -m benchmarks.gpu
+
+gpu-wheels: $(READY) ## what the card's benchmark needs on a machine without a network, into wheels/ (docs/gpu.md)
+	rm -rf wheels
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest wheels \
+		--implementation cp --python-version $(GPU_PYTHON) $(addprefix --platform ,$(GPU_PLATFORMS)) \
+		-r requirements/gpu.txt -r requirements/dev-no-deps.txt
+	@du -sm wheels
+
 clean: ## remove the environment and all output
-	rm -rf .venv out outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out outputs wheels .pytest_cache .ruff_cache .hypothesis

@@ -50,6 +50,24 @@ class Allocations(TorchDispatchMode):
         return result
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something: those other than views, and those that only make room.
+
+    Attributes:
+        total: their number, which is that of kernels launched on a card, unless a library splits one.
+    """
+
+    _ROOM = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.total += not (func.is_view or func.overloadpacket.__name__ in self._ROOM)
+        return func(*args, **(kwargs or {}))
+
+
 def count(run: Callable[[], Any]) -> dict[str, int]:
     """FLOPs, total bytes and the largest tensor's bytes of one call of `run`."""
     with flops() as total, Allocations() as memory:

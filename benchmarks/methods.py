@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 import agentsd
 from agentsd.hosts import Call, Handler, Seam, find_sites
 from agentsd.settings.table import DEFAULTS, to_config
+from agentsd.tensors import join_heads, split_heads
 
 # A context manager; it yields a function that raises RuntimeError if the method did not do what it is measured for.
 Install = Callable[[nn.Module], Any]
@@ -108,6 +111,24 @@ def _limit(attn: nn.Module, seam: Seam) -> Handler:
     return handler
 
 
+def _tiles(attn: nn.Module, seam: Seam) -> Handler:
+    """Full attention within tiles of a square image (HyperTile): two or more along each axis, of at most 32 tokens."""
+
+    def handler(call: Call) -> Tensor:
+        B, N, C = call.x.shape
+        side = math.isqrt(N)
+        count = max(2, -(-side // 32))
+        tile = side // count
+        if count * tile != side or side * side != N:
+            raise ValueError(f"{N} tokens are no square that {count}×{count} tiles cover")
+        x = call.x.view(B, count, tile, count, tile, C).transpose(2, 3).reshape(B * count * count, tile * tile, C)
+        q, k, v = (split_heads(to(x), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
+        out = seam.project_out(join_heads(scaled_dot_product_attention(q, k, v)))
+        return out.view(B, count, count, tile, tile, C).transpose(2, 3).reshape(B, N, C)
+
+    return handler
+
+
 def _naive(attn: nn.Module, seam: Seam) -> Handler:
     """softmax(Q Kᵀ) V as three operations."""
 
@@ -151,11 +172,11 @@ class _LatentDiffusion(nn.Module):
         self.model.diffusion_model = unet
 
 
-def _tomesd(ratio: float) -> Install:
+def _tomesd(ratio: float, **settings: Any) -> Install:
     def install(unet: nn.Module) -> Any:
         import tomesd
 
-        return _foreign(tomesd, ratio=ratio)(unet)
+        return _foreign(tomesd, ratio=ratio, **settings)(unet)
 
     return install
 
@@ -241,3 +262,32 @@ METHODS = {
         Method("tomesd.5", "tomesd .5", _tomesd(0.5), quadratic=True),
     )
 }
+
+
+def on_largest(downsample: int) -> dict[str, Method]:
+    """Methods on a U-Net's largest self-attention layers, which are at level `downsample`: 1 in SD 1, 2 in SDXL."""
+    level: dict[str, Any] = {"max_downsample": downsample}
+    whole = {**WHOLE, **level}
+
+    def cells(label: str, ratio: float, **settings: Any) -> Method:
+        return Method("", label, _ours(**whole, agent_ratio=ratio, **settings), "limit")
+
+    rows = {
+        "sdpa": Method("", "SDPA, unpatched", _unpatched, quadratic=True),
+        "limit": Method("", "limit: nothing between the projections", _by_handler(_limit, downsample)),
+        "grid4": cells("grid agents, 4×4 cells", CELL_4, agent_source="grid"),
+        "grid8": cells("grid agents, 8×8 cells", CELL_8, agent_source="grid"),
+        "corrected4": cells("corrected agents, 4×4 cells", CELL_4, method="corrected"),
+        "corrected8": cells("corrected agents, 8×8 cells", CELL_8, method="corrected"),
+        "local": cells("local attention", CELL_4, method="local"),
+        "pool2": Method("", "keys and values pooled 2×2", _ours(**whole, method="pool", sx=2, sy=2), "limit"),
+        "paper": Method("", "AgentSD's settings", _ours(**level), "limit"),
+        "similarity": Method("", "similarity agents, queries kept", _ours(ratio=0.0, **level), "limit"),
+        "merge.5": Method(
+            "", "token merging 0.5 (ours)", _ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.5}, **level), "limit"
+        ),
+        "tomesd.5": Method("", "tomesd 0.5", _tomesd(0.5, **level), quadratic=True),
+        "tiles": Method("", "tiles of at most 32×32 tokens", _by_handler(_tiles, downsample), "limit"),
+        "idle": Method("", "patch installed, stage inactive", _ours(**whole, agent_source="grid", stages=NEVER)),
+    }
+    return {name: replace(row, name=name) for name, row in rows.items()}

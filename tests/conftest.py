@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import socket
 
@@ -22,6 +23,19 @@ def _few_threads():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _on_device():
+    """On the device that AGENTSD_DEVICE names, if it does."""
+    name = os.environ.get("AGENTSD_DEVICE")
+    if not name:
+        yield
+        return
+    from device import OnDevice
+
+    with OnDevice(torch.device(name)):
+        yield
 
 
 @pytest.fixture(autouse=True)
