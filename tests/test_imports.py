@@ -66,6 +66,7 @@ class TestWhatIsLoaded:
             "agentsd.grid",
             "agentsd.methods",
             "agentsd.plan",
+            "agentsd.predict",
             "agentsd.rules",
             "agentsd.settings",
             "agentsd.settings.infotext",

@@ -54,6 +54,17 @@ class Agents(Method):
         # agents are pooled from the queries, or projected separately where the queries are merged
         return 8 * M * C * C + (2 * n * C * C if plan.r else 0) + 8 * n * M * C
 
+    def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
+        return ((plan.agents, plan.queries), (plan.queries, plan.agents))
+
+    def kernels(self, plan: LayerPlan) -> int:
+        return 3 if plan.cell is not None else 40
+
+    def traffic(self, plan: LayerPlan) -> float:
+        return (
+            4.0 if plan.cell is not None else 20.0
+        )  # pooled from the queries, and the shortcut; or matched and merged
+
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
         if plan.cell is not None:
             return super().marks(plan, height, width, agent_tokens)

@@ -190,6 +190,18 @@ class Method(ABC):
     def flops(self, plan: LayerPlan, channels: int) -> int:
         """Count the FLOPs of self-attention and its projections under `plan`: one row of the batch, C = `channels`."""
 
+    def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
+        """List the calls of fused attention, each by its number of queries and of keys, for the prediction of speed."""
+        return ((plan.queries, plan.agents or plan.queries),)
+
+    def kernels(self, plan: LayerPlan) -> int:
+        """Count the kernels launched beyond those of full attention, for the prediction of speed."""
+        return 20
+
+    def traffic(self, plan: LayerPlan) -> float:
+        """Count the N × C tensors that pass through memory beyond full attention's, for the prediction of speed."""
+        return 20.0
+
     def words(self, plan: LayerPlan) -> str:
         """Describe what it does to a layer, such as "4096 tokens → 256 agents"."""
         merged = f" ({counted(plan.queries, 'queries')})" if plan.queries < plan.tokens else ""

@@ -48,6 +48,15 @@ class Corrected(Method):
         # its factors grow with the number of heads: that of heads of 64 channels
         return 8 * N * C * C + 8 * n * N * C + 8 * n * n * C + 7 * n**3 // 3 * -(-C // 64)
 
+    def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
+        return ((plan.agents, plan.queries), (plan.queries, plan.agents))
+
+    def kernels(self, plan: LayerPlan) -> int:
+        return 20
+
+    def traffic(self, plan: LayerPlan) -> float:
+        return 21.0  # as counted at 4×4 cells, where the m × n weights are most of it
+
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
         rows, columns = (sampled(*axis) for axis in zip((height, width), plan.cell or (1, 1), strict=True))
         return [(y, x, y + 1, x + 1) for y in rows for x in columns]

@@ -79,6 +79,16 @@ class Local(Method):
         fit = 4 * R * K * C + 2 * R * n * C + 2 * R * n * n * -(-C // 64)
         return 8 * N * C * C + attention + fit
 
+    def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
+        near = getattr(plan, "near", 0) + plan.agents
+        return ((getattr(plan, "rows", plan.agents), plan.tokens), (plan.tokens, _aligned(near)))
+
+    def kernels(self, plan: LayerPlan) -> int:
+        return 20
+
+    def traffic(self, plan: LayerPlan) -> float:
+        return 50.0  # keys and values of each neighbourhood are gathered
+
     def words(self, plan: LayerPlan) -> str:
         return f"{plan.tokens} tokens → {plan.near} near keys and {plan.agents} landmarks"
 

@@ -43,3 +43,9 @@ class Pool(Method):
     def flops(self, plan: LayerPlan, channels: int) -> int:
         C, N, n = channels, plan.tokens, plan.agents
         return 8 * N * C * C + 4 * N * n * C
+
+    def kernels(self, plan: LayerPlan) -> int:
+        return 5
+
+    def traffic(self, plan: LayerPlan) -> float:
+        return 10.5
