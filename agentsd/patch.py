@@ -289,7 +289,7 @@ class Patch:
         latent = read_size(args, kwargs)
         if not compiling():
             self._enter(_Moment(latent, find_timestep(args, kwargs)))
-        elif self._watched:
+        elif self._watched or self._timed or self._matches:
             self._begin_outside_graph(unet, args, kwargs)
         else:
             # the length of a range is a number even where that of a tensor is a symbol
