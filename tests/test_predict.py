@@ -11,7 +11,6 @@ from agentsd import AgentConfig
 from agentsd.costs import layouts
 from agentsd.methods import LayerPlan, selectable
 from agentsd.predict import CARDS, COUNTS, CPU, counts_of, pays_from, seconds, speedup
-from agentsd.settings.table import DEFAULTS, to_config
 
 BENCH = Path(__file__).parents[1] / "docs" / "bench"
 FILES = ("bench.json", "bench-large.json", "bench-dtypes.json")
@@ -28,7 +27,7 @@ CONFIGS = {
     "corrected8": AgentConfig(**WHOLE, method="corrected", agent_ratio=1 - 1 / 64),
     "pool2": AgentConfig(**WHOLE, method="pool", sx=2, sy=2),
     "paper": AgentConfig(),
-    "panel": to_config({**DEFAULTS, "enabled": True, "min_tokens": 0, "until": 1.0}),
+    "panel": AgentConfig(**WHOLE, agent_ratio=0.95),  # its defaults when that was measured
 }
 SIDES = (512, 640, 768, 1024, 1536, 2048)
 

@@ -61,9 +61,8 @@ class Agents(Method):
         return 3 if plan.cell is not None else 40
 
     def traffic(self, plan: LayerPlan) -> float:
-        return (
-            4.0 if plan.cell is not None else 20.0
-        )  # pooled from the queries, and the shortcut; or matched and merged
+        # pooled from the queries, and the shortcut; or matched and merged
+        return 4.0 if plan.cell is not None else 20.0
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
         if plan.cell is not None:
