@@ -7,6 +7,7 @@ checked on the same calls.
     python -m benchmarks.tuning times       # seconds of the candidates, which the tunings need: alone on the machine
     python -m benchmarks.tuning check       # tunings and deviations: any time
     python -m benchmarks.tuning rounds      # seconds of whole U-Net calls, in turn: alone on the machine
+    python -m benchmarks.tuning cost        # of tuning and of observing closeness, on SD 1.5: alone on the machine
     python -m benchmarks.tuning report      # docs/tune/: table and plot
 
 All of them resume.
@@ -17,24 +18,26 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import agentsd
 from agentsd import AgentConfig, Tuning, early, embedded
+from agentsd.closeness import EVERY
 from agentsd.embedded import EmbeddedPipeline
-from agentsd.hosts import find_sites
 from agentsd.tuning.record import RecordedCall, progress_of
 from agentsd.tuning.replay import Replay, called_under
 from agentsd.tuning.tuner import Tuner, checked_candidates
+
+from . import models
+from .fidelity import covering, sharpened
 
 SHARPNESS = (1, 4, 8)
 SIZES = ((64, 64), (96, 96))
@@ -42,12 +45,12 @@ TOLERANCES = (0.005, 0.01, 0.03, 0.08)
 TUNED_ON = ("red apple", "panda")
 CHECKED_ON = ("avocado", "rose", "frog", "rainbow", "castle", "carrot", "cactus", "top hat")
 # Guidance 1 evaluates the prompt alone, which takes half the time.
-STEPS, CHECK_STEPS, PICTURES, GUIDANCE = 20, 12, 2, 1.0
-# Steps checked on: their timesteps are 916, 666, 416 and 83, none of which is tuned on.
-CHECKED = (1, 4, 7, 11)
+STEPS, PICTURES, GUIDANCE = 20, 2, 1.0
+# Timesteps checked on; none of them is tuned on.
+CHECKED = (920, 670, 420, 80)
 # Timesteps tuned on, by size.
-MOMENTS = {(64, 64): 6, (96, 96): 4}
-ROUNDS = 3
+MOMENTS = {(64, 64): 5, (96, 96): 4}
+ROUNDS, CLOSENESS_ROUNDS = 3, 6
 
 
 def _grid(**settings: Any) -> AgentConfig:
@@ -78,21 +81,6 @@ class Case:
 
 
 CASES = [Case(s, size) for size in SIZES for s in SHARPNESS]
-
-
-@contextmanager
-def sharpened(unet: nn.Module, factor: int) -> Iterator[None]:
-    """Multiply the queries of self-attention in a `with` block. Factors are powers of two, so it is exact."""
-    weights = [site.block.attn1.to_q.weight for site in find_sites(unet)]
-    with torch.no_grad():
-        for weight in weights:
-            weight.mul_(factor)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for weight in weights:
-                weight.div_(factor)
 
 
 class Enough(Exception):
@@ -137,6 +125,15 @@ class Bench:
                 self.sample(prompt, seed + i, case.size, steps)
             calls += recorded
         return calls
+
+    def noised(self, case: Case, i: int, t: int) -> RecordedCall:
+        """A call on the training picture of a prompt, noised to a timestep."""
+        prompt = CHECKED_ON[i]
+        picture = self.pipe.latents_of(self.pipe.pictures[[self.pipe.prompts.index(prompt)]])
+        clean = covering(picture, *case.size)
+        noise = self.pipe.noise([1000 * i + t], *case.size)
+        at = torch.tensor(t)
+        return (self.pipe.scheduler.add_noise(clean, noise, at[None]), at, self.pipe.encode([prompt])), {}
 
     # Seconds of the candidates
 
@@ -194,8 +191,7 @@ class Bench:
     def _deviations(self, case: Case, configs: Mapping[str, AgentConfig], i: int) -> dict[str, Any]:
         """(progress, deviation) of each call of one picture, for each config."""
         found: dict[str, list[Any]] = {name: [] for name in configs}
-        calls = self.calls(case, (CHECKED_ON[i],), 100 + i, CHECK_STEPS, CHECK_STEPS)
-        replay = Replay(self.unet, [calls[step] for step in CHECKED])
+        replay = Replay(self.unet, [self.noised(case, i, t) for t in CHECKED])
         with torch.no_grad():
             for number, call in enumerate(replay.calls):
                 replay.remember(number, replay.call(number, "")[0])
@@ -236,7 +232,7 @@ class Bench:
         """Seconds relative to full attention: means over three moments of medians over rounds."""
         configs = {**FIXED, **{f"tuned {t}": self._config(tuning) for t, tuning in tunings.items()}}
         wanted = [name for name in configs if self.keeps_any(case, name)]
-        replay = Replay(self.unet, self.calls(case, (CHECKED_ON[0],), 100, 5, 3))
+        replay = Replay(self.unet, [self.noised(case, 0, t) for t in (CHECKED[0], CHECKED[2], CHECKED[3])])
         ratios: dict[str, list[list[float]]] = {name: [[] for _ in range(len(replay))] for name in wanted}
         with torch.no_grad():
             for round_ in range(ROUNDS + 1):
@@ -247,6 +243,12 @@ class Bench:
                         if round_:  # the first is a warm-up
                             ratios[name][number].append(seconds / full)
         return {name: [median(of) for of in each] for name, each in ratios.items()}
+
+    # What it costs
+
+    def cost(self) -> None:
+        """Time of tuning SD 1.5's U-Net at 512×512, and of observing closeness there."""
+        self.store.get("cost", _cost)
 
     # What was found
 
@@ -285,6 +287,36 @@ class Bench:
             kept = "yes" if self.keeps(case, name, t) else "**no**"
             lines.append(f"| {t} | {fmean(found):.4f} | {max(found):.4f} | {kept} | {time_of} | {rival} |")
         return [*lines, ""]
+
+
+def _cost() -> dict[str, float]:
+    layout, device, dtype = models.LAYOUTS["sd15"], torch.device("cpu"), torch.bfloat16
+    unet = models.build(layout, device, dtype)
+    inputs = models.make_inputs(layout, (512, 512), 2, device, dtype)
+    kwargs = {name: value for name, value in inputs.items() if name != "x"}
+    calls = [((inputs["x"], torch.full((2,), t)), kwargs) for t in (900.0, 500.0, 100.0)]
+    replay, config = Replay(unet, calls), _grid(method="corrected")
+    with torch.no_grad():
+        full = median([replay.call(i % 2, "")[1] for i in range(3)])
+        start = time.perf_counter()
+        tuning = agentsd.tune(unet, calls, 0.1)
+        tuned = time.perf_counter() - start
+        patch = agentsd.patch_unet(unet, config)
+        off, on = [], []
+        for _ in range(CLOSENESS_ROUNDS):
+            patch.observe_closeness = False
+            off.append(replay.call(0, "")[1])
+            patch.observe_closeness = True  # the first call after this is observed
+            on.append(replay.call(0, "")[1])
+        patch.remove()
+    extra = median(a / b for a, b in zip(on, off, strict=True)) - 1
+    return {
+        "seconds of a call": full,
+        "calls' time of tuning, for each recorded one": tuned / len(calls) / full,
+        "blocks changed": sum(c != "." for c in tuning.choices[0]),
+        "an observed call": extra,
+        "observing closeness": extra / EVERY,
+    }
 
 
 def _fields(config: AgentConfig) -> dict[str, Any]:
@@ -328,7 +360,7 @@ def draw(bench: Bench, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("times", "check", "rounds", "report"))
+    parser.add_argument("what", choices=("times", "check", "rounds", "cost", "report"))
     parser.add_argument("--out", type=Path, default=Path("docs/tune"), help="folder of the results")
     parser.add_argument("--most", type=int, default=-1, help="stop after as many measurements")
     args = parser.parse_args(arguments)

@@ -40,7 +40,7 @@ _REACH = 0.1
 # Fraction of the diffusion that may lie beyond the outermost parts: they are extended to the end.
 _MARGIN = 0.02
 # Calls whose time is measured at the end, with and without, and how often.
-_TIMED, _TIMINGS = 3, 2
+_TIMED, _TIMINGS = 2, 2
 
 
 def tune(
@@ -371,7 +371,7 @@ class Tuner:
 
     def time(self, parts: list[_Part], plans: list[list[Option]]) -> tuple[float, float]:
         """Time whole U-Net calls without and with the plan, in turn."""
-        wanted = {round(i * (len(parts) - 1) / max(1, _TIMED - 1)) for i in range(_TIMED)}
+        wanted = {len(parts) * (2 * i + 1) // (2 * _TIMED) for i in range(_TIMED)}
         without, seconds = [], []
         for i in sorted(wanted):
             number, config = parts[i].calls[0], self.config(self.rules(plans[i]))
