@@ -292,9 +292,9 @@ class Bench:
 def _cost() -> dict[str, float]:
     layout, device, dtype = models.LAYOUTS["sd15"], torch.device("cpu"), torch.bfloat16
     unet = models.build(layout, device, dtype)
-    inputs = models.make_inputs(layout, (512, 512), 2, device, dtype)
+    inputs = models.make_inputs(layout, (512, 512), 1, device, dtype)
     kwargs = {name: value for name, value in inputs.items() if name != "x"}
-    calls = [((inputs["x"], torch.full((2,), t)), kwargs) for t in (900.0, 500.0, 100.0)]
+    calls = [((inputs["x"], torch.full((1,), t)), kwargs) for t in (900.0, 500.0, 100.0)]
     replay, config = Replay(unet, calls), _grid(method="corrected")
     with torch.no_grad():
         full = median([replay.call(i % 2, "")[1] for i in range(3)])

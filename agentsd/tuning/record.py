@@ -94,6 +94,7 @@ class _Recorder:
         at = sorted(self.seen)
         if len(at) > self.moments:
             low, high = at[0], at[-1]
-            wanted = [low + (high - low) * i / max(1, self.moments - 1) for i in range(self.moments)]
-            at = sorted({min(at, key=lambda p: abs(p - w)) for w in wanted})
+            share = [i / (self.moments - 1) for i in range(self.moments)] if self.moments > 1 else [0.5]
+            wanted = [low + (high - low) * s for s in share]
+            at = sorted({min(at, key=lambda p, w=w: abs(p - w)) for w in wanted})
         return [call for progress in at for call in self.seen[progress]]

@@ -1,0 +1,82 @@
+"""Tuning diffusers' models: whole pipelines, outputs of each kind, and plans that LDM and diffusers share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+
+from tiny_pipelines import anatomy, ldm_and_diffusers, picture, run, tiny_sd, tiny_sdxl, tiny_unet, unet_inputs
+
+import agentsd
+from agentsd import Tuning
+from agentsd.tuning.fingerprint import ordered_sites, structure_of, weights_of
+
+TRY = ({"method": "corrected", "agent_ratio": 0.75}, {"method": "pool", "sx": 2, "sy": 2})
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_a_pipeline_is_recorded_tuned_and_patched(make, every_gain_counts):
+    pipe = make()
+    with agentsd.record_calls(pipe, 2) as calls:
+        plain = picture(pipe)
+    before = anatomy(pipe.unet)
+    tuning = agentsd.tune(pipe, calls, 0.5, methods=TRY)
+    assert anatomy(pipe.unet) == before
+    assert tuning.measured <= 0.5
+    with agentsd.patched(pipe, tuning=tuning):
+        ours = picture(pipe)
+        assert not agentsd.get_patch(pipe).notes
+    assert not torch.equal(plain, ours)
+    assert torch.equal(picture(pipe), plain)
+    with agentsd.patched(pipe, tuning=Tuning.from_text(tuning.text)):
+        assert torch.equal(picture(pipe), ours)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_outputs_of_each_kind(every_gain_counts, return_dict):
+    unet = tiny_unet()
+    calls = [((), {**unet_inputs(unet, t=t), "return_dict": return_dict}) for t in (900, 300)]
+    tuning = agentsd.tune(unet, calls, 0.5, methods=TRY)
+    assert 0 < tuning.measured <= 0.5
+
+
+def test_a_bare_tensor(every_gain_counts):
+    class Bare(nn.Module):
+        def __init__(self, unet):
+            super().__init__()
+            self.inside, self.config = unet, unet.config
+
+        def forward(self, sample, timestep, encoder_hidden_states):
+            return self.inside(sample, timestep, encoder_hidden_states).sample
+
+    bare = Bare(tiny_unet())
+    calls = [((), unet_inputs(bare.inside, t=t)) for t in (900, 300)]
+    assert 0 < agentsd.tune(bare, calls, 0.5, methods=TRY).measured <= 0.5
+
+
+def test_ldm_and_diffusers_are_one_model_and_share_plans(every_gain_counts):
+    ldm, unet = ldm_and_diffusers()
+    assert structure_of(ordered_sites(ldm)) == structure_of(ordered_sites(unet))
+    assert weights_of(ldm) == weights_of(unet)
+    tuning = agentsd.tune(unet, [((), unet_inputs(unet, t=t)) for t in (900, 300)], 0.3, methods=TRY)
+    given = unet_inputs(unet, t=900)
+    with torch.no_grad(), agentsd.patched(unet, tuning=tuning), agentsd.patched(ldm, tuning=tuning):
+        theirs = run(unet, **given)
+        ours = ldm(given["sample"], given["timestep"][None].expand(2), context=given["encoder_hidden_states"])
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert set("".join(tuning.choices)) != {"."}
+
+
+def test_half_precision_is_the_same_model():
+    unet = tiny_unet()
+    before = weights_of(unet)
+    assert weights_of(unet.half()) == before
+
+
+def test_weights_that_are_not_in_memory_are_not_compared():
+    with torch.device("meta"):
+        assert weights_of(tiny_unet().to("meta")) == ""
