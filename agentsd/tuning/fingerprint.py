@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +43,14 @@ def weights_of(unet: nn.Module) -> str:
 
 
 def _weights(unet: nn.Module) -> Iterator[Tensor]:
-    for kind in (nn.Conv2d, nn.Linear):
-        yield from (m.weight for m in [next((m for m in unet.modules() if isinstance(m, kind)), None)] if m is not None)
-    for site in ordered_sites(unet):
-        norm: Any = getattr(site.block, "norm1", None)
-        yield from (w for w in (getattr(norm, "weight", None), getattr(norm, "bias", None)) if w is not None)
+    first = (next((m for m in unet.modules() if isinstance(m, kind)), None) for kind in (nn.Conv2d, nn.Linear))
+    norms = (getattr(site.block, "norm1", None) for site in ordered_sites(unet))
+    for module in (*first, *norms):
+        values = (getattr(module, name, None) for name in ("weight", "bias"))
+        yield from (value for value in values if isinstance(value, Tensor))
 
 
-def _digest(pieces: Any) -> str:
+def _digest(pieces: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)
