@@ -63,5 +63,13 @@ def test_deviations_of_blocks_add_in_quadrature():
     assert sum(option.candidate for option in choose(blocks, (0.15,))) == 2
 
 
+def test_deviation_that_saves_next_to_nothing_is_not_chosen():
+    blocks = [[Option(0, 1.0, (0.0,)), Option(1, 0.3, (0.0001,)), Option(2, 0.29, (0.009,))]]
+    assert choose(blocks, (0.1,))[0].candidate == 2
+    assert choose(blocks, (0.1,), worth=0.02)[0].candidate == 1
+    assert choose(blocks, (0.1,), worth=0.001)[0].candidate == 2
+    assert choose(blocks, (0.0,), worth=0.02)[0].candidate == 0
+
+
 def test_no_blocks():
     assert choose([], (0.1,)) == []

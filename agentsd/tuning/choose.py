@@ -15,7 +15,7 @@ from itertools import permutations, product
 _BISECTIONS = 50
 # Pairs of options above which exchanges take too long: with many blocks, they also gain little.
 _PAIRS = 20_000
-# Seconds that an exchange must save: rounding errors are no gain.
+# Seconds that a switch must save: rounding errors are no gain.
 _GAIN = 1e-9
 
 
@@ -34,7 +34,7 @@ class Option:
     squares: tuple[float, ...]
 
 
-def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float]) -> list[Option]:
+def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float], worth: float = 0.0) -> list[Option]:
     """Choose an option for each block, so that the blocks take the least time and every constraint holds.
 
     By a price for deviation: each block takes the option with the least seconds + price · squares, and the price is
@@ -43,22 +43,33 @@ def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float]) -> l
     Args:
         blocks: options of each block; each has one without deviation.
         tolerances: largest deviation allowed under each constraint.
+        worth: seconds that using up a tolerance has to save. Deviation that saves less in proportion is not chosen.
     """
     limits = [tolerance**2 for tolerance in tolerances]
+    priced = [[_Priced(option, limits, worth) for option in options] for options in blocks]
+    return [each.option for each in _chosen(priced, limits)]
 
-    def weight(option: Option) -> float:
-        return max((_share(s, limit) for s, limit in zip(option.squares, limits, strict=True)), default=0.0)
 
-    weights = [[weight(option) for option in options] for options in blocks]
+class _Priced:
+    """An option, and its cost: its seconds, and what its deviation is worth."""
 
-    def at(price: float) -> list[Option]:
-        return [
-            min(zip(options, w, strict=True), key=lambda pair: pair[0].seconds + price * pair[1])[0]
-            for options, w in zip(blocks, weights, strict=True)
-        ]
+    def __init__(self, option: Option, limits: Sequence[float], worth: float) -> None:
+        self.option, self.squares = option, option.squares
+        shares = (_share(square, limit) for square, limit in zip(option.squares, limits, strict=True))
+        self.weight = max(shares, default=0.0)
+        self.cost = option.seconds + (worth * self.weight if worth else 0.0)
 
-    if holds(fastest := at(0.0), limits):
-        return fastest
+
+def _share(square: float, limit: float) -> float:
+    return square / limit if limit else (math.inf if square else 0.0)
+
+
+def _chosen(blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> list[_Priced]:
+    def at(price: float) -> list[_Priced]:
+        return [min(options, key=lambda o: o.cost + (price * o.weight if price else 0.0)) for options in blocks]
+
+    if holds(cheapest := at(0.0), limits):
+        return cheapest
     low, high = 0.0, 1e-9
     while not holds(at(high), limits):
         low, high = high, 10 * high
@@ -71,25 +82,21 @@ def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float]) -> l
     return chosen
 
 
-def _share(square: float, limit: float) -> float:
-    return square / limit if limit else (math.inf if square else 0.0)
-
-
-def holds(chosen: Sequence[Option], limits: Sequence[float]) -> bool:
+def holds(chosen: Sequence[Option | _Priced], limits: Sequence[float]) -> bool:
     """Whether the squares of all blocks sum to at most the limit, under every constraint."""
     sums = [sum(option.squares[k] for option in chosen) for k in range(len(limits))]
     return all(total <= limit for total, limit in zip(sums, limits, strict=True))
 
 
-def _filled(chosen: list[Option], blocks: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[Option]:
-    """Switch single blocks to faster options while the constraints hold, those that save most first."""
+def _filled(chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> list[_Priced]:
+    """Switch single blocks to cheaper options while the constraints hold, those that save most first."""
     while True:
         switches = sorted(
-            ((chosen[b].seconds - option.seconds, b, option) for b, options in enumerate(blocks) for option in options),
+            ((chosen[b].cost - option.cost, b, option) for b, options in enumerate(blocks) for option in options),
             key=lambda switch: -switch[0],
         )
         for saved, b, option in switches:
-            if saved <= 0:
+            if saved <= _GAIN:
                 return chosen
             switched = [*chosen[:b], option, *chosen[b + 1 :]]
             if holds(switched, limits):
@@ -100,18 +107,18 @@ def _filled(chosen: list[Option], blocks: Sequence[Sequence[Option]], limits: Se
 
 
 def _exchanged(
-    chosen: list[Option], blocks: Sequence[Sequence[Option]], limits: Sequence[float]
-) -> list[Option] | None:
-    """Switch two blocks at once, one of them to a slower option, where that saves most; None if nothing does."""
+    chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]
+) -> list[_Priced] | None:
+    """Switch two blocks at once, one of them to a costlier option, where that saves most; None if nothing does."""
     if sum(map(len, blocks)) ** 2 > _PAIRS:
         return None
-    best, found = 0.0, None
+    best, found = _GAIN, None
     for a, b in permutations(range(len(blocks)), 2):
-        for slower, faster in product(blocks[a], blocks[b]):
-            lost, saved = slower.seconds - chosen[a].seconds, chosen[b].seconds - faster.seconds
-            if lost > 0 and saved - lost > best + _GAIN:
+        for costlier, cheaper in product(blocks[a], blocks[b]):
+            lost, saved = costlier.cost - chosen[a].cost, chosen[b].cost - cheaper.cost
+            if lost > 0 and saved - lost > best:
                 switched = [*chosen]
-                switched[a], switched[b] = slower, faster
+                switched[a], switched[b] = costlier, cheaper
                 if holds(switched, limits):
                     best, found = saved - lost, switched
     return found

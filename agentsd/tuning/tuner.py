@@ -29,6 +29,8 @@ FRONTIER = (0.005, 0.01, 0.02, 0.05, 0.1)
 _WORTH = 0.95
 # Share of all that could be saved which a block must save, or it keeps full attention.
 _NOTABLE = 0.01
+# Share of full attention's time that using up the tolerance must save: to deviate for less is not worth it.
+_WORTHWHILE = 0.03
 # Groups of blocks for which the effect on the output is measured: one U-Net call each.
 _GROUPS = 6
 # Rounds of choosing and running the whole plan.
@@ -134,7 +136,8 @@ class _Part:
     best: tuple[list[Option], float] | None = None
 
     def choose(self, tolerance: float) -> list[Option]:
-        return choose(self.options, [tolerance / self.scale] * len(self.constraints))
+        worth = _WORTHWHILE * sum(options[0].seconds for options in self.options)
+        return choose(self.options, [tolerance / self.scale] * len(self.constraints), worth)
 
     def predicted(self, chosen: Sequence[Option]) -> float:
         """Predict the largest deviation of this part's own calls."""
