@@ -78,5 +78,4 @@ def test_half_precision_is_the_same_model():
 
 
 def test_weights_that_are_not_in_memory_are_not_compared():
-    with torch.device("meta"):
-        assert weights_of(tiny_unet().to("meta")) == ""
+    assert weights_of(tiny_unet().to("meta")) == ""
