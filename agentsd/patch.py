@@ -686,6 +686,7 @@ def apply_patch(
     seed: int = _DEFAULTS.seed,
     share_match: bool = _DEFAULTS.share_match,
     reuse_match: float = _DEFAULTS.reuse_match,
+    landmarks: str = _DEFAULTS.landmarks,
     stages: Sequence[Stage] = _DEFAULTS.stages,
     rules: Sequence[Rule] = _DEFAULTS.rules,
     tuning: Tuning | None = None,

@@ -18,6 +18,14 @@ MOST = {
     "pooled over cells that the edge cuts short": ({"method": "pool", "sx": 3, "sy": 3, "ratio": 0.0}, 6),
     "corrected agents": ({"method": "corrected", "agent_ratio": 0.9375, "ratio": 0.0}, 20),
     "local attention": ({"method": "local", "agent_ratio": 0.9375, "ratio": 0.0}, 20),
+    "corrected agents, superpixels": (
+        {"method": "corrected", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "superpixel"},
+        40,
+    ),
+    "local attention, superpixels": (
+        {"method": "local", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "superpixel"},
+        40,
+    ),
     "AgentSD's settings": ({}, 40),
     "token merging": ({"method": "merge", "sx": 2, "sy": 2}, 40),
 }

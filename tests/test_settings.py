@@ -102,7 +102,7 @@ def test_row_is_complete(row):
 
 def test_the_api_order_is_a_contract():
     """The token map's switch came before the rules did."""
-    assert (*NAMES[:23], RECORD, "rules", "tuning", "how_close", "tune") == ARGUMENTS
+    assert (*NAMES[:23], RECORD, "rules", "tuning", "how_close", "tune", "landmarks") == ARGUMENTS
     assert NAMES[:23] == (
         "enabled", "ratio", "agent_ratio", "k_scale2", "k_shortcut", "fp32", "agent_source", "method", "since", "until",
         "hires_until", "after", "passes", "max_downsample", "min_tokens", "max_agents", "sx", "sy", "use_rand",

@@ -34,6 +34,7 @@ class Settings(Protocol):
     agent_source: str
     max_agents: int | None
     attn_precision: str | None
+    landmarks: str
 
 
 @dataclass(frozen=True)

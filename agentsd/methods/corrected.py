@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..grid import landmark_cell, sampled
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
 from .fit import FEWEST, MU, fit_tikhonov, fitted_to
+from .landmarks import SUPERPIXEL, superpixels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +40,12 @@ class Corrected(Method):
     def attend(self, attention: SelfAttention) -> Tensor:
         from ..tensors import sample_each
 
-        tokens = attention.project(attention.x)
-        few = sample_each(tokens, attention.size, attention.plan.cell)
-        return attention.project_out(attention.by_heads(corrected_attention, *tokens, *few))
+        tokens, size, cell = attention.project(attention.x), attention.size, attention.plan.cell
+        few = sample_each(tokens, size, cell)
+        step = corrected_attention
+        if attention.settings.landmarks == SUPERPIXEL:
+            few, step = few[:1], partial(_by_superpixels, size=size, cell=cell)
+        return attention.project_out(attention.by_heads(step, *tokens, *few))
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
         C, N, n = channels, plan.tokens, plan.agents
@@ -63,6 +68,12 @@ class Corrected(Method):
 
     def caption(self, plan: LayerPlan) -> str:
         return f"Dots: {counted(plan.agents, 'agents')}, one token of each cell. Attention is fitted to be exact there."
+
+
+def _by_superpixels(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, size: tuple[int, int], cell: tuple[int, int]
+) -> Tensor:
+    return corrected_attention(q, k, v, a, *superpixels(k, v, size, cell))
 
 
 def corrected_attention(

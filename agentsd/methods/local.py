@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..grid import cells, landmark_cell, sampled
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, register, untouched
 from .fit import FEWEST, solve_tikhonov
+from .landmarks import SAMPLE, SUPERPIXEL, superpixels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +70,12 @@ class Local(Method):
         return untouched(N, why, "agent_ratio" if 2 * near < N else "method", r=r)
 
     def attend(self, attention: SelfAttention) -> Tensor:
-        step = partial(local_attention, size=attention.size, cell=attention.plan.cell)
+        step = partial(
+            local_attention,
+            size=attention.size,
+            cell=attention.plan.cell,
+            landmarks=attention.settings.landmarks,
+        )
         return attention.project_out(attention.by_heads(step, *attention.project(attention.x)))
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
@@ -113,6 +119,7 @@ def local_attention(
     window: int = WINDOW,
     halo: int = HALO,
     mu: float = MU,
+    landmarks: str = SAMPLE,
 ) -> Tensor:
     """Full attention to what is near, and to landmarks for the rest, in one softmax.
 
@@ -142,6 +149,7 @@ def local_attention(
         halo: tokens that a neighbourhood reaches beyond its window on each side; at the edges of the grid, and where
             windows are cut short, it reaches further on the other side.
         mu: weight of the penalty, above 0.
+        landmarks: K̄ and V̄: "sample" (those of the tokens j), or "superpixel" (means; see `superpixels`).
 
     Returns:
         (B, H, N, d). Only W at the agents exists as a matrix. It and the fit are float32 whatever the tensors are.
@@ -153,13 +161,15 @@ def local_attention(
 
     rows, heads = _at_once(q, size, cell, window, halo)
     if (rows, heads) != q.shape[:2]:
-        step = partial(local_attention, size=size, cell=cell, window=window, halo=halo, mu=mu)
+        step = partial(local_attention, size=size, cell=cell, window=window, halo=halo, mu=mu, landmarks=landmarks)
         outs = [_of_heads(step, *some, heads) for some in zip(*(t.split(rows) for t in (q, k, v)), strict=True)]
         return torch.cat(outs).transpose(1, 2)
     at = _tables(q, size, cell, window, halo)
     queries, a = _by_window(q, at)
     # (B·H, windows, keys, d): windows are what fused attention takes for heads, so that one mask does for all
     near = _near(k, v, at)
+    if landmarks == SUPERPIXEL:
+        near[..., -at.landmarks :, :] = superpixels(k, v, size, cell).flatten(1, 2)[:, :, None]
     delta = _misfit(a, near, scaled_dot_product_attention(a, k, v), at, mu)
     near_v = near[1].clone() if delta.requires_grad else near[1]  # autograd needs these values as they are
     # 0 where the fit failed; float16 ends at 65504

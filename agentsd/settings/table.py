@@ -397,6 +397,14 @@ SETTINGS: tuple[Row, ...] = (
         step=0.001,
         local=True,
     ),
+    _limited(
+        "landmarks",
+        "choice",
+        "Landmarks",
+        "Which keys the methods corrected and local attend to. sample: one token of each cell, closest where attention "
+        "is smooth. superpixel: means over cells that follow the content, closer where attention is sharp.",
+        "sample",
+    ),
 )
 
 BY_NAME: Mapping[str, Row] = {row.name: row for row in SETTINGS}
