@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -94,6 +95,15 @@ def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host,
         again, after, _ = make(host, infotext.read(written))
         assert torch.equal(again, wanted)
         assert after[infotext.KEY] == written
+
+
+def test_a_run_says_how_close_it_was(host):
+    make(host, {"until": 1.0, "min_tokens": 0})
+    assert re.search(r"attention within [\d.]+ % of full \(worst block [\d.]+ %\)", host.session.STATUS.text())
+    (told,) = host.session.STATUS.as_dict()["passes"]
+    assert 0 < told["closeness"]["mean"] <= told["closeness"]["worst"]
+    make(host, {"until": 1.0, "min_tokens": 9999})
+    assert "attention within" not in host.session.STATUS.text()
 
 
 def test_how_close_chooses_among_the_plans_found(host, plan):

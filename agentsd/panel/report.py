@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..closeness import Closeness
 from ..methods import UNTOUCHED, LayerPlan, method_of
 from ..patch import Patch
 from ..settings.presets import TUNED
@@ -40,6 +41,7 @@ class PassReport:
         pace: speed of the steps.
         plan: which tuning was used, or why none; empty if none was asked for.
         tuned: outcome of tuning on this pass; empty if that was not asked for.
+        closeness: how close attention was to full attention, in the last U-Net patched; None if not observed.
     """
 
     hires: bool
@@ -53,6 +55,7 @@ class PassReport:
     pace: Pace = field(default_factory=Pace)
     plan: str = ""
     tuned: str = ""
+    closeness: Closeness | None = None
 
     @property
     def refused(self) -> bool:
@@ -72,6 +75,7 @@ class PassReport:
         for layer in patch.report():
             self.calls.update(layer.calls)
         self.latent = patch.moment.latent or self.latent
+        self.closeness = patch.closeness() or self.closeness
         if self.latent is not None and progress is not None:
             self._add_plans(plan for _, plan in patch.explain(*self.latent, progress) if plan is not None)
 
@@ -104,7 +108,7 @@ class PassReport:
         size += f", {self.plan}" if self.plan else ""
         if self.changed():
             what = ", ".join(f"{method_of(plan.action).words(plan)} {in_layers(n)}" for plan, n in self.layers)
-            parts = (what, self._calls_in_words(), self.pace.words())
+            parts = (what, self._calls_in_words(), self.pace.words(), str(self.closeness or ""))
             return f"{self.name}{size}: {'; '.join(part for part in parts if part)}"
         why = "; ".join(self.idle) or "the U-Net was not called"
         if self.layers:
@@ -238,6 +242,7 @@ class Status:
                     "layers": [{**{k: getattr(plan, k) for k in _TOLD}, "count": n} for plan, n in report.layers],
                     "models": report.models,
                     "pace": asdict(report.pace),
+                    "closeness": None if report.closeness is None else asdict(report.closeness),
                     "plan": report.plan,
                     "tuned": report.tuned,
                     "obstacles": report.obstacles,

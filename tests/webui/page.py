@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,9 @@ class Panel:
         elif kind == "choice":
             field = self._at(name, "input")
             field.click()
-            self.page.locator(f"#{element_id(self.tab, name)} li, ul.options li").filter(has_text=value).first.click()
+            self.page.locator(f"#{element_id(self.tab, name)} li, ul.options li").filter(
+                has_text=re.compile(rf"(^|\s){re.escape(value)}\s*$")
+            ).first.click()
         else:
             field = self._field(name)
             field.fill(str(value))

@@ -1,0 +1,142 @@
+"""Tuning on a real AUTOMATIC1111 WebUI: by the API, and in the page."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+from host import Host
+from page import SECONDS, Panel, browser, generate, paste, size
+
+from agentsd.panel.controls import element_id
+from agentsd.settings import infotext
+from agentsd.settings.presets import TUNED
+
+# small, so that tuning takes seconds
+SMALL = {"width": 256, "height": 256, "steps": 3}
+PLAN = "first tuning 1 32x32 0.05"
+
+
+@pytest.fixture(scope="module")
+def tuned(a1111: Host):
+    """What a generation that tuned has answered."""
+    return a1111.txt2img([{"tune": 0.05}], **SMALL)
+
+
+def test_the_image_is_made_without_us_and_the_plan_answered(a1111: Host, tuned):
+    assert tuned.pixels == a1111.txt2img(**SMALL).pixels
+    assert tuned.info["extra_generation_params"][infotext.TUNED].startswith(PLAN)
+    assert infotext.KEY + ":" not in tuned.infotext
+    assert a1111.state()["hooks"] == 0
+
+
+def test_the_plan_is_used_and_carried_by_the_image(a1111: Host, tuned):
+    plan = tuned.info["extra_generation_params"][infotext.TUNED]
+    auto = a1111.txt2img([{"tuning": "auto", "how_close": 0.05}], **SMALL)
+    assert auto.pixels == a1111.txt2img([{"tuning": plan}], **SMALL).pixels
+    assert f"tuning={plan}" in auto.infotext
+    assert "tuned to within 5 %" in a1111.status()["text"]
+    batch = a1111.txt2img([{"tuning": plan}], **SMALL, batch_size=2)
+    assert batch.info["all_seeds"][0] == auto.info["all_seeds"][0]
+
+
+def test_both_passes_are_tuned(a1111: Host):
+    made = a1111.txt2img([{"tune": 0.05}], **SMALL, enable_hr=True, hr_scale=1.5, denoising_strength=0.6)
+    plans = made.info["extra_generation_params"][infotext.TUNED].split(" & ")
+    assert [plan.split()[0] for plan in plans] == ["first", "hires"]
+    assert "48x48" in plans[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"tune": 7}, "tune must be a number"), ({"tuning": "first tuning 1"}, "tuning must be")],
+)
+def test_a_bad_value_is_told_and_the_image_made_without_us(a1111: Host, settings, reason):
+    made = a1111.txt2img([settings], **SMALL)
+    assert made.pixels == a1111.txt2img(**SMALL).pixels
+    assert reason in made.infotext
+
+
+def test_a_refiner_is_refused(a1111: Host):
+    refiner = {"refiner_checkpoint": "tinysd1b", "refiner_switch_at": 0.5}
+    made = a1111.txt2img([{"tune": 0.05}], **SMALL, **refiner)
+    assert made.pixels == a1111.txt2img(**SMALL, **refiner).pixels
+    assert "another checkpoint took over" in made.infotext
+
+
+@pytest.mark.parametrize("button", ["skip", "interrupt"])
+def test_skip_and_interrupt_end_the_tuning_and_keep_the_image(a1111: Host, button: str):
+    plain, made = a1111.txt2img(**SMALL), []
+    before = a1111.txt2img([{"tuning": "auto"}], **SMALL).infotext
+    making = threading.Thread(target=lambda: made.append(a1111.txt2img([{"tune": 0.03}], **SMALL)))
+    making.start()
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        told = a1111.call("/sdapi/v1/progress?skip_current_image=true")
+        if "Tuning" in str(told.get("textinfo")):
+            break
+        time.sleep(0.02)
+    assert told["progress"] > 0
+    a1111.call(f"/sdapi/v1/{button}", {})
+    making.join()
+    assert made[0].pixels == plain.pixels
+    assert "not tuned, cancelled" in made[0].infotext
+    assert a1111.state()["hooks"] == 0
+    assert a1111.txt2img([{"tuning": "auto"}], **SMALL).infotext == before
+
+
+def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
+    with browser(a1111.url) as page:
+        panel = Panel(page)
+        panel.open()
+        size(page, 256, 256)
+        page.locator("#txt2img_steps input[type=number]").fill("3")
+        page.locator("#txt2img_seed input").fill("1")
+        panel.press("tune_forget") if page.locator(f"#{element_id('txt2img', 'tune_forget')}").is_visible() else None
+        panel.set("how_close", "5 %")
+        panel.press("tune_next")
+        summary = f"document.getElementById('{element_id('txt2img', 'summary')}').innerText"
+        page.wait_for_function(f"{summary}.includes('tuned on: to within 5 %')", timeout=20 * SECONDS)
+        page.locator("#txt2img_generate").click()
+        page.wait_for_function(
+            "document.querySelector('#txt2img_results .progress')?.innerText.includes('Tuning')", timeout=120 * SECONDS
+        )
+        page.locator("#txt2img_interrupt").wait_for(state="hidden", timeout=300 * SECONDS)
+        page.wait_for_function(
+            f"document.querySelector('#{element_id('txt2img', 'preset')} input').value === '{TUNED}'",
+            timeout=30 * SECONDS,
+        )
+        panel.unfold("tuner")
+        table = page.locator(f"#{element_id('txt2img', 'tuned')} table").first
+        table.wait_for(timeout=20 * SECONDS)
+        assert "256×256" in table.inner_text()
+        chart = page.locator(f"#{element_id('txt2img', 'tuned')} svg")
+        assert {"Fast", "Faithful", "5 %"} <= set(chart.locator("text").all_inner_texts())
+        assert panel.get("tune") == 0
+        page.wait_for_function(f"{summary}.includes('tuned to within 5 %')", timeout=20 * SECONDS)
+        text = generate(page)
+        assert "tuning=first tuning 1 32x32 0.05" in text
+        first = pixels(page)
+        page.reload(wait_until="domcontentloaded")
+        page.wait_for_timeout(5 * SECONDS)
+        paste(page, text)
+        assert panel.get("tuning").startswith(PLAN)
+        assert generate(page) == text
+        assert pixels(page) == first
+
+
+def pixels(page) -> str:
+    """The pixels of the image that the gallery shows."""
+    return json.dumps(
+        page.locator("#txt2img_gallery img").first.evaluate(
+            """async img => {
+                await img.decode();
+                const canvas = document.createElement('canvas');
+                [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
+                canvas.getContext('2d').drawImage(img, 0, 0);
+                return canvas.toDataURL('image/png');
+            }"""
+        )
+    )
