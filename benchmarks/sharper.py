@@ -3,7 +3,9 @@
 Reads docs/fidelity and docs/fidelity/queries1, queries4 and queries8, and writes the sections "sharper" and "levels" of
 docs/fidelity.md, and the table of the run itself. Measures nothing.
 
-    python -m benchmarks.fidelity --queries 4 --samples 4 --pictures 2     # likewise 8, and 1 with --untimed --out
+    python -m benchmarks.fidelity --samples 6 --pictures 12 --sizes 64x64
+    python -m benchmarks.fidelity --queries 4 --samples 4 --pictures 2 --only NAME …        # and 8
+    python -m benchmarks.fidelity --untimed --out docs/fidelity/queries1 --samples 4 --pictures 0 --only NAME …
     python -m benchmarks.sharper
 """
 
@@ -18,6 +20,7 @@ from .fidelity import mean, worst
 from .pages import fill
 
 FOLDER, PAGE = Path("docs/fidelity"), Path("docs/fidelity.md")
+PLOT = FOLDER / "frontier-64x64.png"
 FACTORS = (1, 4, 8)
 DEEPER = ", two levels"
 # (height, width) of the latents that the first table is about
@@ -56,6 +59,8 @@ def levels(runs: Sequence[Iterable[dict[str, Any]]]) -> str:
     lines += ["|---|---|---|" + "---:|" * (2 * len(names))]
     for height, width in dict.fromkeys(key[1:] for key in by_key[0] if key[0].endswith(DEEPER)):
         for factor, run in zip(FACTORS, by_key, strict=True):
+            if not any((name + DEEPER, height, width) in run for name in names):
+                continue
             cells = [f"{width}×{height}", f"{height * width}, {height * width // 4}", f"× {factor}"]
             for name in names:
                 cells += [_mean_and_worst(run.get((name + end, height, width))) for end in ("", DEEPER)]
@@ -72,6 +77,8 @@ def main() -> None:
     whole = rows(FOLDER)
     small, *sharp = (rows(FOLDER / f"queries{factor}") for factor in FACTORS)
     table = (FOLDER / "table.md").read_text(encoding="utf-8").split("\n\n")[1].strip()
+    if PLOT.exists():
+        table += f"\n\n![Deviation against seconds]({PLOT.relative_to(PAGE.parent)})"
     sections = {"run": table, "sharper": sharper([whole, *sharp]), "levels": levels([small, *sharp])}
     fill(PAGE, "benchmarks.sharper", sections)
 

@@ -44,3 +44,4 @@ def test_one_level_stands_beside_two():
     assert lines[0] == "| latent | tokens, levels 0 and 1 | queries | local | + level 1 |"
     assert lines[3] == "| 128×96 | 12288, 3072 | × 4 | 0.0200 (0.0300) | 0.0800 (0.1200) |"
     assert len(lines) == 5
+    assert len(sharper.levels([runs[0], [], runs[2]]).splitlines()) == 4
