@@ -170,7 +170,8 @@ class Site:
 
     def wrapped(self) -> bool:
         """Whether another extension wraps this instance's projections and may rely on seeing all N tokens."""
-        return any("forward" in getattr(self.block.attn1, name).__dict__ for name in PROJECTIONS[:3])
+        attn = self.block.attn1
+        return any("forward" in projection.__dict__ for projection in (attn.to_q, attn.to_k, attn.to_v))
 
 
 def is_block(module: nn.Module) -> bool:
