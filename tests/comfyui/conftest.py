@@ -1,0 +1,57 @@
+"""A real ComfyUI, started once for all tests. AGENTSD_COMFYUI names its folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from comfyui_host import PACK, REPOSITORY, ComfyUI, Graph
+
+
+@contextmanager
+def running(base: Path, *packs: Path, flags: tuple[str, ...] = ()) -> Iterator[ComfyUI]:
+    folder = os.environ.get("AGENTSD_COMFYUI")
+    if not folder:
+        pytest.skip("AGENTSD_COMFYUI does not name a ComfyUI folder")
+    host = ComfyUI(Path(folder).resolve(), base, packs, flags)
+    try:
+        host.start()
+        yield host
+    finally:
+        host.stop()
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory) -> Iterator[ComfyUI]:
+    """ComfyUI with our nodes."""
+    with running(tmp_path_factory.mktemp("comfyui"), REPOSITORY, PACK) as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def never_installed(tmp_path_factory) -> dict[str, np.ndarray]:
+    """Latents of both layouts, by a ComfyUI that has never seen our nodes."""
+    with running(tmp_path_factory.mktemp("bare"), PACK) as host:
+        sizes = {"SD 1": (256, 256), "SDXL": (512, 512)}
+        return {layout: host.run(Graph(layout, size).sampled().nodes).latent() for layout, size in sizes.items()}
+
+
+@pytest.fixture(scope="session")
+def plain(comfyui) -> Callable[..., np.ndarray]:
+    """The latent of a graph without our nodes; made once for equal arguments."""
+    made: dict[str, np.ndarray] = {}
+
+    def latent(**given) -> np.ndarray:
+        if (key := repr(given)) not in made:
+            made[key] = comfyui.run(Graph(**given).sampled().nodes).latent()
+        return made[key]
+
+    return latent

@@ -1,0 +1,119 @@
+"""Nodes for the tests: a small U-Net of random weights in a real layout, exact latents, an override of attention.
+
+ComfyUI loads this folder as a node pack; nothing in it is imported by the tests themselves.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+
+CHANNELS = 64
+LAYOUTS = {
+    # channels by level; transformers of the input blocks, of the output blocks from the last on, of the middle; widths
+    "SD 1": (comfy.supported_models.SD15, [1, 2, 4, 4], [1, 1, 1, 1, 1, 1, 0, 0], [1] * 9 + [0] * 3, 1, 48, None),
+    "SDXL": (comfy.supported_models.SDXL, [1, 2, 4], [0, 0, 2, 2, 3, 3], [0] * 3 + [2] * 3 + [3] * 3, 3, 64, 2816),
+}
+
+
+@torch.no_grad()
+def make(layout: str, seed: int = 1234):
+    """A U-Net whose attention reaches the output: layers that training starts at zero are not zero here."""
+    family, mult, depth, depth_output, middle, context, adm = LAYOUTS[layout]
+    config = family(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": CHANNELS,
+            "num_res_blocks": [2] * len(mult),
+            "channel_mult": mult,
+            "use_spatial_transformer": True,
+            "transformer_depth": depth,
+            "transformer_depth_output": depth_output,
+            "transformer_depth_middle": middle,
+            "context_dim": context,
+            "use_linear_in_transformer": adm is not None,
+            "legacy": False,
+            "use_temporal_attention": False,
+            "adm_in_channels": adm,
+            "dtype": torch.float32,
+            **({} if adm is None else {"num_classes": "sequential"}),
+        }
+    )
+    config.unet_config.update(num_heads=2, num_head_channels=-1)
+    config.set_inference_dtype(torch.float32, None)
+    device = comfy.model_management.get_torch_device()
+    model = config.get_model({}, "", device=device)
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in model.diffusion_model.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, torch.nn.Parameter):
+            gain = 1.5 if name.endswith(("to_q", "to_k")) else 0.6 if name.endswith("proj_out") else 1.0
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(torch.ones_like(weight) if weight.dim() == 1 else noise * gain / math.sqrt(weight[0].numel()))
+        if isinstance(bias, torch.nn.Parameter):
+            bias.zero_()
+    width = config.unet_config["context_dim"]
+    conditioning = [
+        [[torch.randn(1, 77, width, generator=generator), {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+        for _ in range(2)
+    ]
+    return comfy.model_patcher.ModelPatcher(model, device, device), conditioning
+
+
+class TinyModel:
+    """A model and two conditionings; the same each time."""
+
+    CATEGORY, FUNCTION = "testing", "load"
+    RETURN_TYPES = ("MODEL", "CONDITIONING", "CONDITIONING")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"layout": (list(LAYOUTS),)}}
+
+    def load(self, layout):
+        model, (positive, negative) = make(layout)
+        return model, positive, negative
+
+
+class ExactLatent:
+    """Shows a latent to the tests: its shape, and its float32 values."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE = "testing", "show", True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latent": ("LATENT",)}}
+
+    def show(self, latent):
+        x = latent["samples"].float().contiguous()
+        return {"ui": {"shape": list(x.shape), "latent": [base64.b64encode(x.numpy().tobytes()).decode()]}}
+
+
+class Louder:
+    """Overrides attention: what has exactly so many keys is doubled."""
+
+    CATEGORY, FUNCTION = "testing", "override"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "keys": ("INT", {"default": 64})}}
+
+    def override(self, model, keys):
+        def louder(func, q, k, v, heads, *args, **kwargs):
+            return func(q, k, v, heads, *args, **kwargs) * (2 if k.shape[1] == keys else 1)
+
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = louder
+        return (model,)
+
+
+NODE_CLASS_MAPPINGS = {"TinyModel": TinyModel, "ExactLatent": ExactLatent, "Louder": Louder}
