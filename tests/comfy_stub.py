@@ -38,8 +38,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Attention:
     attention = Attention()
     modules = {name: ModuleType(name) for name in ("comfy", "comfy.ldm", "comfy.ldm.modules")}
     modules["comfy.ldm.modules.attention"] = inner = ModuleType("comfy.ldm.modules.attention")
-    inner.optimized_attention = modules["comfy.ldm.modules"].attention = inner
     inner.optimized_attention = attention
+    modules["comfy.ldm.modules"].attention = inner
+    modules["comfy.model_management"] = management = ModuleType("comfy.model_management")
+    management.InterruptProcessingException = type("InterruptProcessingException", (Exception,), {})
+    management.throw_exception_if_processing_interrupted = lambda: None
+    modules["comfy.utils"] = utils = ModuleType("comfy.utils")
+    utils.ProgressBar = lambda total: SimpleNamespace(update_absolute=lambda done, total: None)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     return attention
@@ -81,6 +86,7 @@ def comfy_unet(unet: nn.Module) -> nn.Module:
     """Have an LDM U-Net's blocks ask the options who answers self-attention, as ComfyUI's do."""
     state: dict[str, Any] = {}
     unet.comfy_state = state
+    unet.forward = partial(_unet_forward, unet, type(unet).forward)
     positions = [("input", i, m) for i, m in enumerate(unet.input_blocks)]
     positions += [("middle", 0, unet.middle_block)] + [("output", i, m) for i, m in enumerate(unet.output_blocks)]
     for part, number, stage in positions:
@@ -91,26 +97,47 @@ def comfy_unet(unet: nn.Module) -> nn.Module:
 
             transformer.register_forward_pre_hook(see)
             for index, block in enumerate(transformer.transformer_blocks):
+                block.attn1.__class__ = _attention_class(type(block.attn1))
+                block.attn1.comfy_state = state
                 block._forward = partial(_block, block, state, (part, number), index)
     return unet
 
 
+def _unet_forward(unet: nn.Module, original: Any, x: Tensor, timesteps: Tensor, **kwargs: Any) -> Tensor:
+    options = kwargs["transformer_options"]
+
+    def call(x: Tensor, t: Tensor, context: Tensor, y: Any, control: Any, transformer_options: Any) -> Tensor:
+        unet.comfy_state["options"] = transformer_options
+        return original(unet, x, t, context=context)
+
+    return wrapped("diffusion_model", options, call)(x, timesteps, kwargs["context"], None, None, options)
+
+
+def _attention_class(base: type) -> type:
+    class CrossAttention(base):
+        def forward(self, x: Tensor, context: Any = None, value: Any = None, mask: Any = None, **kwargs: Any) -> Tensor:
+            context = x if context is None else context
+            q, k, v = self.to_q(x), self.to_k(context), self.to_v(context if value is None else value)
+            return self.to_out(self.comfy_state["attention"](q, k, v, self.heads, attn_precision=None, **kwargs))
+
+    return CrossAttention
+
+
 def _block(block: nn.Module, state: Any, at: Any, index: int, x: Tensor, context: Any = None) -> Tensor:
-    options = state["options"]
+    options, attn1 = state["options"], block.attn1
     extra = {k: v for k, v in options.items() if k not in ("patches", "patches_replace")}
-    extra |= {"block": at, "block_index": index, "n_heads": block.attn1.heads, "attn_precision": None}
+    extra |= {"block": at, "block_index": index, "n_heads": attn1.heads, "attn_precision": None}
     extra |= {"activations_shape": state["activations_shape"]}
-    n = keys = values = block.norm1(x)
+    n, keys, values = block.norm1(x), None, None
     for patch in options.get("patches", {}).get("attn1_patch", []):
-        n, keys, values = patch(n, keys, values, extra)
+        n, keys, values = patch(n, n if keys is None else keys, n if values is None else values, extra)
     replace = options.get("patches_replace", {}).get("attn1", {})
     answer = replace.get((*at, index), replace.get(at))
-    q, k, v = block.attn1.to_q(n), block.attn1.to_k(keys), block.attn1.to_v(values)
     if answer is None:
-        n = state["attention"](q, k, v, block.attn1.heads, attn_precision=None, transformer_options=options)
+        n = attn1(n, context=keys, value=values, transformer_options=options)
     else:
-        n = answer(q, k, v, extra)
-    n = block.attn1.to_out(n)
+        keys, values = (n if t is None else t for t in (keys, values))
+        n = attn1.to_out(answer(attn1.to_q(n), attn1.to_k(keys), attn1.to_v(values), extra))
     for patch in options.get("patches", {}).get("attn1_output_patch", []):
         n = patch(n, extra)
     x = n + x
@@ -123,16 +150,11 @@ def sample(model: ModelPatcher, attention: Attention, x: Tensor, timesteps: Any,
     """Call the U-Net at each timestep, inside the wrappers of a sampling; return the last output."""
     options = copy.deepcopy(model.model_options)["transformer_options"]
     unet = model.model.diffusion_model
+    unet.comfy_state["attention"] = attention
 
-    def call(x: Tensor, t: Tensor, context: Tensor, y: Any, control: Any, transformer_options: Any) -> Tensor:
-        unet.comfy_state.update(options=transformer_options, attention=attention)
-        return unet(x, t, context=context)
-
-    def steps() -> Tensor:
+    def steps(noise: Tensor) -> Tensor:
         for t in timesteps:
-            out = wrapped("diffusion_model", options, call)(
-                x, torch.full((len(x),), float(t)), context, None, None, options
-            )
+            out = unet(noise, torch.full((len(x),), float(t)), context=context, transformer_options=dict(options))
         return out
 
-    return wrapped("outer_sample", options, steps)()
+    return wrapped("outer_sample", options, steps)(x)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from comfy_stub import ModelPatcher, comfy_unet, install, sample
 from patching import CHANGED, GOLDEN, difference, tree
 
 import agentsd
-from agentsd import AgentConfig, SettingError, UnsupportedModelError
+from agentsd import AgentConfig, SettingError, TuningError, UnsupportedModelError
 from agentsd.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from agentsd.comfy.model import attach, patch_of, report_on
 from agentsd.comfy.nodes import CELLS, CUSTOM, AgentAttention, AgentAttentionReport, config_of
+from agentsd.comfy.tuned import attach_tuned
 from agentsd.methods import METHODS
 
 X, T, CONTEXT = inputs(2, 32, 32)
@@ -263,6 +266,65 @@ class TestLifetime:
         assert "3 with agents" in report_on(patched)
 
 
+class TestTuned:
+    STEPS = (900, 600, 300)
+
+    @pytest.fixture(autouse=True)
+    def forgotten(self, monkeypatch):
+        monkeypatch.setattr("agentsd.comfy.tuned._TUNINGS", {})
+
+    def test_the_first_sampling_is_without_and_the_next_ones_keep_the_tolerance(self, model, host, every_gain_counts):
+        plain, patched = run(model, host, self.STEPS), attach_tuned(model, 0.2)
+        assert torch.equal(run(patched, host, self.STEPS), plain)
+        assert "tuned on this sampling, used from the next one on" in report_on(patched)
+        tuned = run(patched, host, self.STEPS)
+        assert difference(tuned, plain) > 1e-3
+        assert (tuned - plain).norm() / plain.norm() < 0.2
+        assert torch.equal(run(patched, host, self.STEPS), tuned)
+        # kept for the model and the size, not for the node
+        assert torch.equal(run(attach_tuned(model, 0.2), host, self.STEPS), tuned)
+        # another branch is as it was
+        assert torch.equal(run(model, host, self.STEPS), plain)
+
+    def test_a_plan_out_of_a_report_is_used_at_once(self, model, host, every_gain_counts):
+        patched = attach_tuned(model, 0.2)
+        run(patched, host, self.STEPS)
+        tuned = run(patched, host, self.STEPS)
+        plan = report_on(patched).rsplit("plan: ", 1)[1]
+        assert torch.equal(run(attach_tuned(model, 0.2, plan), host, self.STEPS), tuned)
+
+    def test_a_damaged_plan_or_another_model_s_is_an_error_before_anything_is_done(
+        self, model, host, every_gain_counts
+    ):
+        with pytest.raises(TuningError):
+            attach_tuned(model, 0.2, "nonsense")
+        patched = attach_tuned(model, 0.2)
+        run(patched, host, self.STEPS)
+        plan = report_on(patched).rsplit("plan: ", 1)[1]
+        with pytest.raises(TuningError):
+            attach_tuned(ModelPatcher(comfy_unet(sdxl_like_unet())), 0.2, plan)
+
+    def test_a_failing_tuning_costs_nothing(self, model, host, monkeypatch):
+        plain, patched = run(model, host, self.STEPS), attach_tuned(model, 0.2)
+        monkeypatch.setattr("agentsd.comfy.tuned.tune", lambda *args, **kwargs: 1 / 0)
+        assert torch.equal(run(patched, host, self.STEPS), plain)
+        assert "not tuned: ZeroDivisionError" in report_on(patched)
+
+    def test_an_interrupt_while_tuning_is_the_host_s(self, model, host, monkeypatch, every_gain_counts):
+        import comfy.model_management as management
+
+        def interrupted():
+            raise management.InterruptProcessingException
+
+        patched = attach_tuned(model, 0.2)
+        before = tree(model.model.diffusion_model)
+        monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
+        with pytest.raises(management.InterruptProcessingException):
+            run(patched, host, self.STEPS)
+        assert tree(model.model.diffusion_model).keys() == before.keys()
+        monkeypatch.undo()
+
+
 class TestNodes:
     def test_all_have_a_name_for_people(self):
         assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
@@ -310,3 +372,43 @@ class TestNodes:
         (patched,) = AgentAttention().apply(model, method="agent", cells="2×2, closest")
         run(patched, host)
         assert AgentAttentionReport().report(patched, None)[0].startswith("sampling, 256×256: 1024 tokens → 256 agents")
+
+
+class TestExamples:
+    """The graphs of docs/comfyui."""
+
+    FOLDER = Path(agentsd.__file__).parents[1] / "docs/comfyui"
+
+    def test_there_are_some(self):
+        assert len(list(self.FOLDER.glob("*-api.json"))) >= 2
+
+    @pytest.mark.parametrize("file", sorted(FOLDER.glob("*-api.json")), ids=lambda file: file.stem)
+    def test_a_graph_for_the_api_gives_our_nodes_what_they_take(self, file):
+        ours = 0
+        graph = json.loads(file.read_text(encoding="utf-8"))
+        for node in graph.values():
+            given = [value for value in node["inputs"].values() if isinstance(value, list)]
+            assert all(source in graph for source, _ in given), "every link has a source"
+            cls = NODE_CLASS_MAPPINGS.get(node["class_type"])
+            if cls is None:
+                continue
+            ours += 1
+            required, optional = (cls.INPUT_TYPES().get(kind, {}) for kind in ("required", "optional"))
+            assert set(required) <= set(node["inputs"]) <= {*required, *optional}
+            for name, (kind, *_) in required.items():
+                assert not isinstance(kind, list) or node["inputs"][name] in kind
+        assert ours >= 2
+
+    @pytest.mark.parametrize("file", sorted(FOLDER.glob("*-api.json")), ids=lambda file: file.stem)
+    def test_its_graph_for_the_page_has_the_same_nodes_and_values(self, file):
+        api = json.loads(file.read_text(encoding="utf-8"))
+        page = json.loads(file.with_name(file.name.replace("-api", "")).read_text(encoding="utf-8"))
+        assert {str(node["id"]): node["type"] for node in page["nodes"]} == {
+            name: node["class_type"] for name, node in api.items()
+        }
+        for node in page["nodes"]:
+            cls, given = NODE_CLASS_MAPPINGS.get(node["type"]), api[str(node["id"])]["inputs"]
+            widgets = [] if cls is None else [n for kind in cls.INPUT_TYPES().values() for n in kind]
+            names = [name for name in widgets if name not in ("model", "after")]
+            for name, value in zip(names, node.get("widgets_values", []), strict=bool(names)):
+                assert given.get(name, value) == value

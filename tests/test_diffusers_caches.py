@@ -11,6 +11,7 @@ from torch import nn
 
 import agentsd
 from agentsd import get_patch, remove_patch
+from benchmarks.caches import deep_stages, markdown, measure, reuse, ways
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
@@ -44,26 +45,13 @@ def taylor(unet: nn.Module) -> None:
 
 def deep_cache(unet: nn.Module) -> None:
     """As DeepCache: in every second call all but the outermost stages give what they gave before."""
-    deep = [*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]]
-    for module in deep:
-        _every_second(module)
+    for module in deep_stages(unet):
+        reuse(module, 2)
 
 
 def step_cache(unet: nn.Module) -> None:
     """As TeaCache and EasyCache: every second call of the U-Net is answered from the one before."""
-    _every_second(unet)
-
-
-def _every_second(module: nn.Module) -> None:
-    forward, state = module.forward, {"calls": 0, "output": None}
-
-    def cached(*args, **kwargs):
-        state["calls"] += 1
-        if state["calls"] % 2:
-            state["output"] = forward(*args, **kwargs)
-        return state["output"]
-
-    module.forward = cached
+    reuse(unet, 2)
 
 
 CACHES = {
@@ -161,6 +149,15 @@ def test_caches_of_transformers_alone_refuse_a_u_net_with_and_without_ours(name)
             had_an_effect = False
         assert not had_an_effect
     assert torch.equal(run(unet), patched)
+
+
+def test_the_benchmark_of_caches_makes_its_table(stand_in):
+    before = anatomy(stand_in.unet)
+    table = markdown(measure(stand_in, rounds=1, steps=2, side=16, prompts=stand_in.prompts))
+    assert anatomy(stand_in.unet) == before
+    assert all(f"| {name} |" in table for name in ways(stand_in.unet))
+    assert "| nothing |" in table
+    assert "1.00× | 0.000 |" in table
 
 
 class TestGuidanceByAttention:

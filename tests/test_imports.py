@@ -256,7 +256,7 @@ class TestStructure:
 
     def test_only_the_nodes_import_comfyui(self):
         users = {name for name, file in MODULES.items() if any(m.split(".")[0] == "comfy" for m in imports(file))}
-        assert users == {"agentsd.comfy.model"}
+        assert users == {"agentsd.comfy.model", "agentsd.comfy.tuned"}
 
     def test_the_nodes_are_found_by_comfyui_alone(self):
         """The folder is a package for ComfyUI; the nodes load neither the host nor torch until a graph runs."""

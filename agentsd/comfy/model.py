@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..methods import LayerPlan, SelfAttention
 from ..panel.report import PassReport
 from ..patch import Image, Layer, Patch
 from ..plan import plan_block
-from ..tensors import attention_by, join_heads, split_heads
+from ..tensors import Kernel, attention_by, join_heads, split_heads
 
 log = logging.getLogger("agentsd.comfy")
 
@@ -44,6 +43,34 @@ class SamplingReport(PassReport):
     name = "sampling"
 
 
+class Slot:
+    """What answers for a clone, and for the clones made of it.
+
+    Attributes:
+        patch: the patch in force.
+    """
+
+    def __init__(self, patch: ClonePatch) -> None:
+        self.patch = patch
+
+    def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a sampling of the host."""
+        patch = self.patch
+        patch.begin_sampling()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            patch.end_sampling()
+
+    def describe(self) -> str:
+        """Describe the last sampling."""
+        report = self.patch.last
+        if report is None:
+            return "Agent Attention is on. Nothing was sampled with this model yet."
+        notes = [f"left to the host: {reason} ({n} calls)" for reason, n in report.notes.items()]
+        return "\n".join([report.sentence(), *notes])
+
+
 def attach(model: Any, config: AgentConfig, since: float = 0.0) -> Any:
     """Put agent attention on a clone of a model, instead of what an earlier node has put on it.
 
@@ -58,32 +85,34 @@ def attach(model: Any, config: AgentConfig, since: float = 0.0) -> Any:
     Raises:
         UnsupportedModelError: the model is no U-Net with transformer blocks.
     """
+    return attach_slot(model, lambda unet: Slot(ClonePatch(unet, config, since)))
+
+
+def attach_slot(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
+    """As `attach`, with the slot that `make` makes for the model's U-Net."""
     clone = model.clone()
-    patch = ClonePatch(find_unet(clone.model), config, since)  # may raise, before anything has been changed
+    unet = find_unet(clone.model)  # may raise, before anything has been changed
+    slot = make(unet)
 
     # Closures, because clone() copies the options deeply: objects and their methods would be copied with all they hold
     def attention(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
-        return patch.answer(q, k, v, options)
+        return slot.patch.answer(q, k, v, options)
 
     def unet_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        patch.begin_unet_call(args, kwargs)
+        patch = slot.patch
+        patch.begin_call(unet, args, kwargs)
         output = executor(*args, **kwargs)
         patch.end_call()
         return output
 
     def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        patch.begin_sampling()
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            patch.end_sampling()
+        return slot.sample(executor, args, kwargs)
 
-    attention.patch = patch
-    options = clone.model_options["transformer_options"]
-    replaced = options.get("patches_replace", {}).get("attn1", {})
-    for block in patch.blocks():
+    attention.slot = slot
+    replaced = _replaced(clone)
+    for block in slot.patch.blocks():
         # what another node has put there stays; a report says so
-        if block not in replaced or _patch_behind(replaced[block]) is not None:
+        if block not in replaced or is_ours(replaced[block]):
             clone.set_model_attn1_replace(attention, *block)
     # In the options rather than by add_wrapper_with_key: a clone with other wrappers counts as one with other weights,
     # and the host would load the model again whenever it changes from one branch of the graph to the other.
@@ -93,27 +122,33 @@ def attach(model: Any, config: AgentConfig, since: float = 0.0) -> Any:
     return clone
 
 
+def _replaced(model: Any) -> Mapping[Any, Any]:
+    """Who answers self-attention, by block."""
+    return model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
+
+
+def is_ours(function: Any) -> bool:
+    """Whether a function among the host's options is one of `attach`."""
+    return isinstance(getattr(function, "slot", None), Slot)
+
+
+def slot_of(model: Any) -> Slot | None:
+    """Return what answers for a model of ComfyUI; None if we have no part in it."""
+    return next((function.slot for function in _replaced(model).values() if is_ours(function)), None)
+
+
 def patch_of(model: Any) -> ClonePatch | None:
-    """Return the patch on a model of ComfyUI, if any."""
-    replaced = model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
-    return next(filter(None, map(_patch_behind, replaced.values())), None)
+    """Return the patch in force on a model of ComfyUI, if any."""
+    slot = slot_of(model)
+    return None if slot is None else slot.patch
 
 
 def report_on(model: Any) -> str:
     """Describe what was done in the last sampling with a model of ComfyUI."""
-    patch = patch_of(model)
-    if patch is None:
-        return (
-            "Agent Attention is off: this model has not passed through one of its nodes, or others answer everywhere."
-        )
-    if patch.last is None:
-        return "Agent Attention is on. Nothing was sampled with this model yet."
-    notes = [f"left to the host: {reason} ({n} calls)" for reason, n in patch.last.notes.items()]
-    return "\n".join([patch.last.sentence(), *notes])
-
-
-def _patch_behind(function: Any) -> ClonePatch | None:
-    return getattr(function, "patch", None) if isinstance(getattr(function, "patch", None), ClonePatch) else None
+    slot = slot_of(model)
+    if slot is None:
+        return "Agent Attention is off: this model has not passed through its node, or other nodes answer everywhere."
+    return slot.describe()
 
 
 class ClonePatch(Patch):
@@ -157,11 +192,8 @@ class ClonePatch(Patch):
         self.last = SamplingReport(hires=False)
         self.last.add(self, self.since)
         log.info("Agent Attention: %s", self.last.sentence())
-        self.begin_unet_call((), {})  # without a latent: whoever asks outside of a sampling gets full attention
-
-    def begin_unet_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Read the latent's size and the timestep off a call of the U-Net."""
-        self.begin_call(self._unet(), args, kwargs)
+        # a call without a latent: whoever asks outside of a sampling gets full attention
+        self.begin_call(self._unet(), (), {})
 
     def end_call(self) -> None:
         """Note the blocks where somebody else has answered in our place."""
@@ -185,18 +217,12 @@ def _position(name: str) -> Position | None:
     return (part, 0 if part == "middle" else int(number)), int(index)
 
 
-@dataclass
 class _ProjectedCall(Call):
     """A call that the host has made the projections of.
 
-    The keys stand for the tokens, which are not known here: what similar tokens are, token merging decides by them too
-    (Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3).
+    The keys stand for the tokens, which are not known here. Token merging was first done by them (Bolya et al., "Token
+    Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461, section 3).
     """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    options: Mapping[str, Any]
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> None:
         self.q, self.k, self.v, self.options = q, k, v, options
@@ -205,10 +231,15 @@ class _ProjectedCall(Call):
             extras = {f"{q.shape[1]} queries for {k.shape[1]} keys, as by token merging or HyperTile": True}
         super().__init__(k, None, None, extras, partial(_attention, q, k, v, options["n_heads"], options))
 
-    def kernel(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Compute attention of (B, H, N, d) by what the user chose in the host."""
+
+def kernel_of(options: Mapping[str, Any]) -> Kernel:
+    """Return what the user chose in the host to compute attention by."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[1]
-        return split_heads(_attention(*map(join_heads, (q, k, v)), heads, self.options), heads)
+        return split_heads(_attention(*map(join_heads, (q, k, v)), heads, options), heads)
+
+    return kernel
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Mapping[str, Any]) -> Tensor:
@@ -239,7 +270,7 @@ class _CloneLayer(Layer):
     def _attend(self, call: _ProjectedCall) -> Tensor:
         if self.config.attn_precision is not None:
             return super()._attend(call)  # which the host's kernel may not honour
-        with attention_by(call.kernel):
+        with attention_by(kernel_of(call.options)):
             return super()._attend(call)
 
     def _for_method(

@@ -87,6 +87,33 @@ class AgentAttention:
         return (attach(model, *config_of(inputs)),)
 
 
+class AgentAttentionTuned:
+    """Agent attention within a tolerance, tuned on the first sampling."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "The fastest attention of each block that keeps a tolerance. The first sampling is made without it and then "
+        "tunes on your model, prompt and machine, which takes a while; the next ones use what was found."
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        tolerance = {"default": 0.02, "min": 0.001, "max": 0.5, "step": 0.001, "round": 0.001}
+        tolerance["tooltip"] = "Upper limit on the relative deviation of the U-Net's output: 0.02 is 2 %."
+        plan = {"default": "", "tooltip": "A plan that a report has shown, to use instead of tuning."}
+        return {
+            "required": {"model": ("MODEL",), "tolerance": ("FLOAT", tolerance)},
+            "optional": {"plan": ("STRING", plan)},
+        }
+
+    def apply(self, model: Any, tolerance: float, plan: str = "") -> tuple[Any]:
+        from .tuned import attach_tuned
+
+        return (attach_tuned(model, tolerance, plan),)
+
+
 class AgentAttentionReport:
     """What agent attention did in the last sampling with a model, as text."""
 
@@ -111,8 +138,13 @@ class AgentAttentionReport:
         return (report_on(model),)
 
 
-NODE_CLASS_MAPPINGS = {"AgentAttention": AgentAttention, "AgentAttentionReport": AgentAttentionReport}
+NODE_CLASS_MAPPINGS = {
+    "AgentAttention": AgentAttention,
+    "AgentAttentionTuned": AgentAttentionTuned,
+    "AgentAttentionReport": AgentAttentionReport,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "AgentAttention": "Agent Attention",
+    "AgentAttentionTuned": "Agent Attention (Tuned)",
     "AgentAttentionReport": "Agent Attention Report",
 }
