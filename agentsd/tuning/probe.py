@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, read_tokens
 from ..methods import LayerPlan, method_of
-from ..patch import KVContext, Layer, Patch, get_patch
+from ..patch import Image, KVContext, Layer, Patch, get_patch
 from ..plan import merged_tokens, plan_block
 
 FULL = 0
@@ -56,8 +57,8 @@ class Probe(Patch):
         self.times: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
         super().__init__(unet, candidates[0], kv_context)
 
-    def _layer(self, site: Site) -> Layer:
-        return _ProbedLayer(self, site)
+    def _layer(self, site: Site, image: Image) -> Layer:
+        return _ProbedLayer(self, site, image)
 
     def make_room(self, count: int) -> None:
         """Make room for the measurements of one more U-Net call."""
@@ -80,36 +81,42 @@ class Probe(Patch):
 class _ProbedLayer(Layer):
     patch: Probe
 
-    def _plan(self, moment: Any) -> tuple[AgentConfig, LayerPlan] | None:
-        """Plan the first candidate that does anything here; which one doesn't matter, all are tried."""
-        return next((plan for _, plan in self._plans(moment)), None)
-
-    def _plans(self, moment: Any) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
-        for k, config in self.patch.candidates.items():
-            found = plan_block(config, self.site.place, moment.latent, None, self.size)
-            if found is not None and found[1].acts:
-                yield k, found
+    def install(self) -> Iterator[Any]:
+        yield from super().install()
+        yield self.site.block.register_forward_pre_hook(self._see_stream, with_kwargs=True)
 
     @not_compiled
-    def _see_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super()._see_tokens(module, args, kwargs)
+    def _see_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = read_tokens(args, kwargs)
         self.stream = norm(x) if isinstance(x, Tensor) else 1.0
 
+    def _plan(self, moment: Any, size: tuple[int, int]) -> tuple[AgentConfig, LayerPlan] | None:
+        """Plan the first candidate that does anything here; which one doesn't matter, all are tried."""
+        return next((plan for _, plan in self._plans(moment, size)), None)
+
+    def _plans(self, moment: Any, size: tuple[int, int]) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
+        for k, config in self.patch.candidates.items():
+            found = plan_block(config, self.site.place, moment.latent, None, size)
+            if found is not None and found[1].acts:
+                yield k, found
+
+    def _unmatched(self, call: Call) -> str:
+        """Clusters are made in each trial."""
+        return ""
+
     def _attend(self, call: Call) -> Tensor:
-        patch, trials = self.patch, self.patch.trials[self.site.name]
-        trials.kind = (self.size, tuple(call.x.shape), self.site.heads)
+        patch, size, trials = self.patch, self.image.size, self.patch.trials[self.site.name]
+        trials.kind = (size, tuple(call.x.shape), self.site.heads)
         full, seconds = timed(call.proceed, call.x.device)
         patch.times[trials.kind, FULL].append(seconds)
         length = max(norm(full), 1e-12)
-        for k, (config, plan) in self._plans(patch.moment):
-            self.config, self.plan = config, plan
+        for k, (config, plan) in self._plans(patch.moment, size):
             if patch.is_slow(trials.kind, k):
                 continue
             try:
                 if (trials.kind, k) not in patch.times:
-                    self._try(call)  # the first time, kernels are loaded and tables are made
-                out, spent = timed(lambda: self._try(call), call.x.device)
+                    self._try(call, config, plan)  # the first time, kernels are loaded and tables are made
+                out, spent = timed(partial(self._try, call, config, plan), call.x.device)
             except RuntimeError as failure:  # too little memory, say; what was not tried here is not chosen here
                 patch.note(f"an error of ours: {failure}")
                 continue
@@ -119,13 +126,12 @@ class _ProbedLayer(Layer):
             trials.relative[-1][k] = error / length
         return full
 
-    def _try(self, call: Call) -> Tensor:
-        r, agent_r = merged_tokens(self.config, self.plan), self.plan.agent_r
-        matches = r or agent_r
-        self.matching = (
-            self.patch.match(self.config, self.site.name, call.x, self.size, r, agent_r) if matches else None
-        )
-        return method_of(self.plan.action).attend(self._for_method(call))
+    def _try(self, call: Call, config: AgentConfig, plan: LayerPlan) -> Tensor:
+        r, agent_r, matching = merged_tokens(config, plan), plan.agent_r, None
+        if r or agent_r:
+            matching = self.patch.match(config, self.site.name, call.x, self.image.size, r, agent_r)
+        attention = self._for_method(call, config, plan, self.image.size, matching)
+        return method_of(plan.action).attend(attention)
 
 
 def norm(x: Tensor) -> float:
