@@ -8,9 +8,11 @@ checked on the same calls.
     python -m benchmarks.tuning check       # tunings and deviations: any time
     python -m benchmarks.tuning rounds      # seconds of whole U-Net calls, in turn: alone on the machine
     python -m benchmarks.tuning cost        # of tuning and of observing closeness, on SD 1.5: alone on the machine
-    python -m benchmarks.tuning report      # docs/tune/: table and plot
+    python -m benchmarks.tuning report      # docs/tune/: verdict, tables and plot
+    python -m benchmarks.tuning all
 
-All of them resume.
+All of them resume. A call's time is relative to full attention's: means over three timesteps of medians of rounds in
+turn. A tolerance is kept if the mean deviation is at most the tolerance, and the worst at most 1.5 times it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -50,7 +53,10 @@ STEPS, PICTURES, GUIDANCE = 20, 2, 1.0
 CHECKED = (920, 670, 420, 80)
 # Timesteps tuned on, by size.
 MOMENTS = {(64, 64): 5, (96, 96): 4}
-ROUNDS, CLOSENESS_ROUNDS = 3, 6
+ROUNDS, CLOSENESS_ROUNDS = 5, 6
+# Share of the time up to which two settings are as fast as each other.
+AS_FAST = 0.03
+CALLS = "calls' time of tuning, for each recorded one"
 
 
 def _grid(**settings: Any) -> AgentConfig:
@@ -83,6 +89,9 @@ class Case:
 CASES = [Case(s, size) for size in SIZES for s in SHARPNESS]
 
 
+STEPS_OF_ALL = ("times", "check", "rounds", "cost", "report")
+
+
 class Enough(Exception):
     """As much was computed as was asked for."""
 
@@ -110,10 +119,16 @@ class Store:
 class Bench:
     """The embedded model and the results."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.pipe: EmbeddedPipeline = embedded.load()
-        self.unet = self.pipe.unet
+    def __init__(self, store: Store, cases: Sequence[Case]) -> None:
+        self.store, self.cases = store, cases
+
+    @cached_property
+    def pipe(self) -> EmbeddedPipeline:
+        return embedded.load()
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self.pipe.unet
 
     def sample(self, prompt: str, seed: int, size: tuple[int, int], steps: int) -> torch.Tensor:
         return self.pipe.sample(prompt, seed=seed, steps=steps, guidance=GUIDANCE, height=size[0], width=size[1])
@@ -152,7 +167,7 @@ class Bench:
     # Tunings, and what they deviate by
 
     def check(self) -> None:
-        for case in (bar := tqdm(CASES, desc="check")):
+        for case in (bar := tqdm(self.cases, desc="check")):
             bar.set_postfix_str(case.name)
             with sharpened(self.unet, case.sharpness):
                 self._check(case)
@@ -220,7 +235,7 @@ class Bench:
     # Seconds of whole calls
 
     def rounds(self) -> None:
-        for case in (bar := tqdm(CASES, desc="rounds")):
+        for case in (bar := tqdm(self.cases, desc="rounds")):
             bar.set_postfix_str(case.name)
             tunings = self.store.data.get(f"tunings {case.name}")
             if tunings is None:
@@ -265,28 +280,67 @@ class Bench:
         return name.startswith("tuned") or self.keeps(case, name, max(TOLERANCES))
 
     def report(self, folder: Path) -> None:
-        lines = []
-        for case in CASES:
-            if f"tunings {case.name}" in self.store.data:
-                lines += self._table(case)
-        (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        """Write the verdict, a table for each case, and the plot."""
+        done = [case for case in CASES if self.deviations(case, f"tuned {TOLERANCES[0]}")]
+        lines = [self._verdict(done), *self._costs()]
+        for case in done:
+            lines += self._table(case)
+        (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
         draw(self, folder / "tune.png")
 
+    def _verdict(self, cases: Sequence[Case]) -> str:
+        """Count the tunings that keep their tolerance, and those that fixed settings beat."""
+        tunings = [(case, t) for case in cases for t in TOLERANCES]
+        kept = [pair for pair in tunings if self.keeps(pair[0], f"tuned {pair[1]}", pair[1])]
+        timed = [pair for pair in tunings if self._seconds(pair[0])]
+        beaten = [pair for pair in timed if self._rival(*pair)[1] < (1 - AS_FAST) * self._time(*pair)]
+        text = f"Of {len(tunings)} tunings, {len(kept)} keep their tolerance on what they were not tuned on. "
+        return (
+            f"{text}Of {len(timed)} that were timed, fixed settings that keep the same tolerance beat {len(beaten)}.\n"
+        )
+
+    def _costs(self) -> list[str]:
+        cost = self.store.data.get("cost")
+        if cost is None:
+            return []
+        return [
+            f"Tuning SD 1.5's U-Net (random weights, 512×512, bfloat16) took the time of {cost[CALLS]:.1f} U-Net calls "
+            f"for each recorded call. Observing closeness there costs {cost['observing closeness']:+.2%}.\n"
+        ]
+
+    def _seconds(self, case: Case) -> dict[str, float]:
+        return {name: fmean(each) for name, each in self.store.data.get(f"seconds {case.name}", {}).items()}
+
+    def _time(self, case: Case, t: float) -> float:
+        return self._seconds(case)[f"tuned {t}"]
+
+    def _rival(self, case: Case, t: float) -> tuple[str, float]:
+        """Return the fastest fixed settings that keep a tolerance, and their time."""
+        seconds = self._seconds(case)
+        times = {name: seconds[name] for name in FIXED if name in seconds and self.keeps(case, name, t)}
+        return min(times.items(), key=lambda item: item[1], default=("none", 1.0))
+
     def _table(self, case: Case) -> list[str]:
-        seconds = self.store.data.get(f"seconds {case.name}", {})
         lines = [f"**{case.name}**", ""]
-        lines += ["| tolerance | mean | worst | kept | time | fastest fixed settings that keep it | their time |"]
-        lines += ["|---:|---:|---:|:--:|---:|---|---:|"]
+        lines += [
+            "| tolerance | mean | worst | kept | picture | time | fastest fixed settings that keep it | their time |"
+        ]
+        lines += ["|---:|---:|---:|:--:|---:|---:|---|---:|"]
         for t in TOLERANCES:
             name = f"tuned {t}"
-            found = self.deviations(case, name)
-            rivals = {n: fmean(seconds[n]) for n in FIXED if self.keeps(case, n, t) and n in seconds}
-            best = min(rivals, key=rivals.__getitem__, default=None)
-            time_of = f"{fmean(seconds[name]):.2f}" if name in seconds else ""
-            rival = f"{best} | {rivals[best]:.2f}" if best else "none | 1.00"
-            kept = "yes" if self.keeps(case, name, t) else "**no**"
-            lines.append(f"| {t} | {fmean(found):.4f} | {max(found):.4f} | {kept} | {time_of} | {rival} |")
+            found, kept = self.deviations(case, name), "yes" if self.keeps(case, name, t) else "**no**"
+            times = ("", "", "")
+            if self._seconds(case):
+                rival, time_of = self._rival(case, t)
+                times = (f"{self._time(case, t):.2f}", rival, f"{time_of:.2f}")
+            row = (str(t), f"{fmean(found):.4f}", f"{max(found):.4f}", kept, self._picture(case, name), *times)
+            lines.append(f"| {' | '.join(row)} |")
         return [*lines, ""]
+
+    def _picture(self, case: Case, name: str) -> str:
+        entries = (self.store.data.get(f"pictures {case.name}, {i}", {}) for i in range(PICTURES))
+        found = [entry[name] for entry in entries if name in entry]
+        return f"{fmean(found):.4f}" if found else ""
 
 
 def _cost() -> dict[str, float]:
@@ -312,7 +366,7 @@ def _cost() -> dict[str, float]:
     extra = median(a / b for a, b in zip(on, off, strict=True)) - 1
     return {
         "seconds of a call": full,
-        "calls' time of tuning, for each recorded one": tuned / len(calls) / full,
+        CALLS: tuned / len(calls) / full,
         "blocks changed": sum(c != "." for c in tuning.choices[0]),
         "an observed call": extra,
         "observing closeness": extra / EVERY,
@@ -360,16 +414,20 @@ def draw(bench: Bench, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("times", "check", "rounds", "cost", "report"))
+    parser.add_argument("what", choices=(*STEPS_OF_ALL, "all"))
     parser.add_argument("--out", type=Path, default=Path("docs/tune"), help="folder of the results")
+    parser.add_argument("--side", type=int, choices=[size[0] for size in SIZES], help="only latents of this side")
     parser.add_argument("--most", type=int, default=-1, help="stop after as many measurements")
     args = parser.parse_args(arguments)
-    bench = Bench(Store(args.out / "tuning.json", args.most))
-    if args.what == "report":
-        bench.report(args.out)
-        return
+    cases = [case for case in CASES if args.side in (None, case.size[0])]
+    bench = Bench(Store(args.out / "tuning.json", args.most), cases)
+    wanted = STEPS_OF_ALL if args.what == "all" else (args.what,)
     with suppress(Enough):
-        getattr(bench, args.what)()
+        for step in wanted:
+            if step == "report":
+                bench.report(args.out)
+            else:
+                getattr(bench, step)()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""What the benchmark of tunings concludes from what it has measured."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("matplotlib", reason="needs matplotlib")
+
+from benchmarks.tuning import CASES, CHECKED_ON, FIXED, TOLERANCES, Bench, Enough, Store
+
+
+def measured(path, deviation_of, seconds_of) -> Bench:
+    """Results of one case, of two pictures."""
+    store, name = Store(path / "tuning.json"), CASES[0].name
+    names = [*FIXED, *(f"tuned {t}" for t in TOLERANCES)]
+    store.get(f"tunings {name}", dict)
+    for i in range(2):
+        store.get(f"deviations {name}, {i}", lambda i=i: {n: [[0.5, deviation_of(n) * (1 + i)]] for n in names})
+    store.get(f"seconds {name}", lambda: {n: [seconds_of(n)] for n in names})
+    return Bench(store, CASES)
+
+
+def test_a_tolerance_is_kept_by_the_mean_and_by_the_worst(tmp_path):
+    # means are 1.5 times what is given, the worst twice
+    bench = measured(tmp_path, lambda name: 0.0066 if name == "tuned 0.01" else 0.004, lambda name: 0.5)
+    assert bench.keeps(CASES[0], "tuned 0.01", 0.01)
+    assert not bench.keeps(CASES[0], "tuned 0.005", 0.005)  # mean .006
+    assert not bench.keeps(CASES[0], "tuned 0.01", 0.008)  # worst .0132 > .012
+    bench.report(tmp_path)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "Of 4 tunings, 3 keep their tolerance" in text
+    assert "Of 4 that were timed, fixed settings that keep the same tolerance beat 0." in text
+    assert "| 0.005 | 0.0060 | 0.0080 | **no** |" in text
+    assert (tmp_path / "tune.png").stat().st_size > 5000
+
+
+def test_fixed_settings_beat_a_tuning_only_if_they_keep_its_tolerance(tmp_path):
+    fast = next(iter(FIXED))
+    bench = measured(tmp_path, lambda name: 0.01 if name == fast else 0.001, lambda name: 0.3 if name == fast else 0.5)
+    bench.report(tmp_path)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "beat 2." in text  # at .03 and .08
+    assert bench._rival(CASES[0], 0.01)[0] != fast
+    assert bench._rival(CASES[0], 0.03) == (fast, 0.3)
+
+
+def test_results_are_computed_once_and_only_so_many(tmp_path):
+    store = Store(tmp_path / "a.json", left=1)
+    assert store.get("a", lambda: 1) == 1
+    assert Store(tmp_path / "a.json").get("a", lambda: 2) == 1
+    with pytest.raises(Enough):
+        store.get("b", lambda: 2)
+    assert len(CHECKED_ON) == 8
