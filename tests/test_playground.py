@@ -54,6 +54,43 @@ def test_before_and_after_are_the_models_pictures(model):
     assert get_patch(model.unet) is None
 
 
+def test_it_tunes_with_the_next_picture_and_uses_what_was_tuned(model, every_gain_counts):
+    page = playground.Playground(model)
+
+    def drawn(**changes):
+        values = {**ON, **changes}
+        return page.draw("red apple", 3, 4, 256, 256, *(values[row.name] for row in SETTINGS))
+
+    assert "Nothing is tuned" in page.results()
+    (before, tuned), _, status = drawn(tune=0.5)
+    assert "tuned to 50 %" in status
+    assert before.tobytes() != tuned.tobytes()
+    assert "<svg" in page.results()
+    again, _, status = drawn(tuning="auto", how_close="5 %")
+    assert again[0].tobytes() == before.tobytes()
+    assert "tuned to within 5 %" in status
+    assert page.forget() == "1 tuning forgotten."
+    assert "Nothing is tuned" in page.results()
+    assert get_patch(model.unet) is None
+
+
+def test_stop_ends_tuning_and_keeps_nothing(model, every_gain_counts):
+    page = playground.Playground(model)
+    values = {**ON, "tune": 0.5}
+
+    def progress(at, desc):
+        if "method" in desc:
+            page.stop()
+
+    pictures, told, _ = page.draw(
+        "red apple", 3, 2, 256, 256, *(values[row.name] for row in SETTINGS), progress=progress
+    )
+    assert pictures is None
+    assert "Stopped" in told
+    assert "Nothing is tuned" in page.results()
+    assert get_patch(model.unet) is None
+
+
 @pytest.mark.parametrize("changes", [{"enabled": False}, {"passes": "hires"}])
 def test_switched_off_both_pictures_are_the_same(model, changes):
     (before, after), timings, status = draw(model, **changes)

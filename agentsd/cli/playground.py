@@ -11,7 +11,7 @@ import socket
 import threading
 import webbrowser
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +33,16 @@ import torch
 from torch import nn
 
 from ..config import AgentConfig, SettingError
-from ..panel import controls
+from ..panel import chart, controls
 from ..panel.host import Busy, Hint
 from ..panel.report import STATUS, PassReport
 from ..panel.routes import Routes
+from ..panel.tuned import Kept, Store, config_of, make, plans
 from ..settings import table
+from ..settings.tunings import AUTO, FIRST
+from ..tuning.data import TuningCancelled, TuningError
+from ..tuning.record import RecordedCall, record_calls
+from ..tuning.table import headline, percent
 from .distance import distance
 from .runs import Run, draw
 from .sheets import enlarged
@@ -70,6 +75,8 @@ class Playground:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        kept: dict[str, Any] = {}  # while the page is served
+        self._store = Store(lambda section: kept)
         self.in_use = threading.Lock()
         self._stop = threading.Event()
 
@@ -99,17 +106,21 @@ class Playground:
         try:
             size = (int(height) // SCALE, int(width) // SCALE)
             request = self.model.complete(Request(prompt.strip(), int(seed or 0), int(steps), size=size))
-            config = table.to_config(table.from_args([dict(zip(table.NAMES, values, strict=True))]))
+            settings = table.from_args([dict(zip(table.NAMES, values, strict=True))])
             with self.in_use:
-                return self._draw_both(request, config, progress or (lambda *arguments, **options: None))
-        except Stopped:
+                return self._draw_both(request, settings, progress or (lambda *arguments, **options: None))
+        except (Stopped, TuningCancelled):
             return None, _message("Stopped."), ""
-        except (CommandError, SettingError) as error:
+        except (CommandError, SettingError, TuningError) as error:
             return None, _message(str(error)), ""
 
-    def _draw_both(self, request: Request, config: Any, progress: Any) -> tuple[tuple[Image, Image], str, str]:
+    def _draw_both(
+        self, request: Request, values: Mapping[str, Any], progress: Any
+    ) -> tuple[tuple[Image, Image], str, str]:
+        config = table.to_config(values)  # before anything is drawn: settings may contradict each other
         STATUS.begin(config is not None)
         report = PassReport(hires=False, models=1)
+        since = 0.0
 
         def draw_one(label: str, config: Any) -> Run:
             numbers = iter(range(1, request.steps + 1))
@@ -119,14 +130,50 @@ class Playground:
                 if self._stop.is_set():
                     raise Stopped
 
-            return draw(self.model, request, config, label, True, step, lambda patch: report.add(patch, 0.0))
+            return draw(self.model, request, config, label, True, step, lambda patch: report.add(patch, since))
 
-        plain = draw_one("without", None)
+        tunes = config is not None and values["tune"] > 0
+        with record_calls(self.model.unet) if tunes else nullcontext([]) as calls:
+            plain = draw_one("without", None)
+        if tunes:
+            report.tuned = self._tune(calls, values["tune"], progress)
+            values = {**values, "tuning": AUTO}
+        tuned = None if config is None else self._tuned(values, request, report)
+        if tuned is not None:
+            config, since = tuned, None
         patched = draw_one("with agent attention", config) if config is not None else None
         if patched is not None:
             STATUS.add(report)
         pictures = (_shown(plain.picture), _shown((patched or plain).picture))
         return pictures, _timings(plain, patched), f"<div>{escape(STATUS.text())}</div>"
+
+    def _tune(self, calls: list[RecordedCall], tolerance: float, progress: Any) -> str:
+        """Tune on the picture that was just drawn, and say what came of it."""
+
+        def show(done: int, total: int, text: str) -> bool:
+            progress((done, total), desc=text)
+            return not self._stop.is_set()
+
+        kept = make(self.model.unet, calls, tolerance, checkpoint=self.model.name, of=FIRST, progress=show)
+        self._store.put(kept)
+        return headline(kept.tuning)
+
+    def _tuned(self, values: Mapping[str, Any], request: Request, report: PassReport) -> AgentConfig | None:
+        """Make the config of the tuning that the settings name; None if none fits."""
+        height, width = (side // self.model.factor for side in request.size)
+        for plan in plans(values, FIRST, (height, width), self.kept(FIRST, (height, width))):
+            report.plan = f"tuned to within {percent(plan.tolerance)}"
+            return config_of(plan, self.model.unet, None)
+        return None
+
+    # The tunings of the panel: see `agentsd.panel.tune.Tunings`
+
+    def results(self) -> str:
+        return chart.html(self._store.of_checkpoint(self.model.name))
+
+    def forget(self) -> str:
+        count = self._store.forget(self.model.name)
+        return f"{count} tuning{'' if count == 1 else 's'} forgotten."
 
     # The host of the panel: see `agentsd.panel.host.PanelHost`
 
@@ -136,8 +183,8 @@ class Playground:
     def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
         return table.to_config(values, hires=hires)
 
-    def kept(self, of: str, size: tuple[int, int]) -> None:
-        """Nothing is kept here."""
+    def kept(self, of: str, size: tuple[int, int]) -> Kept | None:
+        return self._store.find(self.model.name, of, size)
 
     def obstacle(self, hires: bool, img2img: bool) -> None:
         """Nothing else acts on the model here."""
@@ -218,7 +265,7 @@ def build(playground: Playground) -> gr.Blocks:
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id=f"{TAB}_generate")
                     stop = gr.Button("Stop", elem_id="playground_stop")
-                panel = controls.build(TAB, _accordion)
+                panel = controls.build(TAB, _accordion, tunings=playground)
             with gr.Column(scale=3, min_width=420):
                 pictures = gr.ImageSlider(
                     type="pil",
