@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,9 @@ def _local(ratio: float, **settings: Any) -> AgentConfig:
 def methods() -> list[Method]:
     """All methods that are compared, the unpatched model first."""
     grid = _agents("grid", 1 - 1 / 16)
-    superpixels = {"landmarks": "superpixel"}
     second, deeper = {"max_downsample": 2}, {"max_downsample": 8}
+    superpixels = _corrected(1 - 1 / 16, landmarks="superpixel")
+    superpixels_deeper = replace(superpixels, **second)
     until_40 = {"stages": early(0.4)}
     finer = {"stages": early(0.4, after={"agent_ratio": 1 - 1 / 16})}
     return [
@@ -179,12 +180,13 @@ def methods() -> list[Method]:
         Method("corrected 8×8", "corrected agents", _corrected(1 - 1 / 64), pictures=True, sizes=True),
         Method("local 4×4", "local attention", _local(1 - 1 / 16), pictures=True, sizes=True),
         Method("local 8×8", "local attention", _local(1 - 1 / 64), sizes=True),
-        Method("corrected 4×4, superpixels", "corrected agents, superpixels", _corrected(1 - 1 / 16, **superpixels)),
-        Method("local 4×4, superpixels", "local attention, superpixels", _local(1 - 1 / 16, **superpixels)),
+        Method("corrected 4×4, superpixels", "corrected, superpixels", superpixels, pictures=True, sizes=True),
+        Method("local 4×4, superpixels", "local, superpixels", replace(superpixels, method="local")),
         Method("corrected 8×8, then 4×4", "corrected agents, schedules", _corrected(1 - 1 / 64, **finer)),
         Method("corrected 4×4, first 60 %", "corrected agents, schedules", _corrected(1 - 1 / 16, stages=early(0.6))),
         Method("corrected 4×4, two levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **second), sizes=True),
         Method("local 4×4, two levels", "local attention, deeper", _local(1 - 1 / 16, **second), sizes=True),
+        Method("corrected 4×4, superpixels, two levels", "corrected, superpixels", superpixels_deeper, sizes=True),
         Method(
             "corrected 4×4, all levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **deeper), pictures=True
         ),
