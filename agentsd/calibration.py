@@ -69,6 +69,7 @@ def calibrate(
     batch: int = 2,
     seconds: float = 5.0,
     dtype: torch.dtype | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Time a model's own self-attention layers with and without the patch, and propose `min_tokens`.
 
@@ -82,6 +83,7 @@ def calibrate(
         batch: batch size, at least 1; 2 for cond and uncond.
         seconds: time budget in seconds, above 0. Sizes that would exceed it are skipped.
         dtype: dtype of the tokens; None means that of the weights.
+        tick: called after every timed call of a layer; may raise to stop.
 
     Raises:
         SettingError: an argument is outside its range.
@@ -99,7 +101,7 @@ def calibrate(
     if not layers:
         raise UnsupportedModelError("none of the model's self-attentions can be patched")
     for layer in layers:
-        timings += _time_layer(layer, pixel_sizes, _always(config), batch, seconds / len(layers), dtype)
+        timings += _time_layer(layer, pixel_sizes, _always(config), batch, seconds / len(layers), dtype, tick)
     return Calibration(_threshold(timings), tuple(sorted(timings, key=lambda t: (t.tokens, t.channels))))
 
 
@@ -128,7 +130,13 @@ def _distinct(sites: list[Site], config: AgentConfig) -> list[Site]:
 
 
 def _time_layer(
-    site: Site, sizes: list[tuple[int, int]], config: AgentConfig, batch: int, seconds: float, dtype: torch.dtype | None
+    site: Site,
+    sizes: list[tuple[int, int]],
+    config: AgentConfig,
+    batch: int,
+    seconds: float,
+    dtype: torch.dtype | None,
+    tick: Callable[[], None],
 ) -> list[Timing]:
     """Time one layer at increasing sizes, until the gain is clear or the time is up."""
     weight = weight_of(site.block.attn1)
@@ -140,7 +148,7 @@ def _time_layer(
             break
         image = torch.randn(batch, h, w, site.channels, device=weight.device)
         image = image.to(dtype or weight.dtype).permute(0, 3, 1, 2)
-        timings.append(Timing(h * w, site.channels, *_time_both(site, image, config, end)))
+        timings.append(Timing(h * w, site.channels, *_time_both(site, image, config, end, tick)))
         if timings[-1].patched < _CLEAR * timings[-1].unpatched:
             break
     return timings
@@ -151,17 +159,21 @@ def _forecast(last: Timing, tokens: int) -> float:
     return 2 * (last.unpatched + last.patched) * (tokens / last.tokens) ** 2
 
 
-def _time_both(site: Site, image: Tensor, config: AgentConfig, end: float) -> tuple[float, float]:
+def _time_both(
+    site: Site, image: Tensor, config: AgentConfig, end: float, tick: Callable[[], None]
+) -> tuple[float, float]:
     """Measure the seconds per call without and with the patch: medians over at least one interleaved round."""
     layer = SingleAttention(site)
     unpatched, patched = [], []
     for round_ in range(1 + _ROUNDS):
         unpatched.append(_seconds(lambda: layer(image, 500.0), image.device))
+        tick()
         patch = patch_unet(layer, config)
         try:
             patched.append(_seconds(lambda: layer(image, 500.0), image.device))
         finally:
             patch.remove()
+        tick()
         if round_ and time.perf_counter() > end:
             break
     return median(unpatched[1:]), median(patched[1:])  # the first is a warm-up

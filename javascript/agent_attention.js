@@ -14,6 +14,7 @@
     const RETRY_MS = 5000;
     const TIMEOUT_MS = 10000; // a connection that has died silently would keep the panel waiting for minutes
     const SYNC_MS = 1000; // gradio takes a while to call us back
+    const PATIENCE = 40; // ticks to wait for the panel where the host's own page is drawn
     const MEASURE_POLL_MS = 400;
     const PRESET_OPTION = "agent_attention_preset", STATUS_OPTION = "agent_attention_status_line";
     // The host's options that the answer depends on
@@ -146,7 +147,7 @@
         const tabs = TABS.map((name) => ({name, values: {}, again: Infinity, lost: false, pressed: -Infinity}));
         let data = null, learning = false, learnt = -Infinity; // the page's tables, and when they were asked for
         let version = 0; // goes up when the server may answer otherwise although nothing in the page has changed
-        let greeted = false;
+        let greeted = false, restored = false, missed = 0;
 
         const show = (tab, lines) => {
             const element = findOurs(tab.name, "summary");
@@ -201,6 +202,7 @@
             // a model that is being loaded tells nobody when it is there
             tab.again = tab.lost || given.model === false ? Date.now() + RETRY_MS : Infinity;
             tab.preset = given.preset;
+            tab.idle = given.idle;
             if (tab.lost) showTrouble(tab, given);
             else show(tab, given instanceof Refused ? [{text: "", hint: given.message, state: "wrong"}] : given.lines);
         };
@@ -210,6 +212,10 @@
             learn();
             showHelp(tab);
             if (tab.lines) show(tab, tab.lines);
+            if (data && !restored) {
+                restored = true;
+                restoreMeasured().catch(() => {}); // a server that is away is told of by the preview
+            }
             const body = data && bodyOf(tab);
             if (!body) return;
             const decisive = Object.entries(options()).filter(([name]) => DECISIVE.test(name));
@@ -231,8 +237,10 @@
         const showHelp = (tab) => {
             for (const [name, text] of Object.entries(data ? data.help : {})) {
                 const element = name === "enabled" ? findOurs(tab.name, "", "> .label-wrap") : findOurs(tab.name, name);
-                const title = translated(text);
-                if (element && element.title !== title) element.title = title;
+                if (!element) continue;
+                const reason = tab.idle?.[name], title = [reason, translated(text)].filter(Boolean).join("\n");
+                if (element.title !== title) element.title = title;
+                element.classList.toggle("agent-attention-idle", Boolean(reason));
             }
         };
 
@@ -309,6 +317,11 @@
             if (!body) throw new Refused("Set a width and a height first.");
             const {error} = await ask("measure", {method: "POST", body});
             if (error) throw new Refused(error);
+            await followMeasuring(tab);
+            version += 1; // the preview names what was measured
+        };
+
+        const followMeasuring = async (tab) => {
             let told;
             do {
                 await sleep(MEASURE_POLL_MS);
@@ -316,7 +329,15 @@
                 told = await ask("measure");
                 showMeasured(tab, told);
             } while (told.state === "running");
-            version += 1; // the preview names what was measured
+        };
+
+        // What was measured before the page was loaded again, or still is.
+        const restoreMeasured = async () => {
+            const told = await ask("measure");
+            const tab = tabs.find(({name}) => name === told.tab);
+            if (!tab || told.state === "idle" || stopped.signal.aborted) return;
+            showMeasured(tab, told);
+            if (told.state === "running") await followMeasuring(tab);
         };
 
         const press = ({target}) => {
@@ -424,12 +445,32 @@
             label.click();
         };
 
+        // Without the extension's Python part (another one's package of the same name came first) there is no panel.
+        const isMissing = () => {
+            missed = find("#txt2img_prompt") && !findOurs(TABS[0]) ? missed + 1 : 0;
+            return missed > PATIENCE;
+        };
+
         const tick = () => {
             if (document.hidden || stopped.signal.aborted) return;
+            if (isMissing()) {
+                stop();
+                return;
+            }
             greet();
             tabs.forEach(watchGeneration);
             tabs.forEach(look);
             TABS.forEach(reachFolds);
+        };
+
+        const stop = () => {
+            clearInterval(timer);
+            stopped.abort();
+            for (const tab of tabs) {
+                clearTimeout(tab.timer);
+                tab.request?.abort();
+                tab.request = null; // nobody waits for it any more
+            }
         };
 
         const timer = setInterval(tick, POLL_MS);
@@ -440,15 +481,7 @@
             choose,
             sync,
             ofTask,
-            stop: () => {
-                clearInterval(timer);
-                stopped.abort();
-                for (const tab of tabs) {
-                    clearTimeout(tab.timer);
-                    tab.request?.abort();
-                    tab.request = null; // nobody waits for it any more
-                }
-            },
+            stop,
         };
     };
 

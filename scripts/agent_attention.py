@@ -14,6 +14,7 @@ if Path(agentsd.__file__).resolve().parents[1] != Path(__file__).resolve().paren
     )
 
 from agentsd.panel import controls
+from agentsd.panel.report import STATUS
 from agentsd.panel.routes import Routes
 from agentsd.settings import infotext
 from agentsd.settings.table import NAMES
@@ -61,10 +62,16 @@ def on_app_started(demo, app):
     for panel in _panels:
         panel.tidy()
     Routes(compat.HOST).add(app)
+    if name := compat.HOST.namesake():
+        STATUS.say(f"{compat.SHARED_PACKAGE.format(name)}: disable it in the Extensions tab")
+
+
+def add_settings():
+    settings_page.register(shared.opts, shared.OptionInfo, compat.HOST.paragraph, compat.HOST.category())
 
 
 script_callbacks.on_cfg_denoiser(lambda params: session.before_model_call())
 script_callbacks.on_before_ui(lambda: xyz.register(compat.HOST.xyz_grids()))
-script_callbacks.on_ui_settings(lambda: settings_page.register(shared.opts, shared.OptionInfo, compat.HOST.paragraph))
+script_callbacks.on_ui_settings(add_settings)
 compat.HOST.on_end(batch.end_all)
 script_callbacks.on_app_started(on_app_started)

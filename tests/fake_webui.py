@@ -64,7 +64,9 @@ class Loaded:
 @pytest.fixture(name="host")
 def fake_host(monkeypatch):
     """The WebUI's modules, as far as we import them, around a small U-Net."""
-    parts = "cache call_queue devices progress script_callbacks scripts shared sd_models sd_unet ui_components"
+    parts = (
+        "cache call_queue devices extensions progress script_callbacks scripts shared sd_models sd_unet ui_components"
+    )
     names = ("modules", *(f"modules.{part}" for part in parts.split()))
     fake = {name: ModuleType(name) for name in names}
     for name, module in fake.items():
@@ -85,7 +87,9 @@ def fake_host(monkeypatch):
     _forget_ours()
     session = importlib.import_module("agentsd.webui.session")
     progress = fake["modules.progress"]
-    more = {"sd_unet": fake["modules.sd_unet"], "progress": progress, "cache": cache}
+    extensions = fake["modules.extensions"]
+    extensions.active = list
+    more = {"sd_unet": fake["modules.sd_unet"], "progress": progress, "extensions": extensions, "cache": cache}
     yield SimpleNamespace(session=session, shared=shared, **more)
     _forget_ours()
 

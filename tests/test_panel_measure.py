@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from blocks import golden_unet
 
 from agentsd import get_patch
+from agentsd.calibration import Calibration
 from agentsd.panel import measure
 from agentsd.panel.preview import SamplingPass
 from agentsd.settings import table
 
-GRID = {"agent_source": "grid", "until": 1.0}
+GRID = {"agent_source": "grid", "until": 1.0, "min_tokens": 0}
 VALUES = table.check(GRID)
 HERE = SamplingPass(128, 64)
 
@@ -134,3 +136,35 @@ def test_a_job_that_fails_says_so(unet):
 
 def test_nothing_to_measure_is_said():
     assert "no pass is changed" in measure.Job().start({}, [], None)
+
+
+def test_a_cancelled_job_stops_in_its_last_seconds_too(unet, monkeypatch):
+    monkeypatch.setattr(measure, "CALIBRATION_SECONDS", 300.0)
+    job = measure.Job()
+    job.start(VALUES, todo(), lambda: at_rest(unet))
+    end = time.monotonic() + 60
+    while not job.as_dict()["rows"] and time.monotonic() < end:
+        time.sleep(0.01)
+    assert job.as_dict()["state"] == "running", "single layers are being timed"
+    job.cancel()
+    assert finished(job, 20)["state"] == "cancelled"
+    assert get_patch(unet) is None
+
+
+def test_the_threshold_does_not_contradict_the_table(unet, monkeypatch):
+    """Where the whole U-Net was slower, layers of that size are not said to be faster."""
+    real = measure.measure
+    monkeypatch.setattr(measure, "measure", lambda *args: replace(real(*args), before=10.0, after=11.0))
+    monkeypatch.setattr(measure, "calibrate", lambda *args, **more: Calibration(64, ()))
+    job = measure.Job()
+    job.start(VALUES, todo(), lambda: at_rest(unet))
+    told = finished(job)
+    assert "0.91×" in told["rows"][0]
+    assert told["min_tokens"] == 16 * 8 + 1, "one more than the largest layers have"
+    assert told["text"].startswith("These settings are not faster at 128×64 on this machine")
+
+
+def test_a_job_knows_whose_panel_shows_it(unet):
+    job = measure.Job()
+    job.start(VALUES, todo(), lambda: at_rest(unet), "img2img")
+    assert finished(job)["tab"] == "img2img"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import types
+from types import SimpleNamespace
 
+import pytest
+import torch
 from blocks import blocks_of
 from fake_webui import ON, Processing, fake_host, fake_unet, generate  # noqa: F401 - fixtures
 from test_webui_session import SIMILARITY
 
 from agentsd.panel import tokenmap
-from agentsd.settings import infotext
+from agentsd.panel.host import Busy
+from agentsd.settings import infotext, table
 
 
 def test_a_run_is_told_to_whom_it_belongs(host):
@@ -66,3 +71,31 @@ def test_blocks_that_call_their_own_forward_again_are_nobodys(host, unet):
     assert "replaces transformer blocks" in host.session.STATUS.notes()[0]
     blocks_of(unet)[0]._forward = blocks_of(unet)[1]._forward  # another block's
     assert host.session.compat.HOST.replaced_blocks(unet)
+
+
+def test_another_extension_with_a_package_of_our_name_is_told(host, tmp_path):
+    sys.modules["modules.sd_models"].model_data = SimpleNamespace(sd_model=host.shared.sd_model)
+    advice = host.session.compat.HOST.advice
+    values = table.check({})
+    assert advice(values) == []
+    host.extensions.active = lambda: [SimpleNamespace(name="sd-webui-agentattention", path=str(tmp_path))]
+    assert advice(values) == [], "it has no such package"
+    (tmp_path / "agentsd").mkdir()
+    (tmp_path / "agentsd" / "__init__.py").touch()
+    [hint] = advice(values)
+    assert hint.text.startswith("the extension sd-webui-agentattention has a package of the same name as ours")
+    assert hint.remedy == ("Extensions",)
+
+
+def test_with_medvram_the_unet_comes_to_its_device_the_hosts_way(host):
+    brought, model = [], SimpleNamespace(model=torch.nn.Identity())
+    host.shared.sd_model = model
+    model.model.register_forward_pre_hook(lambda module, inputs: brought.append(module))
+    host.session.compat.HOST.bring_to_device()
+    assert not brought, "where memory is not short, it is there"
+    model.lowvram, host.shared.cmd_opts = True, SimpleNamespace(lowvram=False)
+    host.session.compat.HOST.bring_to_device()
+    assert brought == [model.model]
+    host.shared.cmd_opts.lowvram = True
+    with pytest.raises(Busy, match="--lowvram"):
+        host.session.compat.HOST.bring_to_device()

@@ -163,6 +163,7 @@ class Method(ABC):
         phrase: description of its calls after their number: "40 `phrase`".
         selectable: whether the setting `method` can select it.
         merges: whether its self-attention works on the `r` merged tokens.
+        unused: names of the settings of agents that have no effect on it.
         candidates: settings that are worth trying when a model is tuned, beside `method` itself.
     """
 
@@ -173,6 +174,7 @@ class Method(ABC):
     phrase: str = ""
     selectable: bool = True
     merges: bool = False
+    unused: tuple[str, ...] = ()
     candidates: tuple[Mapping[str, Any], ...] = ()
 
     def __init_subclass__(cls) -> None:

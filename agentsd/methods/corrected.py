@@ -26,6 +26,7 @@ class Corrected(Method):
         "k_scale2 nor k_shortcut"
     )
     noun = "corrected agents"
+    unused = ("k_scale2", "k_shortcut", "agent_source")
     candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95}, {"agent_ratio": 0.75})  # cells of 8×8, 4×4 and 2×2
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:

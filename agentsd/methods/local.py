@@ -48,6 +48,7 @@ class Local(Method):
         "it has no k_scale2 and no k_shortcut"
     )
     noun = "landmarks"
+    unused = ("k_scale2", "k_shortcut", "agent_source")
     candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95})
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ..calibration import calibrate
 from ..config import AgentConfig
+from ..costs import estimate
 from ..hosts import example_call, output_tensor
 from ..patch import patch_unet
 from .host import Busy
-from .preview import SamplingPass, milliseconds
+from .preview import SamplingPass, layout_of_unet, milliseconds
 
 log = logging.getLogger("agentsd.panel")
 
@@ -166,11 +167,13 @@ class State:
     text: str = ""
     rows: tuple[list[str], ...] = ()
     min_tokens: int | None = None
+    tab: str = "txt2img"
 
     def to_dict(self) -> dict[str, Any]:
         text = f"Measuring: {self.progress:.0%}" if self.state == "running" else self.text
         rows = {"head": list(HEAD), "rows": list(self.rows)}
-        return {"state": self.state, "progress": self.progress, "text": text, **rows, "min_tokens": self.min_tokens}
+        more = {"min_tokens": self.min_tokens, "tab": self.tab}
+        return {"state": self.state, "progress": self.progress, "text": text, **rows, **more}
 
 
 # Settings that do not affect timings
@@ -191,6 +194,7 @@ class Job:
         values: Mapping[str, Any],
         todo: list[Task],
         model: Callable[[], AbstractContextManager[tuple[nn.Module, Any]]],
+        tab: str = "txt2img",
     ) -> str:
         """Start measuring; return why not, or "".
 
@@ -198,6 +202,7 @@ class Job:
             values: the settings that the tasks are made from.
             todo: the tasks, in order.
             model: reserves the model for a `with` block, which gets (U-Net, kv_context); raises Busy if it is in use.
+            tab: the panel that shows the outcome.
         """
         if not todo:
             return "Nothing to measure: with these settings no pass is changed."
@@ -205,7 +210,7 @@ class Job:
             if self._state.state == "running":
                 return "A measurement is running."
             self._cancel.clear()
-            self._state = State("running")
+            self._state = State("running", tab=tab)
         args = (dict(values), todo, model)
         threading.Thread(target=self._run, args=args, daemon=True, name="agent attention measure").start()
         return ""
@@ -215,7 +220,7 @@ class Job:
         self._cancel.set()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the state, progress 0–1, text, table and the proposed "min_tokens" (None until known) for JSON."""
+        """Return the state, progress 0–1, text, table, tab and proposed "min_tokens" (None until known) for JSON."""
         return self._state.to_dict()
 
     def times(self, unet: nn.Module | None, values: Mapping[str, Any], one: SamplingPass) -> tuple[float, float] | None:
@@ -238,22 +243,51 @@ class Job:
 
     def _measure(self, values: dict[str, Any], todo: list[Task], unet: nn.Module, kv_context: Any) -> None:
         state, ticks = self._state, self._ticks(len(todo) * 2 * (ROUNDS + 1))
+        slower = []
         for task in todo:
             outcome = measure(unet, task, lambda: next(ticks), kv_context)
             log.info("measured %s", outcome.sentence())
             state.rows = (*state.rows, outcome.row())
             self._measured.setdefault(unet, {})[_key(values, task.sampling)] = outcome
-        min_tokens = calibrate(unet, config=todo[0].config, batch=ROWS, seconds=CALIBRATION_SECONDS).min_tokens
-        log.info("on this machine layers of %d tokens and more are faster with these settings", min_tokens)
-        state.text = f"Layers of {min_tokens} tokens and more are faster with these settings on this machine."
-        state.min_tokens, state.progress, state.state = min_tokens, 1.0, "done"
+            if outcome.after >= outcome.before:
+                slower.append(task)
+        config = todo[0].config
+        found = calibrate(unet, config=config, batch=ROWS, seconds=CALIBRATION_SECONDS, tick=self._stop_if_cancelled)
+        state.min_tokens, state.text = _threshold(unet, found.min_tokens, slower)
+        log.info(state.text)
+        state.progress, state.state = 1.0, "done"
 
     def _ticks(self, total: int) -> Iterator[None]:
         for i in range(total):
-            if self._cancel.is_set():
-                raise Cancelled
-            self._state.progress = (i + 1) / total
+            self._stop_if_cancelled()
+            # the rest of the bar is the calibration's
+            self._state.progress = 0.95 * (i + 1) / total
             yield
+
+    def _stop_if_cancelled(self) -> None:
+        if self._cancel.is_set():
+            raise Cancelled
+
+
+def _threshold(unet: nn.Module, faster: int, slower: Sequence[Task]) -> tuple[int, str]:
+    """Propose `min_tokens` and say why.
+
+    Args:
+        unet: the U-Net.
+        faster: the number of tokens from which on single layers were faster.
+        slower: the tasks in which the whole U-Net was not faster, which count more than single layers.
+    """
+    largest = max((_largest(unet, task) for task in slower), default=0)
+    if largest < faster:
+        return faster, f"Layers of {faster} tokens and more are faster with these settings on this machine."
+    sizes = " and ".join(str(task.sampling) for task in slower)
+    return largest + 1, f"These settings are not faster at {sizes} on this machine: such layers are better left alone."
+
+
+def _largest(unet: nn.Module, task: Task) -> int:
+    """Return the tokens of the largest layer that a task changes."""
+    cost = estimate(layout_of_unet(unet), task.config, *task.sampling.latent, task.progress)
+    return max((level.plan.tokens for level in cost.changed), default=0)
 
 
 def _key(values: Mapping[str, Any], sampling: SamplingPass) -> str:

@@ -13,10 +13,10 @@ from weakref import WeakKeyDictionary
 
 from ..config import AgentConfig, SettingError
 from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
-from ..methods import method_of
+from ..methods import method_named, method_of
 from ..settings import tunings
 from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.table import BY_NAME, DEFAULTS, SETTINGS, SMALL, check, labelled
+from ..settings.table import BY_NAME, DEFAULTS, FIRST, HIRES, SETTINGS, SMALL, check, labelled
 from ..tuning.data import Tuning, TuningError
 from ..tuning.table import percent
 from .host import Hint, PanelHost
@@ -140,7 +140,7 @@ def preview(
     img2img: bool = False,
     measured: Measured | None = None,
 ) -> dict[str, Any]:
-    """Make the preview: {"lines": [{"text", "hint", "state"}, …], "preset": name, "model": whether one is loaded}.
+    """Make the preview of the settings.
 
     Args:
         values: settings by name; missing ones and None give the default.
@@ -148,26 +148,47 @@ def preview(
         host: the program that shows the panel.
         img2img: whether it is the img2img tab.
         measured: returns the measurement of a pass with these settings; None if there is none.
+
+    Returns:
+        {"lines": [{"text", "hint", "state"}, …], "preset": name, "model": whether one is loaded, "idle": why controls
+        have no effect, by setting}.
     """
     unet = host.unet()
     try:
         checked = check({**values, "enabled": True})
     except SettingError as error:
-        return _answer([Line("", Hint(labelled(str(error))), WRONG)], CUSTOM, unet)
+        return _answer([Line("", Hint(labelled(str(error))), WRONG)], CUSTOM, unet, {})
     layout = layouts()[USUAL] if unet is None else layout_of_unet(unet)
     if checked["tune"]:
-        return _answer([_order_to_tune(checked["tune"])], preset_of(checked), unet)
+        return _answer([_order_to_tune(checked["tune"])], preset_of(checked), unet, {})
     lines = _chosen([_line(checked, sampling, layout, host, img2img, measured) for sampling in passes], checked)
     lines = [*_not_tuned(checked, passes, host, img2img), *lines]
     if unet is None:
         lines.append(Line(f"No model is loaded yet: figures are those of {USUAL}"))
     else:
         lines += [Line("", hint) for hint in host.advice(checked)]
-    return _answer(lines, preset_of(checked), unet)
+    return _answer(lines, preset_of(checked), unet, without_effect(checked))
 
 
-def _answer(lines: Sequence[Line], preset: str, unet: nn.Module | None) -> dict[str, Any]:
-    return {"lines": [line.to_dict() for line in lines], "preset": preset, "model": unet is not None}
+def _answer(lines: Sequence[Line], preset: str, unet: nn.Module | None, idle: Mapping[str, str]) -> dict[str, Any]:
+    return {"lines": [line.to_dict() for line in lines], "preset": preset, "model": unet is not None, "idle": idle}
+
+
+def without_effect(values: Mapping[str, Any]) -> dict[str, str]:
+    """Say which settings have no effect beside the others, and why: {name: sentence}."""
+    if values["rules"]:
+        return {}  # a rule may change any of the others
+    label = {name: BY_NAME[name].label for name in ("method", "ratio", "passes")}
+    method = method_named(values["method"])
+    reasons = dict.fromkeys(method.unused, f"No effect with {label['method']} “{method.name}”.")
+    if not values["ratio"]:
+        reasons |= dict.fromkeys(("merge_mlp", "merge_crossattn"), f"No effect while {label['ratio']} is 0.")
+    elif not (method.merges or values["merge_mlp"] or values["merge_crossattn"]):
+        reasons["ratio"] = f"No effect with {label['method']} “{method.name}”, which merges no tokens."
+    left_out = {FIRST: "hires_until", HIRES: "until"}.get(values["passes"])
+    if left_out:
+        reasons[left_out] = f"No effect while {label['passes']} is “{values['passes']}”."
+    return reasons
 
 
 def layout_of_unet(unet: nn.Module) -> Layout:

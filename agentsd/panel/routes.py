@@ -99,7 +99,7 @@ class Routes:
             )
         except SettingError as error:
             return {"error": str(error)}
-        return {"error": measure.JOB.start(values, tasks, self.host.at_rest)}
+        return {"error": measure.JOB.start(values, tasks, self.host.at_rest, state.tab)}
 
     def add(self, app: FastAPI) -> None:
         """Add all routes to the host's application."""
@@ -125,7 +125,7 @@ def _read(body: Any) -> tuple[PanelState, list[SamplingPass]]:
         return state, state.passes()
     except ValidationError as error:
         raise HTTPException(status_code=422, detail="; ".join(_sentence(e, body) for e in error.errors())) from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # pydantic 1 converts an infinity to an integer
         raise HTTPException(status_code=422, detail=str(error)) from error
 
 

@@ -13,6 +13,7 @@ import gradio as gr
 
 from ..settings.presets import PRESETS
 
+CATEGORY = "agent_attention"
 SECTION = ("agent_attention", "Agent Attention")
 PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_level", "agent_attention_status_line"
 AS_SAVED = "as saved"
@@ -26,14 +27,19 @@ _ABOUT = (
 )
 
 
-def register(opts: Any, option: Callable[..., Any], text: Callable[[str], Any]) -> None:
-    """Add our section to the host's options.
+def register(
+    opts: Any, option: Callable[..., Any], text: Callable[[str], Any], category: Callable[[str, str], Any] | None
+) -> None:
+    """Add our section to the host's options, in a category of its own where the host has categories.
 
     Args:
         opts: the host's options.
         option: makes an option: `modules.shared.OptionInfo`.
         text: makes a paragraph between options: `modules.shared.OptionHTML`.
+        category: registers a category by its id and label; None if the host has none.
     """
+    if category is not None:
+        category(CATEGORY, SECTION[1])
     choices = {"choices": [AS_SAVED, *PRESETS]}
     rows = {
         "agent_attention_about": text(_ABOUT),
@@ -46,7 +52,7 @@ def register(opts: Any, option: Callable[..., Any], text: Callable[[str], Any]) 
         STATUS_LINE: option(True, "Agent Attention: show the last run in the panel").info("also shown in the console"),
     }
     for name, row in rows.items():
-        row.section = SECTION
+        row.section, row.category_id = SECTION, CATEGORY
         opts.add_option(name, row)
     opts.onchange(LEVEL, lambda: set_level(getattr(opts, LEVEL, "info")))
 

@@ -108,6 +108,7 @@ class Page {
         this.server = {
             "GET page": PAGE,
             "GET status": {run: 1, at: 45240, state: "acts", text: "First pass: done"},
+            "GET measure": {state: "idle", text: "", rows: [], min_tokens: null, tab: "txt2img"},
             "POST preview": ({values, ...size}) => (
                 {lines: [{text: summaryOf({values, ...size}), hint: ""}], preset: presetOf(values)}
             ),

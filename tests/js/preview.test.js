@@ -317,6 +317,26 @@ test("what is refused is marked as wrong", async (page) => {
     assert.equal(page.find("summary", ".agent-attention-wrong").textContent, "width: too small");
 });
 
+test("a control without effect is greyed, with the reason in its tooltip", async (page) => {
+    page.server["POST preview"] = {lines: [], preset: "Fast", idle: {ratio: "No effect with Method “pool”."}};
+    await opened(page);
+    assert.equal(page.find("ratio").title, "No effect with Method “pool”.\nShare of merged tokens.");
+    assert.ok(page.find("ratio").classList.contains("agent-attention-idle"));
+    page.server["POST preview"] = {lines: [], preset: "Fast", idle: {}};
+    page.type("ratio", "0.1");
+    await page.wait(1000);
+    assert.equal(page.find("ratio").title, "Share of merged tokens.");
+    assert.ok(!page.find("ratio").classList.contains("agent-attention-idle"));
+});
+
+test("where the panel never comes the script stops", async (page) => {
+    page.document.append(new page.document.constructor("div", {id: "txt2img_prompt"}));
+    for (const tab of ["txt2img", "img2img"]) page.document.querySelector(`#${tab}_agent_attention`).remove();
+    page.load();
+    await page.wait(30000);
+    assert.ok(page.timers.every(({due}) => due === Infinity));
+});
+
 // Life
 
 test("loaded twice, the newer one takes over", async (page) => {

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from modules.ui_components import InputAccordion
 
-from .a1111 import WebUI
+from .a1111 import SHARED_PACKAGE, WebUI
 from .forge import Forge, ReForge
 from .sdnext import SDNext
 
-__all__ = ["HOST", "InputAccordion", "WebUI"]
+__all__ = ["HOST", "SHARED_PACKAGE", "InputAccordion", "WebUI"]
 
 # The first that recognises itself; AUTOMATIC1111 last, which takes whatever nobody else does
 _FAMILIES: tuple[type[WebUI], ...] = (SDNext, ReForge, Forge, WebUI)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from ...panel.tuned import Kept, Store
 from ...settings import table
 
 TOKEN_MERGING = "the WebUI's own token merging is on"
+SHARED_PACKAGE = "the extension {} has a package of the same name as ours, and its panel now runs on ours"
 HYPERTILE = "HyperTile is on"
 
 
@@ -33,6 +36,14 @@ def unet_of(model: Any) -> nn.Module | None:
     try:
         return find_unet(model)
     except UnsupportedModelError:
+        return None
+
+
+def _module(name: str) -> Any:
+    """Import one of the host's modules; None if it has none of that name."""
+    try:
+        return import_module(f"modules.{name}")
+    except ImportError:
         return None
 
 
@@ -103,9 +114,7 @@ class WebUI:
 
     def task(self) -> str:
         """Return the host's id of the request that it is working on; empty if it has none."""
-        from modules import progress
-
-        return str(getattr(progress, "current_task", None) or "")
+        return str(getattr(_module("progress"), "current_task", None) or "")
 
     def is_hires(self, p: Any) -> bool:
         """Whether `p` is in its hires pass."""
@@ -207,7 +216,14 @@ class WebUI:
         return None
 
     def advice(self, values: Mapping[str, Any]) -> list[Hint]:
-        """Advise 32 bits where half precision may overflow."""
+        """Advise against another extension's panel on our package, and 32 bits where half precision may overflow."""
+        return [*self._shared_package(), *self._half_precision(values)]
+
+    def _shared_package(self) -> Iterator[Hint]:
+        if name := self.namesake():
+            yield Hint(SHARED_PACKAGE.format(name), ("Extensions",))
+
+    def _half_precision(self, values: Mapping[str, Any]) -> list[Hint]:
         if values["fp32"] or not (self.upcasts() or self.is_sd2()):
             return []
         sd2 = "attention of SD 2 models can overflow in half precision"
@@ -240,6 +256,19 @@ class WebUI:
         """List the modules of the X/Y/Z plot script, where axes are registered."""
         return [data.module for data in scripts.scripts_data if data.script_class.__module__ in self.plots]
 
+    def category(self) -> Callable[[str, str], Any] | None:
+        """Return what registers a category of the settings page by its id and label; None before the host had them."""
+        return getattr(getattr(_module("options"), "categories", None), "register_category", None)
+
+    def namesake(self) -> str:
+        """Return the name of another active extension that ships a package called agentsd; empty if none does."""
+        ours = Path(__file__).resolve().parents[3]
+        for other in getattr(_module("extensions"), "active", list)():
+            folder = Path(other.path).resolve()
+            if folder != ours and (folder / "agentsd" / "__init__.py").is_file():
+                return str(other.name)
+        return ""
+
     def paragraph(self, text: str) -> Any:
         """Make a paragraph between the options of the settings page."""
         return shared.OptionHTML(text)
@@ -247,7 +276,19 @@ class WebUI:
     # What other WebUIs do in their own way
 
     def bring_to_device(self) -> None:
-        """Load the U-Net to the device, if the host leaves it elsewhere until sampling."""
+        """Load the U-Net to the device, if the host leaves it elsewhere until sampling.
+
+        Raises:
+            Busy: it can't be there as a whole.
+        """
+        model = shared.sd_model
+        if not getattr(model, "lowvram", False):
+            return
+        if getattr(shared.cmd_opts, "lowvram", False):
+            raise Busy("Measuring is not possible with --lowvram: the U-Net is never on its device as a whole.")
+        # with --medvram it comes when its wrapper is called, which we go around
+        for bring in model.model._forward_pre_hooks.values():
+            bring(model.model, ())
 
     def is_sd2(self) -> bool:
         """Whether the loaded model is of Stable Diffusion 2."""
