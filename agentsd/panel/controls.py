@@ -27,7 +27,8 @@ _LINES = (
     ("agent_source", "max_downsample", "min_tokens"),
     ("hires_until", "after", "max_agents"),
     ("sx", "sy", "seed"),
-    ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
+    ("use_rand", "merge_attn"),
+    ("merge_crossattn", "merge_mlp"),
     ("rules",),
     ("tuning",),
 )

@@ -257,9 +257,9 @@ def _line(
     share = share_of_run(layout, config, *sampling.latent, sampling.start)
     times = measured(sampling) if measured is not None else None
     gain, slower = _by_time(*times, parts) if times else _by_flops(share)
-    return Line(
-        f"{sampling}: {_describe(acting.cost)}", _advice(acting, own, sampling), SLOWER if slower else ACTS, gain
-    )
+    advice = _advice(acting, own, sampling)
+    state = SLOWER if slower else NOTHING if advice is not None and advice.remedy == ("min_tokens",) else ACTS
+    return Line(f"{sampling}: {_describe(acting.cost)}", advice, state, gain)
 
 
 def _order_to_tune(tolerance: float) -> Line:

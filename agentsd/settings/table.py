@@ -129,6 +129,8 @@ class Row:
         # NaN fails the comparison
         if real and self.low <= value <= self.high and not (self.whole and value != int(value)):
             return int(value) if self.whole else float(value)
+        if self.whole and isinstance(value, float) and value.is_integer():
+            value = int(value)  # as it was typed
         kind = "a whole number" if self.whole else "a number"
         raise SettingError(f"{self.name} must be {kind} from {self.low} to {self.high}, got {shown(value)}")
 
