@@ -115,6 +115,7 @@ def test_off_in_the_page_is_off(page, panel: Panel):
 def test_the_status_line_tells_of_the_last_run(page, panel: Panel):
     panel.open()
     panel.set("ratio", 0.0)
+    panel.set("min_tokens", 0)
     for element, value in {"txt2img_width": 128, "txt2img_height": 128, "txt2img_steps": 2}.items():
         number(page, element, value)
     generate(page)

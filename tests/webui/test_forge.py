@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from host import Host, Result, with_record
 from page import SECONDS, Panel, browser, paste
+from test_states import bad_value_stops_nothing
 
 from agentsd.panel.controls import element_id
-from agentsd.panel.tokenmap import SMALLEST
+from agentsd.panel.tokenmap import FOREIGN, SMALLEST
 from agentsd.settings import infotext
 from agentsd.settings.table import DEFAULTS, IMPLIED, SETTINGS
 
@@ -93,6 +94,11 @@ def test_bad_value(forge: Host, leaves_no_trace, plain: Result):
     assert "Ratio" in bad.info["extra_generation_params"][infotext.NOTE]
 
 
+def test_a_bad_value_stops_nothing(forge: Host):
+    with browser(forge.url) as page:
+        bad_value_stops_nothing(page)
+
+
 def test_axes_appear_once(forge: Host):
     labels = [x for x in forge.call("/agent-attention-probe/axes") if x.startswith("[Agent Attention]")]
     assert len(labels) == len(set(labels)) == len(SETTINGS)
@@ -134,11 +140,12 @@ def test_token_map(forge: Host, leaves_no_trace):
     with browser(forge.url) as page:
         panel = Panel(page)
         panel.open()
-        assert "Last run" in panel.text("status"), "told when the page loads"
+        assert panel.text("status").strip() == "", "it was not made here"
         panel.unfold("map")
         panel.press("map_show")
         page.locator(f"#{element_id('txt2img', 'map_image')} img").first.wait_for(timeout=30 * SECONDS)
         assert "256 tokens were merged into 154" in panel.text("map_text")
+        assert FOREIGN in panel.text("map_text")
         picture = panel.picture("map_image").convert("HSV")
         assert picture.size == (SMALLEST, SMALLEST)
         assert picture.getextrema()[1][1] > 200, "clusters are coloured"
@@ -146,7 +153,7 @@ def test_token_map(forge: Host, leaves_no_trace):
         moment.fill("3")
         moment.blur()
         page.wait_for_function(
-            "id => !document.getElementById(id).innerText.includes(' 0% of')",
+            "id => !document.getElementById(id).innerText.includes(', 0 of')",
             arg=element_id("txt2img", "map_text"),
             timeout=30 * SECONDS,
         )

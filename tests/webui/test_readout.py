@@ -20,7 +20,9 @@ PREVIEW = "/agent-attention/preview"
 @pytest.fixture
 def panel(page, panel: Panel) -> Panel:
     panel.open()
-    panel.choose("Fast")
+    panel.choose("Faithful")
+    panel.set("method", "agent")
+    panel.set("until", 0.6)
     panel.set("min_tokens", 0)
     size(page, 512, 512)
     hires(page, False)
@@ -112,7 +114,9 @@ def test_img2img_counts_its_denoising_strength(page):
     page.locator("#tabs button", has_text="img2img").first.click()
     panel = Panel(page, "img2img")
     panel.open()
-    panel.choose("Fast")
+    panel.choose("Faithful")
+    panel.set("method", "agent")
+    panel.set("until", 0.6)
     size(page, 640, 512, "img2img")
     number(page, "img2img_denoising_strength", 0.75)
     assert said(page, "640×512: 5120 tokens → 320 agents", "img2img")

@@ -1,0 +1,127 @@
+"""How the panel tells its states in a real AUTOMATIC1111 WebUI: bad values, interrupted runs, other people's runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from host import Host
+from page import SECONDS, Panel, generate, number, paste, reload, size
+from PIL.PngImagePlugin import PngInfo
+
+from agentsd.panel.controls import element_id
+from agentsd.settings import infotext
+from agentsd.settings.table import BY_NAME
+
+RANGE = f"must be a whole number from 0 to {BY_NAME['min_tokens'].high}"
+
+
+def shown(page: Any, words: str, name: str = "status") -> str:
+    """Wait until an element of the panel shows these words."""
+    element = element_id("txt2img", name)
+    page.wait_for_function(
+        "([id, words]) => document.getElementById(id).innerText.includes(words)",
+        arg=[element, words],
+        timeout=60 * SECONDS,
+    )
+    return page.locator(f"#{element}").first.inner_text()
+
+
+def small(page: Any, steps: int = 2, side: int = 128) -> None:
+    number(page, "txt2img_steps", steps)
+    size(page, side, side)
+
+
+def bad_value_stops_nothing(page: Any) -> None:
+    """What a person does who mistypes a number: a red line names it, and the image is made."""
+    small(page)
+    panel = Panel(page)
+    panel.open()
+    for name, label, value in (("min_tokens", "Minimum tokens", -5), ("max_agents", "Maximum agents", 99999999999)):
+        panel.switch(True)
+        panel.set(name, value)
+        assert f"{label} {RANGE}, got {value}" in shown(page, label, "summary")
+        assert page.locator(f"#{element_id('txt2img', 'summary')} .agent-attention-wrong").first.is_visible()
+        text = generate(page)
+        assert f"{label} {RANGE}, got {value}" in text
+        assert f"{infotext.KEY}: " not in text
+        shown(page, f"Not applied: {label}")
+        status, preset = (page.locator(f"#{element_id('txt2img', part)}").first for part in ("status", "preset"))
+        assert status.bounding_box()["y"] < preset.bounding_box()["y"], "at the top"
+        panel.switch(False)
+        assert infotext.NOTE not in generate(page), "while it is off nothing is checked"
+        panel.switch(True)
+        panel.set(name, 0)
+
+
+@pytest.fixture
+def panel(page, panel: Panel) -> Panel:
+    reload(page)
+    panel.open()
+    return panel
+
+
+def test_a_bad_value_stops_nothing(page, panel: Panel):
+    bad_value_stops_nothing(page)
+
+
+def test_an_interrupted_run_is_told_when_the_host_has_ended(page, panel: Panel):
+    small(page, steps=100, side=512)
+    page.locator("#txt2img_generate").click()
+    page.wait_for_timeout(5 * SECONDS)
+    page.locator("#txt2img_interrupt").click()
+    assert "512×512" in shown(page, "Last run")
+    reload(page)
+    panel.open()
+    shown(page, "512×512")
+
+
+def test_somebody_elses_run_is_not_told(a1111: Host, page, panel: Panel):
+    a1111.txt2img([{"ratio": 7}])
+    reload(page)
+    panel.open()
+    page.wait_for_timeout(2 * SECONDS)
+    assert "ratio" not in panel.text("status")
+
+
+@pytest.mark.parametrize("way", ["paste", "PNG Info"])
+def test_an_infotext_counts_more_than_the_pages_preset(a1111: Host, page, way: str, tmp_path):
+    made = a1111.txt2img([{"ratio": 0.2, "sx": 3, "method": "pool", "until": 0.9}], width=64, height=64, steps=1)
+    with a1111.options(agent_attention_preset="Paper"):
+        reload(page)
+        if way == "paste":
+            paste(page, made.infotext)
+        else:
+            file = tmp_path / "made.png"
+            data = PngInfo()
+            data.add_text("parameters", made.infotext)
+            made.images[0].save(file, pnginfo=data)
+            page.locator("#tabs button", has_text="PNG Info").first.click()
+            page.locator("#pnginfo_image input[type=file]").set_input_files(str(file))
+            page.wait_for_timeout(3 * SECONDS)
+            page.locator("#tab_pnginfo #txt2img_tab").click()
+        page.wait_for_timeout(4 * SECONDS)
+        panel = Panel(page)
+        panel.open()
+        assert {name: panel.get(name) for name in ("ratio", "sx", "method", "until")} == {
+            "ratio": 0.2, "sx": 3, "method": "pool", "until": 0.9,
+        }  # fmt: skip
+
+
+def test_the_panel_is_low_and_its_help_is_in_tooltips(page, panel: Panel):
+    label = page.locator(f"#{element_id('txt2img', 'more')} > .label-wrap")
+    label.click()  # folded again
+    page.wait_for_timeout(SECONDS)
+    box = page.locator(f"#{element_id('txt2img')}").bounding_box()
+    assert box["height"] <= 700
+    for name in ("ratio", "method", "until", "preset"):
+        assert page.locator(f"#{element_id('txt2img', name)}").first.get_attribute("title")
+
+
+def test_a_control_without_effect_is_greyed_with_the_reason(page, panel: Panel):
+    panel.set("method", "corrected")
+    control = page.locator(f"#{element_id('txt2img', 'k_scale2')}.agent-attention-idle").first
+    control.wait_for(timeout=30 * SECONDS)
+    assert control.get_attribute("title").startswith("No effect with Method “corrected”.")
+    panel.set("method", "agent")
+    control.wait_for(state="detached", timeout=30 * SECONDS)
