@@ -33,8 +33,8 @@ def test_what_is_called_unused_changes_no_layer(method):
     [
         ({"method": "corrected", "ratio": 0.4}, {"k_scale2", "k_shortcut", "agent_source", "ratio"}),
         ({"method": "corrected", "ratio": 0.4, "merge_mlp": True}, {"k_scale2", "k_shortcut", "agent_source"}),
-        ({"ratio": 0.4, "passes": "first"}, {"hires_until"}),
-        ({"passes": "hires"}, {"until", "merge_mlp", "merge_crossattn"}),
+        ({"method": "agent", "ratio": 0.4, "passes": "first"}, {"hires_until"}),
+        ({"method": "agent", "passes": "hires"}, {"until", "merge_mlp", "merge_crossattn"}),
         ({"method": "corrected", "rules": "downsample=1 method=agent"}, set()),
     ],
 )
