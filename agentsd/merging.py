@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -122,13 +121,11 @@ def partition(height: int, width: int, sx: int, sy: int, seed: int | None = None
     return Partition(dst, src, torch.cat([dst, src]).argsort())
 
 
-@lru_cache(maxsize=32)
 def _cells(height: int, width: int, sx: int, sy: int) -> tuple[Tensor, Tensor]:
     """(first token of each whole cell (rows, columns), how far each token of a cell is from its first (sy · sx,))."""
-    with torch.inference_mode(False):
-        token = torch.arange(height * width).view(height, width)
-        first = token[: height // sy * sy : sy, : width // sx * sx : sx].contiguous()
-        return first, (torch.arange(sy)[:, None] * width + torch.arange(sx)).flatten()
+    token = torch.arange(height * width).view(height, width)
+    first = token[: height // sy * sy : sy, : width // sx * sx : sx]
+    return first, (torch.arange(sy)[:, None] * width + torch.arange(sx)).flatten()
 
 
 @torch.no_grad()

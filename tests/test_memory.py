@@ -1,0 +1,126 @@
+"""What a method holds in memory, and that it never waits for the device: on tensors that have no values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import flat_unet, inputs, run
+from patching import KINDS, SIMILARITY
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import agentsd
+from agentsd import AgentConfig, plan_layer
+from agentsd.methods import SelfAttention, method_of
+
+MIB = 2**20
+NINE = {"agent_ratio": 0.9375, "ratio": 0.0}
+METHODS = {
+    "grid agents": {**NINE, "agent_source": "grid"},
+    "pooled keys and values": {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0},
+    "corrected agents": {**NINE, "method": "corrected"},
+    "corrected agents, superpixels": {**NINE, "method": "corrected", "landmarks": "superpixel"},
+    "local attention": {**NINE, "method": "local"},
+    "local attention, superpixels": {**NINE, "method": "local", "landmarks": "superpixel"},
+}
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at a time."""
+
+    def __init__(self, *given: torch.Tensor) -> None:
+        super().__init__()
+        self.given = {StorageWeakRef(t.untyped_storage()).cdata for t in given}
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(made, torch.Tensor):
+                storage = made.untyped_storage()
+                ref = StorageWeakRef(storage)
+                if ref.cdata not in self.given:
+                    self.live[ref.cdata] = ref, storage.nbytes()
+        self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
+def fused(q, k, v, attn_mask=None, scale=None):
+    """What fused attention leaves in memory: its result, laid out by tokens."""
+    return q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+
+
+def peak(settings, size, dtype, monkeypatch) -> int:
+    """Bytes of one layer of SD 1's widest: batch 2, 8 heads of 40."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    config = AgentConfig(**settings)
+    q, k, v = (torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta") for _ in range(3))
+    attention = SelfAttention(
+        x=q,
+        plan=plan_layer(config, *size, 1),
+        settings=config,
+        size=size,
+        heads=8,
+        matching=None,
+        wrapped=False,
+        project=lambda _: (q, k, v),
+        project_q=lambda x: x,
+        project_out=lambda x: x,
+        proceed=lambda: None,
+    )
+    with torch.no_grad(), Live(q, k, v) as live:
+        method_of(attention.plan.action).attend(attention)
+    return live.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (192, 128), (250, 256), (256, 256)])
+@pytest.mark.parametrize("name", METHODS)
+def test_300_mib_beyond_full_attention_at_most(name, size, dtype, monkeypatch):
+    result = 2 * size[0] * size[1] * 320 * dtype.itemsize
+    assert peak(METHODS[name], size, dtype, monkeypatch) <= result + 300 * MIB
+
+
+def test_what_is_counted():
+    with Live() as live:
+        x = torch.empty(1000, device="meta")
+        y = x + 1
+        del x
+        z = y.view(10, 100) * 2
+    assert live.peak == 8000
+    assert z.shape == (10, 100)
+
+
+class NoWaits(TorchDispatchMode):
+    """Counts what waits for the device: reading a value, or making a tensor whose size depends on values."""
+
+    WAITS = ("_local_scalar_dense", "item", "nonzero", "bincount", "unique", "_unique2", "masked_select", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAITS:
+            self.waits.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*KINDS, *METHODS])
+def test_no_method_waits_for_the_device(name):
+    """The timestep alone is read, once a call, where a partition is drawn for it."""
+    settings = {**KINDS, **METHODS}[name]
+    unet, given = FLAT, inputs(1, 48, 40)
+    with agentsd.patched(unet, **settings):
+        run(unet, given)
+        with NoWaits() as seen:
+            run(unet, given)
+        assert not agentsd.get_patch(unet).notes
+    draws = settings.get("ratio", SIMILARITY["ratio"]) > 0 or name in ("similarity", "merging")
+    assert len(seen.waits) <= draws
+
+
+FLAT: nn.Module = flat_unet()
