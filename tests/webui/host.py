@@ -40,11 +40,13 @@ COMMON_FLAGS = [
     "--api",
 ]
 FORGE_FLAGS = [*COMMON_FLAGS, "--always-cpu", "--all-in-fp32", "--skip-install", "--attention-pytorch"]
+ELSEWHERE = "control,video,extras,caption,gallery,models,extensions,info"
 FLAGS = {
     "a1111": [*COMMON_FLAGS, "--no-half", "--no-half-vae", "--use-cpu", "all"],
     "forge": FORGE_FLAGS,
     "reforge": FORGE_FLAGS,
-    "sdnext": ["--skip-all", "--skip-git", "--skip-torch", "--experimental"],
+    # without the tabs that we are not in, its page is drawn in a third of the time
+    "sdnext": ["--skip-all", "--skip-git", "--skip-torch", "--experimental", "--disable", ELSEWHERE],
 }
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
