@@ -68,7 +68,8 @@ def stand_in(monkeypatch, name):
 @pytest.fixture(params=["Forge", "reForge"])
 def host(request, monkeypatch):
     """Forge Neo, and reForge with `ldm_patched` in the place of `backend`."""
-    parts = ("call_queue", "devices", "script_callbacks", "scripts", "shared", "sd_models", "sd_unet", "ui_components")
+    parts = ("call_queue", "devices", "progress", "script_callbacks", "scripts", "shared", "sd_models", "sd_unet")
+    parts += ("ui_components",)
     own = {"Forge": ("backend", "memory_management"), "reForge": ("ldm_patched.modules", "model_management")}
     home, memory = own[request.param]
     for name in ("modules", "modules_forge", *(f"modules.{part}" for part in parts), home.split(".")[0]):

@@ -212,6 +212,11 @@ def test_a_model_without_a_u_net(host):
     assert p.extra_generation_params == {"Other extension": "here"}
 
 
+def test_a_pass_that_was_not_chosen_is_told_of(host):
+    generate(host, {**ON, "passes": "hires"})
+    assert host.session.NOT_CHOSEN in host.session.STATUS.text()
+
+
 def test_a_batch_without_a_call(host):
     p = Processing()
     generate(host, p=p, steps=0)

@@ -85,6 +85,13 @@ def test_a_host_that_announces_no_pass_is_told_of(host):
     assert p.extra_generation_params == {"Other extension": "here"}
 
 
+def test_a_pass_that_was_not_chosen_is_told_of(host):
+    p = Processing()
+    generate(host, {**ON, "passes": "hires"}, p)
+    assert host.session.NOT_CHOSEN in host.session.STATUS.text()
+    assert p.extra_generation_params == {"Other extension": "here"}
+
+
 def test_what_others_answer_is_not_ours(host, unet):
     """Every call that the patch was to change is left to others: the settings made nothing of the image."""
 

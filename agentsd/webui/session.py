@@ -22,6 +22,7 @@ from .tuning import Plans, Recording, pass_of, size_of
 from .xyz import XYZ
 
 NO_PASS = "the host announced no sampling pass"
+NOT_CHOSEN = "Passes leaves out what was sampled"
 NO_UNET = "the model has no U-Net with self-attention that can be patched"
 # Attribute of the host's processing object that holds the `Generation`
 _GENERATION = "_agent_attention"
@@ -44,6 +45,7 @@ class Generation:
     recording: tokenmap.Recording | None = None
     reports: list[PassReport] = field(default_factory=list)
     plans: list[tunings.PassTuning] = field(default_factory=list)
+    announced: bool = False
 
     @property
     def tunes(self) -> bool:
@@ -102,7 +104,7 @@ def process(p: Any, args: Sequence[Any]) -> None:
 def before_sampling(p: Any, latent: Tensor | None = None) -> None:
     """Sample the next pass under the patch; `latent` is its (B, C, height, width), if the host provides it."""
     hires = compat.HOST.is_hires(p)
-    if _is_on(generation_of(p), hires) or _running:
+    if wants_pass(p, hires) or _running:
         size = None if latent is None else tuple(latent.shape[-2:])
         wrap_sampling(p.sampler, lambda: around_pass(p, hires, size))
 
@@ -125,9 +127,13 @@ def postprocess(p: Any, processed: Any) -> None:
 
 
 def finish(p: Any) -> None:
-    """Say why if the host made the images without any pass that we were told of."""
+    """Say why if the images were made without any pass of ours."""
     generation = generation_of(p)
-    if generation is not None and not generation.reports and generation.run == STATUS.run and not STATUS.error:
+    if generation is None or generation.reports or generation.run != STATUS.run or STATUS.error:
+        return
+    if generation.announced:
+        STATUS.fail(NOT_CHOSEN)
+    else:
         STATUS.fail(NO_UNET if compat.HOST.current_unet() is None else NO_PASS)
 
 
@@ -141,8 +147,13 @@ def token_map(task: str, call: int, layer: int) -> tokenmap.View:
     return tokenmap.view(STATUS.recording, call, layer, STATUS.text(), foreign=task != STATUS.task)
 
 
-def _is_on(generation: Generation | None, hires: bool) -> bool:
-    return generation is not None and table.to_config(generation.values, hires=hires) is not None
+def wants_pass(p: Any, hires: bool) -> bool:
+    """Whether the pass of `p` that the host has announced is to be patched."""
+    generation = generation_of(p)
+    if generation is None:
+        return False
+    generation.announced = True
+    return table.to_config(generation.values, hires=hires) is not None
 
 
 def _observer(
@@ -191,8 +202,8 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
 
 def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> AbstractContextManager[Pass]:
     """Make the context in which a pass is sampled, patched or not; `size` is the latent's (height, width), if known."""
-    generation = generation_of(p)
-    if _is_on(generation, hires):
+    if wants_pass(p, hires):
+        generation = generation_of(p)
         around = tuning_pass if generation.tunes else sampling_pass
         return around(p, generation, hires, size)
     # an unpatched image may be generated in the middle of a patched one
