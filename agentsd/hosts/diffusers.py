@@ -152,6 +152,7 @@ _PLAIN_PROCESSORS = (
     "AttnProcessor2_0",
     "AttnProcessorNPU",
     "CustomAttnProcessor2_0",  # InvokeAI's name for plain attention
+    "DynamicAttnProcessorBMM",  # SD.Next's, which computes it in slices
     "FusedAttnProcessor2_0",
     "SlicedAttnProcessor",
     "XFormersAttnProcessor",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from host import Host, Result
+from page import SECONDS, Panel, browser, number, size
 from PIL import Image
 
+from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
-from agentsd.settings.table import SETTINGS
+from agentsd.settings.table import IMPLIED, SETTINGS
 
 # Its hires fix resizes by this mode; without force it would only upscale
 HIRES = {
@@ -126,3 +128,32 @@ def test_settings_page(sdnext: Host):
         assert sdnext.call("/agent-attention-probe/options", {"names": ["agent_attention_log_level"]}) == {
             "agent_attention_log_level": "debug"
         }
+
+
+def test_panel(sdnext: Host):
+    """Its page: the panel plans, an image is made and told of, and an infotext is read back."""
+    changed = {"enabled": True, "ratio": 0.2, "use_rand": False, "agent_source": "similarity", "until": 0.9}
+    made = sdnext.txt2img([changed])
+    with browser(sdnext.url) as page:
+        page.locator("#splash").wait_for(state="detached", timeout=120 * SECONDS)
+        panel = Panel(page)
+        assert not panel.get("enabled")
+        panel.open()
+        panel.set("min_tokens", 0)
+        panel.set("until", 1)
+        size(page, 128, 128)
+        number(page, "txt2img_steps", 2)
+        page.locator("#txt2img_prompt textarea").fill("a cat")
+        page.wait_for_timeout(3 * SECONDS)
+        assert "128×128" in panel.text("summary")
+        page.locator("#txt2img_generate").click()
+        page.wait_for_function(
+            "id => document.getElementById(id).innerText.includes('Last run')",
+            arg=element_id("txt2img", "status"),
+            timeout=120 * SECONDS,
+        )
+        assert "agents in" in panel.text("status")
+        page.locator("#txt2img_prompt textarea").fill(made.infotext)
+        page.locator("#txt2img_paste").click()
+        page.wait_for_timeout(5 * SECONDS)
+        assert panel.values() == {**IMPLIED, **changed, "min_tokens": 0}
