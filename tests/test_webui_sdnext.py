@@ -174,7 +174,7 @@ def test_an_interrupted_image_has_its_settings(host, unet):
     for callback in host.ended:
         callback(p)
     assert get_patch(unet) is None
-    assert host.session.STATUS.as_dict()["passes"][0]["calls"]["agents"] > 0
+    assert host.session.STATUS.passes[0].changed() > 0
 
 
 OBSTACLES = {

@@ -8,6 +8,7 @@ from page import SECONDS, Panel, browser, number, size
 from PIL import Image
 
 from agentsd.panel.controls import element_id
+from agentsd.panel.pace import changed
 from agentsd.settings import infotext
 from agentsd.settings.table import IMPLIED, SETTINGS
 
@@ -42,7 +43,7 @@ def says_nothing(made: Result) -> bool:
 
 def test_on_differs_and_repeats(sdnext: Host, leaves_no_trace, plain: Result):
     on = sdnext.txt2img([{}])
-    assert sdnext.status()["passes"][0]["calls"]["agents"] > 0
+    assert changed(sdnext.status()["passes"][0]["calls"])
     assert on.pixels != plain.pixels
     assert sdnext.txt2img([{}]).pixels == on.pixels
     assert infotext.KEY in on.infotext
@@ -54,7 +55,7 @@ def test_hires_fix_has_settings_of_its_own(sdnext: Host, leaves_no_trace):
     both = sdnext.txt2img([{"until": 1}], **HIRES)
     passes = sdnext.status()["passes"]
     assert [(one["hires"], one["latent"]) for one in passes] == [(False, [16, 16]), (True, [32, 32])]
-    assert all(one["calls"]["agents"] > 0 for one in passes)
+    assert all(changed(one["calls"]) for one in passes)
     second = sdnext.txt2img([{"until": 1, "passes": "hires"}], **HIRES)
     assert [one["hires"] for one in sdnext.status()["passes"]] == [True]
     assert len({tuple(made.pixels) for made in (off, both, second)}) == 3
@@ -75,7 +76,7 @@ def test_scenario(sdnext: Host, leaves_no_trace, scenario: str):
     off, on = sdnext.txt2img(**body), sdnext.txt2img([{"until": 1}], **body)
     assert len(on.pixels) == len(off.pixels)
     assert not set(on.pixels) & set(off.pixels)
-    assert all(one["calls"]["agents"] > 0 for one in sdnext.status()["passes"])
+    assert all(changed(one["calls"]) for one in sdnext.status()["passes"])
 
 
 def test_img2img(sdnext: Host, leaves_no_trace):
@@ -132,8 +133,8 @@ def test_settings_page(sdnext: Host):
 
 def test_panel(sdnext: Host):
     """Its page: the panel plans, an image is made and told of, and an infotext is read back."""
-    changed = {"enabled": True, "ratio": 0.2, "use_rand": False, "agent_source": "similarity", "until": 0.9}
-    made = sdnext.txt2img([changed])
+    settings = {"enabled": True, "ratio": 0.2, "use_rand": False, "agent_source": "similarity", "until": 0.9}
+    made = sdnext.txt2img([settings])
     with browser(sdnext.url) as page:
         page.locator("#splash").wait_for(state="detached", timeout=120 * SECONDS)
         panel = Panel(page)
@@ -152,8 +153,8 @@ def test_panel(sdnext: Host):
             arg=element_id("txt2img", "status"),
             timeout=120 * SECONDS,
         )
-        assert "agents in" in panel.text("status")
+        assert "Last run: first pass, 128×128: 256 tokens" in panel.text("status")
         page.locator("#txt2img_prompt textarea").fill(made.infotext)
         page.locator("#txt2img_paste").click()
         page.wait_for_timeout(5 * SECONDS)
-        assert panel.values() == {**IMPLIED, **changed, "min_tokens": 0}
+        assert panel.values() == {**IMPLIED, **settings, "min_tokens": 0}
