@@ -137,7 +137,7 @@ def browser(url: str, **context: Any) -> Iterator[Any]:
 
 def wait_for_panel(page: Any) -> None:
     """Wait until gradio has drawn the page and the host's scripts have seen it."""
-    page.wait_for_selector("#txt2img_prompt textarea", timeout=120 * SECONDS)
+    page.wait_for_selector("#txt2img_prompt textarea", timeout=400 * SECONDS)  # SD.Next on a busy machine
     page.wait_for_selector(f"#{element_id('txt2img')}-visible-checkbox", state="attached", timeout=60 * SECONDS)
     page.wait_for_timeout(3 * SECONDS)
 

@@ -156,5 +156,8 @@ def test_panel(sdnext: Host):
         assert "Last run: first pass, 128×128: 256 tokens" in panel.text("status")
         page.locator("#txt2img_prompt textarea").fill(made.infotext)
         page.locator("#txt2img_paste").click()
-        page.wait_for_timeout(5 * SECONDS)
+        for _ in range(60):
+            if panel.get("ratio") == settings["ratio"]:
+                break
+            page.wait_for_timeout(SECONDS)
         assert panel.values() == {**IMPLIED, **settings, "min_tokens": 0}
