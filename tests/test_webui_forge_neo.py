@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from blocks import golden_unet, inputs, run
-from test_webui_session import _forget_ours as forget_ours
-from test_webui_session import state
+from fake_webui import _forget_ours as forget_ours
+from fake_webui import state
 
 from agentsd.settings import infotext
 from agentsd.settings.table import SETTINGS
