@@ -28,8 +28,9 @@ _ROWS: Mapping[str, str] = {
     "fp32": "fp32",
     "agent_source": "agent_source",
     "rules": "rules",
+    "landmarks": "landmarks",
 }
-_OPTIONAL = ("agent_source", "rules")
+_OPTIONAL = ("agent_source", "rules", "landmarks")
 # Corrected agents in every step, as the preset Faithful of the WebUI's panel
 _DEFAULTS = {**DEFAULTS, "method": "corrected", "until": 1.0}
 _CELLS_HELP = "Size of the cells of tokens that one agent stands for. Smaller is closer to the original, larger faster."
