@@ -16,7 +16,7 @@ from agentsd.methods import method_named
 from agentsd.panel import tuned
 from agentsd.settings import infotext, tunings
 from agentsd.settings.presets import PRESETS
-from agentsd.tuning import probe, tuner
+from agentsd.tuning import probe, record, tuner
 from agentsd.tuning.data import Tuning
 
 SECTION = tuned.SECTION
@@ -200,6 +200,23 @@ def test_a_tuning_that_fails_costs_no_image_and_nothing_that_was_kept(host, unet
     assert torch.equal(made, make(host, None)[0])
     assert "an error of ours: ZeroDivisionError" in entries[infotext.NOTE]
     assert host.cache[SECTION] == kept
+    assert state(unet) == before
+
+
+def test_calls_that_cannot_be_recorded_cost_no_image(host, unet, monkeypatch):
+    plain, before = make(host, None)[0], state(unet)
+    monkeypatch.setattr(record, "copied", lambda value: 1 / 0)
+    made, entries, _ = make(host, {"tune": 0.3})
+    assert torch.equal(made, plain)
+    assert "not tuned, the U-Net was not called" in entries[infotext.NOTE]
+    assert state(unet) == before
+
+
+def test_a_report_that_fails_costs_no_image(host, unet, monkeypatch):
+    before = state(unet)
+    monkeypatch.setattr("agentsd.closeness.ClosenessMeter.read", lambda self: 1 / 0)
+    make(host, {"until": 1.0, "min_tokens": 0})
+    assert "an error of ours: ZeroDivisionError" in host.session.STATUS.text()
     assert state(unet) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ..config import MAX_TIMESTEP, SettingError
 from ..eager import not_compiled
 from ..hosts import find_timestep, find_unet, read_size, read_timestep
+
+log = logging.getLogger("agentsd")
 
 # One call of a U-Net: its arguments
 RecordedCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -74,6 +77,13 @@ class _Recorder:
 
     @not_compiled
     def see(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a call. One that cannot be, for want of memory say, is left out: it must not cost the image."""
+        try:
+            self._keep(args, kwargs)
+        except Exception:
+            log.debug("a call was not recorded", exc_info=True)
+
+    def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         size, progress = read_size(args, kwargs), progress_of((args, kwargs))
         self.size = self.size or size
         if size is None or size != self.size or progress is None:

@@ -331,6 +331,8 @@ class Pass:
             try:
                 tuned = self.plans is not None and self.plans.used
                 self.report.add(patch, None if tuned else self.values["since"])
+            except Exception as error:  # such as one of the device while closeness is read
+                self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
             finally:
                 patch.remove()
 

@@ -1,6 +1,7 @@
 "use strict";
 // Measuring, the last run, the token map and the keyboard.
-const {test, assert} = require("./page.js");
+const {Element} = require("./dom.js");
+const {test, assert, PAGE} = require("./page.js");
 
 const HEAD = ["Size", "Without", "With"];
 const ROW = ["512×512", "400 ms", "300 ms"];
@@ -193,6 +194,52 @@ test("a page that is loaded again tells its own last run, and no other", async (
     await page.wait(2000);
     assert.equal(page.text("status", "img2img"), "12:34 – Mine");
     assert.equal(page.text("status"), "");
+});
+
+// Have the page a control `tune` that shows `value`, as after a press of the button.
+const ordered = (page, value) => {
+    page.server["GET page"] = {...PAGE, rows: [...PAGE.rows, {name: "tune", kind: "slider", low: 0, high: 1, choices: []}]};
+    const input = new Element("input", {type: "number", value: String(value)});
+    page.find("more").append(new Element("div", {id: "txt2img_agent_attention_tune"}, input));
+    page.find("tuner").append(new Element("button", {id: "txt2img_agent_attention_tune_done"}));
+};
+const done = (page) => page.pressed.filter((id) => id.endsWith("tune_done")).length;
+
+test("after tuning, what was found is shown and its preset chosen", async (page) => {
+    page.context.opts = READY;
+    ordered(page, 0.02);
+    page.server["GET status"] = {run: 1, at: 0, state: "acts", text: "Tuned", preset: "Paper"};
+    page.load();
+    page.open();
+    await page.wait(1000);
+    await generate(page);
+    await page.wait(2000);
+    assert.equal(done(page), 1);
+    assert.equal(page.find("preset", "input").value, "Paper");
+    assert.equal(page.find("ratio", "input").value, 0.4);
+});
+
+test("a tuning that was not to be ends the order and changes no preset", async (page) => {
+    page.context.opts = READY;
+    ordered(page, 0.02);
+    page.server["GET status"] = {run: 1, at: 0, state: "wrong", text: "Not tuned", preset: ""};
+    page.load();
+    page.open();
+    await page.wait(1000);
+    await generate(page);
+    await page.wait(2000);
+    assert.equal(done(page), 1);
+    assert.equal(page.find("preset", "input").value, "Fast");
+});
+
+test("without an order nothing is asked for after an image", async (page) => {
+    page.context.opts = READY;
+    ordered(page, 0);
+    page.load();
+    page.open();
+    await page.wait(1000);
+    await generate(page);
+    assert.equal(done(page), 0);
 });
 
 test("the token map is asked for with the page's own request", async (page) => {
