@@ -69,17 +69,18 @@ def _any() -> None:
 
 
 def keep_out() -> None:
-    """Keep a compiler that is loaded from compiling the frames of what is `not_compiled` by themselves.
+    """Keep the compiler from compiling the frames of what is `not_compiled` by themselves.
 
     It would do that behind a broken graph, and where the whole call has to be one graph it would fail there.
     """
-    if _COMPILER not in sys.modules:
-        return
-    try:
-        from torch._dynamo.decorators import skip
-    except ImportError:
-        return
-    skip(_any)  # all of them are one piece of code
+    code = _any.__code__  # all of them are one piece of code
+    try:  # without the compiler's modules, where this PyTorch can
+        frames = torch._C._dynamo.eval_frame
+        action = frames._FrameAction
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(action.SKIP, action.SKIP))
+    except (AttributeError, TypeError):
+        if _COMPILER in sys.modules:
+            sys.modules[_COMPILER].decorators.skip(_any)
 
 
 keep_out._torchdynamo_disable = True  # type: ignore[attr-defined]

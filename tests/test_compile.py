@@ -111,7 +111,7 @@ class TestGraphs:
         unet, (x, _, context) = one_block_unet(), given()
         stages = agentsd.early(0.3, after={"agent_ratio": 0.99})
         with agentsd.patched(unet, **GRID, stages=stages):
-            compiled, made = Compiled(unet), []
+            compiled, made = Compiled(unet, fullgraph=True), []
             for at in (900, 800, 300, 200, 850):
                 moment = (x, torch.tensor([at]), context)
                 torch.testing.assert_close(compiled(*moment), run(unet, moment), rtol=1e-4, atol=1e-4)
