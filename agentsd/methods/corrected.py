@@ -27,7 +27,13 @@ class Corrected(Method):
     )
     noun = "corrected agents"
     unused = ("k_scale2", "k_shortcut", "agent_source")
-    candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95}, {"agent_ratio": 0.75})  # cells of 8×8, 4×4 and 2×2
+    candidates = (  # cells of 8×8, 4×4 and 2×2
+        {"agent_ratio": 0.98},
+        {"agent_ratio": 0.95},
+        {"agent_ratio": 0.75},
+        {"agent_ratio": 0.98, "landmarks": SUPERPIXEL},
+        {"agent_ratio": 0.95, "landmarks": SUPERPIXEL},
+    )
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         N, most = height * width, settings.max_agents or MOST

@@ -35,7 +35,9 @@ _WORTHWHILE = 0.03
 _GROUPS = 6
 # Rounds of choosing and running the whole plan.
 _ROUNDS = 4
-# Share of the tolerance that a plan should use: less means it can be faster.
+# Share of the tolerance that is aimed at: other images deviate a little more, or less, than those recorded.
+_AIM = 0.8
+# Share of the aim that a plan should use: less means it can be faster.
 _USED = 0.8
 # Fraction of the diffusion around a single timestep for which a plan is used.
 _REACH = 0.1
@@ -175,7 +177,7 @@ class Tuner:
         """Choose and verify."""
         parts = self.parts()
         if self.blocks:
-            self.verify(parts, tolerance)
+            self.verify(parts, _AIM * tolerance)
         return self.result(parts, tolerance)
 
     # Measure
@@ -392,7 +394,7 @@ class Tuner:
         """Plan for several tolerances; for the one asked for, what was chosen."""
         points = []
         for wanted in sorted({*FRONTIER, tolerance}):
-            plans = chosen if wanted == tolerance else [part.choose(wanted) for part in parts]
+            plans = chosen if wanted == tolerance else [part.choose(_AIM * wanted) for part in parts]
             moments = tuple(
                 (part.progress, part.predicted(plan) if plan else 0.0) for part, plan in zip(parts, plans, strict=True)
             )
