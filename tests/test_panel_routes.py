@@ -26,7 +26,7 @@ ROUTES += [("DELETE", "measure")]
 def started(monkeypatch):
     """What would have been measured."""
     calls = []
-    monkeypatch.setattr(measure.JOB, "start", lambda values, todo, model: calls.append(todo) or "")
+    monkeypatch.setattr(measure.JOB, "start", lambda values, todo, model, tab: calls.append(todo) or "")
     return calls
 
 
