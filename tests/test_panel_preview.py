@@ -105,7 +105,7 @@ def test_what_is_done_in_words(values, words):
         ({"min_tokens": 5000}, "4096 tokens are fewer than the minimum of 5000. Change “Minimum tokens”."),
         ({"merge_attn": False}, "Self-attention is left out. Change “Merge self-attention”."),
         (
-            {"agent_ratio": 0.1},
+            {"method": "agent", "agent_ratio": 0.1},
             "4096 agents are too many for 4096 queries (fewer than half are needed). Change “Agent ratio”.",
         ),
         ({"since": 0.7, "until": 0.6}, "Agents begin at 0.7 and end at 0.6. Change “From” or “Until”."),
@@ -267,7 +267,10 @@ TUNING = replace(
     moments=(Moment(0.1, 0.015, 0.017),),
     seconds_full=0.4,
     seconds=0.25,
-    frontier=(Point(0.005, 0.004, 0.35, ("....", "....")), Point(0.02, 0.017, 0.25, ("a..a", "aaaa"))),
+    frontier=(
+        Point(0.005, ((0.1, 0.004),), 0.35, ("....", "....")),
+        Point(0.02, ((0.1, 0.017),), 0.25, ("a..a", "aaaa")),
+    ),
 )
 KEPT_HERE = Kept("a checkpoint", "first", TUNING, (PresetPoint("Fast", 0.2, 1.4), PresetPoint("Paper", 0.05, 0.9)), 1.0)
 
@@ -287,9 +290,11 @@ def test_a_tuning_says_what_was_reached():
 
 def test_a_pass_without_a_tuning_says_which_preset_applies():
     lines = preview(PRESETS["Tuned"], [HERE, HIRES], Host(kept=[KEPT_HERE]))["lines"]
-    assert "Hires 1024×1024: not tuned on this checkpoint at this size, so Fast applies." in [x["text"] for x in lines]
+    assert "Hires 1024×1024: not tuned on this checkpoint at this size, so Faithful applies." in [
+        x["text"] for x in lines
+    ]
     assert any(line["text"].startswith("512×512: tuned") for line in lines)
-    assert any("16384 tokens → 1024 agents" in line["text"] for line in lines)
+    assert any("16384 tokens → 1024 corrected agents" in line["text"] for line in lines)
     lines = preview({"tuning": "auto", "method": "pool"}, [HERE], Host())["lines"]
     assert "so Custom applies" in lines[0]["text"]
 

@@ -27,10 +27,12 @@ def element(page: Any, name: str = "") -> Any:
     return page.locator(f"#{element_id('txt2img', name)}").first
 
 
-def take(target: Any, path: Path) -> None:
+def take(target: Any, path: Path, colours: int = 256, scale: float = 1.0) -> None:
     """A picture of an element, in a palette: a page of text needs no more."""
     target.screenshot(path=path)
-    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture = Image.open(path).convert("RGB")
+    picture = picture.resize((round(scale * picture.width), round(scale * picture.height)))
+    picture.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path)
 
 
@@ -66,7 +68,7 @@ def pictures(page: Any, folder: Path, prompt: str) -> None:
     element(page, "record").locator("input").check()
     generate(page)
     page.wait_for_timeout(3 * SECONDS)
-    take(element(page, "map"), folder / "panel-map.png")
+    take(element(page, "map"), folder / "panel-map.png", colours=48, scale=2 / 3)
     take(element(page, "status"), folder / "panel-last-run.png")
     fold(page, panel)
     panel.choose("Faithful")
