@@ -15,8 +15,9 @@ from agentsd.settings import infotext
 from agentsd.settings.presets import TUNED
 
 # small, so that tuning takes seconds
-SMALL = {"width": 256, "height": 256, "steps": 3}
-PLAN = "first tuning 1 32x32 0.05"
+SIDE = 256
+SMALL = {"width": SIDE, "height": SIDE, "steps": 3}
+PLAN = f"first tuning 1 {SIDE // 8}x{SIDE // 8} 0.05"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_both_passes_are_tuned(a1111: Host):
     made = a1111.txt2img([{"tune": 0.05}], **SMALL, enable_hr=True, hr_scale=1.5, denoising_strength=0.6)
     plans = made.info["extra_generation_params"][infotext.TUNED].split(" & ")
     assert [plan.split()[0] for plan in plans] == ["first", "hires"]
-    assert "48x48" in plans[1]
+    assert f"{SIDE * 3 // 16}x{SIDE * 3 // 16}" in plans[1]
 
 
 @pytest.mark.parametrize(
@@ -91,10 +92,11 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
     with browser(a1111.url) as page:
         panel = Panel(page)
         panel.open()
-        size(page, 256, 256)
+        size(page, SIDE, SIDE)
         page.locator("#txt2img_steps input[type=number]").fill("3")
         page.locator("#txt2img_seed input").fill("1")
-        panel.press("tune_forget") if page.locator(f"#{element_id('txt2img', 'tune_forget')}").is_visible() else None
+        panel.unfold("tuner")
+        panel.press("tune_forget")
         panel.set("how_close", "5 %")
         panel.press("tune_next")
         summary = f"document.getElementById('{element_id('txt2img', 'summary')}').innerText"
@@ -108,16 +110,15 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
             f"document.querySelector('#{element_id('txt2img', 'preset')} input').value === '{TUNED}'",
             timeout=30 * SECONDS,
         )
-        panel.unfold("tuner")
         table = page.locator(f"#{element_id('txt2img', 'tuned')} table").first
         table.wait_for(timeout=20 * SECONDS)
-        assert "256×256" in table.inner_text()
+        assert f"{SIDE}×{SIDE}" in table.inner_text()
         chart = page.locator(f"#{element_id('txt2img', 'tuned')} svg")
-        assert {"Fast", "Faithful", "5 %"} <= set(chart.locator("text").all_inner_texts())
+        assert {"Fast", "Faithful", "5 %"} <= set(chart.locator("text").all_text_contents())
         assert panel.get("tune") == 0
         page.wait_for_function(f"{summary}.includes('tuned to within 5 %')", timeout=20 * SECONDS)
         text = generate(page)
-        assert "tuning=first tuning 1 32x32 0.05" in text
+        assert f"tuning={PLAN}" in text
         first = pixels(page)
         page.reload(wait_until="domcontentloaded")
         page.wait_for_timeout(5 * SECONDS)
