@@ -396,9 +396,9 @@
         // Handler of gradio: [task, call, layer] in and out.
         const ofTask = (name, [, call, layer]) => [taskOf(tabs.find((tab) => tab.name === name)), call, layer];
 
-        // The host shows one of these buttons while it generates.
-        const isGenerating = (tab) => ["interrupt", "interrupting"]
-            .some((name) => find(`#${tab.name}_${name}`)?.style.display === "block");
+        // The host shows one of these buttons while it generates. SD.Next shows them always, and keeps the request's id.
+        const isGenerating = (tab) => Boolean(stored(() => localStorage.getItem("task")))
+            || ["interrupt", "interrupting"].some((name) => find(`#${tab.name}_${name}`)?.style.display === "block");
 
         const watchGeneration = (tab) => {
             const now = isGenerating(tab);

@@ -38,6 +38,9 @@ class SDNext(WebUI):
         models = (getattr(sd_models.model_data, name, None) for name in ("sd_model", "sd_refiner"))
         return [unet for unet in map(unet_of, models) if unet is not None]
 
+    def task(self) -> str:
+        return ""  # its page forgets the id when the request is done, so no run could be told to be its own
+
     def is_hires(self, p: Any) -> bool:
         from modules import processing_callbacks
 
