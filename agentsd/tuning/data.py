@@ -16,10 +16,10 @@ from ..rules import format_rules, parse_rules
 
 FORMAT, VERSION = "agentsd tuning", 1
 # Letters of the blocks' settings in the text form; "." is full attention.
-_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_FULL = "."
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FULL_LETTER = "."
 # What the settings of a candidate are differences from, beside the defaults: all levels, and nothing merged.
-_BASE: Mapping[str, Any] = {"ratio": 0.0, "max_downsample": 8, "agent_source": "grid"}
+BASE: Mapping[str, Any] = {"ratio": 0.0, "max_downsample": 8, "agent_source": "grid"}
 
 # Settings to override in a block; None means full attention
 Candidate = Mapping[str, Any]
@@ -131,7 +131,7 @@ class Tuning:
     @property
     def acts(self) -> bool:
         """Whether any block uses anything but full attention."""
-        return any(set(part) != {_FULL} for part in self.choices)
+        return any(set(part) != {FULL_LETTER} for part in self.choices)
 
     @property
     def speed_up(self) -> float | None:
@@ -141,7 +141,7 @@ class Tuning:
     @property
     def by_letter(self) -> dict[str, Candidate]:
         """The candidates by the letters that stand for them in `choices`."""
-        return dict(zip(_LETTERS, self.candidates, strict=False))
+        return dict(zip(LETTERS, self.candidates, strict=False))
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -166,7 +166,7 @@ class Tuning:
     @property
     def base(self) -> AgentConfig:
         """The settings that the rules override."""
-        return AgentConfig(**_BASE)
+        return AgentConfig(**BASE)
 
     def config_for(self, unet: Any) -> AgentConfig:
         """Return the settings for a U-Net.
@@ -220,7 +220,7 @@ class Tuning:
             return self
         points = [point for point in self.frontier if point.predicted <= tolerance]
         if not points:
-            full = tuple(_FULL * len(part) for part in self.choices)
+            full = tuple(FULL_LETTER * len(part) for part in self.choices)
             return replace(self, tolerance=tolerance, choices=full, moments=(), seconds=self.seconds_full)
         best = min(points, key=lambda point: point.seconds)
         return replace(
@@ -252,7 +252,7 @@ class Tuning:
         head = f"tuning {VERSION} {width}x{height} {self.tolerance} {self.structure}"
         used = {c: candidate for c, candidate in self.by_letter.items() if any(c in part for part in self.choices)}
         settings = [format_rules([Rule(candidate)]) for candidate in used.values()]
-        renamed = str.maketrans(dict(zip(used, _LETTERS, strict=False)))
+        renamed = str.maketrans(dict(zip(used, LETTERS, strict=False)))
         # parts that do the same are written once
         runs = [next(run) for _, run in groupby(zip(self.since, self.choices, strict=True), lambda part: part[1])]
         parts = [f"{since} {choices.translate(renamed)}" for since, choices in runs]
@@ -288,7 +288,7 @@ class Tuning:
         Raises:
             TuningError: it doesn't.
         """
-        known = {*self.by_letter, _FULL}
+        known = {*self.by_letter, FULL_LETTER}
         plans = [self.choices, *(point.choices for point in self.frontier)]
         sound = (
             self.since[:1] == (0.0,)

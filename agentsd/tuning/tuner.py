@@ -17,7 +17,7 @@ from ..hosts import Site, find_unet, weight_of
 from ..methods import METHODS, method_named, selectable
 from ..patch import KVContext
 from .choose import Option, choose, deviation
-from .data import _BASE, _FULL, _LETTERS, Candidate, Level, Moment, Point, Tuning
+from .data import BASE, FULL_LETTER, LETTERS, Candidate, Level, Moment, Point, Tuning
 from .fingerprint import ordered_sites, structure_of, weights_of
 from .probe import FULL, Probe, installed, unpatched
 from .record import RecordedCall, progress_of
@@ -106,9 +106,9 @@ def checked_candidates(methods: Any = None) -> list[Candidate]:
             found += [{"method": entry, **settings} for settings in method_named(entry).candidates]
         else:
             found.append(dict(Rule(entry).settings or {}))
-    if not 1 <= len(found) <= len(_LETTERS):
-        raise SettingError(f"methods must name 1 to {len(_LETTERS)} settings to try, got {len(found)}")
-    AgentConfig(**_BASE, rules=tuple(map(Rule, found)))  # checks names and ranges
+    if not 1 <= len(found) <= len(LETTERS):
+        raise SettingError(f"methods must name 1 to {len(LETTERS)} settings to try, got {len(found)}")
+    AgentConfig(**BASE, rules=tuple(map(Rule, found)))  # checks names and ranges
     return found
 
 
@@ -159,7 +159,7 @@ class Tuner:
         self.replay, self.unet = replay, replay.unet
         self.candidates, self.kv_context = candidates, kv_context
         self.sites = ordered_sites(self.unet)
-        self.base = AgentConfig(**_BASE)
+        self.base = AgentConfig(**BASE)
         replay.total = len(replay) * (3 + _GROUPS) + 2 * _TIMED * _TIMINGS
         at = [progress_of(call) for call in replay.calls]
         self.timed = None not in at
@@ -184,7 +184,7 @@ class Tuner:
 
     def observe(self) -> None:
         """Make each call with full attention, and try all candidates in all blocks."""
-        self.probe = Probe(self.unet, [AgentConfig(**{**_BASE, **c}) for c in self.candidates], self.kv_context)
+        self.probe = Probe(self.unet, [AgentConfig(**{**BASE, **c}) for c in self.candidates], self.kv_context)
         with installed(self.probe):
             for number in range(len(self.replay)):
                 self.probe.make_room(number + 1)
@@ -366,13 +366,13 @@ class Tuner:
     def choices(self, parts: list[_Part], plans: Sequence[Sequence[Option]]) -> tuple[str, ...]:
         """Write the chosen options of each part as letters."""
         _, before, after = self.edges(parts)
-        full = _FULL * len(self.sites)
+        full = FULL_LETTER * len(self.sites)
         return (*[full] * before, *(self._letters(chosen) for chosen in plans), *[full] * after)
 
     def _letters(self, chosen: Sequence[Option]) -> str:
         by_name = {site.name: option.candidate for site, option in zip(self.blocks, chosen, strict=True)}
         numbers = [by_name.get(site.name, FULL) for site in self.sites]
-        return "".join(_FULL if k == FULL else _LETTERS[k - 1] for k in numbers)
+        return "".join(FULL_LETTER if k == FULL else LETTERS[k - 1] for k in numbers)
 
     def time(self, parts: list[_Part], plans: list[list[Option]]) -> tuple[float, float]:
         """Time whole U-Net calls without and with the plan, in turn."""
