@@ -21,11 +21,11 @@ def chart(tuning: Tuning, others: Mapping[str, Compared]) -> Image.Image:
 
     Args:
         tuning: the tuning.
-        others: what other settings do, by name.
+        others: what other settings do, by name; their seconds are relative to those without.
     """
     full = tuning.seconds_full or 1.0
     line = [(max(p.predicted, 1e-4), full / p.seconds) for p in tuning.frontier if p.seconds]
-    points = {name: (max(c.deviation, 1e-4), full / c.seconds) for name, c in others.items() if c.seconds}
+    points = {name: (max(c.deviation, 1e-4), 1 / c.seconds) for name, c in others.items() if c.seconds}
     reached = tuning.measured if tuning.measured is not None else tuning.predicted
     chosen = [(max(reached, 1e-4), tuning.speed_up)] if reached is not None and tuning.speed_up else []
     axes = _Axes([*line, *points.values(), *chosen])
@@ -42,7 +42,8 @@ def chart(tuning: Tuning, others: Mapping[str, Compared]) -> Image.Image:
         draw.text((min(x + 8, SIZE[0] - 10 - font.getlength(name)), y + 2), name, OTHERS, font)
     for x, y in (axes.at(*point) for point in chosen):
         draw.ellipse((x - 7, y - 7, x + 7, y + 7), outline=CHOSEN, width=3)
-    draw.text((20, 16), headline(tuning), INK, font)
+    # the font that comes with Pillow has neither of these signs
+    draw.text((20, 16), headline(tuning).replace("×", "x").replace("→", "to"), INK, font)
     return image
 
 
@@ -71,6 +72,6 @@ class _Axes:
         for i in range(math.ceil(self.bottom / step), math.floor(self.top / step) + 1):
             _, y = self.at(10.0**self.low, i * step)
             draw.line((left, y, right, y), fill=GRID)
-            draw.text((left - 50, y - 8), f"{i * step:.1f}×", INK, font)
+            draw.text((left - 50, y - 8), f"{i * step:.1f}x", INK, font)
         draw.text((left, bottom + 30), "deviation of the U-Net's output", INK, font)
         draw.text((left - 50, top - 20), "speed of a U-Net call", INK, font)

@@ -27,7 +27,7 @@ from .runs import draw
 # Name under which a picture's settings hold the text of a tuning.
 TUNING = "tuning"
 # Presets that are compared with the tuning; those for a hires pass or another model say nothing here.
-_COMPARED = ("Fast", "Faithful")
+_COMPARED, _WITHOUT = ("Fast", "Faithful"), "without"
 _PROMPTS = {EMBEDDED: ("red apple", "panda")}
 _OTHERS = ("a photo of a cat",)
 
@@ -69,10 +69,12 @@ def tuned(
 
 
 def rivals(model: Model, calls: list[RecordedCall], quiet: bool) -> dict[str, Compared]:
-    """Measure presets on recorded calls."""
-    configs = {name: to_config(check({"enabled": True, **PRESETS[name]})) for name in _COMPARED}
+    """Measure presets on recorded calls; their seconds are relative to those without, measured in turn."""
+    configs = {_WITHOUT: None} | {name: to_config(check({"enabled": True, **PRESETS[name]})) for name in _COMPARED}
     with _progress("comparing presets", quiet) as progress:
-        return compare(model.unet, calls, configs, progress=progress)
+        found = compare(model.unet, calls, configs, progress=progress)
+    without = found.pop(_WITHOUT).seconds
+    return {name: Compared(one.deviation, one.seconds / without) for name, one in found.items()}
 
 
 @contextmanager
