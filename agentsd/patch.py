@@ -500,7 +500,7 @@ class Layer:
     def _attend_in_graph(self, call: Call) -> Tensor:
         """The same while the compiler traces; it has to break its graph where something else than usual happens."""
         foreseen = getattr(self, _foresee(self, self.patch.moment.key))
-        plain = foreseen.method is not None and foreseen.size == self.image.size and not self.patch._watched
+        plain = foreseen.method and foreseen.size == self.image.size and not self.patch._watched
         if not plain or self._veto(call, foreseen.plan):
             return self._attend_outside_graph(call)
         try:
