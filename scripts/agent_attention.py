@@ -35,7 +35,7 @@ class AgentAttentionScript(scripts.Script):
             "img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map, tuning.Tunings()
         )
         _panels.append(panel)
-        self.infotext_fields = [(panel.controls[name], infotext.reader(name)) for name in NAMES]
+        self.infotext_fields = [(panel.controls[name], compat.HOST.pasted(infotext.reader(name))) for name in NAMES]
         self.paste_field_names = [infotext.reader(name) for name in NAMES]
         return panel.inputs
 

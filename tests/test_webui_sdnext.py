@@ -107,6 +107,13 @@ def test_it_is_recognised(host):
     assert host.host.paragraph("words")[:2] == ("words", "")
 
 
+def test_pasted_values_are_updates(host):
+    """Its paste asks for the name of a field whose reader gives a bare value, and ours are not names."""
+    ratio = host.host.pasted(infotext.reader("ratio"))
+    assert ratio({infotext.KEY: "ratio=0.4"})["value"] == 0.4
+    assert ratio({}) is None
+
+
 def test_patched_during_the_batch_and_no_longer(host, unet):
     before, plain = state(unet), call(unet)
     p = Processing()

@@ -269,6 +269,10 @@ class WebUI:
                 return str(other.name)
         return ""
 
+    def pasted(self, reader: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
+        """Adapt the reader of a setting, from an infotext's entries to its value or None, to the host's paste."""
+        return reader
+
     def paragraph(self, text: str) -> Any:
         """Make a paragraph between the options of the settings page."""
         return shared.OptionHTML(text)

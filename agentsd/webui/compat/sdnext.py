@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import gradio as gr
@@ -73,6 +73,14 @@ class SDNext(WebUI):
     def is_sd2(self) -> bool:
         unet = self.unet()
         return getattr(getattr(unet, "config", None), "cross_attention_dim", None) == SD2_WIDTH
+
+    def pasted(self, reader: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
+        def update(entries: Mapping[str, Any]) -> Any:
+            value = reader(entries)
+            # beside a bare value it takes the reader for a name, and fails for every field of the page
+            return None if value is None else gr.update(value=value)
+
+        return update
 
     def paragraph(self, text: str) -> Any:
         return shared.OptionInfo(text, "", gr.HTML)
