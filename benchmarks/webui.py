@@ -51,8 +51,8 @@ WAYS = {
     "off": Way("off"),
     "host": Way("the host's token merging, .5", merging=0.5),
     "defaults": Way("agent attention, the panel's defaults", {}),
-    "all": Way("agent attention, the panel's defaults on all steps", {"until": 1.0}),
-    "all8": Way("agent attention, 8×8 cells on all steps", {"until": 1.0, "agent_ratio": 0.984}),
+    "all": Way("grid agents on all steps", {"method": "agent"}),
+    "all8": Way("grid agents, 8×8 cells on all steps", {"method": "agent", "agent_ratio": 0.984}),
 }
 
 
