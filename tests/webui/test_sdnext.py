@@ -133,7 +133,14 @@ def test_settings_page(sdnext: Host):
 
 def test_panel(sdnext: Host):
     """Its page: the panel plans, an image is made and told of, and an infotext is read back."""
-    settings = {"enabled": True, "ratio": 0.2, "use_rand": False, "agent_source": "similarity", "until": 0.9}
+    settings = {
+        "enabled": True,
+        "ratio": 0.2,
+        "use_rand": False,
+        "agent_source": "similarity",
+        "method": "agent",
+        "until": 0.9,
+    }
     made = sdnext.txt2img([settings])
     with browser(sdnext.url) as page:
         page.locator("#splash").wait_for(state="detached", timeout=120 * SECONDS)
