@@ -63,7 +63,7 @@ ALL = (
 )
 DEEP = ("sdpa", "limit2", "grid8d2", "limit4", "grid8d4")
 LINEAR = ("limit8", "grid64d8")
-# Sides of the small images. At 512×512, 768×768 and 1024×1024 the panel's defaults are grid agents of 4×4 cells.
+# Sides of the small images. At 512×512, 768×768 and 1024×1024 the panel's defaults are corrected agents of 4×4 cells.
 SMALL = (64, 128, 256, 384, 640)
 
 

@@ -147,7 +147,8 @@ def test_methods_change_the_u_net_and_leave_no_trace(unet, inputs, name):
             check()
         after = call(unet, inputs, 500.0)
     assert torch.equal(before, after)
-    assert torch.allclose(before, within, atol=1e-4) == (name in ("sdpa", "idle", "naive"))
+    # the panel's defaults leave layers as small as these alone
+    assert torch.allclose(before, within, atol=1e-4) == (name in ("sdpa", "idle", "naive", "panel"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
