@@ -121,8 +121,8 @@ def test_the_preview_describes_it():
         at_rest=lambda: nullcontext((None, None)),
     )
     first, *_ = preview({"method": "mean"}, [SamplingPass(512, 512)], host)["lines"]
-    assert "4096 tokens → 1 means in 5 layers" in first["text"]
-    first, *_ = preview({"method": "mean", "sx": 16, "sy": 16}, [SamplingPass(64, 64)], host)["lines"]
+    assert "4096 tokens → 1 mean in 5 layers" in first["text"]
+    first, *_ = preview({"method": "mean", "min_tokens": 0, "sx": 16, "sy": 16}, [SamplingPass(64, 64)], host)["lines"]
     assert "64 tokens are not worth a mean" in first["hint"].lower()
     assert BY_NAME["sx"].label in first["hint"]
 
@@ -148,9 +148,9 @@ def test_the_command_line_takes_it(capsys):
 
 def test_its_words_and_marks_are_there_without_being_written():
     method, plan = method_named("mean"), plan_layer(AgentConfig(method="mean"), 12, 10, 1)
-    assert method.words(plan) == "120 tokens → 1 means"
+    assert method.words(plan) == "120 tokens → 1 mean"
     assert method.marks(plan, 12, 10, []) == [(0, 0, 12, 10)]
-    assert method.caption(plan) == "Dots: 1 means, each the mean of its cell."
+    assert method.caption(plan) == "Dots: 1 mean, each the mean of its cell."
 
 
 def test_forgotten_it_is_nowhere():
@@ -160,7 +160,7 @@ def test_forgotten_it_is_nowhere():
     assert "mean" not in BY_NAME["method"].help
     with pytest.raises(SettingError, match="method"):
         AgentConfig(method="mean")
-    assert infotext.read("method=mean")["method"] == BY_NAME["method"].default
+    assert infotext.read("method=mean")["method"] == table.IMPLIED["method"]
 
 
 def test_another_of_its_action_takes_its_place():
