@@ -242,7 +242,9 @@ def test_the_panel_is_that_of_the_webui(page):
     page.click("#txt2img_agent_attention_more button")
     for row in SETTINGS:
         if row.name != "enabled":
-            page.wait_for_selector(f"#txt2img_agent_attention_{row.name}")
+            # what belongs to one run only is hidden, or folded away
+            state = "attached" if row.local else "visible"
+            page.wait_for_selector(f"#txt2img_agent_attention_{row.name}", state=state)
     page.uncheck("#txt2img_agent_attention_merge_attn input")
     page.wait_for_function(
         "document.querySelector('#txt2img_agent_attention_summary').innerText.includes('nothing happens')"
