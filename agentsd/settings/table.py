@@ -392,7 +392,7 @@ SETTINGS: tuple[Row, ...] = (
     ),
     Row(
         "tune",
-        "Tune",
+        "Tune to",
         "Make the next image without Agent Attention and tune on it, to this deviation, such as 0.02. 0 doesn't tune.",
         0.0,
         "slider",
