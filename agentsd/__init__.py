@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         paper_stages,
     )
     from .hosts import UnsupportedModelError
+    from .layer import LayerReport
     from .methods.agents import agent_attention
     from .methods.base import LayerPlan
     from .module import AgentAttention, AgentBias
-    from .patch import LayerReport, Patch, apply_patch, get_patch, patch_unet, patched, remove_patch
+    from .patch import Patch, apply_patch, get_patch, patch_unet, patched, remove_patch
     from .plan import plan_layer
     from .rules import format_rules, parse_rules
     from .tuning.data import Tuning, TuningCancelled, TuningError
@@ -40,7 +41,8 @@ _HOMES = {
     "methods.agents": ("agent_attention",),
     "methods.base": ("LayerPlan",),
     "module": ("AgentAttention", "AgentBias"),
-    "patch": ("LayerReport", "Patch", "apply_patch", "get_patch", "patch_unet", "patched", "remove_patch"),
+    "layer": ("LayerReport",),
+    "patch": ("Patch", "apply_patch", "get_patch", "patch_unet", "patched", "remove_patch"),
     "plan": ("plan_layer",),
     "rules": ("format_rules", "parse_rules"),
     "tuning.data": ("Tuning", "TuningCancelled", "TuningError"),

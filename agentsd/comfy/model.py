@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, find_unet
+from ..layer import Image, Layer
 from ..merging import Matching
 from ..methods import LayerPlan, SelfAttention
 from ..panel.report import PassReport
-from ..patch import Image, Layer, Patch
+from ..patch import Patch
 from ..plan import plan_block
 from ..tensors import Kernel, attention_by, join_heads, split_heads
 

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..config import MAX_TIMESTEP
+from ..layer import Answer
 from ..merging import Clusters
 from ..methods import LayerPlan, method_of
-from ..patch import Answer
 from ..plan import downsample_of, grid_of
 from .preview import fraction
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from ..config import AgentConfig
+from ..layer import KVContext
 from ..methods import selectable
-from ..patch import KVContext
 from ..settings import tunings
 from ..settings.presets import PRESETS, TUNED
 from ..settings.table import DEFAULTS, fraction_of, to_config

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, read_tokens
+from ..layer import Image, KVContext, Layer
 from ..methods import LayerPlan, method_of
-from ..patch import Image, KVContext, Layer, Patch, get_patch
+from ..patch import Patch, get_patch
 from ..plan import merged_tokens, plan_block
 
 FULL = 0

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..config import AgentConfig, SettingError
 from ..hosts import find_unet, output_tensor, read_size, weight_of
-from ..patch import KVContext, Patch
+from ..layer import KVContext
+from ..patch import Patch
 from .data import TuningCancelled
 from .probe import installed, norm, timed, unpatched
 from .record import RecordedCall, copied, progress_of

@@ -14,8 +14,8 @@ import torch
 from .. import __version__
 from ..config import AgentConfig, Rule, SettingError
 from ..hosts import Site, find_unet, weight_of
+from ..layer import KVContext
 from ..methods import METHODS, method_named, selectable
-from ..patch import KVContext
 from .choose import Option, choose, deviation
 from .data import BASE, FULL_LETTER, LETTERS, Candidate, Level, Moment, Point, Tuning
 from .fingerprint import ordered_sites, structure_of, weights_of

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import SettingError
+from ..layer import Answer
 from ..panel import tokenmap
 from ..panel.pace import StepClock, changed
 from ..panel.report import STATUS, PassReport
-from ..patch import Answer, Patch, patch_unet
+from ..patch import Patch, patch_unet
 from ..settings import infotext, table, tunings
 from ..tuning.data import TuningError
 from . import compat
