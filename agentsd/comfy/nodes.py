@@ -61,16 +61,21 @@ def config_of(inputs: Mapping[str, Any]) -> tuple[AgentConfig, float]:
     return to_config(checked), checked["since"]
 
 
-class AgentAttention:
-    """Agent attention on a model."""
+class _OnModel:
+    """What nodes have in common that give a model back."""
 
     CATEGORY = CATEGORY
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply"
+
+
+class AgentAttention(_OnModel):
+    """Agent attention on a model."""
+
     DESCRIPTION = (
         "Faster self-attention for large images, without training. Only the model that comes out is changed. "
         "For SD 1, SD 2 and SDXL."
     )
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "apply"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -88,16 +93,13 @@ class AgentAttention:
         return (attach(model, *config_of(inputs)),)
 
 
-class AgentAttentionTuned:
+class AgentAttentionTuned(_OnModel):
     """Agent attention within a tolerance, tuned on the first sampling."""
 
-    CATEGORY = CATEGORY
     DESCRIPTION = (
         "The fastest attention of each block that keeps a tolerance. The first sampling is made without it and then "
         "tunes on your model, prompt and machine, which takes a while; the next ones use what was found."
     )
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "apply"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
