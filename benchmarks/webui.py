@@ -5,12 +5,15 @@
 Install the extension and start the WebUI with --api. While it is measured it uses the fused kernel
 (cross_attention_optimization "sdp-no-mem"); its own options are restored afterwards. The rounds are interleaved, and
 results are written after each image; --resume adds the missing images. Seconds are those of the whole request: text
-encoder, steps, VAE and response.
+encoder, steps, VAE and response. The deviation is that of the image's pixels, ‖image − off‖ / ‖off‖, against the image
+without a patch: with a checkpoint of random weights it says nothing about pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import platform
 import sys
@@ -24,6 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+from PIL import Image as Picture
 from tqdm import tqdm
 
 SCRIPT = "Agent Attention"
@@ -91,6 +96,7 @@ class Image:
         ways: the ways to make it.
         rounds: seconds of each way, round by round.
         passes: the extension's report of its sampling passes, for each way.
+        deviations: relative deviation of the pixels from those without a patch, for each way.
     """
 
     name: str
@@ -98,6 +104,7 @@ class Image:
     ways: list[str]
     rounds: list[dict[str, float]] = field(default_factory=list)
     passes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)
 
     def missing(self, rounds: int) -> Iterator[tuple[dict[str, float], str]]:
         """(round, way) of each image that is missing; each round begins with a different way."""
@@ -115,7 +122,9 @@ class Image:
             pairs = [(seconds["off"], seconds[way]) for seconds in self.rounds if {"off", way} <= set(seconds)]
             speedup = median(off / t for off, t in pairs) if pairs else None
             row = {"image": self.name, "way": WAYS[way].label, "rounds": len(times), "seconds": median(times)}
-            rows.append({**row, "speedup": speedup, "passes": self.passes.get(way)})
+            rows.append(
+                {**row, "speedup": speedup, "passes": self.passes.get(way), "deviation": self.deviations.get(way)}
+            )
         return rows
 
 
@@ -150,8 +159,8 @@ def plan_images(options: argparse.Namespace) -> list[Image]:
     return images
 
 
-def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of one image, and the extension's report of its sampling passes.
+def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, list[dict[str, Any]], np.ndarray]:
+    """Seconds of one image, the extension's report of its sampling passes, and the pixels.
 
     Raises:
         RuntimeError: agent attention was on, and did nothing or stood down.
@@ -159,14 +168,15 @@ def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, list[dict
     settings = {"enabled": way.agents is not None, **(way.agents or {})}
     with webui.options(**dict.fromkeys(MERGING, way.merging)):
         start = time.perf_counter()
-        webui.call("/sdapi/v1/txt2img", {**body, "alwayson_scripts": {SCRIPT: {"args": [settings]}}})
+        response = webui.call("/sdapi/v1/txt2img", {**body, "alwayson_scripts": {SCRIPT: {"args": [settings]}}})
         seconds = time.perf_counter() - start
     passes = webui.call("/agent-attention/status")["passes"] if way.agents is not None else []
     if way.agents is not None and not any(set(report["calls"]) - {"untouched"} for report in passes):
         raise RuntimeError(f"agent attention did nothing: {passes}")
     if any(report["notes"] or report["obstacles"] for report in passes):
         raise RuntimeError(f"agent attention stood down: {passes}")
-    return seconds, passes
+    picture = Picture.open(io.BytesIO(base64.b64decode(response["images"][0])))
+    return seconds, passes, np.asarray(picture, dtype=np.float64)
 
 
 def measure(webui: WebUI, images: list[Image], rounds: int, write: Callable[[float], None]) -> None:
@@ -176,10 +186,16 @@ def measure(webui: WebUI, images: list[Image], rounds: int, write: Callable[[flo
         return
     short = {**images[0].body, "steps": 1, "enable_hr": False}
     one_step = min(make(webui, short, WAYS["off"])[0] for _ in range(2))  # the first one warms up
+    pixels: dict[tuple[str, str], np.ndarray] = {}
     with tqdm(missing, unit="image") as bar:
         for image, times, way in bar:
             bar.set_postfix_str(f"{image.name}, {WAYS[way].label}")
-            times[way], image.passes[way] = make(webui, image.body, WAYS[way])
+            times[way], image.passes[way], pixels[image.name, way] = make(webui, image.body, WAYS[way])
+            if (off := pixels.get((image.name, "off"))) is not None:
+                made = {way: picture for (name, way), picture in pixels.items() if name == image.name}
+                image.deviations |= {
+                    way: float(np.linalg.norm(picture - off) / np.linalg.norm(off)) for way, picture in made.items()
+                }
             write(one_step)
 
 
@@ -213,6 +229,7 @@ class ResultFile:
         for image in self.images:
             image.rounds = measured.get(image.name, {}).get("rounds", [])
             image.passes = measured.get(image.name, {}).get("passes", {})
+            image.deviations = measured.get(image.name, {}).get("deviations", {})
         names = {image.name for image in self.images}
         self.images += [Image(**image) for name, image in measured.items() if name not in names]
 
@@ -229,7 +246,7 @@ class ResultFile:
         rows = [row for image in self.images for row in image.rows()]
         about = ", ".join(f"{name} {value}" for name, value in self.about.items())
         lines = [f"{about}. An image of one step takes {one_step:.3g} s.", ""]
-        lines += ["| image | way | s | speed-up | rounds | s per step |", "|---|---|---|---|---|---|"]
+        lines += ["| image | way | s | speed-up | rounds | s per step | deviation |", "|---|---|---|---|---|---|---|"]
         return "\n".join([*lines, *map(_row, rows), ""])
 
 
@@ -239,7 +256,8 @@ def _row(row: dict[str, Any]) -> str:
     steps = "; ".join(
         ", ".join(f"{pace[kind]:.3g} {kind}" for kind in ("patched", "untouched") if pace.get(kind)) for pace in paces
     )
-    cells = (row["image"], row["way"], f"{row['seconds']:.3g}", speedup, str(row["rounds"]), steps or "–")
+    deviation = "–" if row["deviation"] is None else f"{row['deviation']:.3g}"
+    cells = (row["image"], row["way"], f"{row['seconds']:.3g}", speedup, str(row["rounds"]), steps or "–", deviation)
     return "| " + " | ".join(cells) + " |"
 
 
