@@ -20,7 +20,7 @@ from .methods import METHODS
 AUTO = "auto"
 AGENT_SOURCES = ("similarity", "grid")
 PRECISIONS = (None, "fp32")
-LANDMARKS = ("sample", "superpixel")
+LANDMARKS = ("sample", "superpixel", "heavy")
 DOWNSAMPLES = (1, 2, 4, 8)
 MAX_TIMESTEP = 1000
 # Characters of a pattern of block names. Rules as text use others as separators.
@@ -266,8 +266,9 @@ class AgentConfig:
         share_match: match tokens once per U-Net call for all blocks of the same size, in the first of them.
         reuse_match: fraction of the diffusion for which a block's clusters are reused before its tokens are matched
             again, 0–1; 0 matches in every call. Assumes that a falling timestep means the same image.
-        landmarks: the few keys of methods "corrected" and "local": "sample" (one token of each cell) or "superpixel"
-            (means over cells that follow the content).
+        landmarks: the few keys of methods "corrected" and "local": "sample" (one token of each cell), "superpixel"
+            (means over cells that follow the content), or "heavy" (the sample, and of each 2×2 cells the token that the
+            mean query attends to most).
         stages: settings that vary over the diffusion; empty means the same settings throughout. Where a stage leaves
             the model untouched, no rule changes that.
         rules: settings that vary by block and over the diffusion. Rules apply in order, after the stages; later ones

@@ -227,6 +227,16 @@ CANDIDATES: dict[str, Candidate] = {
         for method in ("corrected", "local")
         for s in (8, 4)
     },
+    **{
+        f"{method}{s}h": Candidate(
+            f"{method} {s}×{s}, heavy hitters",
+            f"{method}, heavy hitters",
+            product(method=method, agent_ratio=_share(s), landmarks="heavy"),
+            ours=True,
+        )
+        for method in ("corrected", "local")
+        for s in (8, 4)
+    },
     "agents": Candidate("grid agents 4×4", "agents", product(agent_source="grid", agent_ratio=_share(4))),
     "agentsd": Candidate("AgentSD 0.4/0.95", "agents", product(ratio=0.4, agent_ratio=0.95)),
     **{f"tomesd{ratio:.2g}": Candidate(f"tomesd {ratio:.2g}", "tomesd", tomesd(ratio)) for ratio in (0.25, 0.5, 0.75)},

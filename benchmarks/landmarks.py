@@ -1,7 +1,7 @@
-"""Local attention's windows, halos and penalties: how close on kinds of the zoo, and the seconds of a call.
+"""Choices of the methods with landmarks: which keys and how many, and local attention's windows, halos and penalties.
 
-python -m benchmarks.local                 # docs/zoo/local.md
-python -m benchmarks.local --rounds 3      # a quick look
+python -m benchmarks.landmarks                 # docs/zoo/landmarks.md: closeness on kinds of the zoo, seconds of a call
+python -m benchmarks.landmarks --rounds 3      # a quick look
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from agentsd.methods.corrected import corrected_attention
+from agentsd.methods.corrected import by_heavy_hitters, by_superpixels, corrected_attention
 from agentsd.methods.local import HALO, WINDOW, local_attention
-from agentsd.tensors import join_heads, sample_tokens, split_heads
+from agentsd.tensors import join_heads, sample_each, split_heads
 
 from .attentions import KINDS
 from .candidates import full
@@ -74,14 +74,34 @@ def _seconds(step: Callable[..., Tensor], x: list[Tensor]) -> float:
     return time.process_time() - start
 
 
-def _corrected(q: Tensor, k: Tensor, v: Tensor, *, size: tuple[int, int], cell: tuple[int, int]) -> Tensor:
-    few = [split_heads(sample_tokens(join_heads(x), *size, cell), x.shape[1]) for x in (q, k, v)]
+def _corrected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: tuple[int, int],
+    cell: tuple[int, int],
+    side: int = 4,
+    landmarks: str = "sample",
+) -> Tensor:
+    """Corrected agents with cells of their own, whatever the landmarks' of local attention are."""
+    cell = (side, side)
+    few = [split_heads(x, q.shape[1]) for x in sample_each([join_heads(x) for x in (q, k, v)], size, cell)]
+    if landmarks == "superpixel":
+        return by_superpixels(q, k, v, few[0], size=size, cell=cell)
+    if landmarks == "heavy":
+        return by_heavy_hitters(q, k, v, *few, size=size, cell=cell)
     return corrected_attention(q, k, v, *few)
 
 
 def table(rounds: int) -> str:
     """Variants down; closeness on each kind, and time at each size and dtype, across."""
-    steps: dict[str, Callable[..., Tensor]] = {"corrected": _corrected}
+    steps: dict[str, Callable[..., Tensor]] = {
+        f"corrected, cells of {side}×{side}": partial(_corrected, side=side) for side in (8, 4, 2)
+    }
+    for landmarks in ("superpixel", "heavy"):
+        steps[f"corrected, {landmarks}"] = partial(_corrected, landmarks=landmarks)
+        steps[f"local, {landmarks}"] = partial(local_attention, landmarks=landmarks)
     for window, halo in WINDOWS:
         chosen = " (chosen)" if (window, halo) == (WINDOW, HALO) else ""
         steps[f"windows of {window}, halo {halo}{chosen}"] = partial(local_attention, window=window, halo=halo)
@@ -105,7 +125,7 @@ def table(rounds: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/zoo/local.md"), help="file for the table")
+    parser.add_argument("--out", type=Path, default=Path("docs/zoo/landmarks.md"), help="file for the table")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of the timings (9)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # processor time is that of all threads

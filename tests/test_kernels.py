@@ -26,6 +26,14 @@ MOST = {
         {"method": "local", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "superpixel"},
         40,
     ),
+    "corrected agents, heavy hitters": (
+        {"method": "corrected", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "heavy"},
+        40,
+    ),
+    "local attention, heavy hitters": (
+        {"method": "local", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "heavy"},
+        40,
+    ),
     "AgentSD's settings": ({}, 40),
     "token merging": ({"method": "merge", "sx": 2, "sy": 2}, 40),
 }

@@ -13,8 +13,8 @@ from test_methods_local import LOCAL, deviation, full, smooth
 
 from agentsd import SettingError, apply_patch
 from agentsd.grid import sampled
-from agentsd.methods.corrected import corrected_attention
-from agentsd.methods.landmarks import superpixels
+from agentsd.methods.corrected import by_heavy_hitters, corrected_attention
+from agentsd.methods.landmarks import heavy_hitters, superpixels
 from agentsd.methods.local import local_attention
 from agentsd.tensors import join_heads, sample_each, split_heads
 from benchmarks.attentions import KINDS
@@ -75,6 +75,38 @@ class TestSuperpixels:
         assert v.grad.abs().sum() > 0
 
 
+class TestHeavyHitters:
+    @settings(max_examples=30)
+    @given(
+        height=st.integers(1, 19),
+        width=st.integers(1, 19),
+        sy=st.sampled_from([1, 2, 4]),
+        sx=st.sampled_from([1, 2, 4]),
+        batch=st.integers(1, 2),
+    )
+    def test_each_block_gives_the_key_that_the_mean_agent_attends_to_most(self, height, width, sy, sx, batch):
+        k, a = torch.randn(batch, 3, height * width, 6), torch.randn(batch, 3, 5, 6)
+        found = heavy_hitters(k, a, (height, width), (sy, sx))
+        scores = torch.einsum("bhnd,bhd->bhn", k, a.mean(2)).unflatten(2, (height, width))
+        expected = [
+            [y + int(most) // block.shape[3], x + int(most) % block.shape[3]]
+            for row in range(batch)
+            for head in range(3)
+            for y in range(0, height, 2 * sy)
+            for x in range(0, width, 2 * sx)
+            for block in [scores[row, head, y : y + 2 * sy, x : x + 2 * sx][None, None]]
+            for most in [block.argmax()]
+        ]
+        places = torch.stack([found // width, found % width], dim=-1)
+        torch.testing.assert_close(places.flatten(0, 2), torch.tensor(expected))
+
+    def test_gradients_reach_keys_and_values(self):
+        q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 2, 256, 4).unbind())
+        few = [split_heads(x, 2) for x in sample_each([join_heads(x) for x in (q, k, v)], (16, 16), (4, 4))]
+        by_heavy_hitters(q, k, v, *few, size=(16, 16), cell=(4, 4)).square().sum().backward()
+        assert all(t.grad.abs().sum() > 0 for t in (q, k, v))
+
+
 class TestCloseness:
     def test_sharp_attention_is_closer(self):
         """The embedded model's, with its queries times 8: a fifth less error at least, of nine calls."""
@@ -89,29 +121,50 @@ class TestCloseness:
         ]
         assert errors[0] < 0.8 * errors[1]
 
+    @pytest.mark.parametrize("local", [False, True])
+    @pytest.mark.parametrize(
+        ("kind", "share"),
+        [("sinks, corners", 0.1), ("sinks, moving", 0.15), ("high-norm keys", 0.75), ("model, queries × 8", 0.8)],
+    )
+    def test_heavy_hitters_mend_what_a_sample_misses(self, kind, share, local):
+        size, cell = (64, 64), (4, 4)
+        at = KINDS[kind](8, 40, size, torch.Generator().manual_seed(0))
+        qkv = at.q, at.k, at.v
+        expected = full(*qkv)
+        if local:
+            ours = [local_attention(*qkv, size=size, cell=cell, landmarks=few) for few in ("heavy", "sample")]
+        else:
+            few = [split_heads(x, 8) for x in sample_each([join_heads(x) for x in qkv], size, cell)]
+            ours = [by_heavy_hitters(*qkv, *few, size=size, cell=cell), corrected_attention(*qkv, *few)]
+        heavy, sampled_ = (torch.linalg.vector_norm(out - expected, dim=(-2, -1)).median() for out in ours)
+        assert heavy < share * sampled_
+
 
 class TestPatch:
+    @pytest.mark.parametrize("landmarks", ["superpixel", "heavy"])
     @pytest.mark.parametrize("kw", [CORRECTED, LOCAL], ids=["corrected", "local"])
     @pytest.mark.parametrize("size", [(48, 40), (41, 47)])
-    def test_it_is_used_at_any_size_and_finite(self, kw, size):
+    def test_it_is_used_at_any_size_and_finite(self, kw, size, landmarks):
         given = inputs(1, *size)
         plain, sampled_ = run(FLAT, given), patched_output(FLAT, given, **kw)
-        out = patched_output(FLAT, given, **kw, landmarks="superpixel")
+        out = patched_output(FLAT, given, **kw, landmarks=landmarks)
         assert deviation(out, sampled_) > 1e-4
         assert deviation(out, plain) < 0.2
 
+    @pytest.mark.parametrize("landmarks", ["superpixel", "heavy"])
     @pytest.mark.parametrize("kw", [CORRECTED, LOCAL], ids=["corrected", "local"])
-    def test_the_same_in_any_batch(self, kw):
+    def test_the_same_in_any_batch(self, kw, landmarks):
         x, t, context = inputs(3, 48, 40)
-        together = patched_output(FLAT, (x, t, context), **kw, landmarks="superpixel")
-        alone = patched_output(FLAT, (x[1:2], t[1:2], context[1:2]), **kw, landmarks="superpixel")
+        together = patched_output(FLAT, (x, t, context), **kw, landmarks=landmarks)
+        alone = patched_output(FLAT, (x[1:2], t[1:2], context[1:2]), **kw, landmarks=landmarks)
         torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-4)
 
-    def test_where_all_is_near_it_is_full_attention(self):
+    @pytest.mark.parametrize("landmarks", ["superpixel", "heavy"])
+    def test_where_all_is_near_it_is_full_attention(self, landmarks):
         qkv = smooth(16, 16, sharpness=4.0)
-        out = local_attention(*qkv, size=(16, 16), cell=(4, 4), landmarks="superpixel")
+        out = local_attention(*qkv, size=(16, 16), cell=(4, 4), landmarks=landmarks)
         torch.testing.assert_close(out, full(*qkv), rtol=1e-4, atol=1e-5)
 
     def test_another_name_is_refused(self):
-        with pytest.raises(SettingError, match="landmarks must be one of 'sample', 'superpixel', got 'mean'"):
+        with pytest.raises(SettingError, match="landmarks must be one of 'sample', 'superpixel', 'heavy', got 'mean'"):
             apply_patch(FLAT, landmarks="mean")

@@ -21,8 +21,10 @@ METHODS = {
     "pooled keys and values": {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0},
     "corrected agents": {**NINE, "method": "corrected"},
     "corrected agents, superpixels": {**NINE, "method": "corrected", "landmarks": "superpixel"},
+    "corrected agents, heavy hitters": {**NINE, "method": "corrected", "landmarks": "heavy"},
     "local attention": {**NINE, "method": "local"},
     "local attention, superpixels": {**NINE, "method": "local", "landmarks": "superpixel"},
+    "local attention, heavy hitters": {**NINE, "method": "local", "landmarks": "heavy"},
 }
 
 

@@ -67,11 +67,13 @@ def solve_tikhonov(w: Tensor, r: Tensor, penalty: tuple[Tensor, Tensor], weight:
 
     if not has_cholesky(w.device.type):
         return _bounded(fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
-    gram = w.mT @ w
+    # (WᵀW + λ I)⁻¹ Wᵀ = Wᵀ (W Wᵀ + λ I)⁻¹: the smaller of the two
+    wide = w.shape[-1] > w.shape[-2]
+    gram = w @ w.mT if wide else w.mT @ w
     gram.diagonal(dim1=-2, dim2=-1).addcmul_(*penalty, value=weight)
     factor, _ = cholesky_ex(gram)
-    # this succeeds: factors that are rounded, as TF32's, leave WᵀW without negative eigenvalues
-    return (w.mT @ r).cholesky_solve(factor)
+    # this succeeds: factors that are rounded, as TF32's, leave products of a matrix with itself no negative eigenvalues
+    return w.mT @ r.cholesky_solve(factor) if wide else (w.mT @ r).cholesky_solve(factor)
 
 
 def fitted_to(dtype: torch.dtype, y: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Landmarks in cells that follow the content, for methods that attend to a few keys. No method itself."""
+"""Which few keys methods attend to: means over cells that follow the content, or heavy hitters too. No method."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..grid import cells, sampled
@@ -9,7 +10,9 @@ from ..grid import cells, sampled
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLE, SUPERPIXEL = "sample", "superpixel"
+SAMPLE, SUPERPIXEL, HEAVY = "sample", "superpixel", "heavy"
+# Cells along each side of a block that gives one heavy hitter: docs/zoo.md has the figures of others.
+_BLOCK = 2
 # Channels of ones beside keys and values: one would do to count tokens, eight keep rows aligned.
 _ONES = 8
 # Channels of keys that no key comes near.
@@ -63,6 +66,47 @@ def superpixels(k: Tensor, v: Tensor, size: tuple[int, int], cell: tuple[int, in
     totals = collected.sum((3, 4), dtype=torch.float32).flatten(1, 2).unflatten(-1, (2, d + _ONES))
     means = totals[..., :d] / totals[..., d:][..., :1].clamp(min=1)  # rounding might leave one empty
     return means.to(k.dtype).unflatten(0, (B, H)).movedim(-2, 0)
+
+
+def count_heavy(landmarks: str, size: tuple[int, int], cell: tuple[int, int]) -> int:
+    """Count the heavy hitters of a grid: 0 for other `landmarks`."""
+    if landmarks != HEAVY:
+        return 0
+    return math.prod(cells(length, _BLOCK * side) for length, side in zip(size, cell, strict=True))
+
+
+def heavy_weight(cell: tuple[int, int]) -> float:
+    """log of the weight of a heavy hitter's key beside that of a sampled one, which stands for its whole cell."""
+    return -math.log(math.prod(cell))
+
+
+def heavy_hitters(k: Tensor, a: Tensor, size: tuple[int, int], cell: tuple[int, int]) -> Tensor:
+    """Find the keys that a sample would miss: of each 2×2 cells, the one that the mean agent attends to most.
+
+    A key that many queries attend to (a sink, a token of very high norm) mostly lies between the sampled ones. Heavy
+    hitters are what caches of language models keep for the same reason (Zhang et al., "H2O", NeurIPS 2023, arXiv
+    2306.14048); here each block of the grid gives one, so there is no sort, no search, and nothing that waits for the
+    device.
+
+    Args:
+        k: keys (B, H, N, d), N = height · width, in row-major order.
+        a: agents, which are queries (B, H, n, d).
+        size: (height, width) of the grid of tokens; any.
+        cell: (height, width) of a cell in tokens, as in `agentsd.tensors.sample_tokens`.
+
+    Returns:
+        Indices of tokens (B, H, m), int64; m = ⌈height / 2 sy⌉ · ⌈width / 2 sx⌉.
+    """
+    from torch.nn.functional import max_pool2d
+
+    scores = (k @ a.mean(2)[..., None]).unflatten(2, size)[..., 0]
+    block = tuple(min(_BLOCK * side, length) for side, length in zip(cell, size, strict=True))
+    return max_pool2d(scores, block, ceil_mode=True, return_indices=True)[1].flatten(2)
+
+
+def taken_at(x: Tensor, index: Tensor) -> Tensor:
+    """Take tokens: x (B, H, N, d) at (B, H, m) → (B, H, m, d)."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
 def _by_cell(k: Tensor, v: Tensor, size: tuple[int, int], cell: tuple[int, int]) -> Tensor:

@@ -8,9 +8,9 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..grid import cells, landmark_cell, sampled
-from .base import LayerPlan, Method, SelfAttention, Settings, Span, register, untouched
+from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, untouched
 from .fit import FEWEST, solve_tikhonov
-from .landmarks import SAMPLE, SUPERPIXEL, superpixels
+from .landmarks import HEAVY, SAMPLE, SUPERPIXEL, count_heavy, heavy_hitters, superpixels, taken_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +34,17 @@ class LocalPlan(LayerPlan):
     Attributes:
         near: number of keys in the neighbourhood of a window, all of which its queries attend to.
         rows: number of agents, the queries at which the values are fitted; some count twice on ragged grids.
+        heavy: number of heavy hitters, keys that are attended to besides the landmarks.
     """
 
     near: int = 0
     rows: int = 0
+    heavy: int = 0
+
+    @property
+    def keys(self) -> int:
+        """Number of keys that a query attends to, with those that fill up a row of biases."""
+        return _aligned(self.near + self.agents + self.heavy)
 
 
 @register
@@ -49,7 +56,7 @@ class Local(Method):
     )
     noun = "landmarks"
     unused = ("k_scale2", "k_shortcut", "agent_source")
-    candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95})
+    candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95}, {"agent_ratio": 0.95, "landmarks": HEAVY})
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         """Landmarks in the cells of corrected agents, where all that is attended to is less than half of the layer.
@@ -63,10 +70,11 @@ class Local(Method):
             return untouched(N, f"at most {most} landmarks are too few to fit", "max_agents", r=r)
         y, x = _Axis(height, sy), _Axis(width, sx)
         near = y.near * x.near
+        heavy = count_heavy(settings.landmarks, (height, width), cell)
         # every query attends to the near keys and the landmarks, and all tokens are attended to by the agents
-        if 2 * (near + 2 * n) < N:
+        if 2 * (near + 2 * n + heavy) < N:
             rows = y.windows * y.agents * x.windows * x.agents
-            return LocalPlan(self.action, N, N, n, cell, r, near=near, rows=rows)
+            return LocalPlan(self.action, N, N, n, cell, r, near=near, rows=rows, heavy=heavy)
         why = f"{near} near keys and {n} landmarks are too many for {N} tokens"
         return untouched(N, why, "agent_ratio" if 2 * near < N else "method", r=r)
 
@@ -81,23 +89,23 @@ class Local(Method):
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
         """As everywhere; WᵀW grows with the number of heads, which is taken to be that of heads of 64 channels."""
-        C, N, n, R, K = channels, plan.tokens, plan.agents, plan.rows, _aligned(plan.near + plan.agents)
+        C, N, n, R, K = channels, plan.tokens, plan.agents + plan.heavy, plan.rows, plan.keys
         attention = 4 * N * K * C + 4 * R * N * C  # of the queries, and of the agents to all tokens
         fit = 4 * R * K * C + 2 * R * n * C + 2 * R * n * n * -(-C // 64)
         return 8 * N * C * C + attention + fit
 
     def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
-        near = getattr(plan, "near", 0) + plan.agents
-        return ((getattr(plan, "rows", plan.agents), plan.tokens), (plan.tokens, _aligned(near)))
+        return ((plan.rows, plan.tokens), (plan.tokens, plan.keys))
 
     def kernels(self, plan: LayerPlan) -> int:
-        return 20
+        return 40 if plan.heavy else 20
 
     def traffic(self, plan: LayerPlan) -> float:
         return 50.0  # keys and values of each neighbourhood are gathered
 
     def words(self, plan: LayerPlan) -> str:
-        return f"{plan.tokens} tokens → {plan.near} near keys and {plan.agents} landmarks"
+        heavy = f" and {counted(plan.heavy, 'heavy hitters')}" if plan.heavy else ""
+        return f"{plan.tokens} tokens → {plan.near} near keys and {plan.agents} landmarks{heavy}"
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
         rows, columns = (sampled(*axis) for axis in zip((height, width), plan.cell or (1, 1), strict=True))
@@ -150,7 +158,8 @@ def local_attention(
         halo: tokens that a neighbourhood reaches beyond its window on each side; at the edges of the grid, and where
             windows are cut short, it reaches further on the other side.
         mu: weight of the penalty, above 0.
-        landmarks: K̄ and V̄: "sample" (those of the tokens j), or "superpixel" (means; see `superpixels`).
+        landmarks: K̄ and V̄: "sample" (those of the tokens j), "superpixel" (means; see `superpixels`), or "heavy" (the
+            sample, and `heavy_hitters`, which stand for themselves in windows that they are not near).
 
     Returns:
         (B, H, N, d). Only W at the agents exists as a matrix. It and the fit are float32 whatever the tensors are.
@@ -160,32 +169,41 @@ def local_attention(
 
     from ..tensors import scaled_dot_product_attention
 
-    rows, heads = _at_once(q, size, cell, window, halo)
+    heavy = count_heavy(landmarks, size, cell)
+    rows, heads = _at_once(q, size, cell, window, halo, heavy)
     if (rows, heads) != q.shape[:2]:
         step = partial(local_attention, size=size, cell=cell, window=window, halo=halo, mu=mu, landmarks=landmarks)
         outs = [_of_heads(step, *some, heads) for some in zip(*(t.split(rows) for t in (q, k, v)), strict=True)]
         return torch.cat(outs).transpose(1, 2)
-    at = _tables(q, size, cell, window, halo)
+    at = _tables(q, size, cell, window, halo, heavy)
     queries, a = _by_window(q, at)
     # (B·H, windows, keys, d): windows are what fused attention takes for heads, so that one mask does for all
     near = _near(k, v, at)
     if landmarks == SUPERPIXEL:
         near[..., -at.landmarks :, :] = superpixels(k, v, size, cell).flatten(1, 2)[:, :, None]
-    delta = _misfit(a, near, scaled_dot_product_attention(a, k, v), at, mu)
+    bias, far = at.bias, at.far
+    if heavy:
+        index = heavy_hitters(k, a, size, cell)
+        near[..., -heavy:, :] = torch.stack([taken_at(k, index), taken_at(v, index)]).flatten(1, 2)[:, :, None]
+        bias = _hiding(index.flatten(0, 1), at, size[1])
+        far = bias.float().flatten(0, 1)
+    delta = _misfit(a, near, scaled_dot_product_attention(a, k, v), at, far, mu)
     near_v = near[1].clone() if delta.requires_grad else near[1]  # autograd needs these values as they are
     # 0 where the fit failed; float16 ends at 65504
     near_v[:, :, -at.landmarks :].sub_(delta[:, None]).nan_to_num_(0.0)
-    out = scaled_dot_product_attention(queries, near[0], near_v, attn_mask=at.bias)
+    out = scaled_dot_product_attention(queries, near[0], near_v, attn_mask=bias)
     # fused kernels lay their output out as these queries or by them, so this is a view
     out = out.transpose(1, 2).flatten(1, 2).unflatten(0, q.shape[:2])
     return out.transpose(1, 2).index_select(1, at.places).transpose(1, 2)
 
 
-def _at_once(q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int, halo: int) -> tuple[int, int]:
+def _at_once(
+    q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int, halo: int, heavy: int
+) -> tuple[int, int]:
     """(rows, heads) whose copies of keys and values fit in memory at a time."""
     (B, H), bytes_each = q.shape[:2], q.element_size()
     y, x = (_Axis(length, side, window, halo) for length, side in zip(size, cell, strict=True))
-    keys = y.windows * x.windows * _aligned(y.near * x.near + len(y.sample) * len(x.sample)) * q.shape[-1]
+    keys = y.windows * x.windows * _aligned(y.near * x.near + len(y.sample) * len(x.sample) + heavy) * q.shape[-1]
     if q.device.type == "cpu":
         # a copy beyond what the C library keeps of its memory would be mapped anew in each call
         pairs = _KEPT // (keys * bytes_each)
@@ -223,7 +241,16 @@ def _near(k: Tensor, v: Tensor, at: _Tables) -> Tensor:
     return near.flatten(1, 2).unflatten(2, (at.windows, -1))
 
 
-def _misfit(a: Tensor, near: Tensor, v_a: Tensor, at: _Tables, mu: float) -> Tensor:
+def _hiding(index: Tensor, at: _Tables, width: int) -> Tensor:
+    """The biases (B·H, windows, 1, keys) that hide heavy hitters, at (B·H, m), from windows that they are near."""
+    y, x = index // width, index % width
+    near = at.near_y[y][..., None] & at.near_x[x][:, :, None]  # (B·H, m, windows along y, along x)
+    bias = at.bias.repeat(len(index), 1, 1, 1)
+    bias[..., 0, -index.shape[1] :].masked_fill_(near.flatten(2).mT, float("-inf"))
+    return bias
+
+
+def _misfit(a: Tensor, near: Tensor, v_a: Tensor, at: _Tables, far: Tensor, mu: float) -> Tensor:
     """V̄ − Y of the landmarks (B·H, n, d), float32."""
     import torch
 
@@ -233,7 +260,7 @@ def _misfit(a: Tensor, near: Tensor, v_a: Tensor, at: _Tables, mu: float) -> Ten
     with no_autocast(a.device.type):
         near_k, near_v = near.float().flatten(1, 2)
         agents = a.float().reshape(len(near_k), -1, a.shape[-1])
-        w = torch.baddbmm(at.far, agents, near_k.mT, alpha=a.shape[-1] ** -0.5).softmax(dim=-1)
+        w = torch.baddbmm(far, agents, near_k.mT, alpha=a.shape[-1] ** -0.5).softmax(dim=-1)
         r = (w @ near_v).view(v_a.shape).sub_(v_a).flatten(0, 1)
         w = w.unflatten(0, batch).flatten(1, 2)
         norm = torch.linalg.vector_norm(w, dim=(-2, -1))[:, None]
@@ -293,6 +320,7 @@ class _Axis(NamedTuple):
             "agents": first.start + self.cell * agents.clamp(max=len(first) - 1),
             "sizes": edges.diff()[None],
             "inside": reach.clamp(min=0),
+            "near": (arange(self.length)[:, None] >= start.T) & (arange(self.length)[:, None] < start.T + self.near),
             "window": arange(self.length)[None] // self.side,
             "offset": arange(self.length)[None] % self.side,
         }
@@ -303,7 +331,7 @@ class _Tables(NamedTuple):
 
     Attributes:
         windows: number of windows.
-        landmarks: n.
+        landmarks: n, and the heavy hitters.
         agents: number of agents of all windows.
         queries: the first token of each window, the second of each, and so on; then the agents of the first window, of
             the second, and so on.
@@ -311,6 +339,8 @@ class _Tables(NamedTuple):
         bias: log c, 0 for near keys, −∞ for landmarks inside and for what is masked (1, windows, 1, keys).
         far: the same for the windows of each row and head (B · H · windows, 1, keys), float32.
         places: where each token's output is among those of `queries`.
+        near_y: whether each row of the grid is near each window along y (height, windows).
+        near_x: the same of columns (width, windows).
     """
 
     windows: int
@@ -321,18 +351,27 @@ class _Tables(NamedTuple):
     bias: Tensor
     far: Tensor
     places: Tensor
+    near_y: Tensor
+    near_x: Tensor
 
 
-def _tables(q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int, halo: int) -> _Tables:
+def _tables(q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int, halo: int, heavy: int) -> _Tables:
     import torch
 
     # tensors without values, as counters of FLOPs use them, must not be kept
     make = _kept_tables if type(q) is torch.Tensor else _make_tables
-    return make(size, cell, window, halo, len(q) * q.shape[1], q.device, q.dtype)
+    return make(size, cell, window, halo, heavy, len(q) * q.shape[1], q.device, q.dtype)
 
 
 def _make_tables(
-    size: tuple[int, int], cell: tuple[int, int], window: int, halo: int, pairs: int, device: Any, dtype: Any
+    size: tuple[int, int],
+    cell: tuple[int, int],
+    window: int,
+    halo: int,
+    heavy: int,
+    pairs: int,
+    device: Any,
+    dtype: Any,
 ) -> _Tables:
     import torch
 
@@ -346,23 +385,28 @@ def _make_tables(
         windows, n = axes[0].windows * axes[1].windows, tokens("landmarks").shape[1]
         keys = tokens("keys")
         outside = _pairs(y["sizes"], x["sizes"], torch.mul) - _pairs(y["inside"], x["inside"], torch.mul)
-        filler = _aligned(keys.shape[1] + n) - keys.shape[1] - n
+        filler = _aligned(keys.shape[1] + n + heavy) - keys.shape[1] - n - heavy
         far = torch.nn.functional.pad(outside.to(dtype).log(), (filler, 0), value=-torch.inf)
+        far = torch.nn.functional.pad(far, (0, heavy))
         # what fills up is masked; a near key, for a weight of 0 does not hide a value that is not finite
         keys = torch.cat([keys, keys[:, :1].expand(-1, filler)], dim=1)
         window_of = _pairs(axes[1].windows * y["window"], x["window"], torch.add)
         offset = _pairs(axes[1].side * y["offset"], x["offset"], torch.add)
         agents = tokens("agents").flatten()
         bias = torch.cat([far.new_zeros(windows, keys.shape[1] - filler), far], dim=1)
+        # what the heavy hitters' places hold at first does not matter
+        landmarks = torch.nn.functional.pad(tokens("landmarks"), (0, heavy)).expand(windows, -1)
         return _Tables(
             windows,
-            n,
+            n + heavy,
             len(agents),
             torch.cat([tokens("queries").mT.flatten(), agents]),
-            torch.cat([keys, tokens("landmarks").expand(windows, -1)], dim=1).flatten(),
+            torch.cat([keys, landmarks], dim=1).flatten(),
             bias[None, :, None],
             bias.float().repeat(pairs, 1)[:, None],
             (offset * windows + window_of).flatten(),
+            y["near"],
+            x["near"],
         )
 
 

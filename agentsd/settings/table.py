@@ -404,7 +404,8 @@ SETTINGS: tuple[Row, ...] = (
         "choice",
         "Landmarks",
         "Which keys the methods corrected and local attend to. sample: one token of each cell, closest where attention "
-        "is smooth. superpixel: means over cells that follow the content, closer where attention is sharp.",
+        "is smooth. superpixel: means over cells that follow the content, closer where attention is sharp. heavy: the "
+        "sample, and the keys between that most attention goes to, closest where attention is sharp.",
         "sample",
     ),
 )
