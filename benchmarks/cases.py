@@ -75,7 +75,7 @@ def _square(side: int, methods: tuple[str, ...], rounds: int, layout: str = "sd1
 # many methods comes first: its rounds also count towards the next case.
 _PARTS: dict[str, Callable[[], list[Case]]] = {
     "512": lambda: [_square(512, ALL, 4), _square(512, (*MAIN, "reuse"), 10)],
-    # many rounds, and no other method between the two: they differ by less than 1 %
+    # many rounds, and no other method between the two: they differ by less than 1%
     "idle": lambda: [_square(64, ("sdpa", "idle"), 400, "mini"), _square(512, ("sdpa", "idle"), 20)],
     "never-slower": lambda: [_square(side, ("sdpa", "panel"), 20 if side < 256 else 10) for side in SMALL],
     "768": lambda: [_square(768, (*MAIN, *OTHERS), 3), _square(768, MAIN, 10)],

@@ -277,7 +277,7 @@ def ablation_table(errors: dict[str, dict[int, list[float]]]) -> str:
 def stability_table(spikes: dict[tuple[str, tuple[int, int]], Spikes]) -> str:
     """Errors by dtype and number of tokens; the ratio is that of a single head of a single call."""
     lines = [
-        "| dtype | tokens | calls | heads | corrected, mean | 99.9 % | worst | pooled, mean | worst | worst ratio "
+        "| dtype | tokens | calls | heads | corrected, mean | 99.9% | worst | pooled, mean | worst | worst ratio "
         "| fell back | finite |",
         "|---|---|" + "---:|" * 9 + "---|",
     ]

@@ -46,7 +46,7 @@ def _row(result: dict[str, Any]) -> str:
         seconds = f"{result['seconds']:.4f} ({1e3 * result['added']:+.2f} ms)"
     digits = 3 if result["speedup"] is not None and 0 < abs(result["speedup"] - 1) < 0.02 else 2
     speedup = "–" if result["speedup"] is None else f"{result['speedup']:.{digits}f}×"
-    captured = "–" if result["captured"] is None else f"{100 * result['captured']:.1f} %"
+    captured = "–" if result["captured"] is None else f"{100 * result['captured']:.1f}%"
     extra = "–" if "bytes_over_limit" not in result else f"{result['bytes_over_limit'] / 2**20:.0f}"
     flops = f"{result['flops'] / 1e12:.3g}"
     cells = (result["label"], seconds, speedup, captured, flops, extra, str(result["rounds"]))
@@ -68,7 +68,7 @@ def _layer(rows: list[dict[str, Any]]) -> list[str]:
 def _cell(row: dict[str, Any]) -> str:
     seconds = f"{float(format(1e3 * row['seconds'], '.3g')):g}"  # three digits, no exponent
     plain = row["label"] in ("SDPA", "limit") or "captured" not in row
-    return seconds if plain else f"{seconds} ({100 * row['captured']:.1f} %)"
+    return seconds if plain else f"{seconds} ({100 * row['captured']:.1f}%)"
 
 
 def _skipped(skipped: list[dict[str, str]]) -> list[str]:

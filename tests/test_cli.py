@@ -250,7 +250,7 @@ def test_demo_draws_a_sheet_and_a_table(stand_in, capsys):
     assert "mean" in said
     assert str(Path("demo/demo.png").resolve()) in said
     assert said.strip().splitlines()[-1].endswith("make playground")
-    assert "tuned to 1 %" in said
+    assert "tuned to 1%" in said
     with Image.open("demo/demo.png") as page:
         assert page.width > 8 * 128
 

@@ -276,14 +276,14 @@ KEPT_HERE = Kept("a checkpoint", "first", TUNING, (PresetPoint("Fast", 0.2, 1.4)
 
 
 def test_a_tuning_says_what_was_reached():
-    tuned = {**PRESETS["Tuned"], "how_close": "2 %"}
+    tuned = {**PRESETS["Tuned"], "how_close": "2%"}
     (line,) = preview(tuned, [HERE], Host(kept=[KEPT_HERE]))["lines"][:1]
     assert line["text"] == (
-        "512×512: tuned to within 2 %, 1.7 % reached. Expected: 1.60× faster; measured: 400 → 250\u00a0ms a U-Net call."
+        "512×512: tuned to within 2%, 1.7% reached. Expected: 1.60× faster; measured: 400 → 250\u00a0ms a U-Net call."
     )
     assert line["state"] == ACTS
-    (line,) = preview({**tuned, "how_close": "0.5 %"}, [HERE], Host(kept=[KEPT_HERE]))["lines"][:1]
-    assert "tuned to within 0.5 %, 0.4 % expected" in line["text"]
+    (line,) = preview({**tuned, "how_close": "0.5%"}, [HERE], Host(kept=[KEPT_HERE]))["lines"][:1]
+    assert "tuned to within 0.5%, 0.4% expected" in line["text"]
     assert "full attention stays" in line["hint"]
     assert line["state"] == NOTHING
 
@@ -303,22 +303,22 @@ def test_a_plan_for_another_model_does_not_apply():
     lines = preview({"tuning": PLAN}, [HERE], Host(golden_unet()))["lines"]
     assert "not tuned on this checkpoint" in lines[0]["text"]
     lines = preview({"tuning": PLAN}, [HERE], Host())["lines"]  # as long as no model is loaded, it may
-    assert lines[0]["text"] == "512×512: tuned to within 2 %."
+    assert lines[0]["text"] == "512×512: tuned to within 2%."
 
 
 def test_an_order_to_tune_is_said():
     told = preview({"tune": 0.005}, [HERE, HIRES], Host())
     assert [line["text"] for line in told["lines"]] == [
-        "The next image is made without Agent Attention, and tuned on: to within 0.5 %."
+        "The next image is made without Agent Attention, and tuned on: to within 0.5%."
     ]
 
 
 def test_the_table_and_the_chart_show_what_was_found():
     shown = chart.html([KEPT_HERE])
-    for cell in ("First pass", "512×512", "400\u00a0ms", "250\u00a0ms", "1.60×", "2 %", "1.7 %"):
+    for cell in ("First pass", "512×512", "400\u00a0ms", "250\u00a0ms", "1.60×", "2%", "1.7%"):
         assert f"<td>{cell}</td>" in shown
     drawing = ElementTree.fromstring(shown[shown.index("<svg") : shown.index("</figure>")])
-    assert {"Fast", "Paper", "0.5 %", "2 %"} <= {text.text for text in drawing.iter("text")}
+    assert {"Fast", "Paper", "0.5%", "2%"} <= {text.text for text in drawing.iter("text")}
     place = {kind: [] for kind in ("chosen", "plan", "preset")}
     for dot in drawing.iter("circle"):
         place[dot.get("class").rsplit("-", 1)[1]].append((float(dot.get("cx")), float(dot.get("cy"))))

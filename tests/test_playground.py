@@ -63,12 +63,12 @@ def test_it_tunes_with_the_next_picture_and_uses_what_was_tuned(model, every_gai
 
     assert "Nothing is tuned" in page.results()
     (before, tuned), _, status = drawn(tune=0.5)
-    assert "tuned to 50 %" in status
+    assert "tuned to 50%" in status
     assert before.tobytes() != tuned.tobytes()
     assert "<svg" in page.results()
-    again, _, status = drawn(tuning="auto", how_close="5 %")
+    again, _, status = drawn(tuning="auto", how_close="5%")
     assert again[0].tobytes() == before.tobytes()
-    assert "tuned to within 5 %" in status
+    assert "tuned to within 5%" in status
     assert page.forget() == "1 tuning forgotten."
     assert "Nothing is tuned" in page.results()
     assert get_patch(model.unet) is None

@@ -429,7 +429,7 @@ def test_the_axis_of_how_close_is_over_one_tuning():
     for typed in ("0.5%", "0.5 %"):
         p = SimpleNamespace()
         option.apply(p, typed, [])
-        assert from_args([True], getattr(p, XYZ)).items() >= {"how_close": "0.5 %", "tuning": "auto"}.items()
+        assert from_args([True], getattr(p, XYZ)).items() >= {"how_close": "0.5%", "tuning": "auto"}.items()
 
 
 def test_an_axis_switches_on_and_cells_are_separate():

@@ -121,9 +121,9 @@ def test_another_tolerance_takes_its_plan_from_the_frontier():
 
 def test_the_table_says_what_was_asked_and_reached():
     text = str(TUNING)
-    assert "tuned to 2 % at a latent of 48×64: deviation 1.8 % (measured), 2 → 1 s a U-Net call, 2.00×" in text
+    assert "tuned to 2% at a latent of 48×64: deviation 1.8% (measured), 2 → 1 s a U-Net call, 2.00×" in text
     assert "1 corrected agent_ratio=0.98" in text
-    assert "0 % – 30 %" in text
+    assert "0% – 30%" in text
     assert str(Tuning.from_text(TUNING.text))
 
 

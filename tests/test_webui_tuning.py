@@ -80,15 +80,15 @@ def test_the_picture_is_made_without_us_and_tuned_on(host, unet):
     assert found.tuning.acts
     status = host.session.STATUS.as_dict()
     assert status["preset"] == "Tuned"
-    assert "first pass, 128×128: tuned to within 30 %" in status["text"]
+    assert "first pass, 128×128: tuned to within 30%" in status["text"]
 
 
 def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host, plan):
     plain, _, _ = make(host, None)
-    made, entries, _ = make(host, {"tuning": "auto", "how_close": "5 %"})
+    made, entries, _ = make(host, {"tuning": "auto", "how_close": "5%"})
     named, more, _ = make(host, {"tuning": plan})
     assert not torch.equal(named, plain)
-    assert "tuned to within 30 %" in host.session.STATUS.text()
+    assert "tuned to within 30%" in host.session.STATUS.text()
     host.cache.clear()
     for wanted, written in ((made, entries[infotext.KEY]), (named, more[infotext.KEY])):
         assert "auto" not in written
@@ -108,7 +108,7 @@ def test_a_run_says_how_close_it_was(host):
 
 def test_how_close_chooses_among_the_plans_found(host, plan):
     used = []
-    for how_close in ("0.5 %", "5 %"):
+    for how_close in ("0.5%", "5%"):
         entries = make(host, {"tuning": "auto", "how_close": how_close})[1]
         used += [found.tuning for found in tunings.read(infotext.read(entries[infotext.KEY])["tuning"])]
     assert [plan.tolerance for plan in used] == [0.005, 0.05]

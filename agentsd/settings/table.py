@@ -383,9 +383,9 @@ SETTINGS: tuple[Row, ...] = (
         "How close",
         "How much the U-Net's output may deviate from full attention's: what to tune for, and which of the plans found "
         "then to use.",
-        "2 %",
+        "2%",
         "choice",
-        choices=("0.5 %", "1 %", "2 %", "5 %"),
+        choices=("0.5%", "1%", "2%", "5%"),
         read=_read_percent,
         local=True,
         implies={"tuning": tunings.AUTO},

@@ -75,9 +75,9 @@ def frontier_rows(tuning: Tuning) -> list[list[str]]:
 
 
 def percent(share: float) -> str:
-    """Format a share as a percentage of two digits or more, such as "1.4 %"."""
+    """Format a share as a percentage of two digits or more, such as "1.4%"."""
     value = 100 * share
-    return f"{value:.0f} %" if value >= 9.95 or value == int(value) else f"{value:.2g} %"
+    return f"{value:.0f}%" if value >= 9.95 or value == int(value) else f"{value:.2g}%"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -38,7 +38,7 @@ def test_the_plan_is_used_and_carried_by_the_image(a1111: Host, tuned):
     auto = a1111.txt2img([{"tuning": "auto", "how_close": 0.05}], **SMALL)
     assert auto.pixels == a1111.txt2img([{"tuning": plan}], **SMALL).pixels
     assert f"tuning={plan}" in auto.infotext
-    assert "tuned to within 5 %" in a1111.status()["text"]
+    assert "tuned to within 5%" in a1111.status()["text"]
     batch = a1111.txt2img([{"tuning": plan}], **SMALL, batch_size=2)
     assert batch.info["all_seeds"][0] == auto.info["all_seeds"][0]
 
@@ -97,10 +97,10 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
         page.locator("#txt2img_seed input").fill("1")
         panel.unfold("tuner")
         panel.press("tune_forget")
-        panel.set("how_close", "5 %")
+        panel.set("how_close", "5%")
         panel.press("tune_next")
         summary = f"document.getElementById('{element_id('txt2img', 'summary')}').innerText"
-        page.wait_for_function(f"{summary}.includes('tuned on: to within 5 %')", timeout=20 * SECONDS)
+        page.wait_for_function(f"{summary}.includes('tuned on: to within 5%')", timeout=20 * SECONDS)
         page.locator("#txt2img_generate").click()
         page.wait_for_function(
             "document.querySelector('#txt2img_results .progress')?.innerText.includes('Tuning')", timeout=120 * SECONDS
@@ -114,9 +114,9 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
         table.wait_for(timeout=20 * SECONDS)
         assert f"{SIDE}×{SIDE}" in table.inner_text()
         chart = page.locator(f"#{element_id('txt2img', 'tuned')} svg")
-        assert {"Fast", "Faithful", "5 %"} <= set(chart.locator("text").all_text_contents())
+        assert {"Fast", "Faithful", "5%"} <= set(chart.locator("text").all_text_contents())
         assert panel.get("tune") == 0
-        page.wait_for_function(f"{summary}.includes('tuned to within 5 %')", timeout=20 * SECONDS)
+        page.wait_for_function(f"{summary}.includes('tuned to within 5%')", timeout=20 * SECONDS)
         text = generate(page)
         assert f"tuning={PLAN}" in text
         first = pixels(page)
