@@ -73,16 +73,7 @@ class Panel:
 
     def picture(self, name: str) -> Image.Image:
         """What an image of the panel shows."""
-        data = self._at(name, "img").evaluate(
-            """async img => {
-                await img.decode();
-                const canvas = document.createElement('canvas');
-                [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
-                canvas.getContext('2d').drawImage(img, 0, 0);
-                return canvas.toDataURL('image/png');
-            }"""
-        )
-        return Image.open(io.BytesIO(base64.b64decode(data.split(",")[1])))
+        return pixels(self._at(name, "img"))
 
     def press(self, name: str) -> None:
         """Press one of the panel's buttons."""
@@ -112,6 +103,20 @@ class Panel:
     def text(self, name: str) -> str:
         """The words of "summary", "status" or "map_text"."""
         return self._at(name).inner_text()
+
+
+def pixels(img: Any) -> Image.Image:
+    """What an image of the page shows."""
+    data = img.evaluate(
+        """async img => {
+            await img.decode();
+            const canvas = document.createElement('canvas');
+            [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
+            canvas.getContext('2d').drawImage(img, 0, 0);
+            return canvas.toDataURL('image/png');
+        }"""
+    )
+    return Image.open(io.BytesIO(base64.b64decode(data.split(",")[1])))
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, browser, generate, paste, size
+from page import SECONDS, Panel, browser, generate, paste, pixels, size
 
 from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
@@ -119,25 +118,15 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
         page.wait_for_function(f"{summary}.includes('tuned to within 5%')", timeout=20 * SECONDS)
         text = generate(page)
         assert f"tuning={PLAN}" in text
-        first = pixels(page)
+        first = shown(page)
         page.reload(wait_until="domcontentloaded")
         page.wait_for_timeout(5 * SECONDS)
         paste(page, text)
         assert panel.get("tuning").startswith(PLAN)
         assert generate(page) == text
-        assert pixels(page) == first
+        assert shown(page) == first
 
 
-def pixels(page) -> str:
+def shown(page) -> bytes:
     """The pixels of the image that the gallery shows."""
-    return json.dumps(
-        page.locator("#txt2img_gallery img").first.evaluate(
-            """async img => {
-                await img.decode();
-                const canvas = document.createElement('canvas');
-                [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
-                canvas.getContext('2d').drawImage(img, 0, 0);
-                return canvas.toDataURL('image/png');
-            }"""
-        )
-    )
+    return pixels(page.locator("#txt2img_gallery img").first).tobytes()
