@@ -99,7 +99,7 @@ def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host,
 
 def test_a_run_says_how_close_it_was(host):
     make(host, {"until": 1.0, "min_tokens": 0})
-    assert re.search(r"attention within [\d.]+ % of full \(worst block [\d.]+ %\)", host.session.STATUS.text())
+    assert re.search(r"attention within [\d.]+% of full \(worst block [\d.]+%\)", host.session.STATUS.text())
     (told,) = host.session.STATUS.as_dict()["passes"]
     assert 0 < told["closeness"]["mean"] <= told["closeness"]["worst"]
     make(host, {"until": 1.0, "min_tokens": 9999})
