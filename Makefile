@@ -35,7 +35,7 @@ playground: $(READY) ## the panel in a local web page, on the embedded model
 test: $(READY) ## all tests, and the linter
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadscope
 
 test-webui: $(READY) ## the tests on a real WebUI; AGENTSD_WEBUI names its folder
 	$(PY) -m pytest tests/webui

@@ -18,6 +18,7 @@ def test_what_is_called_unused_changes_no_layer(method):
     unet, fixed = golden_unet(), {"method": method, "ratio": 0.4 if method == "merge" else 0.0}
     others = {"k_scale2": 0.9, "k_shortcut": 0.5, "agent_source": "similarity", "agent_ratio": 0.8, "max_agents": 33}
     base = {"k_scale2": 0.3, "k_shortcut": 0.1, "agent_source": "grid", "agent_ratio": 0.95, "max_agents": 2048}
+    others, base = {**others, "landmarks": "heavy"}, {**base, "landmarks": "sample"}
 
     def made(**changes):
         with patched(unet, **{**base, **fixed, **changes}):
@@ -33,8 +34,8 @@ def test_what_is_called_unused_changes_no_layer(method):
     [
         ({"method": "corrected", "ratio": 0.4}, {"k_scale2", "k_shortcut", "agent_source", "ratio"}),
         ({"method": "corrected", "ratio": 0.4, "merge_mlp": True}, {"k_scale2", "k_shortcut", "agent_source"}),
-        ({"method": "agent", "ratio": 0.4, "passes": "first"}, {"hires_until"}),
-        ({"method": "agent", "passes": "hires"}, {"until", "merge_mlp", "merge_crossattn"}),
+        ({"method": "agent", "ratio": 0.4, "passes": "first"}, {"hires_until", "landmarks"}),
+        ({"method": "agent", "passes": "hires"}, {"until", "landmarks", "merge_mlp", "merge_crossattn"}),
         ({"method": "corrected", "rules": "downsample=1 method=agent"}, set()),
     ],
 )

@@ -23,6 +23,7 @@ class Agents(Method):
     summary = "agent attention"
     phrase = "with agents"
     merges = True
+    unused = ("landmarks",)
     candidates = ({"agent_ratio": 0.95},)
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
