@@ -193,6 +193,9 @@ def test_what_was_measured_counts_more_than_flops():
     [line] = preview({"until": 1.0}, [HERE], Host(golden_unet()), measured=lambda one: (10.0, 20.0))["lines"]
     assert "Slower than without: 0.50× the speed over the whole pass" in line["text"]
     assert line["state"] == SLOWER
+    [line] = preview({"until": 1.0}, [HERE], Host(golden_unet()), measured=lambda one: (10.0, 10.01))["lines"]
+    assert "No gain in time is expected over the whole pass" in line["text"]
+    assert line["state"] == NOTHING
 
 
 @pytest.mark.parametrize(("side", "tokens"), [(64, 64), (128, 256)])

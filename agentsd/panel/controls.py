@@ -18,15 +18,16 @@ from ..settings.table import RECORD as RECORD_NAME
 from .tokenmap import RECORD, View
 from .tune import Section, Tunings
 
-# Controls that share a line
+# Controls that share a line: of one kind, since their heights differ and labels would not be level
 _LINES = (
     ("ratio", "agent_ratio"),
     ("k_scale2", "k_shortcut"),
     ("since", "until"),
     ("method", "passes", "fp32"),
-    ("agent_source", "max_downsample", "min_tokens"),
-    ("hires_until", "after", "max_agents"),
-    ("sx", "sy", "seed"),
+    ("agent_source", "landmarks"),
+    ("max_downsample", "after"),
+    ("min_tokens", "max_agents", "seed"),
+    ("hires_until", "sx", "sy"),
     ("use_rand", "merge_attn"),
     ("merge_crossattn", "merge_mlp"),
     ("rules",),

@@ -256,9 +256,10 @@ def _line(
         return nothing(f"{begins}, and agents end at {fraction(values[sampling.end])}", sampling.end)
     share = share_of_run(layout, config, *sampling.latent, sampling.start)
     times = measured(sampling) if measured is not None else None
-    gain, slower = _by_time(*times, parts) if times else _by_flops(share)
+    gain, state = _by_time(*times, parts) if times else _by_flops(share)
     advice = _advice(acting, own, sampling)
-    state = SLOWER if slower else NOTHING if advice is not None and advice.remedy == ("min_tokens",) else ACTS
+    if state == ACTS and advice is not None and advice.remedy == ("min_tokens",):
+        state = NOTHING
     return Line(f"{sampling}: {_describe(acting.cost)}", advice, state, gain)
 
 
@@ -312,24 +313,35 @@ def _tuned_line(sampling: SamplingPass, plan: Tuning) -> Line:
     if plan.speed_up is None:
         return Line(text, None, ACTS)
     times = milliseconds(1000 * plan.seconds_full, 1000 * plan.seconds)
-    return Line(text, None, ACTS, f"{_speed(plan.speed_up)}; measured: {times}")
+    return Line(text, None, _state(plan.speed_up), f"{_speed(plan.speed_up)}; measured: {times}")
 
 
-def _by_flops(share: float) -> tuple[str, bool]:
-    """Word the gain in time that the share of FLOPs left suggests, and say whether it is a loss."""
+def _by_flops(share: float) -> tuple[str, str]:
+    """Word the gain in time that the share of FLOPs left suggests, and tell the line's state."""
     gain = 1 / share
-    return f"{_speed(gain, 'about ')}, by FLOPs over the whole pass", gain < 1
+    return f"{_speed(gain, 'about ')}, by FLOPs over the whole pass", _state(gain)
 
 
-def _by_time(before: float, after: float, parts: Sequence[_Part]) -> tuple[str, bool]:
+def _by_time(before: float, after: float, parts: Sequence[_Part]) -> tuple[str, str]:
     """Word the gain in time over a pass whose U-Net calls take `before` and `after` milliseconds; likewise."""
     left = sum(part.length * (after / before if part.own else part.cost.share) for part in parts)
     gain = sum(part.length for part in parts) / left
-    return f"{_speed(gain)} over the whole pass; measured: {milliseconds(before, after)}", gain < 1
+    return f"{_speed(gain)} over the whole pass; measured: {milliseconds(before, after)}", _state(gain)
+
+
+def _state(gain: float) -> str:
+    """Tell the state of a line whose pass runs `gain` times as fast, to the digits that are shown."""
+    shown = round(gain, 2)
+    return SLOWER if shown < 1 else ACTS if shown > 1 else NOTHING
 
 
 def _speed(gain: float, about: str = "") -> str:
-    return f"Expected: {about}{gain:.2f}× faster" if gain >= 1 else f"Slower than without: {about}{gain:.2f}× the speed"
+    words = {
+        ACTS: f"Expected: {about}{gain:.2f}× faster",
+        SLOWER: f"Slower than without: {about}{gain:.2f}× the speed",
+        NOTHING: "No gain in time is expected",
+    }
+    return words[_state(gain)]
 
 
 def milliseconds(before: float, after: float) -> str:

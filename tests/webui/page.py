@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from agentsd.panel.controls import element_id
 from agentsd.settings.table import BY_NAME, NAMES
@@ -120,8 +121,8 @@ def pixels(img: Any) -> Image.Image:
 
 
 @contextmanager
-def browser(url: str, **context: Any) -> Iterator[Any]:
-    """A page of the WebUI; afterwards none of our lines may have failed in it."""
+def browser(url: str, panel: bool = True, **context: Any) -> Iterator[Any]:
+    """A page of the WebUI, drawn with our `panel` or without; afterwards none of our lines may have failed in it."""
     sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     path = shutil.which("chromium") or shutil.which("google-chrome")
     with sync.sync_playwright() as playwright:
@@ -133,17 +134,35 @@ def browser(url: str, **context: Any) -> Iterator[Any]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         try:
             page.goto(url, wait_until="domcontentloaded", timeout=120 * SECONDS)
-            wait_for_panel(page)
+            wait_for_panel(page, panel)
             yield page
             assert not [error for error in errors if "gent" in error]
         finally:
             running.close()
 
 
-def wait_for_panel(page: Any) -> None:
+def wait_for_panel(page: Any, panel: bool = True) -> None:
     """Wait until gradio has drawn the page and the host's scripts have seen it."""
     page.wait_for_selector("#txt2img_prompt textarea", timeout=400 * SECONDS)  # SD.Next on a busy machine
-    page.wait_for_selector(f"#{element_id('txt2img')}-visible-checkbox", state="attached", timeout=60 * SECONDS)
+    if panel:
+        page.wait_for_selector(f"#{element_id('txt2img')}-visible-checkbox", state="attached", timeout=60 * SECONDS)
+    page.wait_for_timeout(3 * SECONDS)
+
+
+def go_to(page: Any, tab: str) -> None:
+    """Open one of the host's tabs by the words on it."""
+    page.locator("#tabs button", has_text=tab).first.click()
+
+
+def send(page: Any, infotext: str, image: Image.Image, folder: Path, tab: str = "txt2img") -> None:
+    """Load an image with this infotext in the tab PNG Info, and send it to another tab."""
+    file, data = folder / "sent.png", PngInfo()
+    data.add_text("parameters", infotext)
+    image.save(file, pnginfo=data)
+    go_to(page, "PNG Info")
+    page.locator("#pnginfo_image input[type=file]").set_input_files(str(file))
+    page.wait_for_timeout(3 * SECONDS)
+    page.locator(f"#tab_pnginfo #{tab}_tab").click()
     page.wait_for_timeout(3 * SECONDS)
 
 
@@ -164,11 +183,11 @@ def size(page: Any, width: int, height: int, tab: str = "txt2img") -> None:
     number(page, f"{tab}_height", height)
 
 
-def paste(page: Any, text: str) -> None:
+def paste(page: Any, text: str, tab: str = "txt2img") -> None:
     """Put an infotext into the prompt and press the arrow under it."""
-    page.locator("#txt2img_prompt textarea").fill(text)
+    page.locator(f"#{tab}_prompt textarea").fill(text)
     page.wait_for_timeout(300)
-    page.locator("#txt2img_tools #paste").click()
+    page.locator(f"#{tab}_tools #paste").click()
     page.wait_for_timeout(3 * SECONDS)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from host import USER_DEFAULTS, Host
-from page import SECONDS, Panel, generate, number, paste, reload
+from page import SECONDS, Panel, generate, number, paste, reload, send
 
 from agentsd.settings import infotext
 from agentsd.settings.table import BY_NAME, DEFAULTS, SETTINGS
@@ -83,26 +83,9 @@ def test_an_image_made_without_us_unticks_the_box_and_keeps_the_rest(a1111: Host
 
 def test_png_info_sends_to_txt2img(a1111: Host, page, panel: Panel, tmp_path: Path):
     made = a1111.txt2img([CHANGED], width=64, height=64, steps=1)
-    file = tmp_path / "made.png"
-    file.write_bytes(_with_infotext(made))
-    page.locator("#tabs button", has_text="PNG Info").first.click()
-    page.locator("#pnginfo_image input[type=file]").set_input_files(str(file))
-    page.wait_for_timeout(3 * SECONDS)
-    page.locator("#tab_pnginfo #txt2img_tab").click()
-    page.wait_for_timeout(3 * SECONDS)
+    send(page, made.infotext, made.images[0], tmp_path)
     panel.open()
     assert panel.values() == CHANGED
-
-
-def _with_infotext(made) -> bytes:
-    import io
-
-    from PIL.PngImagePlugin import PngInfo
-
-    data, out = PngInfo(), io.BytesIO()
-    data.add_text("parameters", made.infotext)
-    made.images[0].save(out, "PNG", pnginfo=data)
-    return out.getvalue()
 
 
 def test_off_in_the_page_is_off(page, panel: Panel):

@@ -70,17 +70,28 @@ def test_where_there_is_no_login_it_answers(a1111: Host, method: str, name: str)
     ("body", "said"),
     [
         ({"width": 800_000}, "width"),
-        ({"height": 1e999}, "height"),
+        ({"width": 1e999}, "width|infinity"),
+        ({"height": float("nan")}, "height|NaN"),
+        ({"denoising": 1e999}, "denoising"),
         ({"width": 7}, "width"),
         ({"passes": [{}] * 1000}, "passes"),
         ({"hires": {"scale": 60, "resize_x": 0, "resize_y": 0}}, "hires pass"),
+        ({"hires": {"scale": 1e999, "resize_x": 0, "resize_y": 0}}, "scale"),
     ],
-    ids=["huge", "infinite", "tiny", "unknown field", "huge hires pass"],
+    ids=["huge", "infinite", "no number", "infinite strength", "tiny", "unknown field", "huge hires", "infinite hires"],
 )
 def test_a_bad_body_is_named_and_nothing_starts(a1111: Host, route: str, body: dict, said: str):
     with pytest.raises(RuntimeError, match=rf"^422: .*{said}"):
         a1111.call(f"/agent-attention/{route}", {**STATE, **body})
     assert a1111.call("/agent-attention/measure")["state"] != "running"
+
+
+@pytest.mark.parametrize("value", [1e999, float("nan")])
+def test_a_setting_that_is_no_number_is_named(a1111: Host, value: float):
+    body = {**STATE, "values": {"ratio": value}}
+    [line] = a1111.call("/agent-attention/preview", body)["lines"]
+    assert (line["state"], line["hint"]) == ("wrong", f"Ratio must be a number from 0 to 1, got {value}.")
+    assert "ratio must be" in a1111.call("/agent-attention/measure", body)["error"]
 
 
 def test_the_page_shows_the_preview_after_the_login(guarded: Host):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, browser, size
+from page import SECONDS, Panel, browser, reload, size
 
 from agentsd.panel.controls import element_id
 
@@ -94,6 +94,12 @@ def test_in_the_page_with_progress_a_table_and_the_threshold(a1111: Host):
         button.click(timeout=60 * SECONDS)
         proposed = int(button.inner_text().split()[-1])
         assert panel.get("min_tokens") == proposed
+        before = page.locator(f"#{element_id('txt2img', 'measured')}").first.inner_text()
+        reload(page)
+        panel.open()
+        panel.unfold("tuner")
+        table.wait_for(timeout=30 * SECONDS)
+        assert page.locator(f"#{element_id('txt2img', 'measured')}").first.inner_text() == before
 
 
 def test_in_the_page_it_can_be_cancelled(a1111: Host):

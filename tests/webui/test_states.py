@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, generate, number, paste, reload, size
-from PIL.PngImagePlugin import PngInfo
+from page import SECONDS, Panel, generate, go_to, number, paste, reload, send, size
 
 from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
@@ -67,10 +68,16 @@ def test_a_bad_value_stops_nothing(page, panel: Panel):
 
 def test_an_interrupted_run_is_told_when_the_host_has_ended(page, panel: Panel):
     small(page, steps=100, side=512)
+    panel.unfold("map")
+    page.locator(f"#{element_id('txt2img', 'record')} input").check()
     page.locator("#txt2img_generate").click()
     page.wait_for_timeout(5 * SECONDS)
     page.locator("#txt2img_interrupt").click()
-    assert "512×512" in shown(page, "Last run")
+    text = shown(page, "Last run")
+    assert "512×512" in text
+    assert re.match(r"\d{1,2}:\d\d", text), "the time"
+    shown(page, "64×64 tokens", "map_text")
+    assert page.locator(f"#{element_id('txt2img', 'map_image')} img").first.is_visible()
     reload(page)
     panel.open()
     shown(page, "512×512")
@@ -84,28 +91,62 @@ def test_somebody_elses_run_is_not_told(a1111: Host, page, panel: Panel):
     assert "ratio" not in panel.text("status")
 
 
+@pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 @pytest.mark.parametrize("way", ["paste", "PNG Info"])
-def test_an_infotext_counts_more_than_the_pages_preset(a1111: Host, page, way: str, tmp_path):
-    made = a1111.txt2img([{"ratio": 0.2, "sx": 3, "method": "pool", "until": 0.9}], width=64, height=64, steps=1)
+def test_an_infotext_counts_more_than_the_pages_preset(a1111: Host, page, way: str, tab: str, tmp_path):
+    chosen = {"ratio": 0.2, "sx": 3, "method": "pool", "until": 0.9}
+    made = a1111.txt2img([chosen], width=64, height=64, steps=1)
     with a1111.options(agent_attention_preset="Paper"):
         reload(page)
         if way == "paste":
-            paste(page, made.infotext)
+            go_to(page, tab)
+            paste(page, made.infotext, tab)
         else:
-            file = tmp_path / "made.png"
-            data = PngInfo()
-            data.add_text("parameters", made.infotext)
-            made.images[0].save(file, pnginfo=data)
-            page.locator("#tabs button", has_text="PNG Info").first.click()
-            page.locator("#pnginfo_image input[type=file]").set_input_files(str(file))
-            page.wait_for_timeout(3 * SECONDS)
-            page.locator("#tab_pnginfo #txt2img_tab").click()
+            send(page, made.infotext, made.images[0], tmp_path, tab)
         page.wait_for_timeout(4 * SECONDS)
-        panel = Panel(page)
+        panel = Panel(page, tab)
         panel.open()
-        assert {name: panel.get(name) for name in ("ratio", "sx", "method", "until")} == {
-            "ratio": 0.2, "sx": 3, "method": "pool", "until": 0.9,
-        }  # fmt: skip
+        assert {name: panel.get(name) for name in chosen} == chosen
+    go_to(page, "txt2img")
+
+
+@pytest.mark.parametrize("entry", ["xyz", "on", "1"])
+def test_an_entry_that_names_no_setting_switches_nothing_on(page, panel: Panel, entry: str):
+    panel.switch(False)
+    paste(page, f"a cat\nSteps: 2, Sampler: Euler a, Seed: 1, Size: 64x64, {infotext.KEY}: {entry}, Version: v1.10.1")
+    assert panel.get("enabled") is False
+
+
+@pytest.mark.parametrize(("label", "value"), [("Minimum tokens", -5), ("Maximum agents", 99999999999), ("Until", 7)])
+def test_a_bad_value_that_was_saved_stops_nothing(a1111: Host, page, label: str, value: float):
+    """The page starts with it: a red line names it, and images are made."""
+    file = a1111.root / "ui-config.json"
+    before = file.read_bytes()
+    try:
+        file.write_text(json.dumps({f"customscript/agent_attention.py/txt2img/{label}/value": value}))
+        a1111.reload_ui()
+        reload(page)
+        small(page)
+        assert infotext.NOTE not in generate(page), "while it is off nothing is checked"
+        Panel(page).open()
+        assert f"got {value}" in shown(page, f"{label} must be", "summary")
+        assert f"{label} must be" in generate(page)
+        shown(page, f"Not applied: {label}")
+    finally:
+        file.write_bytes(before)
+        a1111.reload_ui()
+        reload(page)
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_small_images_gain_nothing_and_are_left_alone(page, panel: Panel, side: int):
+    panel.choose("Faithful")
+    panel.set("min_tokens", BY_NAME["min_tokens"].default)
+    size(page, side, side)
+    tokens = (side // 8) ** 2
+    text = shown(page, f"{side}×{side}: nothing happens", "summary")
+    assert f"Nothing is to be gained from layers of {tokens} tokens" in text
+    assert page.locator(f"#{element_id('txt2img', 'summary')} .agent-attention-nothing").first.is_visible()
 
 
 def test_the_panel_is_low_and_its_help_is_in_tooltips(page, panel: Panel):

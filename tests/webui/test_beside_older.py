@@ -1,0 +1,106 @@
+"""Beside the older extension sd-webui-agentattention, whose package has the name of ours.
+
+AGENTSD_OLDER names its checkout; the WebUI imports extensions in the order of their folders' names.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from host import Host
+from page import SECONDS, Panel, browser, generate, size
+from test_forge import HIRES
+
+from agentsd.panel.controls import element_id
+
+OLDER = os.environ.get("AGENTSD_OLDER", "")
+SAID = "has a package of the same name as ours, and its panel now runs on ours"
+LATE, EARLY = "sd-webui-agentattention", "a-sd-webui-agentattention"
+OURS = {"until": 1.0, "ratio": 0.4}
+# calls into our script in a second: how often it looks for the panel
+LOOKS = """() => new Promise(done => {
+    const find = gradioApp;
+    let count = 0;
+    gradioApp = () => {
+        if (new Error().stack.includes('agent_attention.js')) count += 1;
+        return find();
+    };
+    setTimeout(() => { gradioApp = find; done(count); }, 1000);
+})"""
+
+
+@contextmanager
+def beside(host: Host, folder: str) -> Iterator[Host]:
+    """The same checkout, started once more with the older extension in it."""
+    if not OLDER:
+        pytest.skip("AGENTSD_OLDER does not name a checkout of sd-webui-agentattention")
+    other, target = Host(host.root, host.kind, host.checkpoint), host.root / "extensions" / folder
+    other.log = host.root / f"agent-attention-tests-{folder}.log"
+    shutil.copytree(Path(OLDER), target, ignore=shutil.ignore_patterns(".git", "samples"))
+    try:
+        other.start()
+        yield other
+    finally:
+        other.stop()
+        shutil.rmtree(target)
+
+
+@pytest.fixture(scope="module")
+def ours_first(a1111: Host) -> Iterator[Host]:
+    with beside(a1111, LATE) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def theirs_first(a1111: Host) -> Iterator[Host]:
+    with beside(a1111, EARLY) as host:
+        yield host
+
+
+def test_imported_first_ours_works_and_says_so(a1111: Host, ours_first: Host):
+    assert f"the extension {LATE} {SAID}: disable it in the Extensions tab" in ours_first.console()
+    for body in ({}, HIRES):
+        assert ours_first.txt2img(**body).pixels == a1111.txt2img(**body).pixels
+        assert ours_first.txt2img([OURS], **body).pixels == a1111.txt2img([OURS], **body).pixels
+
+
+def test_imported_first_ours_says_so_in_the_panel(ours_first: Host):
+    with browser(ours_first.url) as page:
+        size(page, 512, 512)
+        Panel(page).open()
+        page.wait_for_function(
+            "([id, words]) => document.getElementById(id).innerText.includes(words)",
+            arg=[element_id("txt2img", "summary"), SAID],
+            timeout=30 * SECONDS,
+        )
+
+
+def test_imported_first_their_panel_runs_on_our_package(ours_first: Host):
+    with browser(ours_first.url) as page:
+        size(page, 128, 128)
+        off = generate(page)
+        page.locator("#tab_txt2img .label-wrap", has_text="AgentAttention").first.click()
+        page.locator("#aa_active input").first.check()
+        on = generate(page)
+    assert "AgAt Active" in on
+    assert "AgAt Active" not in off
+    assert "Traceback" not in ours_first.console()
+    assert ours_first.state()["own_forwards"] == 0
+
+
+def test_imported_first_theirs_is_told_of_and_nothing_waits_for_ever(theirs_first: Host):
+    console = theirs_first.console()
+    assert "Agent Attention can't start: another extension's package of the same name" in console
+    assert "Disable that extension in the Extensions tab, then restart the WebUI." in console
+    theirs_first.txt2img(steps=1)
+    asked: list[str] = []
+    with browser(theirs_first.url, panel=False) as page:
+        page.on("request", lambda request: asked.append(request.url))
+        page.wait_for_timeout(15 * SECONDS)
+        assert page.evaluate(LOOKS) == 0
+    assert not [url for url in asked if "agent-attention" in url]
