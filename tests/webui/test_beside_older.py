@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,43 +33,37 @@ LOOKS = """() => new Promise(done => {
 })"""
 
 
-@contextmanager
-def beside(host: Host, folder: str) -> Iterator[Host]:
-    """The same checkout, started once more with the older extension in it."""
+@pytest.fixture(scope="module")
+def beside(a1111: Host, request: pytest.FixtureRequest) -> Iterator[Host]:
+    """The same checkout, started once more with the older extension in a folder of this name."""
     if not OLDER:
         pytest.skip("AGENTSD_OLDER does not name a checkout of sd-webui-agentattention")
-    other, target = Host(host.root, host.kind, host.checkpoint), host.root / "extensions" / folder
-    other.log = host.root / f"agent-attention-tests-{folder}.log"
+    host, target = Host(a1111.root, a1111.kind, a1111.checkpoint), a1111.root / "extensions" / request.param
+    host.log = a1111.root / f"agent-attention-tests-{request.param}.log"
     shutil.copytree(Path(OLDER), target, ignore=shutil.ignore_patterns(".git", "samples"))
     try:
-        other.start()
-        yield other
+        host.start()
+        yield host
     finally:
-        other.stop()
+        host.stop()
         shutil.rmtree(target)
 
 
-@pytest.fixture(scope="module")
-def ours_first(a1111: Host) -> Iterator[Host]:
-    with beside(a1111, LATE) as host:
-        yield host
+ours_first = pytest.mark.parametrize("beside", [LATE], indirect=True)
+theirs_first = pytest.mark.parametrize("beside", [EARLY], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def theirs_first(a1111: Host) -> Iterator[Host]:
-    with beside(a1111, EARLY) as host:
-        yield host
-
-
-def test_imported_first_ours_works_and_says_so(a1111: Host, ours_first: Host):
-    assert f"the extension {LATE} {SAID}: disable it in the Extensions tab" in ours_first.console()
+@ours_first
+def test_imported_first_ours_works_and_says_so(a1111: Host, beside: Host):
+    assert f"the extension {LATE} {SAID}: disable it in the Extensions tab" in beside.console()
     for body in ({}, HIRES):
-        assert ours_first.txt2img(**body).pixels == a1111.txt2img(**body).pixels
-        assert ours_first.txt2img([OURS], **body).pixels == a1111.txt2img([OURS], **body).pixels
+        assert beside.txt2img(**body).pixels == a1111.txt2img(**body).pixels
+        assert beside.txt2img([OURS], **body).pixels == a1111.txt2img([OURS], **body).pixels
 
 
-def test_imported_first_ours_says_so_in_the_panel(ours_first: Host):
-    with browser(ours_first.url) as page:
+@ours_first
+def test_imported_first_ours_says_so_in_the_panel(beside: Host):
+    with browser(beside.url) as page:
         size(page, 512, 512)
         Panel(page).open()
         page.wait_for_function(
@@ -80,8 +73,9 @@ def test_imported_first_ours_says_so_in_the_panel(ours_first: Host):
         )
 
 
-def test_imported_first_their_panel_runs_on_our_package(ours_first: Host):
-    with browser(ours_first.url) as page:
+@ours_first
+def test_imported_first_their_panel_runs_on_our_package(beside: Host):
+    with browser(beside.url) as page:
         size(page, 128, 128)
         off = generate(page)
         page.locator("#tab_txt2img .label-wrap", has_text="AgentAttention").first.click()
@@ -89,17 +83,18 @@ def test_imported_first_their_panel_runs_on_our_package(ours_first: Host):
         on = generate(page)
     assert "AgAt Active" in on
     assert "AgAt Active" not in off
-    assert "Traceback" not in ours_first.console()
-    assert ours_first.state()["own_forwards"] == 0
+    assert "Traceback" not in beside.console()
+    assert beside.state()["own_forwards"] == 0
 
 
-def test_imported_first_theirs_is_told_of_and_nothing_waits_for_ever(theirs_first: Host):
-    console = theirs_first.console()
+@theirs_first
+def test_imported_first_theirs_is_told_of_and_nothing_waits_for_ever(beside: Host):
+    console = beside.console()
     assert "Agent Attention can't start: another extension's package of the same name" in console
     assert "Disable that extension in the Extensions tab, then restart the WebUI." in console
-    theirs_first.txt2img(steps=1)
+    beside.txt2img(steps=1)
     asked: list[str] = []
-    with browser(theirs_first.url, panel=False) as page:
+    with browser(beside.url, panel=False) as page:
         page.on("request", lambda request: asked.append(request.url))
         page.wait_for_timeout(15 * SECONDS)
         assert page.evaluate(LOOKS) == 0
