@@ -252,9 +252,12 @@ class Host:
 
     # API
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600) -> Any:
+    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600, method: str = "") -> Any:
+        """Ask; without a `method` it is GET, or POST with a body."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}, method=method or None
+        )
         try:
             with self._opener.open(request, timeout=timeout) as answer:
                 return json.loads(answer.read() or b"null")

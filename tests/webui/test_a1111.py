@@ -277,6 +277,8 @@ BAD = {
     "nothing between": [{"since": 0.7}],
     "unknown setting in a rule": [{"rules": "downsample=2 rato=0.4"}],
     "rules that are no rules": [{"rules": 7}],
+    "a long text": [{"method": "x" * 200_000}],
+    "the older extension's list": [True, True, 20, 4, 4, 0.4, 0.95, 2, 2, 0.4, 0.5, False, 1, False],
 }
 
 
@@ -285,6 +287,7 @@ def test_bad_values(a1111: Host, leaves_no_trace, plain: Result, case: str):
     bad = a1111.txt2img(BAD[case])
     assert bad.pixels == plain.pixels
     reason = bad.info["extra_generation_params"][infotext.NOTE]
+    assert len(reason) < 300
     assert infotext.KEY not in bad.info["extra_generation_params"]
     assert infotext.NOTE in bad.infotext
     assert a1111.status()["error"] in reason

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 from host import Host
 from test_measure import ON, ROUTE, finished
+from test_tune import PLAN, SMALL
+
+from agentsd.settings import infotext
 
 
 @pytest.fixture(scope="module", params=["--medvram", "--lowvram"])
@@ -38,3 +41,10 @@ def test_images_are_made_with_agents(saving: Host):
     off, on = saving.txt2img(), saving.txt2img([{}])
     assert on.pixels != off.pixels
     assert saving.status()["passes"][0]["calls"].keys() - {"untouched"}
+
+
+def test_the_next_image_is_tuned_on(saving: Host):
+    made = saving.txt2img([{"tune": 0.05}], **SMALL)
+    assert made.pixels == saving.txt2img(**SMALL).pixels
+    assert made.info["extra_generation_params"][infotext.TUNED].startswith(PLAN)
+    assert saving.txt2img([{"tuning": "auto", "how_close": 0.05}], **SMALL).infotext.count("tuning=first") == 1

@@ -79,6 +79,15 @@ def test_a_bad_request_is_refused_with_the_reason(a1111: Host, changes, reason):
         a1111.call(ROUTE, {**ON, **changes})
 
 
+def test_it_can_be_cancelled_in_its_last_seconds(a1111: Host):
+    assert a1111.call(ROUTE, ON)["error"] == ""
+    end = time.monotonic() + 120
+    while a1111.call(ROUTE)["progress"] < 0.95 and time.monotonic() < end:
+        time.sleep(0.02)
+    a1111.call(ROUTE, method="DELETE")
+    assert finished(a1111, 20)["state"] == "cancelled"
+
+
 def test_in_the_page_with_progress_a_table_and_the_threshold(a1111: Host):
     with browser(a1111.url) as page:
         panel = Panel(page)

@@ -90,6 +90,13 @@ def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
     panel.set("min_tokens", 0)
     panel.set("agent_ratio", 0.2)
     assert "Change “Agent ratio”" in said(page, "agents are too many")
+    panel.set("method", "corrected")
+    panel.set("max_agents", 9)
+    assert "Change “Maximum agents”" in said(page, "at most 9 agents would be too few to correct")
+    panel.set("method", "agent")
+    panel.set("max_agents", 1)
+    said(page, "→ 1 agent in 5 layers")
+    panel.set("max_agents", 0)
 
 
 def test_rules_are_followed_as_they_are_typed(page, panel: Panel):

@@ -11,7 +11,7 @@ from page import SECONDS, Panel, generate, paste, size
 from PIL import Image
 
 from agentsd.panel.controls import element_id
-from agentsd.panel.tokenmap import RECORD, SMALLEST
+from agentsd.panel.tokenmap import FOREIGN, RECORD, SMALLEST
 
 PAPER = {"agent_source": "similarity", "ratio": 0.4, "until": 0.4, "after": "token merging"}
 
@@ -106,7 +106,8 @@ def test_the_sliders_lead_to_other_moments_and_layers(page, panel: Panel, told):
 
 
 def test_grid_agents_leave_the_images_colours(page, panel: Panel, told):
-    panel.choose("Fast")
+    panel.choose("Faithful")
+    panel.set("method", "agent")
     generate(page)
     assert "Dots: 48 agents, each the mean of its cell" in told("mean of its cell")
     shown = panel.picture("map_image")
@@ -129,6 +130,15 @@ def test_the_map_of_a_new_image_comes_by_itself_and_goes_with_the_record(page, p
     generate(page)
     assert RECORD in told("No record was kept")
     assert not page.locator(f"#{element_id('txt2img', 'map_image')}").is_visible()
+
+
+def test_a_map_of_somebody_elses_image_says_so(a1111: Host, page, panel: Panel, told):
+    record(page, True)
+    panel.choose("Paper")
+    generate(page)
+    assert FOREIGN not in told("tokens were merged")
+    a1111.txt2img(with_record(PAPER), width=192, height=128)
+    assert "24×16 tokens" in told(FOREIGN)
 
 
 def test_where_nothing_was_done_it_says_why(a1111: Host, told):
