@@ -71,6 +71,7 @@ def test_imported_first_ours_says_so_in_the_panel(beside: Host):
             arg=[element_id("txt2img", "summary"), SAID],
             timeout=30 * SECONDS,
         )
+        assert page.evaluate(LOOKS) > 0
 
 
 @ours_first
