@@ -193,7 +193,7 @@ class Host:
             if content is not None:
                 path.write_bytes(content)
 
-    def start(self, timeout: float = 300) -> None:
+    def start(self, timeout: float = 900) -> None:
         python = next(
             filter(Path.exists, (self.root / "venv/bin/python", self.root / ".venv/bin/python")), sys.executable
         )
@@ -223,7 +223,7 @@ class Host:
         commit = subprocess.check_output(["git", "-C", repository, "rev-parse", "HEAD"], text=True)
         return {"STABLE_DIFFUSION_COMMIT_HASH": commit.strip()}
 
-    def wait(self, timeout: float = 300, starts: int = 1) -> None:
+    def wait(self, timeout: float = 900, starts: int = 1) -> None:
         """Wait until the server has started so many times. A request before that would make its start fail."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:

@@ -130,6 +130,7 @@ def browser(url: str, panel: bool = True, **context: Any) -> Iterator[Any]:
             pytest.skip("no Chromium is installed")
         running = playwright.chromium.launch(executable_path=path, args=FLAGS)
         page = running.new_page(viewport={"width": 1400, "height": 1300}, **context)
+        page.set_default_timeout(120 * SECONDS)  # a busy machine draws slowly
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         try:
@@ -196,6 +197,6 @@ def generate(page: Any, tab: str = "txt2img") -> str:
     told = f"document.querySelector('#html_info_{tab}').innerText.includes('Steps:')"
     page.locator(f"#{tab}_generate").click()
     page.wait_for_timeout(SECONDS)
-    page.locator(f"#{tab}_interrupt").wait_for(state="hidden", timeout=300 * SECONDS)
+    page.locator(f"#{tab}_interrupt").wait_for(state="hidden", timeout=600 * SECONDS)
     page.wait_for_function(told, timeout=60 * SECONDS)
     return page.locator(f"#html_info_{tab}").first.inner_text()

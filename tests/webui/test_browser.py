@@ -9,7 +9,7 @@ from host import USER_DEFAULTS, Host
 from page import SECONDS, Panel, generate, number, paste, reload, send
 
 from agentsd.settings import infotext
-from agentsd.settings.table import BY_NAME, DEFAULTS, SETTINGS
+from agentsd.settings.table import BY_NAME, DEFAULTS, IMPLIED, SETTINGS
 
 CHANGED: dict[str, Any] = {
     "enabled": True,
@@ -36,7 +36,10 @@ CHANGED: dict[str, Any] = {
     "merge_mlp": True,
     "seed": 12,
     "rules": "downsample=2 method=pool | blocks=middle_block.* full",
+    "landmarks": "superpixel",
 }
+# with those of a tuning, which tests/webui/test_tune.py changes
+ALL = {**IMPLIED, **CHANGED}
 
 
 def test_starts_with_the_users_own_defaults(panel: Panel):
@@ -55,14 +58,14 @@ def test_filled_in_generated_from_and_read_back(a1111: Host, page, panel: Panel)
             panel.set(name, value)
     text = generate(page)
     entry = text.split(f"{infotext.KEY}: ")[1].split(",")[0]
-    assert infotext.read(entry) == CHANGED
+    assert infotext.read(entry) == ALL
     assert f"{infotext.KEY}: {entry}" in a1111.txt2img([CHANGED]).infotext
     # read back into a page at the user's defaults
     reload(page)
     assert panel.get("enabled") is False
     paste(page, "a cat\n" + text.splitlines()[-1])
     panel.open()
-    assert panel.values() == CHANGED
+    assert panel.values() == ALL
 
 
 def test_an_image_at_the_tables_defaults_undoes_the_users_own(a1111: Host, page, panel: Panel):
@@ -85,7 +88,7 @@ def test_png_info_sends_to_txt2img(a1111: Host, page, panel: Panel, tmp_path: Pa
     made = a1111.txt2img([CHANGED], width=64, height=64, steps=1)
     send(page, made.infotext, made.images[0], tmp_path)
     panel.open()
-    assert panel.values() == CHANGED
+    assert panel.values() == ALL
 
 
 def test_off_in_the_page_is_off(page, panel: Panel):
