@@ -131,11 +131,10 @@ class Layer:
         self.calls: Counter[str] = Counter()
         self.forget()
         self._seam = site.seam()
-        self._planned: dict[Any, tuple[AgentConfig, LayerPlan] | None] = {}
+        self._plans_made: dict[Any, _Planned] = {}
 
     def forget(self) -> None:
-        self.config: AgentConfig | None = None
-        self.plan: LayerPlan | None = None
+        self.config, self.plan, self._method, self._clustered = _UNPLANNED
         self.matching: Matching | None = None
         # the U-Net calls in which it was planned, and asked for self-attention
         self.planned: Moment | None = None
@@ -179,14 +178,16 @@ class Layer:
         """Plan the block for the U-Net call that is going on."""
         self.planned = moment = self.patch.moment
         size = self.image.size if self.image.moment is moment else None
-        settings_and_plan = self._plan(moment, size) if moment.active and size is not None else None
-        self.config, self.plan = (None, None) if settings_and_plan is None else settings_and_plan
+        planned = _UNPLANNED
+        if moment.active and size is not None:
+            key = (moment.part, moment.latent, size)
+            planned = self._plans_made.get(key)
+            if planned is None:
+                planned = self._plans_made[key] = _planned(self._plan(moment, size))
+        self.config, self.plan, self._method, self._clustered = planned
 
     def _plan(self, moment: Moment, size: tuple[int, int]) -> tuple[AgentConfig, LayerPlan] | None:
-        key = (moment.part, moment.latent, size)
-        if key not in self._planned:
-            self._planned[key] = plan_block(self.patch.config, self.site.place, moment.latent, moment.part, size)
-        return self._planned[key]
+        return plan_block(self.patch.config, self.site.place, moment.latent, moment.part, size)
 
     # Hooks on the block, where it may need clusters of its tokens
 
@@ -274,13 +275,14 @@ class Layer:
             return f"self-attention was given {', '.join(sorted(call.extras))}"
         if call.context is not None and call.context is not call.x:
             return "self-attention was given a context of its own"
-        if call.x.dim() != 3 or call.x.shape[1] != plan.tokens:
-            return f"self-attention got {tuple(call.x.shape)} where the layer has {plan.tokens} tokens"
+        shape = call.x.shape
+        if len(shape) != 3 or shape[1] != plan.tokens:
+            return f"self-attention got {tuple(shape)} where the layer has {plan.tokens} tokens"
         return ""
 
     def _unmatched(self, call: Call) -> str:
         """Return why the clusters that there are don't fit this call; empty if they do, or none are needed."""
-        if _matched(self.plan) and (self.matching is None or self.matching.shape != tuple(call.x.shape[:2])):
+        if self._clustered and (self.matching is None or self.matching.shape != tuple(call.x.shape[:2])):
             return f"self-attention got {tuple(call.x.shape)}, which is not what the block was given"
         return ""
 
@@ -294,13 +296,13 @@ class Layer:
             return fallback()
 
     def _attend(self, call: Call) -> Tensor:
-        matching = self.matching if _matched(self.plan) else None
+        matching = self.matching if self._clustered else None
         attention = self._for_method(call, self.config, self.plan, self.image.size, matching)
-        method, meter = method_of(self.plan.action), self.patch.meter
+        meter = self.patch.meter
         if meter is not None and meter.watching:
-            answer = meter.attend(self.site.name, method, attention)
+            answer = meter.attend(self.site.name, self._method, attention)
         else:
-            answer = method.attend(attention)
+            answer = self._method.attend(attention)
         if self.patch.observer is not None:
             self._safely(self._notify_observer, lambda: None)
         return answer
@@ -313,26 +315,52 @@ class Layer:
         size: tuple[int, int],
         matching: Matching | None = None,
     ) -> SelfAttention:
-        attn = self.site.block.attn1
+        attn = self._seam.attn
         return SelfAttention(
             x=call.x,
             plan=plan,
             settings=config,
             size=size,
-            heads=self.site.heads,
+            heads=attn.heads,
             matching=matching,
-            wrapped=self.site.wrapped(),
+            wrapped=self.site.wrapped,
             project=partial(_projected, attn, self.patch.kv_context),
-            project_q=attn.to_q,
+            project_q=lambda x: attn.to_q(x),
             project_out=self._seam.project_out,
             proceed=call.proceed,
         )
 
     def _notify_observer(self) -> None:
         """Pass the answer just given to the patch's observer."""
-        moment, matching = self.patch.moment, self.matching if _matched(self.plan) else None
+        moment, matching = self.patch.moment, self.matching if self._clustered else None
         answer = Answer(self.site.name, self.image.size, self.plan, matching, moment.latent, moment.timestep, moment)
         self.patch.observer(answer)
+
+
+class _Planned(NamedTuple):
+    """What is done in a block, all None where full attention stays.
+
+    Attributes:
+        config: the settings in force.
+        plan: the plan.
+        method: what computes it.
+        clustered: whether self-attention works on clusters.
+    """
+
+    config: AgentConfig | None = None
+    plan: LayerPlan | None = None
+    method: Method | None = None
+    clustered: bool = False
+
+
+_UNPLANNED = _Planned()
+
+
+def _planned(settings_and_plan: tuple[AgentConfig, LayerPlan] | None) -> _Planned:
+    if settings_and_plan is None:
+        return _UNPLANNED
+    config, plan = settings_and_plan
+    return _Planned(config, plan, method_of(plan.action), _matched(plan))
 
 
 class _Foreseen(NamedTuple):

@@ -78,7 +78,7 @@ def _answer(at: Attention, config: AgentConfig, plan: LayerPlan) -> Tensor:
         size=at.size,
         heads=at.heads,
         matching=_matching(at, config, plan),
-        wrapped=False,
+        wrapped=lambda: False,
         project=project,
         project_q=lambda x: x.chunk(3, dim=-1)[0],
         project_out=lambda x: x,

@@ -65,9 +65,9 @@ def _grid(**settings: Any) -> AgentConfig:
 
 # Settings that stay the same, whatever the model: the presets, and what a user might choose by hand.
 FIXED: Mapping[str, AgentConfig] = {
-    "preset Fast: grid agents 4×4 until .6": _grid(stages=early(0.6)),
+    "grid agents 4×4 until .6": _grid(stages=early(0.6)),
     "preset Faithful: corrected 4×4": _grid(method="corrected"),
-    "corrected 8×8": _grid(method="corrected", agent_ratio=0.98),
+    "preset Fast: corrected 8×8": _grid(method="corrected", agent_ratio=0.98),
     "corrected 4×4, levels 0 and 1": _grid(method="corrected", max_downsample=2),
     "local 4×4": _grid(method="local"),
     "K/V 2×2": AgentConfig(method="pool", ratio=0.0, sx=2, sy=2),

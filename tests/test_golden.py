@@ -23,7 +23,7 @@ UNET, FLAT = golden_unet(), flat_unet()
 
 def golden_cases() -> dict[str, dict]:
     with safetensors.safe_open(GOLDEN, "pt") as file:
-        return {name: json.loads(case) for name, case in file.metadata().items()}
+        return {name: json.loads(case) for name, case in sorted(file.metadata().items())}
 
 
 def stored(name: str) -> torch.Tensor:

@@ -67,7 +67,7 @@ def peak(settings, size, dtype, monkeypatch) -> int:
         size=size,
         heads=8,
         matching=None,
-        wrapped=False,
+        wrapped=lambda: False,
         project=lambda _: (q, k, v),
         project_q=lambda x: x,
         project_out=lambda x: x,

@@ -289,7 +289,7 @@ class _CloneLayer(Layer):
             size=size,
             heads=call.options["n_heads"],
             matching=matching,
-            wrapped=True,  # all tokens are projected already
+            wrapped=lambda: True,  # all tokens are projected already
             project=lambda x: (call.q, call.k, call.v),
             project_q=lambda x: call.q,
             project_out=lambda x: x,  # the host's, afterwards

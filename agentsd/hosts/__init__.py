@@ -163,4 +163,5 @@ def read_timestep(t: Any) -> float | None:
 def read_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Read (height, width) off the image-shaped tensor (B, C, height, width) among a module's arguments."""
     x = _first(args, kwargs, _IMAGES)
-    return tuple(x.shape[-2:]) if isinstance(x, Tensor) and x.dim() == 4 else None
+    shape = x.shape if isinstance(x, Tensor) else ()
+    return (shape[2], shape[3]) if len(shape) == 4 else None

@@ -53,7 +53,13 @@ def always() -> bool:
 
 
 class Seam(Protocol):
-    """Replacement point in one attention module, through which a handler answers its calls."""
+    """Replacement point in one attention module, through which a handler answers its calls.
+
+    Attributes:
+        attn: the module.
+    """
+
+    attn: nn.Module
 
     def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
         """Send calls to `handler` while `wants()`, and the others on unread; at most once per seam."""
@@ -171,7 +177,7 @@ class Site:
     def wrapped(self) -> bool:
         """Whether another extension wraps this instance's projections and may rely on seeing all N tokens."""
         attn = self.block.attn1
-        return any("forward" in projection.__dict__ for projection in (attn.to_q, attn.to_k, attn.to_v))
+        return "forward" in attn.to_q.__dict__ or "forward" in attn.to_k.__dict__ or "forward" in attn.to_v.__dict__
 
 
 def is_block(module: nn.Module) -> bool:

@@ -102,7 +102,7 @@ def _project(attention: SelfAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     on seeing all tokens.
     """
     x, merged = attention.x, attention.merged
-    if merged is None or attention.wrapped:
+    if merged is None or attention.wrapped():
         q, k, v = attention.project(x)
         a = _pooled(attention, q)
         return (q, k, v, a) if merged is None else (merged.merge(q), merged.merge(k), merged.merge(v), a)

@@ -101,7 +101,7 @@ class SelfAttention:
         size: (height, width) of the token grid.
         heads: number of heads H.
         matching: clusters of merged tokens and of similarity agents; None if there are none.
-        wrapped: whether another extension wraps the projections and may rely on seeing all N tokens.
+        wrapped: tells whether another extension wraps the projections and may rely on seeing all N tokens.
         project: maps tokens to queries, keys and values by the host's own projections.
         project_q: maps tokens to queries.
         project_out: the host's output projection.
@@ -114,7 +114,7 @@ class SelfAttention:
     size: tuple[int, int]
     heads: int
     matching: Matching | None
-    wrapped: bool
+    wrapped: Callable[[], bool]
     project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     project_q: Callable[[Tensor], Tensor]
     project_out: Callable[[Tensor], Tensor]

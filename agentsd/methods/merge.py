@@ -36,7 +36,7 @@ class Merge(Method):
 
     def attend(self, attention: SelfAttention) -> Tensor:
         merged = attention.merged
-        if not attention.wrapped:
+        if not attention.wrapped():
             return merged.unmerge(attention.proceed(merged.merge(attention.x)))
         # an extension that wraps the projections may rely on seeing all tokens
         q, k, v = (merged.merge(t) for t in attention.project(attention.x))
