@@ -152,9 +152,9 @@ def sample(model: ModelPatcher, attention: Attention, x: Tensor, timesteps: Any,
     unet = model.model.diffusion_model
     unet.comfy_state["attention"] = attention
 
-    def steps(noise: Tensor) -> Tensor:
+    def steps(guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Tensor, *rest: Any) -> Tensor:
         for t in timesteps:
             out = unet(noise, torch.full((len(x),), float(t)), context=context, transformer_options=dict(options))
         return out
 
-    return wrapped("outer_sample", options, steps)(x)
+    return wrapped("sampler_sample", options, steps)(None, None, {}, None, x, None, None, False)

@@ -124,8 +124,10 @@ def generate(host, settings=ON, p=None, steps=None, passes=(False,), record=Fals
         host.session.before_sampling(p, torch.empty(2, 4, 16, 16))
         p.sampler.launch_sampling(1, steps or step)
     picture = Image.new("RGB", (128, 128), (100, 100, 100))
-    more = {"index_of_first_image": 1, "extra_generation_params": p.extra_generation_params}
-    host.session.postprocess(p, SimpleNamespace(images=["a grid", picture], **more))
+    p.processed = SimpleNamespace(
+        images=["a grid", picture], index_of_first_image=1, extra_generation_params=p.extra_generation_params
+    )
+    host.session.postprocess(p, p.processed)
     return made
 
 

@@ -45,7 +45,9 @@ def test_from_the_page_messages_name_labels(host):
     host.session.process(p, [True, 0.4, 0.9, 0.3, 0.1, False, "grid", "agent", 0.7, 0.6])
     assert host.session.STATUS.text() == "Not applied: Until must be above From (0.7), got 0.6"
     assert "Until must be above From" in p.comments[0]
-    assert len(p.extra_generation_params[infotext.NOTE]) < 100
+    host.session.postprocess(p, processed := SimpleNamespace())
+    assert len(processed.extra_generation_params[infotext.NOTE]) < 100
+    assert p.extra_generation_params == {"Other extension": "here"}
 
 
 # Other extensions

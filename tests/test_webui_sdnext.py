@@ -19,6 +19,7 @@ from tiny_pipelines import tiny_unet
 
 from agentsd import get_patch
 from agentsd.settings import infotext
+from agentsd.tuning.fingerprint import ordered_sites, structure_of
 
 ON = {"until": 1.0, "min_tokens": 1}
 WIDTH = 32  # channels of the tiny U-Net's context
@@ -95,7 +96,8 @@ def generate(host, settings=ON, p=None, batches=1, passes=((False, 16),), steps=
                 made += [call(host.model.unet, size) for _ in range(steps)]
             p.is_hr_pass = False
             host.batch.end(p)
-        host.session.postprocess(p, SimpleNamespace(images=[], index_of_first_image=0))
+        p.processed = SimpleNamespace(images=[], index_of_first_image=0)
+        host.session.postprocess(p, p.processed)
     finally:
         for callback in host.ended:
             callback(p)
@@ -281,3 +283,27 @@ def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):
     assert torch.equal(made, call(unet))
     assert "ZeroDivisionError" in host.session.STATUS.text()
     assert p.extra_generation_params == {"Other extension": "here"}
+
+
+def test_it_is_not_tuned_on_and_says_so(host, unet):
+    tuning, comments = importlib.import_module("agentsd.webui.tuning"), []
+    before, p = state(unet), Processing()
+    p.comment = comments.append
+    (made, _) = generate(host, {**ON, "tune": 0.02}, p)
+    assert torch.equal(made, call(unet))
+    assert state(unet) == before
+    assert comments == [f"Agent Attention: not tuned, {tuning.NO_END}"]
+    assert f"not tuned, {tuning.NO_END}" in host.session.STATUS.text()
+    assert tuning.NO_END in p.processed.extra_generation_params[infotext.NOTE]
+    assert p.extra_generation_params == {"Other extension": "here"}
+    assert tuning.Tunings().refusal == tuning.NO_END, "as the panel says"
+
+
+def test_what_was_tuned_elsewhere_is_used(host, unet):
+    sites = ordered_sites(unet)
+    plan = f"first tuning 1 16x16 0.05 {structure_of(sites)} | method=pool sx=2 sy=2 | 0.0 {'a' * len(sites)}"
+    p = Processing()
+    (made, _) = generate(host, {**ON, "tuning": plan}, p)
+    assert not torch.equal(made, call(unet))
+    assert "tuned to within 5 %" in host.session.STATUS.text()
+    assert infotext.read(p.extra_generation_params[infotext.KEY])["tuning"] == plan

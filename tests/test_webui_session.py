@@ -55,9 +55,9 @@ def test_bad_value_is_told_and_the_image_made_without_us(host, unet):
     p = Processing()
     (made,) = generate(host, {"ratio": 7}, p)
     assert torch.equal(made, run(unet, inputs()))
-    assert "ratio must be a number from 0.0 to 0.99, got 7" in p.extra_generation_params[infotext.NOTE]
+    assert "ratio must be a number from 0.0 to 0.99, got 7" in p.processed.extra_generation_params[infotext.NOTE]
     assert "ratio" in p.comments[0]
-    assert infotext.KEY not in p.extra_generation_params
+    assert p.extra_generation_params == {"Other extension": "here"}
 
 
 def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):

@@ -41,7 +41,7 @@ def every_gain_counts(monkeypatch):
 
 
 def make(host, settings, p=None, passes=(False,), between=lambda t: None):
-    """A picture of some steps in each pass; the outputs of its model calls."""
+    """A picture of some steps in each pass: the outputs of its model calls, what an API request is told, and p."""
     made = []
 
     def steps():
@@ -52,7 +52,7 @@ def make(host, settings, p=None, passes=(False,), between=lambda t: None):
 
     p = p or Processing()
     generate(host, settings, p, steps=steps, passes=passes)
-    return torch.stack(made), p.extra_generation_params, p
+    return torch.stack(made), p.processed.extra_generation_params, p
 
 
 def keys(host):
@@ -75,6 +75,7 @@ def test_the_picture_is_made_without_us_and_tuned_on(host, unet):
     assert keys(host) == ["small.safetensors|first|16x16"], entries
     assert "tune on it" in entries[infotext.NOTE]
     assert infotext.KEY not in entries
+    assert p.extra_generation_params == {"Other extension": "here"}, "nothing is written into an image without us"
     (found,) = tunings.read(entries[infotext.TUNED])
     assert (found.of, found.tuning.tolerance, found.tuning.size) == ("first", 0.3, (16, 16))
     assert found.tuning.acts

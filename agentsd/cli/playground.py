@@ -168,6 +168,8 @@ class Playground:
 
     # The tunings of the panel: see `agentsd.panel.tune.Tunings`
 
+    refusal = ""
+
     def results(self) -> str:
         return chart.html(self._store.of_checkpoint(self.model.name))
 

@@ -30,7 +30,7 @@ log = logging.getLogger("agentsd.comfy")
 
 # Name of our entries in a clone's options
 KEY = "agent_attention"
-_WRAPPERS = ("diffusion_model", "outer_sample")  # comfy.patcher_extension.WrappersMP
+_WRAPPERS = ("diffusion_model", "sampler_sample")  # comfy.patcher_extension.WrappersMP
 # The library's name of a block: part of the U-Net, number there, number of the block in its transformer
 _NAME = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?\.transformer_blocks\.(\d+)")
 
@@ -55,7 +55,7 @@ class Slot:
         self.patch = patch
 
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a sampling of the host."""
+        """Run a sampling of the host; by then it has loaded the model, with what other nodes do to its weights."""
         patch = self.patch
         patch.begin_sampling()
         try:

@@ -20,6 +20,8 @@ from .model import ClonePatch, Slot, attach_slot, is_ours, kernel_of
 log = logging.getLogger("agentsd.comfy")
 
 MOMENTS = 4
+FULL = AgentConfig(merge_attn=False)
+_NOISE = 4  # where the host's samplers take the noise: behind guider, sigmas, extra arguments and callback
 # By model, size and tolerance. A plan that should outlive the program goes into the node's field.
 _TUNINGS: dict[Any, Tuning] = {}
 
@@ -44,7 +46,7 @@ class TunedSlot(Slot):
     """Full attention until there is a tuning, and then its plan."""
 
     def __init__(self, unet: nn.Module, tolerance: float, given: Tuning | None) -> None:
-        super().__init__(ClonePatch(unet, AgentConfig(merge_attn=False)))
+        super().__init__(ClonePatch(unet, FULL))
         self.unet, self.tolerance, self.given = unet, tolerance, given
         self.tuning: Tuning | None = None
         self.said = ""
@@ -52,7 +54,7 @@ class TunedSlot(Slot):
             self._use(given)
 
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        noise = args[0] if args else kwargs["noise"]
+        noise = kwargs["noise"] if "noise" in kwargs else args[_NOISE]
         size = tuple(noise.shape[-2:])
         key = (structure_of(ordered_sites(self.unet)), weights_of(self.unet), size, self.tolerance)
         tuning = self.given or _TUNINGS.get(key)
@@ -75,7 +77,7 @@ class TunedSlot(Slot):
         """Sample with full attention, and tune on the calls that were made."""
         from comfy.model_management import InterruptProcessingException
 
-        self.patch, self.tuning = ClonePatch(self.unet, AgentConfig(merge_attn=False)), None
+        self.patch, self.tuning = ClonePatch(self.unet, FULL), None
         with record_calls(self.unet, MOMENTS) as calls:
             output = super().sample(executor, args, kwargs)
         try:

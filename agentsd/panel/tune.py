@@ -14,10 +14,20 @@ from ..settings.table import BY_NAME, fraction_of
 
 TUNE, DONT_TUNE = "Tune with the next image", "Don't tune with the next image"
 FORGET = "Forget this checkpoint's tunings"
+REFUSED = (
+    "Nothing can be tuned here: {}. What was tuned elsewhere works: paste the infotext of its image, or fill in Tuning "
+    "(More settings)."
+)
 
 
 class Tunings(Protocol):
-    """The tunings of the current checkpoint, as the program that shows the panel keeps them."""
+    """The tunings of the current checkpoint, as the program that shows the panel keeps them.
+
+    Attributes:
+        refusal: why this program can't make any; empty if it can.
+    """
+
+    refusal: str
 
     def results(self) -> str:
         """Show them as HTML; empty if no model is loaded."""
@@ -31,15 +41,16 @@ class Section:
 
     Args:
         ids: makes the element id of a control's name.
-        tunings: the tunings; None where nothing can be tuned, and the controls are hidden.
+        tunings: the tunings; None where they are of no use. Where nothing can be tuned, the controls are hidden.
     """
 
     def __init__(self, ids: Any, tunings: Tunings | None) -> None:
         self._id, self.tunings = ids, tunings
+        self.tunes = tunings is not None and not tunings.refusal
 
     def order(self) -> dict[str, Any]:
         """Make the controls of an order to tune, by the names of their settings."""
-        hidden = [] if self.tunings is not None else ["agent-attention-hidden"]
+        hidden = [] if self.tunes else ["agent-attention-hidden"]
         row, tune = BY_NAME["how_close"], BY_NAME["tune"]
         how_close = gr.Dropdown(
             list(row.choices), value=row.default, label=row.label, elem_id=self._id(row.name), elem_classes=hidden
@@ -66,8 +77,10 @@ class Section:
     def results(self) -> None:
         """Make what is folded: the tunings of the checkpoint, and measuring."""
         with gr.Accordion("Measure" if self.tunings is None else "Tune", open=False, elem_id=self._id("tuner")):
-            if self.tunings is not None:
+            if self.tunes:
                 self._tunings(self.tunings)
+            elif self.tunings is not None:
+                gr.HTML(f"<p>{escape(REFUSED.format(self.tunings.refusal))}</p>", elem_id=self._id("tuned"))
             with gr.Row():
                 gr.Button("Measure at this size", elem_id=self._id("measure"))
                 gr.Button("Cancel measuring", elem_id=self._id("measure_cancel"), interactive=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,8 @@ NOT_CHOSEN = "Passes leaves out what was sampled"
 NO_UNET = "the model has no U-Net with self-attention that can be patched"
 # Attribute of the host's processing object that holds the `Generation`
 _GENERATION = "_agent_attention"
+# Attribute of that object that holds why its settings are invalid
+_ERROR = "_agent_attention_error"
 
 
 @dataclass
@@ -53,23 +55,35 @@ class Generation:
         """Whether it is made without us, to tune on it."""
         return self.values["tune"] > 0
 
+    @property
+    def patched(self) -> bool:
+        return any(report.patched for report in self.reports)
+
     def entries(self) -> dict[str, str]:
         """Make the infotext entries: none unless a pass was patched; then the settings, and why others were not.
 
         In the place of the wish for what is kept here they hold the plans that were used.
         """
-        if self.tunes:
-            return {infotext.NOTE: " and ".join(["not applied, the image was made to tune on it", *self._refusals()])}
-        if not any(report.patched for report in self.reports):
+        if not self.patched:
             return {}
         result = {infotext.KEY: infotext.write({**self.values, "tuning": tunings.write(self.plans)})}
         obstacles = dict.fromkeys(reason for report in self.reports for reason in report.obstacles)
         if obstacles:
-            result[infotext.NOTE] = f"not applied, {' and '.join(obstacles)}"
+            result[infotext.NOTE] = _not_applied(obstacles)
         return result
 
-    def _refusals(self) -> list[str]:
-        return list(dict.fromkeys(report.tuned for report in self.reports if report.refused))
+    def answer(self) -> dict[str, str]:
+        """Make what an API request is told and no image is: what was tuned, or why nothing was patched."""
+        if self.tunes:
+            refusals = dict.fromkeys(report.tuned for report in self.reports if report.refused)
+            told = {infotext.NOTE: _not_applied(["the image was made to tune on it", *refusals])}
+            return {**told, infotext.TUNED: tunings.write(self.plans)} if self.plans else told
+        reasons = dict.fromkeys(reason for report in self.reports for reason in (*report.obstacles, *report.notes))
+        return {infotext.NOTE: _not_applied(reasons)} if reasons and not self.patched else {}
+
+
+def _not_applied(reasons: Iterable[str]) -> str:
+    return f"not applied, {' and '.join(reasons)}"
 
 
 # The script's callbacks, in calling order
@@ -79,6 +93,7 @@ def before_process(p: Any) -> None:
     """Undo what an earlier generation left behind, and drop what an X/Y/Z cell shares with the one before."""
     close_leftovers()
     setattr(p, _GENERATION, None)
+    setattr(p, _ERROR, "")
     _write_infotext(p, {})
 
 
@@ -92,7 +107,7 @@ def process(p: Any, args: Sequence[Any]) -> None:
         by_name = bool(args) and isinstance(args[0], Mapping)  # an API call, which knows no labels
         message = str(error) if by_name else table.labelled(str(error))
         STATUS.begin(False, message, compat.HOST.task())
-        _write_infotext(p, {infotext.NOTE: f"not applied, {message}"})
+        setattr(p, _ERROR, message)
         p.comment(f"Agent Attention was not applied: {message}")
         return
     STATUS.begin(values["enabled"], task=compat.HOST.task())
@@ -117,10 +132,11 @@ def before_model_call() -> None:
 
 
 def postprocess(p: Any, processed: Any) -> None:
-    """Keep the image over which the token map is drawn; tell what was tuned."""
-    generation = generation_of(p)
-    if generation is not None and generation.tunes and generation.plans:
-        processed.extra_generation_params[infotext.TUNED] = tunings.write(generation.plans)
+    """Keep the image over which the token map is drawn; answer an API request, which has no panel."""
+    generation, error = generation_of(p), getattr(p, _ERROR, "")
+    answer = {infotext.NOTE: _not_applied([error])} if error else {} if generation is None else generation.answer()
+    if answer:  # a dictionary of its own: the other one is written into images
+        processed.extra_generation_params = {**p.extra_generation_params, **answer}
     if generation is not None and generation.recording is not None:
         generation.recording.image = compat.HOST.first_image(p, processed)
         STATUS.recording = generation.recording

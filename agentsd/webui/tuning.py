@@ -21,6 +21,8 @@ from . import compat
 
 log = logging.getLogger("agentsd.panel")
 
+NO_END = "this WebUI doesn't tell where a pass ends"
+
 
 def pass_of(p: Any, hires: bool) -> str:
     """Return the kind of the next pass: one of `tunings.PASSES`."""
@@ -115,7 +117,7 @@ class Recording:
         unet, _ = self._model
         try:
             if not compat.HOST.announces_passes:
-                self._obstacle = "this WebUI doesn't tell where a pass ends"
+                self._obstacle = NO_END
             elif unet is None:
                 self._obstacle = self._obstacle or "this model has no self-attention to patch"
             elif compat.HOST.replaced_blocks(unet):
@@ -167,6 +169,9 @@ class Recording:
 
 class Tunings:
     """The tunings of the current checkpoint, for the panel: see `agentsd.panel.tune.Tunings`."""
+
+    def __init__(self) -> None:
+        self.refusal = "" if compat.HOST.announces_passes else NO_END
 
     def results(self) -> str:
         checkpoint = compat.HOST.checkpoint()

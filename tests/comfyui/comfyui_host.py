@@ -160,10 +160,11 @@ class Graph:
         batch: int = 1,
         seed: int = 1,
         sampler: str = "euler",
+        weights: int = 1,
     ) -> None:
         self.nodes: Nodes = {}
         self.sampling = {"seed": seed, "steps": steps, "cfg": 5.0, "sampler_name": sampler}
-        self.model = self.add("tiny", "TinyModel", layout=layout)
+        self.model = self.add("tiny", "TinyModel", layout=layout, weights=weights)
         self.size, self.batch = size, batch
 
     def add(self, name: str, kind: str, **inputs: Any) -> list[Any]:

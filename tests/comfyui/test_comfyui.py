@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -153,37 +152,3 @@ class TestEnds:
     def test_nothing_of_ours_is_printed_as_an_error(self, comfyui):
         comfyui.run(Graph().agents().sampled().nodes)
         assert "an error of ours" not in comfyui.output()
-
-
-class TestTuned:
-    GIVEN: ClassVar = {"size": (512, 512), "steps": 3}
-
-    def graph(self, **inputs):
-        return Graph(**self.GIVEN).on_model("AgentAttentionTuned", tolerance=0.2, **inputs).sampled().reported()
-
-    def test_the_first_sampling_tunes_and_the_next_one_uses_it(self, comfyui, plain):
-        first = comfyui.run(self.graph().nodes)
-        assert np.array_equal(first.latent(), plain(**self.GIVEN))
-        assert first.text().startswith("tuned on this sampling, used from the next one on")
-        second = comfyui.run(self.graph().nodes)
-        assert second.text().startswith("sampling, 512×512")
-        plan = second.text().rsplit("plan: ", 1)[1]
-        assert np.array_equal(comfyui.run(self.graph(plan=plan).nodes).latent(), second.latent())
-        assert difference(second.latent(), plain(**self.GIVEN)) < 0.5
-        assert np.array_equal(comfyui.run(Graph(**self.GIVEN).sampled().nodes).latent(), plain(**self.GIVEN))
-
-    def test_a_damaged_plan_is_named(self, comfyui):
-        with pytest.raises(GraphError, match="tuning"):
-            comfyui.run(self.graph(plan="nonsense").nodes)
-
-    def test_interrupting_the_tuning_keeps_nothing(self, comfyui):
-        graph = Graph(size=(256, 256), steps=6).on_model("AgentAttentionTuned", tolerance=0.01).sampled()
-        prompt = comfyui.queue(graph.nodes)
-        end = time.monotonic() + 120
-        while "Agent Attention: sampling, 256×256: nothing to do" not in comfyui.output() and time.monotonic() < end:
-            time.sleep(0.05)
-        comfyui.post("/interrupt", {})
-        entry = comfyui.wait(prompt)
-        assert any("interrupted" in message[0] for message in entry["status"]["messages"])
-        # it begins anew, and not with what was found by then
-        assert comfyui.run(graph.reported().nodes).text().startswith("tuned on this sampling")

@@ -92,6 +92,7 @@ def test_bad_value(forge: Host, leaves_no_trace, plain: Result):
     bad = forge.txt2img([True, 7])
     assert bad.pixels == plain.pixels
     assert "Ratio" in bad.info["extra_generation_params"][infotext.NOTE]
+    assert infotext.KEY not in bad.infotext
 
 
 def test_a_bad_value_stops_nothing(forge: Host):

@@ -11,6 +11,7 @@ from agentsd.panel.controls import element_id
 from agentsd.panel.pace import changed
 from agentsd.settings import infotext
 from agentsd.settings.table import IMPLIED, SETTINGS
+from agentsd.tuning.fingerprint import ordered_sites, structure_of
 
 # Its hires fix resizes by this mode; without force it would only upscale
 HIRES = {
@@ -35,6 +36,9 @@ def leaves_no_trace(sdnext: Host, plain: Result):
     yield
     assert sdnext.txt2img().pixels == plain.pixels
     assert sdnext.state()["tree"] == before["tree"]
+
+
+NO_END = "this WebUI doesn't tell where a pass ends"
 
 
 def says_nothing(made: Result) -> bool:
@@ -116,6 +120,29 @@ def test_bad_value(sdnext: Host, leaves_no_trace, plain: Result):
     bad = sdnext.txt2img([True, 7])
     assert bad.pixels == plain.pixels
     assert "Ratio" in bad.info["extra_generation_params"][infotext.NOTE]
+    assert infotext.KEY not in bad.infotext
+
+
+def test_it_cannot_be_tuned_here_and_says_so(sdnext: Host, leaves_no_trace, plain: Result):
+    made = sdnext.txt2img([{"tune": 0.05}])
+    assert made.pixels == plain.pixels
+    assert f"not tuned, {NO_END}" in sdnext.status()["text"]
+    assert NO_END in made.info["extra_generation_params"][infotext.NOTE]
+    assert says_nothing(made)
+
+
+def test_what_was_tuned_elsewhere_is_used(sdnext: Host, leaves_no_trace, plain: Result):
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+    sites = ordered_sites(diffusers.UNet2DConditionModel.from_config(sdnext.models / "tiny-sd/unet/config.json"))
+    plan = f"first tuning 1 16x16 0.05 {structure_of(sites)} | method=pool sx=2 sy=2 | 0.0 {'a' * len(sites)}"
+    on = sdnext.txt2img([{"tuning": plan}])
+    assert "tuned to within 5 %" in sdnext.status()["text"]
+    assert on.pixels != plain.pixels
+    assert f"tuning={plan}" in on.infotext
+    # none are kept here
+    auto = sdnext.txt2img([{"tuning": "auto"}])
+    assert "so the other settings are used" in sdnext.status()["text"]
+    assert auto.pixels == sdnext.txt2img([{}]).pixels
 
 
 def test_axes_appear_once(sdnext: Host):
@@ -147,6 +174,9 @@ def test_panel(sdnext: Host):
         panel = Panel(page)
         assert not panel.get("enabled")
         panel.open()
+        panel.unfold("tuner")
+        assert f"Nothing can be tuned here: {NO_END}" in panel.text("tuned")
+        assert not page.locator(f"#{element_id('txt2img', 'tune_next')}").first.is_visible()
         panel.set("min_tokens", 0)
         panel.set("until", 1)
         size(page, 128, 128)

@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 @torch.no_grad()
-def make(layout: str, seed: int = 1234):
+def make(layout: str, seed: int):
     """A U-Net whose attention reaches the output: layers that training starts at zero are not zero here."""
     family, mult, depth, depth_output, middle, context, adm = LAYOUTS[layout]
     config = family(
@@ -68,17 +68,18 @@ def make(layout: str, seed: int = 1234):
 
 
 class TinyModel:
-    """A model and two conditionings; the same each time."""
+    """A model and two conditionings; the same each time for the same number of weights."""
 
     CATEGORY, FUNCTION = "testing", "load"
     RETURN_TYPES = ("MODEL", "CONDITIONING", "CONDITIONING")
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"layout": (list(LAYOUTS),)}}
+        weights = "INT", {"default": 1, "tooltip": "Which random ones."}
+        return {"required": {"layout": (list(LAYOUTS),)}, "optional": {"weights": weights}}
 
-    def load(self, layout):
-        model, (positive, negative) = make(layout)
+    def load(self, layout, weights=1):
+        model, (positive, negative) = make(layout, 1233 + weights)
         return model, positive, negative
 
 
