@@ -22,7 +22,7 @@ TINY = {"width": 64, "height": 64, "steps": 1}
 # With layers that are not left alone by default
 LARGER = {"width": 256, "height": 256, "steps": 2}
 TABLES = {"min_tokens": DEFAULTS["min_tokens"]}
-ON = [{}]
+ON = [{"method": "agent", "until": 0.6}]  # beside a pass that has no agents any more
 
 
 @pytest.fixture(scope="module")

@@ -108,13 +108,15 @@ def test_axes_appear_once(forge: Host):
 def test_sdxl(forge: Host):
     if not forge.has("tinysdxl"):
         pytest.skip(f"{forge.models} lacks tinysdxl")
+    body = {"width": 256, "height": 256, "steps": 2}  # its largest layers have a quarter of the tokens
     forge.call("/sdapi/v1/options", {"sd_model_checkpoint": "tinysdxl.safetensors"})
     try:
-        off, on = forge.txt2img(), forge.txt2img([{"until": 1}])
+        off, on = forge.txt2img(**body), forge.txt2img([{"until": 1}], **body)
         assert on.pixels != off.pixels
         tokens = {layer["tokens"] for layer in forge.status()["passes"][0]["layers"]}
-        assert tokens == {64}, "the largest layers are at level 2"
-        assert forge.txt2img().pixels == off.pixels
+        assert tokens == {256}, "the largest layers are at level 2"
+        assert infotext.KEY in on.infotext
+        assert forge.txt2img(**body).pixels == off.pixels
     finally:
         forge.call("/sdapi/v1/options", {"sd_model_checkpoint": "tinysd1.safetensors"})
 
