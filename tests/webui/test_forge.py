@@ -123,7 +123,8 @@ def test_sdxl(forge: Host):
 
 def test_panel(forge: Host):
     """Forge's own API fails on any infotext: it is read back in the page."""
-    changed = {"enabled": True, "ratio": 0.4, "use_rand": False, "agent_source": "similarity", "until": 0.9}
+    changed = {"enabled": True, "method": "agent", "ratio": 0.4, "use_rand": False, "until": 0.9}
+    changed["agent_source"] = "similarity"
     made = forge.txt2img([changed])
     with browser(forge.url) as page:
         panel = Panel(page)
@@ -139,7 +140,7 @@ def test_panel(forge: Host):
 
 
 def test_token_map(forge: Host, leaves_no_trace):
-    forge.txt2img(with_record({"agent_source": "similarity", "ratio": 0.4, "until": 1.0}))
+    forge.txt2img(with_record({"method": "agent", "agent_source": "similarity", "ratio": 0.4}))
     with browser(forge.url) as page:
         panel = Panel(page)
         panel.open()
