@@ -9,6 +9,7 @@ import pytest
 from comfyui_host import Graph, GraphError
 
 from agentsd.methods import METHODS
+from agentsd.settings.table import BY_NAME
 
 CHANGED = 1e-3
 # SDXL's largest layers have a quarter of the tokens
@@ -39,6 +40,14 @@ class TestOnAndOff:
         assert "in 5 layers; calls: 5" in outputs.text()
         assert "left to the host" not in outputs.text()
         assert difference(outputs.latent(), plain(**given)) > CHANGED
+
+    def test_a_graph_saved_before_there_were_landmarks_has_the_sample(self, comfyui):
+        def latent(**inputs):
+            return comfyui.run(Graph(steps=1).agents(method="corrected", **inputs).sampled().nodes).latent()
+
+        made = {choice: latent(landmarks=choice) for choice in BY_NAME["landmarks"].choices}
+        assert np.array_equal(latent(), made["sample"])
+        assert len({one.tobytes() for one in made.values()}) == len(made) > 2
 
     def test_the_same_seed_gives_the_same_latent(self, comfyui):
         nodes = Graph().agents(ratio=0.4, agent_source="similarity").sampled().nodes
