@@ -133,9 +133,8 @@ def before_model_call() -> None:
 
 def postprocess(p: Any, processed: Any) -> None:
     """Keep the image over which the token map is drawn; answer an API request, which has no panel."""
-    generation, error = generation_of(p), getattr(p, _ERROR, "")
-    answer = {infotext.NOTE: _not_applied([error])} if error else {} if generation is None else generation.answer()
-    if answer:  # a dictionary of its own: the other one is written into images
+    generation, answer = generation_of(p), _answer(p)
+    if answer:  # in a dictionary of its own: that of `p` is written into images
         processed.extra_generation_params = {**p.extra_generation_params, **answer}
     if generation is not None and generation.recording is not None:
         generation.recording.image = compat.HOST.first_image(p, processed)
@@ -152,6 +151,13 @@ def finish(p: Any) -> None:
         STATUS.fail(NOT_CHOSEN)
     else:
         STATUS.fail(NO_UNET if compat.HOST.current_unet() is None else NO_PASS)
+
+
+def _answer(p: Any) -> dict[str, str]:
+    error, generation = getattr(p, _ERROR, ""), generation_of(p)
+    if error:
+        return {infotext.NOTE: _not_applied([error])}
+    return {} if generation is None else generation.answer()
 
 
 def generation_of(p: Any) -> Generation | None:
