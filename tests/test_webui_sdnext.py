@@ -20,6 +20,7 @@ from tiny_pipelines import tiny_unet
 from agentsd import get_patch
 from agentsd.settings import infotext
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
+from agentsd.tuning.table import percent
 
 ON = {"until": 1.0, "min_tokens": 1}
 WIDTH = 32  # channels of the tiny U-Net's context
@@ -305,5 +306,5 @@ def test_what_was_tuned_elsewhere_is_used(host, unet):
     p = Processing()
     (made, _) = generate(host, {**ON, "tuning": plan}, p)
     assert not torch.equal(made, call(unet))
-    assert "tuned to within 5 %" in host.session.STATUS.text()
+    assert f"tuned to within {percent(0.05)}" in host.session.STATUS.text()
     assert infotext.read(p.extra_generation_params[infotext.KEY])["tuning"] == plan

@@ -9,6 +9,8 @@ import pytest
 from comfyui_host import Graph, GraphError
 from test_comfyui import CHANGED, difference
 
+from agentsd.tuning.table import percent
+
 TUNED = "tuned on this sampling, used from the next one on: "
 # Large enough that full attention takes most of the time, and a plan is found
 LARGE = {"size": (384, 384), "steps": 2}
@@ -31,7 +33,7 @@ class TestPlan:
     def test_the_first_sampling_is_made_without_us_and_tuned_on(self, plain, samplings):
         first, _ = samplings
         assert np.array_equal(first.latent(), plain(**LARGE))
-        assert first.text().startswith(f"{TUNED}tuned to 30 % at a latent of 48×48: deviation")
+        assert first.text().startswith(f"{TUNED}tuned to {percent(TOLERANCE)} at a latent of 48×48: deviation")
 
     def test_the_second_uses_the_plan(self, plain, samplings):
         _, second = samplings
@@ -104,7 +106,7 @@ class TestWhenItTunes:
         comfyui.post("/interrupt", {})
         entry = comfyui.wait(prompt)
         assert any("interrupted" in message[0] for message in entry["status"]["messages"])
-        assert TUNED + "tuned to 1 % at a latent of 32×32" not in comfyui.output()
+        assert f"{TUNED}tuned to {percent(0.01)} at a latent of 32×32" not in comfyui.output()
         assert np.array_equal(comfyui.run(Graph(**given).sampled().nodes).latent(), plain(**given))
         # it begins anew, and not with what was found by then
         again = comfyui.run(graph.nodes)

@@ -12,6 +12,7 @@ from agentsd.panel.pace import changed
 from agentsd.settings import infotext
 from agentsd.settings.table import IMPLIED, SETTINGS
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
+from agentsd.tuning.table import percent
 
 # Its hires fix resizes by this mode; without force it would only upscale
 HIRES = {
@@ -136,7 +137,7 @@ def test_what_was_tuned_elsewhere_is_used(sdnext: Host, leaves_no_trace, plain: 
     sites = ordered_sites(diffusers.UNet2DConditionModel.from_config(sdnext.models / "tiny-sd/unet/config.json"))
     plan = f"first tuning 1 16x16 0.05 {structure_of(sites)} | method=pool sx=2 sy=2 | 0.0 {'a' * len(sites)}"
     on = sdnext.txt2img([{"tuning": plan}])
-    assert "tuned to within 5 %" in sdnext.status()["text"]
+    assert f"tuned to within {percent(0.05)}" in sdnext.status()["text"]
     assert on.pixels != plain.pixels
     assert f"tuning={plan}" in on.infotext
     # none are kept here
