@@ -32,6 +32,7 @@ class Processing:
     def __init__(self):
         self.extra_generation_params = {"Other extension": "here"}
         self.is_hr_pass, self.iteration = False, 0
+        self.init_images = []  # of an image made from text, too
 
     def comment(self, text):
         raise AssertionError(text)

@@ -28,7 +28,8 @@ def pass_of(p: Any, hires: bool) -> str:
     """Return the kind of the next pass: one of `tunings.PASSES`."""
     if hires:
         return tunings.HIRES
-    return tunings.IMG2IMG if hasattr(p, "init_images") else tunings.FIRST
+    # SD.Next has an empty list where there are none
+    return tunings.IMG2IMG if getattr(p, "init_images", None) else tunings.FIRST
 
 
 def size_of(p: Any, hires: bool) -> tuple[int, int]:

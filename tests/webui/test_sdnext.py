@@ -133,8 +133,8 @@ def test_it_cannot_be_tuned_here_and_says_so(sdnext: Host, leaves_no_trace, plai
 
 
 def test_what_was_tuned_elsewhere_is_used(sdnext: Host, leaves_no_trace, plain: Result):
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
-    sites = ordered_sites(diffusers.UNet2DConditionModel.from_config(sdnext.models / "tiny-sd/unet/config.json"))
+    kind = pytest.importorskip("diffusers", reason="needs diffusers").UNet2DConditionModel
+    sites = ordered_sites(kind.from_config(kind.load_config(sdnext.models / "tiny-sd/unet")))
     plan = f"first tuning 1 16x16 0.05 {structure_of(sites)} | method=pool sx=2 sy=2 | 0.0 {'a' * len(sites)}"
     on = sdnext.txt2img([{"tuning": plan}])
     assert f"tuned to within {percent(0.05)}" in sdnext.status()["text"]
