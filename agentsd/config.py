@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import pairwise
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 from .methods import METHODS
 
@@ -300,6 +300,9 @@ class AgentConfig:
     landmarks: str = _choice("sample", LANDMARKS)
     stages: tuple[Stage, ...] = field(default=(), metadata={"kind": "stages"})
     rules: tuple[Rule, ...] = field(default=(), metadata={"kind": "rules"})
+
+    # (height, width) of the latent that the settings were tuned for; None if they were not: see `agentsd.Tuning`
+    tuned_for: ClassVar[tuple[int, int] | None] = None
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -141,7 +141,8 @@ class Patch:
 
         Returns:
             (name, plan) of each block; the plan is None where a stage or a rule means full attention, or the block's
-            level in the U-Net is unknown.
+            level in the U-Net is unknown. Where a tuning is used at another size than its own, `plan.note` says so, and
+            `plan.reason` where that is not sound.
         """
         progress = done if progress is None else progress
         plans = [plan_block(self.config, layer.site.place, (height, width), progress) for layer in self._layers]

@@ -16,6 +16,7 @@ What only the call itself shows (an attention that cannot be patched, a mask, a 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from .config import AUTO, AgentConfig, Block
 from .grid import cells, destinations
@@ -80,6 +81,9 @@ def plan_block(
 def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *, first: int = 1) -> LayerPlan:
     """Plan a block of `height` × `width` tokens under `config`, ignoring its stages and rules.
 
+    Settings of a tuning are kept at another size where that is sound: with as many tokens or more, in cells that are
+    not coarser.
+
     As in AgentSD, the number of merged tokens is capped at N − N_dst, and agents are used only if
     2 · n_agents < n_queries.
 
@@ -91,15 +95,30 @@ def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *,
         first: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
     """
     N, deepest = height * width, limit(config, first)
+    tuned = config.tuned_for and grid_of(config.tuned_for, downsample)
     if downsample > deepest:
         return untouched(N, f"layers at level {downsample} are further down than level {deepest}", "max_downsample")
+    if tuned and math.prod(tuned) > N:
+        return untouched(N, f"{N} tokens are fewer than the {math.prod(tuned)} that were tuned for")
     if config.min_tokens > N:
         return untouched(N, f"{N} tokens are fewer than the minimum of {config.min_tokens}", "min_tokens")
     n_dst = destinations(config.sx, config.sy, height, width)
     r = min(int(N * config.ratio), N - n_dst) if n_dst else 0
     if not config.merge_attn:
         return untouched(N, "self-attention is left out", "merge_attn", r=r)
-    return method_named(config.method).plan(config, height, width, r)
+    plan = method_named(config.method).plan(config, height, width, r)
+    if tuned in (None, (height, width)) or not plan.acts:
+        return plan
+    return _at_another_size(plan, plan_layer(config, *tuned, downsample, first=first))
+
+
+def _at_another_size(plan: LayerPlan, tuned: LayerPlan) -> LayerPlan:
+    """Say what becomes of settings that were tuned for another grid of tokens, where the plan was `tuned`."""
+    cell, tuned_cell = plan.cell or (1, 1), tuned.cell or (1, 1)
+    if not tuned.acts or math.prod(cell) > math.prod(tuned_cell):
+        height, width = cell
+        return untouched(plan.tokens, f"cells of {width}×{height} are coarser than those that were tuned")
+    return replace(plan, note=f"tuned for {tuned.tokens} tokens, the deviation was not measured for {plan.tokens}")
 
 
 def may_match(config: AgentConfig) -> bool:

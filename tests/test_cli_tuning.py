@@ -17,6 +17,9 @@ from drawing import SMALL, pixels
 
 import agentsd
 from agentsd.cli import chart, files, main, sheets
+from agentsd.cli.structure import bare_unet
+from agentsd.tuning.data import Level
+from agentsd.tuning.fingerprint import ordered_sites, structure_of
 from agentsd.tuning.replay import Compared
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -70,6 +73,23 @@ def test_compare_and_a_sweep_over_its_frontier(stand_in, plan, capsys):
 def test_another_size_is_told(stand_in, plan, capsys):
     main(["generate", "a rose", "--steps", "2", "--size", "32", "--tuning", "plan.json", "--out", "a.png"])
     assert "tuned for a latent of 16×16: this one is larger" in capsys.readouterr().out
+
+
+def test_info_says_what_becomes_of_it_at_another_size(capsys):
+    sites = ordered_sites(bare_unet("embedded")[0])
+    blocks = tuple(Level(site.name, site.downsample) for site in sites)
+    pool = {"method": "pool", "sx": 2, "sy": 2}
+    agentsd.Tuning(0.02, (64, 64), (pool,), (0.0,), ("a" * len(sites),), structure_of(sites), blocks=blocks).save(
+        "p.json"
+    )
+    said = {}
+    for size in ("48", "64", "96"):
+        assert main(["info", "--tuning", "p.json", "--layers", "--size", size]) == 0
+        said[size] = capsys.readouterr().out
+    assert "2304 tokens are fewer than the 4096 that were tuned for" in said["48"]
+    assert "tuned for" not in said["64"]
+    assert "pooled, cells of 2×2" in said["64"]
+    assert "pooled, cells of 2×2 (tuned for 4096 tokens, the deviation was not measured for 9216)" in said["96"]
 
 
 @pytest.mark.parametrize(

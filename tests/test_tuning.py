@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -196,18 +197,46 @@ class TestOtherModels:
 
 
 class TestSizes:
-    def test_a_larger_image_keeps_its_cells(self, unet, tuning):
+    """What becomes of a tuning at another size, and what `explain` says of it."""
+
+    @staticmethod
+    def explained(unet, tuning, height, width):
         with agentsd.patched(unet, tuning=tuning):
-            plans = dict(agentsd.get_patch(unet).explain(32, 32, 0.5))
-        assert any(plan is not None and plan.acts for plan in plans.values())
+            plans = dict(agentsd.get_patch(unet).explain(height, width, 0.5))
+        assert any(plans.values())
+        return {name: plan for name, plan in plans.items() if plan is not None}
+
+    def test_at_its_own_size_there_is_nothing_to_say(self, unet, tuning):
+        plans = self.explained(unet, tuning, 16, 16)
+        assert all(plan.acts and not plan.note for plan in plans.values())
+        assert tuning.advice(16, 16) == ""
+
+    def test_a_larger_image_keeps_its_cells(self, unet, tuning):
+        own, plans = self.explained(unet, tuning, 16, 16), self.explained(unet, tuning, 32, 32)
+        for name, plan in plans.items():
+            assert (plan.action, plan.cell) == (own[name].action, own[name].cell)
+            assert plan.note.startswith(f"tuned for {own[name].tokens} tokens")
+            assert str(plan.tokens) in plan.note
         assert "larger" in tuning.advice(32, 32)
 
+    def test_another_shape_is_told_too(self, unet, tuning):
+        assert all(plan.note for plan in self.explained(unet, tuning, 8, 32).values())
+        assert "another shape" in tuning.advice(8, 32)
+
     def test_a_smaller_one_gets_full_attention_and_the_reason(self, unet, tuning):
-        with agentsd.patched(unet, tuning=tuning):
-            plans = dict(agentsd.get_patch(unet).explain(8, 8, 0.5))
-        assert not any(plan is not None and plan.acts for plan in plans.values())
-        assert any(plan is not None and "fewer than the minimum" in plan.reason for plan in plans.values())
+        for plan in self.explained(unet, tuning, 8, 8).values():
+            assert not plan.acts
+            assert re.match(r"\d+ tokens are fewer than the \d+ that were tuned for", plan.reason)
+            assert not plan.remedy, "no setting of the user's would change it"
         assert "smaller" in tuning.advice(8, 8)
+
+    def test_cells_never_become_coarser(self, unet, every_gain_counts):
+        few = {"method": "corrected", "agent_ratio": 0.75, "max_agents": 64}
+        tuning = agentsd.tune(unet, CALLS, 0.9, methods=[few])
+        assert any(plan.acts for plan in self.explained(unet, tuning, 16, 16).values())
+        for plan in self.explained(unet, tuning, 32, 32).values():
+            assert plan.acts or "coarser" in plan.reason
+        assert not all(plan.acts for plan in self.explained(unet, tuning, 32, 32).values())
 
 
 @pytest.mark.parametrize(

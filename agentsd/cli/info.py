@@ -15,6 +15,7 @@ from ..patch import Patch
 from .commands import print_table
 from .options import config_of
 from .structure import bare_unet
+from .tuned import loaded
 
 GIGA = 1e9
 
@@ -24,7 +25,7 @@ def info(args: argparse.Namespace) -> None:
     bare, side, factor = bare_unet(args.model, args.download)
     unet = find_unet(bare)
     layout = layout_of(unet, args.model)
-    config = config_of(args.settings)
+    config = loaded(args.tuning, unet).config_for(unet) if args.tuning else config_of(args.settings)
     sizes = args.size or [(side * factor, side * factor)]
     if args.json:
         print(
@@ -69,7 +70,7 @@ def _what(plan: LayerPlan) -> str:
     if not plan.acts:
         return f"untouched: {plan.reason}"
     cells = f", cells of {plan.cell[1]}×{plan.cell[0]}" if plan.cell else ""
-    return method_of(plan.action).phrase + cells
+    return method_of(plan.action).phrase + cells + (f" ({plan.note})" if plan.note else "")
 
 
 def _print_layers(patch: Patch, config: AgentConfig, size: tuple[int, int], factor: int) -> None:
@@ -104,6 +105,7 @@ def _level_record(level: LevelEstimate) -> dict[str, Any]:
         "queries": plan.queries,
         "agents": plan.agents,
         "reason": plan.reason,
+        "note": plan.note,
         "flops": level.flops,
         "flops_left": level.flops_left,
     }

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--layers", action="store_true", help="list every layer by its name")
     sub.add_argument("--json", action="store_true", help="print it as JSON")
+    _tuning(sub)
     _download(sub)
     _settings(sub)
 
@@ -157,9 +158,13 @@ def _picture_options(sub: argparse.ArgumentParser, folder: bool = False) -> None
     _model_options(sub)
     where, what = ("FOLDER", "folder to write to") if folder else ("FILE", "PNG file to write")
     sub.add_argument("--out", metavar=where, help=f"{what} (default: a new one in outputs/)")
+    _tuning(sub)
+    _quiet(sub)
+
+
+def _tuning(sub: argparse.ArgumentParser) -> None:
     tuning = "use the tuning that `tune` wrote, instead of settings"
     sub.add_argument("--tuning", metavar="FILE", help=tuning)
-    _quiet(sub)
 
 
 def _model_options(sub: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
 from ..config import AgentConfig, SettingError
@@ -92,15 +93,15 @@ def _progress(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], Non
 # How other commands use a tuning
 
 
-def loaded(path: str, model: Model) -> Tuning:
-    """Load the tuning of a file for a model.
+def loaded(path: str, unet: nn.Module) -> Tuning:
+    """Load the tuning of a file for a U-Net.
 
     Raises:
         CommandError: there is no such file, it is damaged, or it is for another model.
     """
     try:
         tuning = Tuning.load(path)
-        tuning.config_for(model.unet)
+        tuning.config_for(unet)
     except OSError as error:
         raise CommandError(f"{path} cannot be read: {error.strerror}") from error
     except TuningError as error:
@@ -132,7 +133,7 @@ class Tuned(Plain):
 
     def __init__(self, args: argparse.Namespace, model: Model) -> None:
         super().__init__(args)
-        self.tuning, self.unet = loaded(args.tuning, model), model.unet
+        self.tuning, self.unet = loaded(args.tuning, model.unet), model.unet
         self.values = {**args.settings, TUNING: self.tuning.text}
 
     def config(self, values: Mapping[str, Any] | None = None) -> AgentConfig:

@@ -25,6 +25,13 @@ BASE: Mapping[str, Any] = {"ratio": 0.0, "max_downsample": 8, "agent_source": "g
 Candidate = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class TunedConfig(AgentConfig):
+    """Settings of a tuning. At another size than its own, the planner says what becomes of them."""
+
+    tuned_for: tuple[int, int] | None = field(default=None, metadata={"kind": "size"})
+
+
 class TuningError(ValueError):
     """A tuning is damaged, or was made for another model. The message says which."""
 
@@ -179,7 +186,7 @@ class Tuning:
         rules = self.rules_for(unet)
         if self.weights and weights_of(unet) not in ("", self.weights):
             raise TuningError("this tuning is for another model: same blocks, but other weights")
-        return replace(self.base, rules=rules)
+        return TunedConfig(**BASE, rules=rules, tuned_for=self.size)
 
     def _rules(self, blocks: Sequence[Level]) -> tuple[Rule, ...]:
         rules = [Rule(None)]
@@ -236,9 +243,14 @@ class Tuning:
         if (height, width) == self.size:
             return ""
         tuned = f"tuned for a latent of {self.size[1]}×{self.size[0]}"
-        if height * width < self.size[0] * self.size[1]:
+        here, there = height * width, self.size[0] * self.size[1]
+        if here < there:
             return f"{tuned}: this one is smaller, and gets full attention"
-        return f"{tuned}: this one is larger; cells stay as they are, and the deviation was not measured here"
+        other = "larger" if here > there else "of another shape"
+        return (
+            f"{tuned}: this one is {other}; cells stay as they are, where they would be coarser full attention does, "
+            "and the deviation was not measured here"
+        )
 
     # Text and files
 
