@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import AgentConfig, SettingError
+from .devices import timed
 from .hosts import Site, UnsupportedModelError, find_sites, find_unet
 from .hosts.base import weight_of
 from .hosts.single import SingleAttention
@@ -166,26 +168,17 @@ def _time_both(
     layer = SingleAttention(site)
     unpatched, patched = [], []
     for round_ in range(1 + _ROUNDS):
-        unpatched.append(_seconds(lambda: layer(image, 500.0), image.device))
+        unpatched.append(timed(partial(layer, image, 500.0), image.device)[1])
         tick()
         patch = patch_unet(layer, config)
         try:
-            patched.append(_seconds(lambda: layer(image, 500.0), image.device))
+            patched.append(timed(partial(layer, image, 500.0), image.device)[1])
         finally:
             patch.remove()
         tick()
         if round_ and time.perf_counter() > end:
             break
     return median(unpatched[1:]), median(patched[1:])  # the first is a warm-up
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def _threshold(timings: list[Timing]) -> int:

@@ -333,6 +333,12 @@ def test_the_table_and_the_chart_show_what_was_found():
     assert "Nothing is tuned" in chart.html([])
 
 
+def test_the_table_shows_peak_memory_where_it_is_known():
+    assert chart.HEAD.index("Peak memory") == chart.row(KEPT_HERE).index("–")
+    tuning = replace(KEPT_HERE.tuning, peak_full=3100 * 2**20, peak=2900 * 2**20)
+    assert "<td>3100 → 2900\u00a0MiB</td>" in chart.table([replace(KEPT_HERE, tuning=tuning)])
+
+
 def test_names_are_escaped():
     shown = chart.html([replace(KEPT_HERE, checkpoint="<b>&", presets=(PresetPoint("<i>", 0.0, 1.0),))])
     assert "<b>" not in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -154,6 +155,22 @@ class TestTheModelIsLeftAlone:
         monkeypatch.setattr(method_named("pool"), "attend", fail)
         tuning = agentsd.tune(unet, CALLS, 0.9, methods=TRY)
         assert set("".join(tuning.choices)) <= {"a", "."}
+
+
+class TestPeakMemory:
+    def test_a_cpu_does_not_tell(self, tuning):
+        assert (tuning.peak_full, tuning.peak) == (None, None)
+        assert "memory" not in str(tuning)
+
+    def test_it_is_that_of_the_calls_that_are_timed(self, unet, every_gain_counts, monkeypatch):
+        held = itertools.cycle([300 * 2**20, 200 * 2**20])  # without and with, in turn
+        monkeypatch.setattr(torch.cpu, "reset_peak_memory_stats", lambda device: None, raising=False)
+        monkeypatch.setattr(torch.cpu, "max_memory_allocated", lambda device: next(held), raising=False)
+        tuning = agentsd.tune(unet, CALLS, 0.3, methods=TRY)
+        assert (tuning.peak_full, tuning.peak) == (300 * 2**20, 200 * 2**20)
+        assert "peak memory 300 → 200\u00a0MiB" in str(tuning)
+        assert agentsd.Tuning.from_dict(tuning.to_dict()) == tuning
+        assert tuning.at(0.005).peak is None, "that plan was not run"
 
 
 class TestProgress:

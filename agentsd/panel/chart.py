@@ -12,12 +12,12 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from ..settings import tunings
-from ..tuning.table import percent
+from ..tuning.table import mebibytes, percent
 
 if TYPE_CHECKING:
     from .tuned import Kept
 
-HEAD = ("Pass", "Size", "Without", "With", "Speed-up", "Asked", "Reached")
+HEAD = ("Pass", "Size", "Without", "With", "Speed-up", "Peak memory", "Asked", "Reached")
 NAMES = {tunings.FIRST: "First pass", tunings.HIRES: "Hires pass", tunings.IMG2IMG: "img2img"}
 _WIDTH, _HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 14, 40
@@ -52,7 +52,8 @@ def row(kept: Kept) -> list[str]:
     times = [_milliseconds(seconds) for seconds in (tuning.seconds_full, tuning.seconds)]
     speed = f"{tuning.speed_up:.2f}×" if tuning.speed_up else "–"
     reached = "–" if tuning.measured is None else percent(tuning.measured)
-    return [NAMES[kept.of], size_of(kept), *times, speed, percent(tuning.tolerance), reached]
+    memory = mebibytes(tuning.peak_full, tuning.peak) or "–"
+    return [NAMES[kept.of], size_of(kept), *times, speed, memory, percent(tuning.tolerance), reached]
 
 
 def _milliseconds(seconds: float | None) -> str:

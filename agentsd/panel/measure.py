@@ -9,21 +9,21 @@ import json
 import logging
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from ..calibration import calibrate
 from ..config import AgentConfig
 from ..costs import estimate
+from ..devices import peak_memory, timed
 from ..hosts import example_call, output_tensor
 from ..patch import patch_unet
+from ..tuning.table import mebibytes
 from .host import Busy
 from .preview import SamplingPass, layout_of_unet, milliseconds
 
@@ -32,7 +32,6 @@ log = logging.getLogger("agentsd.panel")
 ROUNDS = 3  # pairs of forward passes, without and with the patch, after a warm-up pair
 ROWS = 2  # cond and uncond
 CALIBRATION_SECONDS = 3.0
-MEBIBYTE = 2**20
 HEAD = ("Size", "Without", "With", "Speed-up", "Peak memory")
 
 
@@ -75,9 +74,7 @@ class Outcome:
 
     def row(self) -> list[str]:
         """Format the outcome as a table row under `HEAD`."""
-        peak = "–"
-        if self.peak_before is not None and self.peak_after is not None:
-            peak = f"{self.peak_before / MEBIBYTE:.0f} → {self.peak_after / MEBIBYTE:.0f} MiB"
+        peak = mebibytes(self.peak_before, self.peak_after) or "–"
         speed = f"{self.before / self.after:.2f}×"
         times = f"{self.before:.0f}\u00a0ms", f"{self.after:.0f}\u00a0ms"
         return [str(self.sampling), *times, speed, peak]
@@ -133,7 +130,7 @@ def measure(unet: nn.Module, task: Task, tick: Callable[[], None], kv_context: A
         for patched in (False, True):
             patch = patch_unet(unet, task.config, kv_context) if patched else None
             try:
-                seconds, peaks[patched] = _timed(run, device)
+                (_, seconds), peaks[patched] = peak_memory(lambda: timed(run, device), device)
             finally:
                 if patch is not None:
                     patch.remove()
@@ -142,20 +139,6 @@ def measure(unet: nn.Module, task: Task, tick: Callable[[], None], kv_context: A
             tick()
     before, after = (1000 * statistics.median(times[patched]) for patched in (False, True))
     return Outcome(task.sampling, before, after, peaks[False], peaks[True])
-
-
-def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, int | None]:
-    """Time one call on `device`: (seconds, peak bytes or None)."""
-    module = getattr(torch, device.type, None)
-    wait = getattr(module, "synchronize", lambda: None)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    wait()
-    begin = time.perf_counter()
-    call()
-    wait()
-    seconds = time.perf_counter() - begin
-    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 @dataclass

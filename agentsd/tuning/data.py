@@ -108,6 +108,8 @@ class Tuning:
         seconds: seconds of a U-Net call with this tuning.
         frontier: plans for several tolerances, from the closest to the fastest; see `at`.
         versions: versions of the libraries, the device and the dtype that it was made with.
+        peak_full: most bytes on the device during a U-Net call with full attention; None if the device does not tell.
+        peak: most bytes during one with this tuning.
     """
 
     tolerance: float
@@ -123,6 +125,8 @@ class Tuning:
     seconds: float | None = None
     frontier: tuple[Point, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    peak_full: int | None = None
+    peak: int | None = None
 
     @property
     def predicted(self) -> float | None:
@@ -228,7 +232,9 @@ class Tuning:
         points = [point for point in self.frontier if point.predicted <= tolerance]
         if not points:
             full = tuple(FULL_LETTER * len(part) for part in self.choices)
-            return replace(self, tolerance=tolerance, choices=full, moments=(), seconds=self.seconds_full)
+            return replace(
+                self, tolerance=tolerance, choices=full, moments=(), seconds=self.seconds_full, peak=self.peak_full
+            )
         best = min(points, key=lambda point: point.seconds)
         return replace(
             self,
@@ -236,6 +242,7 @@ class Tuning:
             choices=best.choices,
             moments=tuple(Moment(*moment) for moment in best.moments),
             seconds=best.seconds,
+            peak=None,
         )
 
     def advice(self, height: int, width: int) -> str:

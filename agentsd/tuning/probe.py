@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AgentConfig
+from ..devices import timed
 from ..eager import not_compiled
 from ..hosts import Call, Site, read_tokens
 from ..layer import Image, KVContext, Layer
@@ -138,20 +138,6 @@ class _ProbedLayer(Layer):
 def norm(x: Tensor) -> float:
     """‖x‖; waits for the device."""
     return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32))
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """Return what `run` returns, and its seconds until the device is done."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    synchronize(device)
-    return result, time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AgentConfig, SettingError
+from ..devices import timed
 from ..hosts import find_unet, output_tensor, read_size, weight_of
 from ..layer import KVContext
 from ..patch import Patch
 from .data import TuningCancelled
-from .probe import installed, norm, timed, unpatched
+from .probe import installed, norm, unpatched
 from .record import RecordedCall, copied, progress_of
 
 Progress = Callable[[int, int, str], Any]

@@ -33,7 +33,8 @@ def headline(tuning: Tuning) -> str:
     text = f"{asked}: deviation {percent(reached)} ({how})"
     if tuning.speed_up:
         text += f", {tuning.seconds_full:.3g} → {tuning.seconds:.3g} s a U-Net call, {tuning.speed_up:.2f}×"
-    return text
+    memory = mebibytes(tuning.peak_full, tuning.peak)
+    return f"{text}, peak memory {memory}" if memory else text
 
 
 def part_rows(tuning: Tuning) -> list[list[str]]:
@@ -78,6 +79,11 @@ def percent(share: float) -> str:
     """Format a share as a percentage of two digits or more, such as "1.4%"."""
     value = 100 * share
     return f"{value:.0f}%" if value >= 9.95 or value == int(value) else f"{value:.2g}%"
+
+
+def mebibytes(full: int | None, ours: int | None) -> str:
+    """Format peak memory without and with us, in bytes, such as "3100 → 2900 MiB"; empty if it is unknown."""
+    return "" if full is None or ours is None else f"{full / 2**20:.0f} → {ours / 2**20:.0f}\u00a0MiB"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

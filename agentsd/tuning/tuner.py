@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..config import AgentConfig, Rule, SettingError
+from ..devices import peak_memory
 from ..hosts import Site, find_unet, weight_of
 from ..layer import KVContext
 from ..methods import METHODS, method_named, selectable
@@ -325,7 +326,7 @@ class Tuner:
             for part, (chosen, measured) in zip(parts, plans, strict=True)
         )
         chosen = [plan for plan, _ in plans]
-        without, seconds = self.time(parts, chosen)
+        (without, peak_full), (seconds, peak) = self.time(parts, chosen)
         weight = weight_of(self.unet)
         return Tuning(
             tolerance,
@@ -346,6 +347,8 @@ class Tuner:
                 "device": _device_name(weight.device),
                 "dtype": str(weight.dtype).removeprefix("torch."),
             },
+            peak_full,
+            peak,
         )
 
     def edges(self, parts: list[_Part]) -> tuple[tuple[float, ...], bool, bool]:
@@ -374,19 +377,24 @@ class Tuner:
         numbers = [by_name.get(site.name, FULL) for site in self.sites]
         return "".join(FULL_LETTER if k == FULL else LETTERS[k - 1] for k in numbers)
 
-    def time(self, parts: list[_Part], plans: list[list[Option]]) -> tuple[float, float]:
-        """Time whole U-Net calls without and with the plan, in turn."""
+    def time(self, parts: list[_Part], plans: list[list[Option]]) -> list[tuple[float, int | None]]:
+        """Make whole U-Net calls without and with the plan, in turn: the mean seconds and the peak memory of each."""
         wanted = {len(parts) * (2 * i + 1) // (2 * _TIMED) for i in range(_TIMED)}
-        without, seconds = [], []
+        seconds: list[list[float]] = [[], []]
+        peaks: list[list[int]] = [[], []]
         for i in sorted(wanted):
-            number, config = parts[i].calls[0], self.config(self.rules(plans[i]))
-            rounds = [
-                [called_under(self.replay, number, c, "Timing the plan", self.kv_context)[1] for c in (None, config)]
-                for _ in range(_TIMINGS)
-            ]
-            for times, measured in zip((without, seconds), zip(*rounds, strict=True), strict=True):
-                times.append(min(measured))  # what else the machine does only adds to it
-        return fmean(without), fmean(seconds)
+            number, configs = parts[i].calls[0], (None, self.config(self.rules(plans[i])))
+            rounds = [[self._timed(number, config) for config in configs] for _ in range(_TIMINGS)]
+            for which, measured in enumerate(zip(*rounds, strict=True)):
+                seconds[which].append(min(taken for taken, _ in measured))  # what else the machine does only adds to it
+                peaks[which] += [peak for _, peak in measured if peak is not None]
+        return [(fmean(each), max(held, default=None)) for each, held in zip(seconds, peaks, strict=True)]
+
+    def _timed(self, number: int, config: AgentConfig | None) -> tuple[float, int | None]:
+        def call() -> float:
+            return called_under(self.replay, number, config, "Timing the plan", self.kv_context)[1]
+
+        return peak_memory(call, self.replay.device)
 
     def frontier(
         self, parts: list[_Part], tolerance: float, chosen: list[list[Option]], without: float, seconds: float

@@ -1,0 +1,34 @@
+"""Seconds and memory of work on a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """Return what `run` returns, and its seconds until the device is done."""
+    _wait(device)
+    start = time.perf_counter()
+    result = run()
+    _wait(device)
+    return result, time.perf_counter() - start
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """Return what `run` returns, and the most bytes of tensors that the device held meanwhile, the weights included.
+
+    None where the device does not tell, as a CPU.
+    """
+    module = getattr(torch, device.type, None)
+    if not hasattr(module, "max_memory_allocated"):
+        return run(), None
+    module.reset_peak_memory_stats(device)
+    return run(), module.max_memory_allocated(device)
+
+
+def _wait(device: torch.device) -> None:
+    getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
