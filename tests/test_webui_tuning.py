@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from blocks import as_model, golden_unet, inputs, run
-from fake_webui import Processing, fake_host, fake_unet, generate, state  # noqa: F401 (fixtures)
+from fake_webui import ON, Processing, fake_host, fake_unet, generate, state  # noqa: F401 (fixtures)
 
 from agentsd import TuningCancelled
 from agentsd.methods import method_named
@@ -128,6 +128,27 @@ def test_of_a_batch_the_first_image_is_tuned_on(host, plan):
     kept = dict(host.cache[SECTION])
     make(host, {"tune": 0.2}, Processing(iteration=1))
     assert host.cache[SECTION] == kept
+
+
+@pytest.mark.parametrize("ends", ["tuned", "cancelled"])
+def test_a_plot_is_tuned_on_once_with_its_first_image(host, monkeypatch, ends):
+    """An X/Y/Z plot, or another script, makes several images of one request; the order is given with each."""
+    if ends == "cancelled":
+        monkeypatch.setattr(host.session.compat.HOST, "was_stopped", lambda: True)
+    plain, _, _ = make(host, None)
+    host.progress.current_task = "task(plot)"
+    cells = [make(host, {"tune": 0.3, **ON}) for _ in range(3)]
+    assert torch.equal(cells[0][0], plain)
+    assert "tune on it" in cells[0][1][infotext.NOTE]
+    for made, entries, _ in cells[1:]:
+        assert not torch.equal(made, plain)
+        assert infotext.TUNED not in entries
+        assert infotext.KEY in entries
+    status = host.session.STATUS.as_dict()
+    assert status["preset"] == ("Tuned" if ends == "tuned" else "")
+    assert ("not tuned" if ends == "cancelled" else "tuned to within 30%") in status["text"]
+    host.progress.current_task = "task(next)"
+    assert torch.equal(make(host, {"tune": 0.3, **ON})[0], plain)
 
 
 @pytest.mark.parametrize("elsewhere", ["another size", "another checkpoint", "other weights under the same name"])

@@ -139,8 +139,8 @@ class Status:
         at: when it began or its last pass ended, in seconds since the epoch.
         enabled: whether the extension was on and its settings were valid.
         error: why the settings were invalid; empty if they were not.
-        passes: reports of its sampling passes.
-        tuned: whether it has made a tuning.
+        passes: reports of its sampling passes; before them, those that earlier images of the request were tuned on.
+        tuned: whether a tuning was made.
         recording: the recording for its token map; None if none was requested.
     """
 
@@ -164,11 +164,18 @@ class Status:
             self._earlier[self.task] = self.as_dict()
             while len(self._earlier) > _KEPT:
                 self._earlier.popitem(last=False)
+        tuned, passes = self.tuned, [report for report in self.passes if report.tuned and task and task == self.task]
         self.clear(task)
+        self.passes, self.tuned = passes, tuned and bool(passes)
         self.run += 1
         self.enabled = enabled
         if error:
             self.fail(error)
+
+    @property
+    def order_done(self) -> bool:
+        """Whether an earlier image of the request was tuned on, or was to be."""
+        return any(report.tuned for report in self.passes)
 
     def fail(self, error: str) -> None:
         """State why nothing of this generation was patched."""

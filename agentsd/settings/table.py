@@ -61,6 +61,7 @@ class Row:
         read: turns what the API may send into a text or choice in canonical form.
         local: whether it concerns one generation or one user only: neither infotext nor presets hold it.
         implies: settings that its X/Y/Z axis sets as well.
+        axis: whether the X/Y/Z plot has an axis for it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Row:
     read: Callable[[Any], Any] | None = None
     local: bool = False
     implies: Mapping[str, Any] = field(default_factory=dict)
+    axis: bool = True
 
     @property
     def help(self) -> str:
@@ -398,6 +400,7 @@ SETTINGS: tuple[Row, ...] = (
         "slider",
         step=0.001,
         local=True,
+        axis=False,
     ),
     _limited(
         "landmarks",

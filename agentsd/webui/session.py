@@ -111,6 +111,8 @@ def process(p: Any, args: Sequence[Any]) -> None:
         p.comment(f"Agent Attention was not applied: {message}")
         return
     STATUS.begin(values["enabled"], task=compat.HOST.task())
+    if STATUS.order_done:
+        values = {**values, "tune": 0.0}  # a plot or another script makes many images from one order
     if values["enabled"]:
         generation = Generation(values, STATUS.run, tokenmap.Recording() if table.wants_record(args) else None)
         STATUS.recording = generation.recording

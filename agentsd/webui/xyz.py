@@ -13,10 +13,10 @@ XYZ = "_agent_attention_xyz"
 
 
 def register(grids: Iterable[Any]) -> None:
-    """Add an axis for every setting to each plot module, unless it has one."""
+    """Add an axis for every setting that may have one to each plot module, unless it is there."""
     for grid in grids:
         labels = {option.label for option in grid.axis_options}
-        grid.axis_options.extend(axis(grid, row) for row in SETTINGS if _label(row) not in labels)
+        grid.axis_options.extend(axis(grid, row) for row in SETTINGS if row.axis and _label(row) not in labels)
 
 
 def axis(grid: Any, row: Row) -> Any:

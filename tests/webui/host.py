@@ -271,6 +271,14 @@ class Host:
     def img2img(self, image: Image.Image, agents: list[Any] | None = None, **body: Any) -> Result:
         return self._generate("img2img", agents, {"init_images": [image_to_base64(image)], **body})
 
+    def plot(self, x: tuple[str, str], y: tuple[str, str] = ("Nothing", ""), **body: Any) -> Result:
+        """Make an X/Y/Z plot over axes, each given by its label and its values as text."""
+        labels = self.call(PROBE + "/axes")
+        types = [[labels.index(label), values, []] for label, values in (x, y, ("Nothing", ""))]
+        arguments = [part for axis in types for part in axis]
+        arguments += [False, True, False, False, False, False, False, 0, True]
+        return self.txt2img(script_name="x/y/z plot", script_args=arguments, **body)
+
     def _generate(self, what: str, agents: list[Any] | None, body: dict[str, Any]) -> Result:
         body = {**DEFAULTS, **body}
         if self.kind == "forge" and body.get("enable_hr"):

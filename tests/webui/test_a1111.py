@@ -385,22 +385,14 @@ def test_other_entries_of_the_infotext_stay(a1111: Host):
 # X/Y/Z plot
 
 
-def xyz(host: Host, x: tuple[str, str], y: tuple[str, str], **body) -> Result:
-    labels = host.call("/agent-attention-probe/axes")
-    types = [[labels.index(label), values, []] for label, values in (x, y, ("Nothing", ""))]
-    arguments = [part for axis in types for part in axis]
-    arguments += [False, True, False, False, False, False, False, 0, True]
-    return host.txt2img(script_name="x/y/z plot", script_args=arguments, **body)
-
-
 def test_axes_appear_once(a1111: Host):
     labels = [x for x in a1111.call("/agent-attention-probe/axes") if x.startswith("[Agent Attention]")]
-    assert len(labels) == len(set(labels)) == len(SETTINGS)
+    assert len(labels) == len(set(labels)) == sum(row.axis for row in SETTINGS)
 
 
 def test_2_by_2_plot_has_four_right_cells(a1111: Host, leaves_no_trace):
-    plot = xyz(
-        a1111, ("[Agent Attention] Ratio", "0, 0.4"), ("[Agent Attention] Agent source", "grid, similarity"), **LARGER
+    plot = a1111.plot(
+        ("[Agent Attention] Ratio", "0, 0.4"), ("[Agent Attention] Agent source", "grid, similarity"), **LARGER
     )
     cells = list(zip(plot.pixels[1:], plot.info["infotexts"][1:], strict=True))
     wanted = [{"ratio": r, "agent_source": s} for s in ("grid", "similarity") for r in (0.0, 0.4)]
@@ -413,7 +405,7 @@ def test_2_by_2_plot_has_four_right_cells(a1111: Host, leaves_no_trace):
 
 
 def test_a_cell_that_is_off_among_cells_that_are_on(a1111: Host):
-    plot = xyz(a1111, ("[Agent Attention] Enabled", "True, False, True"), ("Nothing", ""), **LARGER)
+    plot = a1111.plot(("[Agent Attention] Enabled", "True, False, True"), **LARGER)
     texts = plot.info["infotexts"][1:]
     assert [infotext.KEY in text for text in texts] == [True, False, True]
     assert plot.pixels[2] == a1111.txt2img(**LARGER).pixels[0]
@@ -423,7 +415,7 @@ def test_a_cell_that_is_off_among_cells_that_are_on(a1111: Host):
 def test_every_axis(a1111: Host):
     """Each axis sets its own setting, whatever its type; all at 64², one step."""
     for name, value in CHANGED.items():
-        plot = xyz(a1111, (f"[Agent Attention] {BY_NAME[name].label}", str(value)), ("Nothing", ""), **TINY)
+        plot = a1111.plot((f"[Agent Attention] {BY_NAME[name].label}", str(value)), **TINY)
         assert infotext.read(plot.infotext.split(f"{infotext.KEY}: ")[1].split(",")[0])[name] == value
 
 

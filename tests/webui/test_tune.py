@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from host import Host
+from host import PROBE, Host
 from page import SECONDS, Panel, browser, generate, paste, pixels, size
 
 from agentsd.panel.controls import element_id
@@ -47,6 +47,42 @@ def test_both_passes_are_tuned(a1111: Host):
     plans = made.info["extra_generation_params"][infotext.TUNED].split(" & ")
     assert [plan.split()[0] for plan in plans] == ["first", "hires"]
     assert f"{SIDE * 3 // 16}x{SIDE * 3 // 16}" in plans[1]
+
+
+ADDED = {"LoRA": "a cat <lora:tinylora:1>", "hypernetwork": "a cat <hypernet:tinyhn:1>"}
+
+
+@pytest.mark.parametrize("what", ADDED)
+def test_what_is_loaded_is_tuned_with(a1111: Host, tuned, what: str):
+    """Its effect on attention is part of what is compared: without it, nothing would be close."""
+    prompt = {"prompt": ADDED[what]}
+    plain = a1111.txt2img(**SMALL, **prompt)
+    assert plain.pixels != a1111.txt2img(**SMALL).pixels
+    made = a1111.txt2img([{"tune": 0.05}], **SMALL, **prompt)
+    assert made.pixels == plain.pixels
+    plan = made.info["extra_generation_params"][infotext.TUNED]
+    assert plan.startswith(PLAN)
+    kept = a1111.call(PROBE + "/tunings")[0]
+    assert all(moment["measured"] <= 0.05 for moment in kept["tuning"]["moments"])
+    assert {preset["name"] for preset in kept["presets"]} >= {"Fast", "Faithful"}
+    assert all(preset["deviation"] < 0.5 for preset in kept["presets"])
+    used = a1111.txt2img([{"tuning": plan}], **SMALL, **prompt)
+    assert "tuned to within 5%" in a1111.status()["text"]
+    assert a1111.status()["notes"] == []
+    assert used.pixels == a1111.txt2img([{"tuning": "auto", "how_close": 0.05}], **SMALL, **prompt).pixels
+    assert a1111.state()["hooks"] == 0
+
+
+def test_a_plot_is_tuned_on_once_with_its_first_cell(a1111: Host):
+    plot = a1111.plot(("Seed", "1, 2, 3"), agents=[{"tune": 0.05, "until": 1}], **SMALL)
+    texts = plot.info["infotexts"][1:]
+    assert [infotext.KEY + ": " in text for text in texts] == [False, True, True]
+    assert "made to tune on it" in texts[0]
+    assert plot.pixels[1] == a1111.txt2img(**SMALL).pixels[0]
+    assert plot.pixels[2] == a1111.txt2img([{"until": 1}], **SMALL, seed=2).pixels[0]
+    assert a1111.status()["preset"] == TUNED
+    made = a1111.txt2img([{"tune": 0.05}], **SMALL)
+    assert infotext.TUNED in made.info["extra_generation_params"], "the next request gives an order of its own"
 
 
 @pytest.mark.parametrize(

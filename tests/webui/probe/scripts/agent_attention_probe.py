@@ -157,6 +157,12 @@ def on_app_started(demo, app):
             "on_device": on_device(),
         }
 
+    @app.get(PREFIX + "/tunings")
+    def tunings():
+        from agentsd.webui.compat import HOST
+
+        return [kept.to_dict() for kept in HOST.tunings.of_checkpoint(HOST.checkpoint())]
+
     @app.post(PREFIX + "/options")
     def options(body: dict = Body({})):  # noqa: B008
         return {name: getattr(shared.opts, name) for name in body["names"]}  # SD.Next's API lists only those changed
