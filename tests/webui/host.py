@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -52,6 +51,7 @@ OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
+    "PIP_NO_INDEX": "1",
     "OMP_WAIT_POLICY": "passive",
     "CUDA_VISIBLE_DEVICES": "",
     "IGNORE_CMD_ARGS_ERRORS": "1",
@@ -194,9 +194,7 @@ class Host:
                 path.write_bytes(content)
 
     def start(self, timeout: float = 900) -> None:
-        python = next(
-            filter(Path.exists, (self.root / "venv/bin/python", self.root / ".venv/bin/python")), sys.executable
-        )
+        python = self._python()
         flags = [*FLAGS[self.kind], *self.flags, "--port", str(self.port)]
         if self.kind != "sdnext":
             flags += ["--ckpt", str(self.models / f"{self.checkpoint}.safetensors")]
@@ -214,6 +212,14 @@ class Host:
         self.wait(timeout)
         if self.kind != "sdnext":
             self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": f"{self.checkpoint}.safetensors"})
+
+    def _python(self) -> Path:
+        """Its own Python: with any other, its launcher would install the WebUI's requirements there."""
+        for folder in ("venv", ".venv"):
+            python = self.root / folder / "bin/python"
+            if python.exists():
+                return python
+        raise RuntimeError(f"{self.root} has no environment of its own, venv or .venv: start it once by itself")
 
     def _pins(self) -> dict[str, str]:
         """What keeps reForge from fetching another commit of a repository than the one it has."""
