@@ -105,6 +105,11 @@ def test_a_run_says_how_close_it_was(host):
     assert 0 < told["closeness"]["mean"] <= told["closeness"]["worst"]
     make(host, {"until": 1.0, "min_tokens": 9999})
     assert "attention within" not in host.session.STATUS.text()
+    host.shared.opts.agent_attention_closeness = False
+    make(host, {"until": 1.0, "min_tokens": 0})
+    (told,) = host.session.STATUS.as_dict()["passes"]
+    assert told["closeness"] is None
+    assert "attention within" not in host.session.STATUS.text()
 
 
 def test_how_close_chooses_among_the_plans_found(host, plan):

@@ -341,7 +341,7 @@ class Pass:
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
         patch = patch_unet(unet, config, compat.HOST.kv_context())
         patch.observer = self.observer
-        patch.observe_closeness = True
+        patch.observe_closeness = compat.HOST.observes_closeness()
         self._models.add(id(unet))
         self.report.models = len(self._models)
         return patch

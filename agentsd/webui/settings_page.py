@@ -1,6 +1,6 @@
 """Our section of the host's settings page, and the log level that it sets.
 
-Imports gradio, but no WebUI: the host's options are passed in.
+Imports no WebUI: the host's options are passed in.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import gradio as gr
-
 from ..settings.presets import PRESETS
 
 CATEGORY = "agent_attention"
 SECTION = ("agent_attention", "Agent Attention")
 PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_level", "agent_attention_status_line"
+CLOSENESS = "agent_attention_closeness"
 AS_SAVED = "as saved"
 LEVELS = ("warning", "info", "debug")
 _HANDLER = "agent attention"
@@ -38,6 +37,8 @@ def register(
         text: makes a paragraph between options: `modules.shared.OptionHTML`.
         category: registers a category by its id and label; None if the host has none.
     """
+    import gradio as gr
+
     if category is not None:
         category(CATEGORY, SECTION[1])
     choices = {"choices": [AS_SAVED, *PRESETS]}
@@ -50,6 +51,9 @@ def register(
             "info: a line for each patched pass; debug: also the library's messages; warning: neither"
         ),
         STATUS_LINE: option(True, "Agent Attention: show the last run in the panel").info("also shown in the console"),
+        CLOSENESS: option(True, "Agent Attention: say how close attention was to full attention").info(
+            "compares 32 tokens of every patched layer in one of five U-Net calls; no pixel depends on it"
+        ),
     }
     for name, row in rows.items():
         row.section, row.category_id = SECTION, CATEGORY
