@@ -34,7 +34,13 @@ def apply(page) -> None:
 def test_each_option_is_explained_and_does_what_it_says(a1111: Host, page):
     open_section(page, "Agent Attention")
     text = page.locator(SECTION).inner_text()
-    for what in ("Settings → Defaults", "preset when the page loads", "messages in the console", "show the last run"):
+    for what in (
+        "Settings → Defaults",
+        "preset when the page loads",
+        "messages in the console",
+        "show the last run",
+        "how close attention was",
+    ):
         assert what in text
     page.locator("#setting_agent_attention_preset input").click()
     page.locator("#setting_agent_attention_preset li").filter(has_text="Faithful").click()
