@@ -21,10 +21,9 @@ from torch import nn
 from tqdm import tqdm
 
 import agentsd
-from agentsd import AgentConfig
+from agentsd import AgentConfig, embedded
 from agentsd.closeness import EVERY
 from agentsd.devices import timed
-from agentsd.embedded import EmbeddedPipeline
 from agentsd.hosts import example_call
 from agentsd.settings import check, to_config
 from agentsd.settings.presets import PRESETS
@@ -82,7 +81,7 @@ def extra(call: Callable[[], Any], patch: agentsd.Patch, device: torch.device, p
 def rows(case: Case, presets: list[str], pairs: int, device: torch.device) -> list[str]:
     """Lines of the table: a case under each preset."""
     dtype, lines = DTYPES[case.dtype], []
-    unet: nn.Module = EmbeddedPipeline().unet if case.model == "embedded" else build(LAYOUTS[case.model], device, dtype)
+    unet: nn.Module = embedded.load().unet if case.model == "embedded" else build(LAYOUTS[case.model], device, dtype)
     made = example_call(unet.to(device, dtype), *case.size, 0.3, ROWS)
     for preset in tqdm(presets, desc=case.label, leave=False):
         patch = agentsd.patch_unet(unet, config_of(preset))

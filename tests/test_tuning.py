@@ -96,16 +96,6 @@ def test_one_timestep_is_enough(unet, every_gain_counts):
     assert deviation(unet, tuning, calls_at(500)[0]) > 0
 
 
-def test_the_same_picture_in_any_batch(unet, tuning):
-    (x, t), kwargs = CALLS[1]
-    with torch.no_grad(), agentsd.patched(unet, tuning=tuning):
-        both = unet(x, t, **kwargs)
-        alone = [unet(x[i : i + 1], t[:1], context=kwargs["context"][i : i + 1]) for i in range(2)]
-        again = unet(x, t, **kwargs)
-    assert torch.equal(both, again)
-    assert torch.allclose(both, torch.cat(alone), atol=1e-5)
-
-
 class TestTheModelIsLeftAlone:
     def test_after_tuning(self, unet, every_gain_counts):
         before, out = tree(unet), run(unet, inputs())
