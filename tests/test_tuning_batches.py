@@ -82,7 +82,7 @@ def rounding(layer: nn.Module, image: Tensor) -> float:
 @pytest.mark.parametrize("settings", CANDIDATES, ids=lambda settings: " ".join(map(str, settings.values())))
 def test_attention_is_the_same_in_any_batch(unet, settings):
     site = find_sites(unet)[0]
-    layer, image = SingleAttention(site), torch.randn(3, site.channels, 64, 48)
+    layer, image = SingleAttention(site), torch.randn(2, site.channels, 64, 48)
     full = rounding(layer, image)
     patch = agentsd.patch_unet(layer, AgentConfig(**{**BASE, **settings}))
     try:
