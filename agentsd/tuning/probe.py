@@ -24,7 +24,7 @@ from ..plan import merged_tokens, plan_block
 
 FULL = 0
 # Share of full attention's time above which a candidate is not tried again.
-_HOPELESS = 1.5
+_HOPELESS = 1.2
 
 
 @dataclass
