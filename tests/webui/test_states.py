@@ -64,12 +64,13 @@ def test_a_bad_value_stops_nothing(page, panel: Panel):
     bad_value_stops_nothing(page)
 
 
-def test_an_interrupted_run_is_told_when_the_host_has_ended(page, panel: Panel):
+def test_an_interrupted_run_is_told_when_the_host_has_ended(a1111: Host, page, panel: Panel):
     small(page, steps=100, side=512)
     panel.unfold("map")
     page.locator(f"#{element_id('txt2img', 'record')} input").check()
     page.locator("#txt2img_generate").click()
-    page.wait_for_timeout(5 * SECONDS)
+    while a1111.call("/sdapi/v1/progress?skip_current_image=true")["state"]["sampling_step"] < 3:
+        page.wait_for_timeout(SECONDS)
     page.locator("#txt2img_interrupt").click()
     text = shown(page, "Last run")
     assert "512×512" in text
