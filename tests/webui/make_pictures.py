@@ -76,7 +76,7 @@ def pictures(page: Any, folder: Path, prompt: str) -> None:
     size(page, 256, 256)
     panel.press("measure")
     page.get_by_role("button", name="Set Minimum tokens to").wait_for(timeout=120 * SECONDS)
-    take(element(page, "tuner"), folder / "panel-measure.png")
+    take(element(page, "measured"), folder / "panel-measure.png")
     panel.set("how_close", "5%")
     panel.press("tune_next")
     generate(page)
