@@ -13,10 +13,10 @@ from agentsd.panel.controls import element_id
 
 ROUTE = "/agent-attention/measure"
 STATE = {"tab": "txt2img", "width": 128, "height": 128, "denoising": 0.7, "hires": None}
-ON = {**STATE, "values": {"until": 1.0}}
+ON = {**STATE, "values": {"until": 1.0, "min_tokens": 0}}
 
 
-def finished(host: Host, seconds: float = 120.0) -> dict:
+def finished(host: Host, seconds: float = 600.0) -> dict:
     end = time.monotonic() + seconds
     while host.call(ROUTE)["state"] == "running" and time.monotonic() < end:
         time.sleep(0.2)

@@ -90,6 +90,7 @@ def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
     panel.set("min_tokens", 0)
     panel.set("agent_ratio", 0.2)
     assert "Change “Agent ratio”" in said(page, "agents are too many")
+    panel.set("agent_ratio", 0.95)
     panel.set("method", "corrected")
     panel.set("max_agents", 9)
     assert "Change “Maximum agents”" in said(page, "at most 9 agents would be too few to correct")
