@@ -51,7 +51,7 @@ def test_each_option_is_explained_and_does_what_it_says(a1111: Host, page):
     chosen = {"preset": "Faithful", "log_level": "warning", "status_line": False}
     assert {name: found[f"agent_attention_{name}"] for name in chosen} == chosen
     quiet = len(a1111.console())
-    a1111.txt2img([True], width=64, height=64, steps=1)
+    a1111.txt2img([{"method": "agent"}], width=64, height=64, steps=1)
     assert "[Agent Attention]" not in a1111.console()[quiet:]
     reload(page)
     panel = Panel(page)
@@ -60,7 +60,7 @@ def test_each_option_is_explained_and_does_what_it_says(a1111: Host, page):
     assert (panel.get("method"), panel.get("until")) == ("corrected", 1.0)
     assert panel.text("status").strip() == ""
     a1111.call("/sdapi/v1/options", {"agent_attention_log_level": "info"})
-    a1111.txt2img([True], width=64, height=64, steps=1)
+    a1111.txt2img([{"method": "agent"}], width=64, height=64, steps=1)
     assert "[Agent Attention] first pass" in a1111.console()[quiet:]
 
 
