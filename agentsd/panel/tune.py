@@ -68,9 +68,7 @@ class Section:
         )
         controls = [how_close, self.value]
         self.button.click(_ordered, controls, [self.value, self.button], show_progress="hidden")
-        how_close.input(
-            lambda text, value: fraction_of(text) if value else 0.0, controls, self.value, show_progress="hidden"
-        )
+        how_close.input(_changed, controls, self.value, show_progress="hidden")
         self.button.do_not_save_to_config = self.value.do_not_save_to_config = True
         return {"how_close": how_close, "tune": self.value}
 

@@ -75,12 +75,12 @@ def test_what_is_loaded_is_tuned_with(a1111: Host, tuned, what: str):
 
 def test_a_plot_is_tuned_on_once_with_its_first_cell(a1111: Host):
     plot = a1111.plot(("Seed", "1, 2, 3"), agents=[{"tune": 0.05, "until": 1}], **SMALL)
+    assert a1111.status()["preset"] == TUNED
     texts = plot.info["infotexts"][1:]
     assert [infotext.KEY + ": " in text for text in texts] == [False, True, True]
     assert "Agent Attention" not in texts[0]
     assert plot.pixels[1] == a1111.txt2img(**SMALL).pixels[0]
     assert plot.pixels[2] == a1111.txt2img([{"until": 1}], **SMALL, seed=2).pixels[0]
-    assert a1111.status()["preset"] == TUNED
     made = a1111.txt2img([{"tune": 0.05}], **SMALL)
     assert infotext.TUNED in made.info["extra_generation_params"], "the next request gives an order of its own"
 
