@@ -93,7 +93,7 @@ def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
     panel.set("agent_ratio", 0.95)
     panel.set("method", "corrected")
     panel.set("max_agents", 9)
-    assert "Change “Maximum agents”" in said(page, "at most 9 agents would be too few to correct")
+    assert "Change “Maximum agents”" in said(page, "At most 9 agents would be too few to correct")
     panel.set("method", "agent")
     panel.set("max_agents", 1)
     said(page, "→ 1 agent in 5 layers")
