@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from host import Host, Result
+from host import SMALL_IMAGES, Host, Result
 from PIL import Image, ImageDraw
 
 from agentsd.methods import selectable
@@ -279,7 +279,7 @@ BAD = {
     "fraction of a cell": [{"sx": 2.5}],
     "unknown choice": [{"agent_source": "tokens"}],
     "unknown name": [{"rato": 0.4}],
-    "nothing between": [{"since": 0.7}],
+    "nothing between": [{"since": 0.7, "until": 0.6}],
     "unknown setting in a rule": [{"rules": "downsample=2 rato=0.4"}],
     "rules that are no rules": [{"rules": 7}],
     "a long text": [{"method": "x" * 200_000}],
@@ -292,7 +292,7 @@ def test_bad_values(a1111: Host, leaves_no_trace, plain: Result, case: str):
     bad = a1111.txt2img(BAD[case])
     assert bad.pixels == plain.pixels
     reason = bad.info["extra_generation_params"][infotext.NOTE]
-    assert len(reason) < 300
+    assert len(reason) < 400
     assert infotext.KEY not in bad.info["extra_generation_params"]
     assert infotext.NOTE not in bad.infotext
     assert a1111.status()["error"] in reason
@@ -361,7 +361,7 @@ CHANGED = {row.name: other_value(row) for row in SETTINGS if not row.local and r
 def test_infotext_restores_each_setting(a1111: Host, name: str):
     """Also where the user's own default is a whole number or False."""
     made = a1111.txt2img([{name: CHANGED[name]}], **TINY)
-    assert entry(made) == {**IMPLIED, "enabled": True, name: CHANGED[name]}
+    assert entry(made) == {**DEFAULTS, "enabled": True, **SMALL_IMAGES, name: CHANGED[name]}
     restored = a1111.txt2img(infotext=made.infotext, width=64, height=64, steps=1)
     assert entry(restored) == entry(made)
 
@@ -396,10 +396,10 @@ def test_axes_appear_once(a1111: Host):
 
 def test_2_by_2_plot_has_four_right_cells(a1111: Host, leaves_no_trace):
     plot = a1111.plot(
-        ("[Agent Attention] Ratio", "0, 0.4"), ("[Agent Attention] Agent source", "grid, similarity"), **LARGER
+        ("[Agent Attention] Agent ratio", "0.8, 0.95"), ("[Agent Attention] Method", "corrected, agent"), **LARGER
     )
     cells = list(zip(plot.pixels[1:], plot.info["infotexts"][1:], strict=True))
-    wanted = [{"ratio": r, "agent_source": s} for s in ("grid", "similarity") for r in (0.0, 0.4)]
+    wanted = [{"agent_ratio": ratio, "method": method} for method in ("corrected", "agent") for ratio in (0.8, 0.95)]
     assert len(cells) == 4
     assert len({pixels for pixels, _ in cells}) == 4
     for (pixels, text), settings in zip(cells, wanted, strict=True):
