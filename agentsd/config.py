@@ -256,7 +256,7 @@ class AgentConfig:
         agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
         method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), "corrected"
             (attention to one key of each square cell, as many as grid agents, with values fitted to full attention at
-            the cells' queries; cells shrink in layers that would otherwise have fewer than 64), "local" (full
+            the cells' queries; cells shrink in layers that would otherwise have fewer than 32), "local" (full
             attention to each token's neighbourhood, and to one fitted key of each such cell outside it), "merge"
             (token merging by `ratio`, no agents), or any other registered method.
         min_tokens: leave alone layers with fewer tokens than this, 0–2²⁴.

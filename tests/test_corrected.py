@@ -183,7 +183,7 @@ class TestPlan:
     def test_cells_are_smaller_where_there_would_be_too_few_agents(self, size, side):
         plan = plan_layer(AgentConfig(method="corrected", agent_ratio=0.98), *size, 1)
         assert (plan.action, plan.cell) == ("corrected", (side, side))
-        assert plan.agents >= 64
+        assert plan.agents >= 32
 
     def test_too_small_a_layer_is_left_untouched(self):
         plan = plan_layer(AgentConfig(method="corrected", agent_ratio=0.98), 7, 8, 1)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 # Weight of the penalty, as a share of the mean of WᵀW's diagonal, and how it grows as attention gets sharper:
 # docs/zoo.md has the figures.
 MU, GROWTH = 0.03, 4.0
-# With fewer agents, fitted values may overshoot between them: see docs/fidelity.md for figures.
-FEWEST = 64
+# With fewer agents, fitted values overshoot between them: see docs/fidelity.md for figures.
+FEWEST = 32
 # Number of conjugate steps where a device has no Cholesky factorisation.
 FIT_STEPS = 3
 # Largest ratio of what those steps add to what is left to be fitted, beyond which they are rejected.

@@ -95,10 +95,11 @@ class Local(Method):
         return 8 * N * C * C + attention + fit
 
     def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
-        return ((plan.rows, plan.tokens), (plan.tokens, plan.keys))
+        keys = getattr(plan, "keys", _aligned(plan.agents))
+        return ((getattr(plan, "rows", plan.agents), plan.tokens), (plan.tokens, keys))
 
     def kernels(self, plan: LayerPlan) -> int:
-        return 40 if plan.heavy else 20
+        return 40 if getattr(plan, "heavy", 0) else 20
 
     def traffic(self, plan: LayerPlan) -> float:
         return 50.0  # keys and values of each neighbourhood are gathered
