@@ -192,7 +192,7 @@ class Bench:
         with torch.no_grad():
             tuner.observe()
             by_size = {(tuple(size), k): s for size, k, s in self.store.data[f"times {case.size[1]}×{case.size[0]}"]}
-            kinds = {trials.kind for trials in tuner.probe.trials.values()}
+            kinds = {trials.kind for trials in tuner.probe.trials.values()} - {None}  # nothing was tried there
             tuner.probe.times.clear()
             tuner.probe.times.update(
                 {(kind, k): [s] for kind in kinds for (size, k), s in by_size.items() if size == kind[0]}

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks import webui
 
 ACTED = {"calls": {"agents": 5, "untouched": 11}, "notes": {}, "obstacles": [], "pace": {"patched": 1.0}}
+
+
+def png(grey: int) -> str:
+    """A picture as the WebUI answers it."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (grey, grey, grey)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 class Stub:
@@ -24,6 +34,8 @@ class Stub:
     def call(self, path: str, body: Any = None) -> Any:
         if path.endswith("/txt2img"):
             self.images.append((body, dict(self.set)))
+            on = body["alwayson_scripts"][webui.SCRIPT]["args"][0]["enabled"]
+            return {"images": [png(90 if on else 100)]}
         return {"passes": [self.status]} if path.endswith("/status") else self.set
 
     @contextmanager
@@ -48,6 +60,8 @@ def test_each_way_is_made_in_each_round(monkeypatch, tmp_path):
     assert [options["token_merging_ratio"] for _, options in made] == [0, 0.5, 0, 0.5, 0, 0]
     assert {options[webui.OPTIMIZATION] for _, options in made} == {webui.FUSED}
     assert stub.set[webui.OPTIMIZATION] == "Automatic"
+    deviations = json.loads((tmp_path / "webui.json").read_text())["images"][0]["deviations"]
+    assert deviations == pytest.approx({"off": 0.0, "host": 0.0, "all": 0.1})
 
 
 def test_only_what_is_missing_is_made(monkeypatch, tmp_path):

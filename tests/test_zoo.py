@@ -231,8 +231,8 @@ def test_figures_are_short():
     assert [zoo_report.short(x) for x in (float("inf"), 12, 1.234, 0.12345)] == ["∞", ">10", "1.2", "0.123"]
 
 
-def test_local_attention_s_choices_are_tabled(monkeypatch, tmp_path):
-    from benchmarks import local
+def test_the_choices_of_landmarks_are_tabled(monkeypatch, tmp_path):
+    from benchmarks import landmarks
 
     for name, value in {
         "SIZE": (12, 12),
@@ -242,11 +242,17 @@ def test_local_attention_s_choices_are_tabled(monkeypatch, tmp_path):
         "PENALTIES": (0.1,),
         "GRIDS": ((16, (4, 4)),),
     }.items():
-        monkeypatch.setattr(local, name, value)
-    local.main(["--rounds", "1", "--out", str(tmp_path / "local.md")])
-    lines = (tmp_path / "local.md").read_text(encoding="utf-8").splitlines()
+        monkeypatch.setattr(landmarks, name, value)
+    landmarks.main(["--rounds", "1", "--out", str(tmp_path / "landmarks.md")])
+    lines = (tmp_path / "landmarks.md").read_text(encoding="utf-8").splitlines()
     assert [line.split("|")[1].strip() for line in lines[4:]] == [
-        "corrected",
+        "corrected, cells of 8×8",
+        "corrected, cells of 4×4",
+        "corrected, cells of 2×2",
+        "corrected, superpixel",
+        "local, superpixel",
+        "corrected, heavy",
+        "local, heavy",
         "windows of 16, halo 4 (chosen)",
         "windows of 8, halo 4",
         "μ 0.1",

@@ -25,8 +25,8 @@ from ..plan import merged_tokens, plan_block
 FULL = 0
 # Share of full attention's time above which a candidate is not tried again.
 _HOPELESS = 1.2
-# With fewer agents or keys, a rare call deviates forty times as much as most: see docs/fidelity.md. A few recorded calls
-# don't show that.
+# With fewer agents or keys, a rare call deviates forty times as much as most, which a few recorded calls don't show:
+# see docs/fidelity.md.
 _FEWEST = 64
 
 
