@@ -318,7 +318,7 @@ def test_rules_by_level_and_block(a1111: Host, leaves_no_trace, plain: Result):
         {"blocks": ["middle_block.*", "output_blocks.11.*"], "settings": None},
     ]
     assert a1111.txt2img([{"until": 1, "rules": listed}]).pixels == made.pixels
-    assert a1111.txt2img(in_order(check({"enabled": True, **rules}))).pixels == made.pixels
+    assert a1111.txt2img(in_order(check({"enabled": True, **SMALL_IMAGES, **rules}))).pixels == made.pixels
     restored = a1111.txt2img(infotext=made.infotext)
     assert restored.pixels == made.pixels
     assert entry(restored) == entry(made)
