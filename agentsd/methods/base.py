@@ -167,6 +167,7 @@ class Method(ABC):
         merges: whether its self-attention works on the `r` merged tokens.
         unused: names of the settings of agents that have no effect on it.
         candidates: settings that are worth trying when a model is tuned, beside `method` itself.
+        tuned_from: number of agents below which tuning doesn't try it, for what a few recorded calls would not show.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Method(ABC):
     merges: bool = False
     unused: tuple[str, ...] = ()
     candidates: tuple[Mapping[str, Any], ...] = ()
+    tuned_from: int = 0
 
     def __init_subclass__(cls) -> None:
         cls.action = cls.__dict__.get("action") or cls.name

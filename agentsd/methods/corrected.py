@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..grid import landmark_cell, sampled
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
-from .fit import FEWEST, MU, fit_tikhonov, fitted_to
+from .fit import FEWEST, MU, SURE, fit_tikhonov, fitted_to
 from .landmarks import HEAVY, SUPERPIXEL, count_heavy, heavy_hitters, heavy_weight, superpixels, taken_at
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Corrected(Method):
     )
     noun = "corrected agents"
     unused = ("k_scale2", "k_shortcut", "agent_source")
+    tuned_from = SURE
     candidates = (  # cells of 8×8, 4×4 and 2×2
         {"agent_ratio": 0.98},
         {"agent_ratio": 0.95},

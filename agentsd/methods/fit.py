@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 MU, GROWTH = 0.03, 4.0
 # With fewer agents, fitted values overshoot between them: see docs/fidelity.md for figures.
 FEWEST = 32
+# With fewer than these, a rare call deviates forty times as much as most: see there as well.
+SURE = 64
 # Number of conjugate steps where a device has no Cholesky factorisation.
 FIT_STEPS = 3
 # Largest ratio of what those steps add to what is left to be fitted, beyond which they are rejected.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..grid import cells, landmark_cell, sampled
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, untouched
-from .fit import FEWEST, solve_tikhonov
+from .fit import FEWEST, SURE, solve_tikhonov
 from .landmarks import HEAVY, SAMPLE, SUPERPIXEL, count_heavy, heavy_hitters, superpixels, taken_at
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Local(Method):
     )
     noun = "landmarks"
     unused = ("k_scale2", "k_shortcut", "agent_source")
+    tuned_from = SURE
     candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95}, {"agent_ratio": 0.95, "landmarks": HEAVY})
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:

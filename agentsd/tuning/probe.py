@@ -25,9 +25,6 @@ from ..plan import merged_tokens, plan_block
 FULL = 0
 # Share of full attention's time above which a candidate is not tried again.
 _HOPELESS = 1.2
-# With fewer agents or keys, a rare call deviates forty times as much as most, which a few recorded calls don't show:
-# see docs/fidelity.md.
-_FEWEST = 64
 
 
 @dataclass
@@ -101,7 +98,7 @@ class _ProbedLayer(Layer):
     def _plans(self, moment: Any, size: tuple[int, int]) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
         for k, config in self.patch.candidates.items():
             found = plan_block(config, self.site.place, moment.latent, None, size)
-            if found is not None and found[1].acts and not 0 < found[1].agents < _FEWEST:
+            if found is not None and _tried(found[1]):
                 yield k, found
 
     def _unmatched(self, call: Call) -> str:
@@ -141,6 +138,10 @@ class _ProbedLayer(Layer):
 def norm(x: Tensor) -> float:
     """‖x‖; waits for the device."""
     return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32))
+
+
+def _tried(plan: LayerPlan) -> bool:
+    return plan.acts and plan.agents >= method_of(plan.action).tuned_from
 
 
 @contextmanager
