@@ -43,7 +43,8 @@ def table(kept: Iterable[Kept]) -> str:
     """Make the table of tunings; times are those of a U-Net call."""
     head = "".join(f"<th>{name}</th>" for name in HEAD)
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row(one)) + "</tr>" for one in kept)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="agent-attention-scroll">{whole}</div>'
 
 
 def row(kept: Kept) -> list[str]:

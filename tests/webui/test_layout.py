@@ -22,7 +22,8 @@ BUTTONS = ("measure", "measure_cancel", "record", "map_show")
 STANDS_OUT = """id => {
     const box = document.getElementById(id), right = Math.min(box.getBoundingClientRect().right, innerWidth) + 1;
     // what is for screen readers alone is a pixel wide
-    const shown = [...box.querySelectorAll('*')].filter(e => e.offsetParent && e.getBoundingClientRect().width > 1);
+    const shown = [...box.querySelectorAll('*')].filter(e => e.offsetParent && e.getBoundingClientRect().width > 1
+        && !e.parentElement.closest('.agent-attention-scroll')); // what is inside scrolls
     const cut = e => e.scrollWidth > e.clientWidth + 1 && e.tagName !== 'INPUT'
         && ['hidden', 'clip'].includes(getComputedStyle(e).overflowX);
     return shown.filter(e => e.getBoundingClientRect().right > right || cut(e))
