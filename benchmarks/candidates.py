@@ -218,22 +218,13 @@ CANDIDATES: dict[str, Candidate] = {
         for s in (8, 4)
     },
     **{
-        f"{method}{s}s": Candidate(
-            f"{method} {s}×{s}, superpixels",
-            f"{method}, superpixels",
-            product(method=method, agent_ratio=_share(s), landmarks="superpixel"),
+        f"{method}{s}{landmarks[0]}": Candidate(
+            f"{method} {s}×{s}, {words}",
+            f"{method}, {words}",
+            product(method=method, agent_ratio=_share(s), landmarks=landmarks),
             ours=True,
         )
-        for method in ("corrected", "local")
-        for s in (8, 4)
-    },
-    **{
-        f"{method}{s}h": Candidate(
-            f"{method} {s}×{s}, heavy hitters",
-            f"{method}, heavy hitters",
-            product(method=method, agent_ratio=_share(s), landmarks="heavy"),
-            ours=True,
-        )
+        for landmarks, words in (("superpixel", "superpixels"), ("heavy", "heavy hitters"))
         for method in ("corrected", "local")
         for s in (8, 4)
     },

@@ -11,29 +11,19 @@ from agentsd import get_patch, patched
 
 SIZE = (48, 40)
 GRID = {"ratio": 0.0, "agent_source": "grid"}
+CORRECTED = {"method": "corrected", "agent_ratio": 0.9375, "ratio": 0.0}
+LOCAL = {**CORRECTED, "method": "local"}
 # settings, and the most kernels a layer beyond full attention's
 MOST = {
     "grid agents": (GRID, 4),
     "pooled keys and values": ({"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0}, 6),
     "pooled over cells that the edge cuts short": ({"method": "pool", "sx": 3, "sy": 3, "ratio": 0.0}, 6),
-    "corrected agents": ({"method": "corrected", "agent_ratio": 0.9375, "ratio": 0.0}, 20),
-    "local attention": ({"method": "local", "agent_ratio": 0.9375, "ratio": 0.0}, 20),
-    "corrected agents, superpixels": (
-        {"method": "corrected", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "superpixel"},
-        40,
-    ),
-    "local attention, superpixels": (
-        {"method": "local", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "superpixel"},
-        40,
-    ),
-    "corrected agents, heavy hitters": (
-        {"method": "corrected", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "heavy"},
-        40,
-    ),
-    "local attention, heavy hitters": (
-        {"method": "local", "agent_ratio": 0.9375, "ratio": 0.0, "landmarks": "heavy"},
-        40,
-    ),
+    "corrected agents": (CORRECTED, 20),
+    "local attention": (LOCAL, 20),
+    "corrected agents, superpixels": ({**CORRECTED, "landmarks": "superpixel"}, 40),
+    "local attention, superpixels": ({**LOCAL, "landmarks": "superpixel"}, 40),
+    "corrected agents, heavy hitters": ({**CORRECTED, "landmarks": "heavy"}, 40),
+    "local attention, heavy hitters": ({**LOCAL, "landmarks": "heavy"}, 40),
     "AgentSD's settings": ({}, 40),
     "token merging": ({"method": "merge", "sx": 2, "sy": 2}, 40),
 }

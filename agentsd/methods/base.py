@@ -52,6 +52,7 @@ class LayerPlan:
         reason: why self-attention is untouched; empty if it is changed.
         shortfall: why less is done than requested, such as merging without agents; empty if nothing falls short.
         remedy: names of the settings that would change the reason or the shortfall.
+        heavy: number of heavy hitters, keys that are attended to besides those of the agents.
         note: what to know of it all the same, such as that it was tuned for another size; empty if nothing.
     """
 
@@ -63,6 +64,7 @@ class LayerPlan:
     r: int = 0
     agent_r: int = 0
     reason: str = ""
+    heavy: int = 0
     # not compared: plans that do the same are equal, however they are explained
     shortfall: str = field(default="", compare=False)
     remedy: tuple[str, ...] = field(default=(), compare=False)

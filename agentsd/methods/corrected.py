@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,17 +16,6 @@ if TYPE_CHECKING:
 
 # More agents cost more than they gain: their fit takes n × n matrices. See docs/zoo.md for figures.
 MOST = 1024
-
-
-@dataclass(frozen=True)
-class CorrectedPlan(LayerPlan):
-    """What corrected agents do to one transformer block.
-
-    Attributes:
-        heavy: number of heavy hitters, keys that are attended to besides those of the agents.
-    """
-
-    heavy: int = 0
 
 
 @register
@@ -56,9 +44,8 @@ class Corrected(Method):
         if n < min(FEWEST, N):
             return untouched(N, f"at most {counted(most, 'agents')} would be too few to correct", "max_agents", r=r)
         if 2 * n < N:
-            if heavy := count_heavy(settings.landmarks, (height, width), cell):
-                return CorrectedPlan(self.action, N, N, n, cell, r, heavy=heavy)
-            return LayerPlan(self.action, N, N, n, cell, r)
+            heavy = count_heavy(settings.landmarks, (height, width), cell)
+            return LayerPlan(self.action, N, N, n, cell, r, heavy=heavy)
         return untouched(N, too_many_agents(n, N), "agent_ratio", r=r)
 
     def attend(self, attention: SelfAttention) -> Tensor:
@@ -74,24 +61,23 @@ class Corrected(Method):
         return attention.project_out(attention.by_heads(step, *tokens, *few))
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
-        C, N, n, K = channels, plan.tokens, plan.agents, _keys(plan)
+        C, N, n, K = channels, plan.tokens, plan.agents, plan.agents + plan.heavy
         # projections; full attention at n queries and broadcast to K keys; n × K weights and their fit, where W Wᵀ and
         # its factors grow with the number of heads: that of heads of 64 channels
         fit = 8 * n * K * C + (2 * n * n * K + n**3 // 3) * -(-C // 64)
         return 8 * N * C * C + 4 * (n + K) * N * C + fit
 
     def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
-        return ((plan.agents, plan.queries), (plan.queries, _keys(plan)))
+        return ((plan.agents, plan.queries), (plan.queries, plan.agents + plan.heavy))
 
     def kernels(self, plan: LayerPlan) -> int:
-        return 20 if _keys(plan) == plan.agents else 32
+        return 32 if plan.heavy else 20
 
     def traffic(self, plan: LayerPlan) -> float:
         return 21.0  # as counted at 4×4 cells, where the m × n weights are most of it
 
     def words(self, plan: LayerPlan) -> str:
-        heavy = _keys(plan) - plan.agents
-        return super().words(plan) + (f" and {counted(heavy, 'heavy hitters')}" if heavy else "")
+        return super().words(plan) + (f" and {counted(plan.heavy, 'heavy hitters')}" if plan.heavy else "")
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
         rows, columns = (sampled(*axis) for axis in zip((height, width), plan.cell or (1, 1), strict=True))
@@ -99,11 +85,6 @@ class Corrected(Method):
 
     def caption(self, plan: LayerPlan) -> str:
         return f"Dots: {counted(plan.agents, 'agents')}, one token of each cell. Attention is fitted to be exact there."
-
-
-def _keys(plan: LayerPlan) -> int:
-    """Number of keys that are attended to."""
-    return plan.agents + getattr(plan, "heavy", 0)
 
 
 def by_superpixels(

@@ -34,12 +34,10 @@ class LocalPlan(LayerPlan):
     Attributes:
         near: number of keys in the neighbourhood of a window, all of which its queries attend to.
         rows: number of agents, the queries at which the values are fitted; some count twice on ragged grids.
-        heavy: number of heavy hitters, keys that are attended to besides the landmarks.
     """
 
     near: int = 0
     rows: int = 0
-    heavy: int = 0
 
     @property
     def keys(self) -> int:
@@ -100,7 +98,7 @@ class Local(Method):
         return ((getattr(plan, "rows", plan.agents), plan.tokens), (plan.tokens, keys))
 
     def kernels(self, plan: LayerPlan) -> int:
-        return 40 if getattr(plan, "heavy", 0) else 20
+        return 40 if plan.heavy else 20
 
     def traffic(self, plan: LayerPlan) -> float:
         return 50.0  # keys and values of each neighbourhood are gathered
