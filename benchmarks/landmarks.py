@@ -35,6 +35,7 @@ SHOWN = (
     "Gaussian, σ 4–16",
     "segments",
     "sinks, corners",
+    "texture",
 )
 WINDOWS = ((16, 0), (16, 3), (16, 4), (16, 8), (8, 4), (8, 8), (32, 4))
 PENALTIES = (0.01, 0.02, 0.05, 0.1)
@@ -86,12 +87,24 @@ def _corrected(
 ) -> Tensor:
     """Corrected agents with cells of their own, whatever the landmarks' of local attention are."""
     cell = (side, side)
+    if landmarks == "staggered":
+        return corrected_attention(q, k, v, *(x[:, :, staggered(size, side)] for x in (q, k, v)))
     few = [split_heads(x, q.shape[1]) for x in sample_each([join_heads(x) for x in (q, k, v)], size, cell)]
     if landmarks == "superpixel":
         return by_superpixels(q, k, v, few[0], size=size, cell=cell)
     if landmarks == "heavy":
         return by_heavy_hitters(q, k, v, *few, size=size, cell=cell)
     return corrected_attention(q, k, v, *few)
+
+
+def staggered(size: tuple[int, int], side: int) -> Tensor:
+    """One token of each cell of side × side whole ones, at another place in each of side² cells next to each other."""
+    y, x = (torch.arange(length // side) for length in size)
+    # bits in reverse, so that neighbours are far apart
+    place = torch.tensor({2: [0, 1], 4: [0, 2, 1, 3], 8: [0, 4, 2, 6, 1, 5, 3, 7]}[side])
+    rows = side * y[:, None] + place[x % side]
+    columns = side * x + place[y % side][:, None]
+    return (size[1] * rows + columns).flatten()
 
 
 def table(rounds: int) -> str:
@@ -102,6 +115,7 @@ def table(rounds: int) -> str:
     for landmarks in ("superpixel", "heavy"):
         steps[f"corrected, {landmarks}"] = partial(_corrected, landmarks=landmarks)
         steps[f"local, {landmarks}"] = partial(local_attention, landmarks=landmarks)
+    steps["corrected, staggered sample"] = partial(_corrected, landmarks="staggered")
     for window, halo in WINDOWS:
         chosen = " (chosen)" if (window, halo) == (WINDOW, HALO) else ""
         steps[f"windows of {window}, halo {halo}{chosen}"] = partial(local_attention, window=window, halo=halo)

@@ -23,8 +23,10 @@ MU = 0.05
 MOST = 640
 # Kernels of fused attention take biases of rows that long as they are.
 _ALIGNED = 16
-# Bytes of the copies of keys and values at a time; and of each of them on the CPU.
-_COPIES, _KEPT = 192 * 2**20, 24 * 2**20
+# Bytes of the copies of keys and values at a time.
+_COPIES = 192 * 2**20
+# On the CPU, bytes of either copy in float32 that are taken at once, and of each piece of what is more.
+_WHOLE, _PIECE = 12 * 2**20, 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def local_attention(
     if (rows, heads) != q.shape[:2]:
         step = partial(local_attention, size=size, cell=cell, window=window, halo=halo, mu=mu, landmarks=landmarks)
         outs = [_of_heads(step, *some, heads) for some in zip(*(t.split(rows) for t in (q, k, v)), strict=True)]
-        return torch.cat(outs).transpose(1, 2)
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(1, 2)
     at = _tables(q, size, cell, window, halo, heavy)
     queries, a = _by_window(q, at)
     # (B·H, windows, keys, d): windows are what fused attention takes for heads, so that one mask does for all
@@ -201,12 +203,14 @@ def _at_once(
     q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int, halo: int, heavy: int
 ) -> tuple[int, int]:
     """(rows, heads) whose copies of keys and values fit in memory at a time."""
+    import torch
+
     (B, H), bytes_each = q.shape[:2], q.element_size()
     y, x = (_Axis(length, side, window, halo) for length, side in zip(size, cell, strict=True))
     keys = y.windows * x.windows * _aligned(y.near * x.near + len(y.sample) * len(x.sample) + heavy) * q.shape[-1]
-    if q.device.type == "cpu":
-        # a copy beyond what the C library keeps of its memory would be mapped anew in each call
-        pairs = _KEPT // (keys * bytes_each)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        # the C library gives larger pieces back to the system, which maps them anew, page by page, in each call
+        pairs = B * H if 4 * keys * B * H <= _WHOLE else _PIECE // (4 * keys)
     else:
         pairs = _COPIES // (keys * (2 * bytes_each if bytes_each == 4 else 2 * bytes_each + 8))
     return (min(B, pairs // H), H) if pairs >= H else (1, max(1, pairs))
