@@ -77,12 +77,25 @@ def card(name: str, peak: float, bandwidth: float, units: int, attention: float 
     return Device(name, 0.6 * peak, attention * peak, 0.85 * bandwidth, 0.85 * bandwidth, 8e-6, units)
 
 
-# NVIDIA's white papers of GA102, AD102 and H100 (SXM).
-CARDS = (
-    card("RTX 3060", 25.5e12, 360e9, 28),
-    card("RTX 4090", 165e12, 1008e9, 128),
-    card("H100", 989e12, 3350e9, 132, attention=0.35),
-)
+# NVIDIA's white papers and data sheets of GA102 and GA106, AD102 and AD103, A100, H100 and H200.
+_RTX_3060, _RTX_4090 = card("RTX 3060", 25.5e12, 360e9, 28), card("RTX 4090", 165e12, 1008e9, 128)
+_H100 = card("H100", 989e12, 3350e9, 132, attention=0.35)
+# Those that docs/performance.md has tables of.
+CARDS = (_RTX_3060, _RTX_4090, _H100)
+# By the names that drivers report. A card that is not here is not predicted: a neighbour in name may differ by half.
+_BY_NAME = {
+    "NVIDIA GeForce RTX 3060": _RTX_3060,
+    "NVIDIA GeForce RTX 3080": card("RTX 3080", 59.5e12, 760e9, 68),
+    "NVIDIA GeForce RTX 3090": card("RTX 3090", 71e12, 936e9, 82),
+    "NVIDIA GeForce RTX 4080": card("RTX 4080", 97.5e12, 717e9, 76),
+    "NVIDIA GeForce RTX 4090": _RTX_4090,
+    "NVIDIA A100-SXM4-40GB": card("A100", 312e12, 1555e9, 108),
+    "NVIDIA A100-PCIE-40GB": card("A100", 312e12, 1555e9, 108),
+    "NVIDIA A100-SXM4-80GB": card("A100", 312e12, 2039e9, 108),
+    "NVIDIA A100 80GB PCIe": card("A100", 312e12, 1935e9, 108),
+    "NVIDIA H100 80GB HBM3": _H100,
+    "NVIDIA H200": card("H200", 989e12, 4800e9, 132, attention=0.35),
+}
 # Two cores of an AMD EPYC, bfloat16, by docs/bench: matrix products and attention of one layer (bench-layer.json, 4096
 # tokens), seconds an operator of a U-Net with hardly any work (bench-idle.json), weights by the smallest image (64×64).
 # Memory is the one rate that was chosen, so that the table fits.
@@ -91,7 +104,7 @@ CPU = Device("2 cores of an AMD EPYC", 361e9, 126e9, 20e9, 7e9, 38e-6)
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted of an unpatched U-Net beside FLOPs (benchmarks/counts.py).
+    """What was counted of an unpatched U-Net beside FLOPs.
 
     Attributes:
         kernels: kernels of a call.
@@ -185,6 +198,34 @@ def _zip(cost: Estimate, layers: list[_Layer]) -> Iterable[tuple[LevelEstimate, 
 def speedup(device: Device, layout: Layout, config: AgentConfig, height: int, width: int, **how: float) -> float:
     """Predict how many times as fast a patched forward pass is; arguments as in `seconds`."""
     return seconds(device, layout, None, height, width, **how) / seconds(device, layout, config, height, width, **how)
+
+
+def device_named(name: str) -> Device | None:
+    """Return the device that a driver calls `name`; None if its rates are not known."""
+    return _BY_NAME.get(name)
+
+
+def speedup_of_run(
+    device: Device, layout: Layout, config: AgentConfig, height: int, width: int, start: float = 0.0, **how: float
+) -> float:
+    """Predict how many times as fast a pass is, averaged over timesteps, which is close to that over steps.
+
+    Args:
+        device: the device.
+        layout: the U-Net.
+        config: the settings, with their stages and rules.
+        height: rows of the latent.
+        width: columns of the latent.
+        start: progress at which the pass begins, 0–1: 1 − denoising strength.
+        how: `rows` and `itemsize`, as in `seconds`.
+    """
+    if start >= 1.0:
+        return 1.0
+    parts = [(until - max(since, start), since) for since, until in config.parts() if until > start]
+    taken = sum(
+        length * seconds(device, layout, config, height, width, progress=since, **how) for length, since in parts
+    )
+    return (1.0 - start) * seconds(device, layout, None, height, width, **how) / taken
 
 
 def pays_from(device: Device, layout: Layout, config: AgentConfig, sides: Iterable[int], **how: float) -> int | None:

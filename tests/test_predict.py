@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from agentsd import AgentConfig
+from agentsd import AgentConfig, early
 from agentsd.costs import layouts
 from agentsd.methods import LayerPlan, selectable
-from agentsd.predict import CARDS, COUNTS, CPU, counts_of, pays_from, seconds, speedup
+from agentsd.predict import (
+    CARDS,
+    COUNTS,
+    CPU,
+    counts_of,
+    device_named,
+    pays_from,
+    seconds,
+    speedup,
+    speedup_of_run,
+)
 
 BENCH = Path(__file__).parents[1] / "docs" / "bench"
 FILES = ("bench.json", "bench-large.json", "bench-dtypes.json")
@@ -90,6 +100,27 @@ class TestCards:
 
 def test_what_cannot_be_told_is_no_size():
     assert pays_from(CARDS[2], layouts()["SD 1"], CONFIGS["grid4"], (64, 128)) is None
+
+
+def test_a_card_is_known_by_the_name_that_its_driver_reports():
+    assert device_named("NVIDIA GeForce RTX 4090") is CARDS[1]
+    assert device_named("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+    assert device_named("") is None
+
+
+class TestARun:
+    def test_without_stages_it_is_a_call(self):
+        how = (CARDS[1], layouts()["SD 1"], CONFIGS["corrected4"], 64, 96)
+        assert speedup_of_run(*how) == pytest.approx(speedup(*how))
+        assert speedup_of_run(*how, start=0.5) == pytest.approx(speedup(*how))
+
+    def test_a_stage_counts_by_its_length(self):
+        device, layout = CARDS[0], layouts()["SD 1"]
+        half = AgentConfig(**WHOLE, method="corrected", agent_ratio=1 - 1 / 16, stages=early(0.5))
+        patched, plain = (seconds(device, layout, config, 64, 64) for config in (CONFIGS["corrected4"], None))
+        assert speedup_of_run(device, layout, half, 64, 64) == pytest.approx(2 * plain / (patched + plain))
+        assert speedup_of_run(device, layout, half, 64, 64, start=0.5) == pytest.approx(1.0)
+        assert speedup_of_run(device, layout, half, 64, 64, start=1.0) == 1.0
 
 
 def test_an_unknown_layout_counts_as_the_nearest_known_one():

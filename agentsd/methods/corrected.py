@@ -74,7 +74,8 @@ class Corrected(Method):
         return 32 if plan.heavy else 20
 
     def traffic(self, plan: LayerPlan) -> float:
-        return 21.0  # as counted at 4×4 cells, where the m × n weights are most of it
+        # as counted at 4×4 cells, where the m × n weights are most of it
+        return 29.0 if plan.heavy else 21.0
 
     def words(self, plan: LayerPlan) -> str:
         return super().words(plan) + (f" and {counted(plan.heavy, 'heavy hitters')}" if plan.heavy else "")

@@ -103,7 +103,8 @@ class Local(Method):
         return 40 if plan.heavy else 20
 
     def traffic(self, plan: LayerPlan) -> float:
-        return 50.0  # keys and values of each neighbourhood are gathered
+        # keys and values of each neighbourhood are gathered
+        return 64.0 if plan.heavy else 50.0
 
     def words(self, plan: LayerPlan) -> str:
         heavy = f" and {counted(plan.heavy, 'heavy hitters')}" if plan.heavy else ""
