@@ -37,8 +37,9 @@ HIRES = SamplingPass(1024, 1024, 0.5, hires=True)
 class Host:
     """A program that shows the panel."""
 
-    def __init__(self, unet=None, obstacle=None, advice=(), kept=()):
+    def __init__(self, unet=None, obstacle=None, advice=(), kept=(), leaves_losses=True):
         self._unet, self._obstacle, self._advice, self._kept = unet, obstacle, list(advice), kept
+        self._leaves_losses = leaves_losses
 
     def unet(self):
         return self._unet
@@ -51,6 +52,9 @@ class Host:
 
     def obstacle(self, hires, img2img):
         return self._obstacle if not hires else None
+
+    def leaves_losses(self):
+        return self._leaves_losses
 
     def advice(self, values):
         return self._advice
@@ -73,6 +77,70 @@ def test_the_defaults_at_512():
     assert text == f"512×512: 4096 tokens → 256 corrected agents in 5 layers. {expected}"
     assert hint == ""
     assert gain > 1
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Puts SD 1 on a card of a name that a driver reports, with weights of so many bytes."""
+    from agentsd.panel import pays
+
+    def put(name, itemsize=2):
+        monkeypatch.setattr(pays, "_device_of", lambda unet: (name, itemsize))
+
+    monkeypatch.setattr("agentsd.panel.preview.layout_of_unet", lambda unet: costs.layouts()["SD 1"])
+    return put
+
+
+H100, RTX_4090 = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"
+
+
+class TestOnAKnownCard:
+    def test_what_is_predicted_to_be_slower_is_left_alone(self, card):
+        card(H100)
+        [(text, hint)] = said(host=Host(golden_unet()))
+        assert text == "512×512: nothing happens."
+        slow = predicted_speed("H100", 64)
+        assert slow < 0.98
+        assert hint == f"Predicted to be slower than without on the H100, {slow:.2f}× the speed; Measure decides."
+
+    def test_or_said_to_be_slower_where_the_user_wants_it_all_the_same(self, card):
+        card(H100)
+        [line] = preview({}, [HERE], Host(golden_unet(), leaves_losses=False))["lines"]
+        assert line["state"] == SLOWER
+        assert "predicted for the H100, not measured" in line["text"]
+
+    def test_a_gain_is_predicted_in_place_of_flops(self, card):
+        card(RTX_4090)
+        [(text, hint)] = said(host=Host(golden_unet()))
+        gain = predicted_speed("RTX 4090", 64)
+        told = f"Expected: about {gain:.2f}× faster over the whole pass; predicted for the RTX 4090, not measured."
+        assert text.endswith(told)
+        assert hint == ""
+
+    def test_larger_images_gain_on_every_card(self, card):
+        card(H100)
+        [line] = preview({}, [SamplingPass(1024, 1024)], Host(golden_unet()))["lines"]
+        assert line["state"] == ACTS
+
+    def test_a_measurement_counts_instead(self, card):
+        card(H100)
+        [(text, _)] = said(host=Host(golden_unet()), measured=lambda sampling: (20.0, 10.0))
+        assert "2.00× faster" in text
+        assert "predicted" not in text
+
+    @pytest.mark.parametrize(("name", "itemsize"), [("NVIDIA GeForce RTX 9999", 2), ("", 0), (H100, 4)])
+    def test_flops_serve_for_other_cards_and_for_float32(self, card, name, itemsize):
+        card(name, itemsize)
+        [(text, _)] = said(host=Host(golden_unet()))
+        assert "by FLOPs" in text
+
+
+def predicted_speed(name: str, side: int) -> float:
+    """Speed-up of the panel's defaults on SD 1, as predicted."""
+    from agentsd.predict import CARDS, speedup
+
+    device = next(device for device in CARDS if device.name == name)
+    return speedup(device, costs.layouts()["SD 1"], table.to_config(table.check({"enabled": True})), side, side)
 
 
 @pytest.mark.parametrize(

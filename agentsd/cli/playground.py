@@ -191,6 +191,10 @@ class Playground:
     def obstacle(self, hires: bool, img2img: bool) -> None:
         """Nothing else acts on the model here."""
 
+    def leaves_losses(self) -> bool:
+        """What is drawn here is drawn to be looked at."""
+        return False
+
     def advice(self, values: Mapping[str, Any]) -> list[Hint]:
         return []
 

@@ -50,6 +50,9 @@ class PanelHost(Protocol):
     def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
         """Say what in the host's options prevents a pass from being patched; None if nothing does."""
 
+    def leaves_losses(self) -> bool:
+        """Whether passes that are predicted to be slower with the patch are left alone."""
+
     def advice(self, values: Mapping[str, Any]) -> Sequence[Hint]:
         """Give hints about the loaded model, given the settings."""
 

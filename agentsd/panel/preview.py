@@ -20,6 +20,7 @@ from ..settings.table import BY_NAME, DEFAULTS, FIRST, HIRES, SETTINGS, SMALL, c
 from ..tuning.data import Tuning, TuningError
 from ..tuning.table import percent
 from .host import Hint, PanelHost
+from .pays import Prediction, prediction
 from .tuned import plans
 
 if TYPE_CHECKING:
@@ -256,7 +257,11 @@ def _line(
         return nothing(f"{begins}, and agents end at {fraction(values[sampling.end])}", sampling.end)
     share = share_of_run(layout, config, *sampling.latent, sampling.start)
     times = measured(sampling) if measured is not None else None
-    gain, state = _by_time(*times, parts) if times else _by_flops(share)
+    unet = host.unet()
+    predicted = None if times or unet is None else prediction(unet, layout, config, sampling.latent, sampling.start)
+    if predicted is not None and predicted.loss and host.leaves_losses():
+        return nothing(f"{predicted.loss}; Measure decides")
+    gain, state = _by_time(*times, parts) if times else _by_prediction(predicted) if predicted else _by_flops(share)
     advice = _advice(acting, own, sampling)
     if state == ACTS and advice is not None and advice.remedy == ("min_tokens",):
         state = NOTHING
@@ -320,6 +325,12 @@ def _by_flops(share: float) -> tuple[str, str]:
     """Word the gain in time that the share of FLOPs left suggests, and tell the line's state."""
     gain = 1 / share
     return f"{_speed(gain, 'about ')}, by FLOPs over the whole pass", _state(gain)
+
+
+def _by_prediction(predicted: Prediction) -> tuple[str, str]:
+    """Word the gain in time that is predicted for the card; likewise."""
+    speed, device = predicted
+    return f"{_speed(speed, 'about ')} over the whole pass; predicted for the {device}, not measured", _state(speed)
 
 
 def _by_time(before: float, after: float, parts: Sequence[_Part]) -> tuple[str, str]:

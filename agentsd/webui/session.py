@@ -6,14 +6,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import SettingError
+from ..config import AgentConfig, SettingError
 from ..layer import Answer
-from ..panel import tokenmap
+from ..panel import measure, tokenmap
 from ..panel.pace import StepClock, changed
+from ..panel.pays import prediction
+from ..panel.preview import FACTOR, SamplingPass, layout_of_unet
 from ..panel.report import STATUS, PassReport
 from ..patch import Patch, patch_unet
 from ..settings import infotext, table, tunings
@@ -190,6 +193,23 @@ def _observer(
     return recording.observer(hires, size)
 
 
+def _loss(
+    p: Any, values: Mapping[str, Any], of: str, latent: tuple[int, int], unet: nn.Module, config: AgentConfig
+) -> str:
+    """Say why a pass is better left alone: a prediction that it would be slower, and nothing measured; or ""."""
+    if not (compat.HOST.leaves_losses() and all(latent)):
+        return ""
+    height, width = latent
+    hires = of == tunings.HIRES
+    start = 0.0 if of == tunings.FIRST else 1.0 - (getattr(p, "denoising_strength", None) or 0.0)
+    sampling = SamplingPass(FACTOR * width, FACTOR * height, start, hires)
+    if measure.JOB.times(unet, values, sampling):
+        return ""
+    rows = 2 * (getattr(p, "batch_size", None) or 1)
+    predicted = prediction(unet, layout_of_unet(unet), config, latent, start, rows)
+    return "" if predicted is None else predicted.loss
+
+
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
     for key in infotext.ENTRIES:
         p.extra_generation_params.pop(key, None)
@@ -239,8 +259,10 @@ def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> Abs
 def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, int] | None = None) -> Iterator[Pass]:
     """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends."""
     report = PassReport(hires, obstacles=list(compat.HOST.obstacles(p, hires)))
-    plans = Plans(generation.values, pass_of(p, hires), size or size_of(p, hires), generation.plans)
-    current = Pass(generation.values, report, _observer(p, generation.recording, hires, size), plans)
+    of, latent = pass_of(p, hires), size or size_of(p, hires)
+    plans = Plans(generation.values, of, latent, generation.plans)
+    observer = _observer(p, generation.recording, hires, size)
+    current = Pass(generation.values, report, observer, plans, partial(_loss, p, generation.values, of, latent))
     generation.reports.append(report)
     try:
         with under_way(current):
@@ -296,8 +318,9 @@ class Pass:
         report: PassReport,
         observer: Callable[[Answer], None] | None = None,
         plans: Plans | None = None,
+        loss: Callable[[nn.Module, AgentConfig], str] = lambda unet, config: "",
     ) -> None:
-        self.values, self.report, self.observer, self.plans = values, report, observer, plans
+        self.values, self.report, self.observer, self.plans, self.loss = values, report, observer, plans, loss
         self.thread = threading.get_ident()
         self._clock = StepClock()
         self._patch: Patch | None = None
@@ -334,9 +357,12 @@ class Pass:
         if self in _running:
             _running.remove(self)
 
-    def _patched(self, unet: nn.Module) -> Patch:
+    def _patched(self, unet: nn.Module) -> Patch | None:
         plan = None if self.plans is None else self.plans.config(unet, self.report)
         config = plan or compat.HOST.config(self.values, hires=self.report.hires)
+        if plan is None and (loss := self.loss(unet, config)):
+            self.report.obstacles.append(loss)
+            return None
         if compat.HOST.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
         patch = patch_unet(unet, config, compat.HOST.kv_context())
