@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,28 +40,33 @@ SHOWN = (
 )
 WINDOWS = ((16, 0), (16, 3), (16, 4), (16, 8), (8, 4), (8, 8), (32, 4))
 PENALTIES = (0.01, 0.02, 0.05, 0.1)
+# How many agents: cells by the side of the grid, and the kinds that they are compared on
+AMOUNTS = {64: ((8, 8), (4, 8), (4, 4), (2, 4), (2, 2)), 128: ((8, 8), (4, 8), (4, 4), (2, 4))}
+AMOUNT_KINDS = ("model, queries × 1", "model, queries × 8", "Gaussian, σ 4–16", "inverse square")
 # (side of the grid, cell) of the timings, the cells as planned
 GRIDS = ((64, (4, 4)), (128, (4, 8)))
 
 
-def closeness(steps: dict[str, Callable[..., Tensor]]) -> dict[str, list[str]]:
+def closeness(
+    steps: Mapping[Any, Callable[..., Tensor]], kinds: Sequence[str], size: tuple[int, int]
+) -> dict[Any, list[str]]:
     """Error of each way on each kind: the median of the heads, and the worst."""
-    found: dict[str, list[str]] = {name: [] for name in steps}
-    for kind in tqdm(SHOWN, desc="closeness"):
-        at = KINDS[kind](HEADS, WIDTH, SIZE, torch.Generator().manual_seed(0))
+    found: dict[Any, list[str]] = {name: [] for name in steps}
+    for kind in tqdm(kinds, desc="closeness"):
+        at = KINDS[kind](HEADS, WIDTH, size, torch.Generator().manual_seed(0))
         expected = full(at)
         for name, step in steps.items():
-            lost = errors_of(step(at.q, at.k, at.v, size=SIZE, cell=CELL), expected)
+            lost = errors_of(step(at.q, at.k, at.v, size=size, cell=CELL), expected)
             found[name].append(f"{short(float(lost['median']))} ({short(float(lost['worst']))})")
     return found
 
 
 def timed(
-    steps: dict[str, Callable[..., Tensor]], side: int, cell: tuple[int, int], dtype: torch.dtype, rounds: int
+    steps: Mapping[Any, Callable[..., Tensor]], side: int, cell: tuple[int, int], dtype: torch.dtype, rounds: int
 ) -> list[str]:
     """Seconds of processor time against SDPA's, the medians of interleaved rounds after one warm-up."""
     x = [torch.randn(1, side**2, HEADS * WIDTH).to(dtype) for _ in range(3)]
-    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    ratios: dict[Any, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(rounds + 1), desc=f"{side}×{side}, {dtype}"):
         base = _seconds(scaled_dot_product_attention, x)
         for name, step in steps.items():
@@ -82,13 +88,13 @@ def _corrected(
     *,
     size: tuple[int, int],
     cell: tuple[int, int],
-    side: int = 4,
+    cells: tuple[int, int] = (4, 4),
     landmarks: str = "sample",
 ) -> Tensor:
-    """Corrected agents with cells of their own, whatever the landmarks' of local attention are."""
-    cell = (side, side)
+    """Corrected agents with `cells` of their own, whatever the landmarks' of local attention are."""
+    cell = cells
     if landmarks == "staggered":
-        return corrected_attention(q, k, v, *(x[:, :, staggered(size, side)] for x in (q, k, v)))
+        return corrected_attention(q, k, v, *(x[:, :, staggered(size, cell[0])] for x in (q, k, v)))
     few = [split_heads(x, q.shape[1]) for x in sample_each([join_heads(x) for x in (q, k, v)], size, cell)]
     if landmarks == "superpixel":
         return by_superpixels(q, k, v, few[0], size=size, cell=cell)
@@ -110,7 +116,7 @@ def staggered(size: tuple[int, int], side: int) -> Tensor:
 def table(rounds: int) -> str:
     """Variants down; closeness on each kind, and time at each size and dtype, across."""
     steps: dict[str, Callable[..., Tensor]] = {
-        f"corrected, cells of {side}×{side}": partial(_corrected, side=side) for side in (8, 4, 2)
+        f"corrected, cells of {side}×{side}": partial(_corrected, cells=(side, side)) for side in (8, 4, 2)
     }
     for landmarks in ("superpixel", "heavy"):
         steps[f"corrected, {landmarks}"] = partial(_corrected, landmarks=landmarks)
@@ -119,7 +125,8 @@ def table(rounds: int) -> str:
     for window, halo in WINDOWS:
         chosen = " (chosen)" if (window, halo) == (WINDOW, HALO) else ""
         steps[f"windows of {window}, halo {halo}{chosen}"] = partial(local_attention, window=window, halo=halo)
-    errors = closeness(steps | {f"μ {mu}": partial(local_attention, mu=mu) for mu in PENALTIES})
+    steps_and_penalties = steps | {f"μ {mu}": partial(local_attention, mu=mu) for mu in PENALTIES}
+    errors = closeness(steps_and_penalties, SHOWN, SIZE)
     times = {name: [] for name in errors}
     columns = []
     for side, cell in GRIDS:
@@ -135,6 +142,21 @@ def table(rounds: int) -> str:
     return "\n".join(lines)
 
 
+def amounts(rounds: int) -> str:
+    """Corrected agents by their number: closeness and time, at each size."""
+    head = ("tokens", "cells", "agents", *AMOUNT_KINDS, "time, float32", "time, bfloat16")
+    lines = ["| " + " | ".join(head) + " |", "|---" * 3 + "|---:" * (len(head) - 3) + "|"]
+    for side, cells in AMOUNTS.items():
+        ways = {cell: partial(_corrected, cells=cell) for cell in cells}
+        errors = closeness(ways, AMOUNT_KINDS, (side, side))
+        times = [timed(ways, side, (4, 4), dtype, rounds) for dtype in (torch.float32, torch.bfloat16)]
+        for cell, *taken in zip(cells, *times, strict=True):
+            n = side * side // (cell[0] * cell[1])
+            row = (f"{side * side}", f"{cell[1]}×{cell[0]}", f"{n}", *errors[cell], *taken)
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
@@ -146,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = (
         f"Error: median of the heads (worst), {SIZE[1]}×{SIZE[0]} tokens. Time: SDPA = 1, {HEADS} heads of {WIDTH}.\n\n"
     )
-    text += table(args.rounds) + "\n"
+    text += f"{table(args.rounds)}\n\nCorrected agents by their number:\n\n{amounts(min(args.rounds, 4))}\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
     print(text)

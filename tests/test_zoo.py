@@ -241,11 +241,15 @@ def test_the_choices_of_landmarks_are_tabled(monkeypatch, tmp_path):
         "WINDOWS": ((16, 4), (8, 4)),
         "PENALTIES": (0.1,),
         "GRIDS": ((16, (4, 4)),),
+        "AMOUNTS": {12: ((4, 4), (2, 4))},
+        "AMOUNT_KINDS": ("segments",),
     }.items():
         monkeypatch.setattr(landmarks, name, value)
     landmarks.main(["--rounds", "1", "--out", str(tmp_path / "landmarks.md")])
-    lines = (tmp_path / "landmarks.md").read_text(encoding="utf-8").splitlines()
-    assert [line.split("|")[1].strip() for line in lines[4:]] == [
+    text = (tmp_path / "landmarks.md").read_text(encoding="utf-8")
+    choices, amounts = (part.splitlines() for part in text.split("Corrected agents by their number:"))
+    lines = [line for line in choices if line]
+    assert [line.split("|")[1].strip() for line in lines[3:]] == [
         "corrected, cells of 8×8",
         "corrected, cells of 4×4",
         "corrected, cells of 2×2",
@@ -253,8 +257,10 @@ def test_the_choices_of_landmarks_are_tabled(monkeypatch, tmp_path):
         "local, superpixel",
         "corrected, heavy",
         "local, heavy",
+        "corrected, staggered sample",
         "windows of 16, halo 4 (chosen)",
         "windows of 8, halo 4",
         "μ 0.1",
     ]
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert len({line.count("|") for line in lines[1:]}) == 1
+    assert [line.split(" | ")[:3] for line in amounts if "×" in line] == [["| 144", "4×4", "9"], ["| 144", "4×2", "18"]]
