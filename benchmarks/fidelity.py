@@ -139,7 +139,7 @@ def methods() -> list[Method]:
     """All methods that are compared, the unpatched model first."""
     grid = _agents("grid", 1 - 1 / 16)
     second, deeper = {"max_downsample": 2}, {"max_downsample": 8}
-    superpixels = _corrected(1 - 1 / 16, landmarks="superpixel")
+    superpixels, heavy = (_corrected(1 - 1 / 16, landmarks=which) for which in ("superpixel", "heavy"))
     superpixels_deeper = replace(superpixels, **second)
     until_40 = {"stages": early(0.4)}
     finer = {"stages": early(0.4, after={"agent_ratio": 1 - 1 / 16})}
@@ -182,6 +182,8 @@ def methods() -> list[Method]:
         Method("local 8×8", "local attention", _local(1 - 1 / 64), sizes=True),
         Method("corrected 4×4, superpixels", "corrected, superpixels", superpixels, pictures=True, sizes=True),
         Method("local 4×4, superpixels", "local, superpixels", replace(superpixels, method="local")),
+        Method("corrected 4×4, heavy hitters", "corrected, heavy hitters", heavy, pictures=True, sizes=True),
+        Method("local 4×4, heavy hitters", "local, heavy hitters", replace(heavy, method="local"), pictures=True),
         Method("corrected 8×8, then 4×4", "corrected agents, schedules", _corrected(1 - 1 / 64, **finer)),
         Method("corrected 4×4, first 60%", "corrected agents, schedules", _corrected(1 - 1 / 16, stages=early(0.6))),
         Method("corrected 4×4, two levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **second), sizes=True),
