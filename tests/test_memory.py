@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agentsd
+import agentsd.merging
 from agentsd import AgentConfig, plan_layer
 from agentsd.methods import SelfAttention, method_of
 
@@ -84,6 +85,54 @@ def peak(settings, size, dtype, monkeypatch) -> int:
 def test_300_mib_beyond_full_attention_at_most(name, size, dtype, monkeypatch):
     result = 2 * size[0] * size[1] * 320 * dtype.itemsize
     assert peak(METHODS[name], size, dtype, monkeypatch) <= result + 300 * MIB
+
+
+MERGING = {"AgentSD's settings": {}, "token merging": {"method": "merge"}}
+
+
+def peak_with_projections(settings, size, dtype, monkeypatch) -> int:
+    """Bytes of one layer, matching and projections included; full attention where `settings` is None."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(agentsd.merging, "_BAG_DEVICES", ("meta",))  # as on CUDA
+    config = AgentConfig(**settings or {"ratio": 0.0})
+    x = torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta")
+
+    def project(x):
+        return tuple(torch.empty_like(x) for _ in range(3))
+
+    def full(x):
+        q, k, v = (t.unflatten(2, (8, 40)).transpose(1, 2) for t in project(x))
+        return fused(q, k, v).transpose(1, 2).flatten(2).clone()
+
+    plan = plan_layer(config, *size, 1)
+    with torch.no_grad(), Live(x) as live:
+        if settings is None:
+            full(x)
+            return live.peak
+        part = agentsd.merging.partition(*size, config.sx, config.sy, 0).to(torch.device("meta"))
+        attention = SelfAttention(
+            x=x,
+            plan=plan,
+            settings=config,
+            size=size,
+            heads=8,
+            matching=agentsd.merging.match(x, part, plan.r, plan.agent_r),
+            wrapped=lambda: False,
+            project=project,
+            project_q=torch.empty_like,
+            project_out=torch.clone,
+            proceed=full,
+        )
+        method_of(plan.action).attend(attention)
+    return live.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (192, 128), (250, 256), (256, 256)])
+@pytest.mark.parametrize("name", MERGING)
+def test_300_mib_beyond_full_attention_at_most_where_tokens_are_matched(name, size, dtype, monkeypatch):
+    plain, ours = (peak_with_projections(s, size, dtype, monkeypatch) for s in (None, MERGING[name]))
+    assert ours <= plain + 300 * MIB
 
 
 def test_what_is_counted():
