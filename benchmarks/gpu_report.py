@@ -6,8 +6,15 @@ from collections import defaultdict
 from statistics import median
 from typing import Any
 
+from agentsd.costs import layouts
+from agentsd.predict import Device, device_named, speedup
+
+from .predicted import METHODS
+
 # A difference below this share is noise.
 NOISE = 0.02
+# Layouts of the cost model, by their names here
+LAYOUTS = {"sd15": "SD 1", "sdxl": "SDXL"}
 
 
 def summarise(entry: dict[str, Any]) -> None:
@@ -30,7 +37,7 @@ def markdown(out: dict[str, Any]) -> str:
         "",
     ]
     for case in cases:
-        lines += _case(case)
+        lines += _case(case, device_named(machine["device"]))
     lines += [*_attention(out.get("attention", [])), *_closeness(out.get("closeness", []))]
     lines += [*_tests(out.get("tests")), *_skipped(out["skipped"]), *_short(cases)]
     return "\n".join(lines)
@@ -40,9 +47,13 @@ def _measured(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: r for name, r in case["results"].items() if r.get("rounds")}
 
 
-def _case(case: dict[str, Any]) -> list[str]:
+def _case(case: dict[str, Any], device: Device | None) -> list[str]:
+    """A case's table; on a card of known rates, what was predicted for its usual calls stands beside."""
+    predicted = device is not None and case["mode"] == "eager"
     lines = [f"**{case['case']}**", "", "| method | ms | speed-up | peak beyond SDPA, MiB | kernels | rounds |"]
     lines += ["|---|---|---|---|---|---|"]
+    if predicted:
+        lines[-2:] = [lines[-2] + " predicted |", lines[-1] + "---|"]
     base = case["results"].get("sdpa", {})
     for result in _measured(case).values():
         peak = f"{(result['peak'] - base['peak']) / 2**20:+.0f}" if base.get("peak") else "–"
@@ -53,9 +64,17 @@ def _case(case: dict[str, Any]) -> list[str]:
             peak,
             str(result.get("kernels", "–")),
             str(result["rounds"]),
+            *([_predicted(case, device, result["label"])] if predicted else []),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _predicted(case: dict[str, Any], device: Device, label: str) -> str:
+    name, config, side = LAYOUTS.get(case["layout"]), METHODS.get(label), case["side"] // 8
+    if name is None or config is None:
+        return "–"
+    return _times(speedup(device, layouts()[name], config, side, side, rows=case["batch"]))
 
 
 def _times(ratio: float | None) -> str:

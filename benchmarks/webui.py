@@ -6,7 +6,8 @@ Install the extension and start the WebUI with --api. While it is measured it us
 (cross_attention_optimization "sdp-no-mem"); its own options are restored afterwards. The rounds are interleaved, and
 results are written after each image; --resume adds the missing images. Seconds are those of the whole request: text
 encoder, steps, VAE and response. The deviation is that of the image's pixels, ‖image − off‖ / ‖off‖, against the image
-without a patch: with a checkpoint of random weights it says nothing about pictures.
+without a patch; --latents adds that of the final latent, by one image more of each way. With a checkpoint of random
+weights neither says anything about pictures.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import platform
 import sys
 import time
@@ -35,6 +37,8 @@ SCRIPT = "Agent Attention"
 OPTIMIZATION = "cross_attention_optimization"
 FUSED = "sdp-no-mem - scaled dot product without memory efficient attention"
 MERGING = ("token_merging_ratio", "token_merging_ratio_hr")
+# The host's decoder whose pixels are three fixed linear combinations of the latent's four channels, in 8 bits
+DECODER, LINEAR = "sd_vae_decode_method", "Approx cheap"
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Image:
         rounds: seconds of each way, round by round.
         passes: the extension's report of its sampling passes, for each way.
         deviations: relative deviation of the pixels from those without a patch, for each way.
+        latents: the same of the final latents.
     """
 
     name: str
@@ -105,6 +110,7 @@ class Image:
     rounds: list[dict[str, float]] = field(default_factory=list)
     passes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
+    latents: dict[str, float] = field(default_factory=dict)
 
     def missing(self, rounds: int) -> Iterator[tuple[dict[str, float], str]]:
         """(round, way) of each image that is missing; each round begins with a different way."""
@@ -122,9 +128,8 @@ class Image:
             pairs = [(seconds["off"], seconds[way]) for seconds in self.rounds if {"off", way} <= set(seconds)]
             speedup = median(off / t for off, t in pairs) if pairs else None
             row = {"image": self.name, "way": WAYS[way].label, "rounds": len(times), "seconds": median(times)}
-            rows.append(
-                {**row, "speedup": speedup, "passes": self.passes.get(way), "deviation": self.deviations.get(way)}
-            )
+            more = {"deviation": self.deviations.get(way), "latent": self.latents.get(way)}
+            rows.append({**row, "speedup": speedup, "passes": self.passes.get(way), **more})
         return rows
 
 
@@ -193,10 +198,26 @@ def measure(webui: WebUI, images: list[Image], rounds: int, write: Callable[[flo
             times[way], image.passes[way], pixels[image.name, way] = make(webui, image.body, WAYS[way])
             if (off := pixels.get((image.name, "off"))) is not None:
                 made = {way: picture for (name, way), picture in pixels.items() if name == image.name}
-                image.deviations |= {
-                    way: float(np.linalg.norm(picture - off) / np.linalg.norm(off)) for way, picture in made.items()
-                }
+                image.deviations |= {way: _deviation(picture, off) for way, picture in made.items()}
             write(one_step)
+
+
+def measure_latents(webui: WebUI, images: list[Image], write: Callable[[], None]) -> None:
+    """Make one more image in each way, and compare the latents behind their pixels."""
+    missing = [image for image in images if set(image.ways) - set(image.latents)]
+    if not missing:
+        return
+    with webui.options(**{DECODER: LINEAR}):
+        for image in tqdm(missing, desc="latents", unit="image"):
+            ways = dict.fromkeys(("off", *image.ways))
+            # what the host made of them, from −1…1 to 0…255
+            made = {way: make(webui, image.body, WAYS[way])[2] / 127.5 - 1 for way in ways}
+            image.latents |= {way: _deviation(latent, made["off"]) for way, latent in made.items()}
+            write()
+
+
+def _deviation(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 class ResultFile:
@@ -214,7 +235,7 @@ class ResultFile:
 
     def __init__(self, stem: Path, about: dict[str, Any], images: list[Image], resume: bool) -> None:
         self.json, self.markdown = (stem.with_name(stem.name + ending) for ending in (".json", ".md"))
-        self.about, self.images, self.runs = about, images, []
+        self.about, self.images, self.runs, self.one_step = about, images, [], math.nan
         if resume and self.json.exists():
             self._resume(json.loads(self.json.read_text(encoding="utf-8")))
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -224,29 +245,32 @@ class ResultFile:
             if before["about"].get(name) != value:
                 raise ValueError(f"{self.json} was measured with {name} {before['about'].get(name)}, this is {value}")
         self.runs = before["runs"]
+        self.one_step = self.runs[-1]["one_step"]
         # earlier results have spaces in their sizes
         measured = {(name := image["name"].replace(" × ", "×")): {**image, "name": name} for image in before["images"]}
         for image in self.images:
             image.rounds = measured.get(image.name, {}).get("rounds", [])
             image.passes = measured.get(image.name, {}).get("passes", {})
             image.deviations = measured.get(image.name, {}).get("deviations", {})
+            image.latents = measured.get(image.name, {}).get("latents", {})
         names = {image.name for image in self.images}
         self.images += [Image(**image) for name, image in measured.items() if name not in names]
 
-    def write(self, one_step: float) -> None:
-        """Write both files; `one_step`: seconds of an image of one step."""
+    def write(self, one_step: float | None = None) -> None:
+        """Write both files; `one_step`: seconds of an image of one step, if they were measured."""
+        self.one_step = self.one_step if one_step is None else one_step
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        run = {"date": now, "one_step": one_step}
+        run = {"date": now, "one_step": self.one_step}
         out = {"about": self.about, "runs": [*self.runs, run], "images": [vars(image) for image in self.images]}
         self.json.write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.markdown.write_text(self.table(one_step), encoding="utf-8")
+        self.markdown.write_text(self.table(), encoding="utf-8")
 
-    def table(self, one_step: float) -> str:
+    def table(self) -> str:
         """The results as Markdown."""
         rows = [row for image in self.images for row in image.rows()]
         about = ", ".join(f"{name} {value}" for name, value in self.about.items())
-        lines = [f"{about}. An image of one step takes {one_step:.3g} s.", ""]
-        lines += ["| image | way | s | speed-up | rounds | s per step | deviation |", "|---|---|---|---|---|---|---|"]
+        lines = [f"{about}. An image of one step takes {self.one_step:.3g} s.", ""]
+        lines += ["| image | way | s | speed-up | rounds | s per step | deviation | of the latent |", "|---" * 8 + "|"]
         return "\n".join([*lines, *map(_row, rows), ""])
 
 
@@ -256,8 +280,8 @@ def _row(row: dict[str, Any]) -> str:
     steps = "; ".join(
         ", ".join(f"{pace[kind]:.3g} {kind}" for kind in ("patched", "untouched") if pace.get(kind)) for pace in paces
     )
-    deviation = "–" if row["deviation"] is None else f"{row['deviation']:.3g}"
-    cells = (row["image"], row["way"], f"{row['seconds']:.3g}", speedup, str(row["rounds"]), steps or "–", deviation)
+    deviations = ["–" if row[name] is None else f"{row[name]:.3g}" for name in ("deviation", "latent")]
+    cells = (row["image"], row["way"], f"{row['seconds']:.3g}", speedup, str(row["rounds"]), steps or "–", *deviations)
     return "| " + " | ".join(cells) + " |"
 
 
@@ -289,6 +313,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=["off", "host", "defaults"],
         help="the same for the hires image (default off host defaults)",
     )
+    add("--latents", action="store_true", help="compare final latents too: one image more of each way")
     add("--resume", action="store_true", help="make only the images that are missing in the file")
     add("--out", type=Path, default=Path("out/bench/webui"), help="stem of the result files (default out/bench/webui)")
     return parser
@@ -310,6 +335,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--resume: {error}")
     with webui.options(**{OPTIMIZATION: FUSED}):
         measure(webui, images, options.rounds, file.write)
+        if options.latents:
+            measure_latents(webui, images, file.write)
     print(file.markdown.read_text(encoding="utf-8"))
     return 0
 

@@ -64,6 +64,21 @@ def test_each_way_is_made_in_each_round(monkeypatch, tmp_path):
     assert deviations == pytest.approx({"off": 0.0, "host": 0.0, "all": 0.1})
 
 
+def test_latents_are_compared_by_one_image_more(monkeypatch, tmp_path):
+    stub = Stub()
+    stub.set[webui.DECODER] = "Full"
+    words = ["--steps", "3", "--hires", "0", "--rounds", "1", "--out", str(tmp_path / "webui"), "--ways", "off", "all"]
+    run(monkeypatch, stub, *words, "--latents")
+    assert [options[webui.DECODER] for _, options in stub.images] == 4 * ["Full"] + 2 * [webui.LINEAR]
+    assert stub.set[webui.DECODER] == "Full"
+    latents = json.loads((tmp_path / "webui.json").read_text())["images"][0]["latents"]
+    # of 100 and 90 in 0…255, which is −1…1
+    assert latents == pytest.approx({"off": 0.0, "all": 10 / 27.5})
+    run(monkeypatch, stub, *words, "--latents", "--resume")
+    assert len(stub.images) == 6
+    assert len({line.count("|") for line in (tmp_path / "webui.md").read_text().splitlines() if "|" in line}) == 1
+
+
 def test_only_what_is_missing_is_made(monkeypatch, tmp_path):
     words = ["--steps", "3", "--hires", "0", "--out", str(tmp_path / "webui"), "--ways", "off"]
     run(monkeypatch, Stub(), *words, "host", "--rounds", "1")

@@ -10,7 +10,9 @@ import torch
 pytest.importorskip("ldm", reason="needs stable-diffusion-sdkit (requirements/dev-no-deps.txt)")
 pytest.importorskip("tomesd", reason="needs tomesd (requirements/dev-no-deps.txt)")
 
-from benchmarks import gpu, gpu_report
+from agentsd.costs import layouts
+from agentsd.predict import CARDS, speedup
+from benchmarks import gpu, gpu_report, predicted
 from benchmarks.cases import DTYPES
 from benchmarks.methods import on_largest
 from benchmarks.models import LAYOUTS
@@ -76,6 +78,39 @@ def test_nothing_is_begun_when_the_time_is_up(tmp_path):
 )
 def test_from_which_size_a_method_pays(ratios, expected):
     assert gpu_report._pays_from(ratios) == expected
+
+
+class TestThePredictionBeside:
+    """What was predicted stands beside what was measured, on a card of known rates."""
+
+    @staticmethod
+    def rows(device, layout="sd15", mode="eager"):
+        results = {
+            name: {"label": on_largest(1)[name].label, "peak": 0, "seconds": 0.01, "speedup": 1.0, "rounds": 1}
+            for name in ("sdpa", "grid4", "idle")
+        }
+        case = {"case": "a case", "layout": layout, "side": 512, "dtype": "float16", "batch": 2, "mode": mode}
+        runs = [{"date": "today"}]
+        out = {"machine": {"device": device, "torch": "2", "code": "1"}, "runs": runs, "skipped": []}
+        text = gpu_report.markdown({**out, "cases": [{**case, "results": results, "rounds": [{}]}]})
+        table = [line for line in text.partition("**In short**")[0].splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+    def test_on_a_known_card(self):
+        head, _, *rows = self.rows("NVIDIA GeForce RTX 4090")
+        grid = predicted.METHODS["grid agents, 4×4 cells"]
+        expected = speedup(CARDS[1], layouts()["SD 1"], grid, 64, 64)
+        assert head[-1] == "predicted"
+        assert [row[-1] for row in rows] == ["–", f"{expected:.2f}×", "–"]
+
+    @pytest.mark.parametrize(
+        ("device", "layout", "mode"), [("cpu", "sd15", "eager"), ("NVIDIA GeForce RTX 4090", "sd15", "graph")]
+    )
+    def test_nowhere_else(self, device, layout, mode):
+        assert {len(row) for row in self.rows(device, layout, mode)} == {6}
+
+    def test_not_for_other_u_nets(self):
+        assert {row[-1] for row in self.rows("NVIDIA H200", "mini")[2:]} == {"–"}
 
 
 def test_the_plan_knows_its_methods_and_begins_with_the_main_table():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -269,11 +270,18 @@ def test_what_was_measured_counts_more_than_flops():
 @pytest.mark.parametrize(("side", "tokens"), [(64, 64), (128, 256)])
 def test_where_nothing_is_gained_it_says_so(side, tokens):
     [(text, hint)] = said({"method": "agent", "min_tokens": 0}, SamplingPass(side, side))
-    assert f"{tokens} tokens →" in text
+    assert re.fullmatch(rf".*{tokens} tokens → .*\. No gain in time is expected\.", text)
     assert hint == f"Nothing is gained from layers of {tokens} tokens. Change “Minimum tokens”."
     assert said({"min_tokens": 512}, SamplingPass(side, side)) == [
         (f"{side}×{side}: nothing happens.", f"Nothing is to be gained from layers of {tokens} tokens.")
     ]
+
+
+def test_a_measured_gain_counts_more_than_the_number_of_tokens():
+    values, small = {"method": "agent", "min_tokens": 0}, SamplingPass(128, 128)
+    [line] = preview(values, [small], Host(golden_unet()), measured=lambda one: (20.0, 10.0))["lines"]
+    assert "2.00× faster" in line["text"]
+    assert (line["hint"], line["state"]) == ("", ACTS)
 
 
 def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():

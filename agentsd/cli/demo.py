@@ -30,14 +30,15 @@ def demo(args: argparse.Namespace) -> None:
     config = config_of(args.settings)
     prompts = choose(model.pipe.prompts, args.prompts)
     requests = [model.complete(Request(prompt, args.seed, args.steps)) for prompt in prompts]
-    warm_up(model, requests[0], [None, config], args.quiet)
-    results = []
-    for request in requests:
+    tuning = tuned(model, recorded(model, requests[0], MOMENTS, args.quiet), TOLERANCE, quiet=args.quiet)
+    best = tuning.config_for(model.unet)
+    warm_up(model, requests[0], [None, config, best], args.quiet)
+    results, last = [], []
+    for request in requests:  # in turns, since a machine's pace drifts
         plain = draw(model, request, None, f"{request.prompt}, without", args.quiet)
         patched = draw(model, request, config, f"{request.prompt}, with", args.quiet)
         results.append((request.prompt, plain, patched, distance(plain.picture, patched.picture)))
-    tuning = tuned(model, recorded(model, requests[0], MOMENTS, args.quiet), TOLERANCE, quiet=args.quiet)
-    last = [draw(model, request, tuning.config_for(model.unet), "tuned", args.quiet) for request in requests]
+        last.append(draw(model, request, best, f"{request.prompt}, tuned", args.quiet))
 
     folder = Path(args.out)
     rows = [

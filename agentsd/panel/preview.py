@@ -263,8 +263,11 @@ def _line(
         return nothing(f"{predicted.loss}; Measure decides")
     gain, state = _by_time(*times, parts) if times else _by_prediction(predicted) if predicted else _by_flops(share)
     advice = _advice(acting, own, sampling)
-    if state == ACTS and advice is not None and advice.remedy == ("min_tokens",):
-        state = NOTHING
+    if advice is not None and advice.remedy == ("min_tokens",):
+        if times:
+            advice = None  # what was measured says more
+        elif state == ACTS:
+            gain, state = _speed(1.0), NOTHING
     return Line(f"{sampling}: {_describe(acting.cost)}", advice, state, gain)
 
 
