@@ -173,7 +173,7 @@ class TestPlan:
         assert (plan.agents, plan.cell) == (256, (8, 8))
 
     def test_there_are_at_most_so_many_unless_asked_for(self):
-        for size, n, cell in [((128, 128), 1024, (4, 4)), ((192, 192), 576, (8, 8)), ((160, 256), 640, (8, 8))]:
+        for size, n, cell in [((128, 128), 512, (4, 8)), ((192, 192), 576, (8, 8)), ((160, 256), 640, (8, 8))]:
             plan = plan_layer(AgentConfig(method="corrected"), *size, 1)
             assert (plan.agents, plan.cell) == (n, cell)
             assert plan.agents <= MOST

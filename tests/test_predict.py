@@ -33,7 +33,8 @@ CONFIGS = {
     "grid8d2": AgentConfig(**WHOLE, agent_ratio=1 - 1 / 64, max_downsample=2),
     "grid8d4": AgentConfig(**WHOLE, agent_ratio=1 - 1 / 64, max_downsample=4),
     "grid64d8": AgentConfig(**WHOLE, agent_ratio=1 - 1 / 64, max_downsample=8, max_agents=64),
-    "corrected4": AgentConfig(**WHOLE, method="corrected", agent_ratio=1 - 1 / 16),
+    # as many agents as when that was measured
+    "corrected4": AgentConfig(**WHOLE, method="corrected", agent_ratio=1 - 1 / 16, max_agents=1024),
     "corrected8": AgentConfig(**WHOLE, method="corrected", agent_ratio=1 - 1 / 64),
     "pool2": AgentConfig(**WHOLE, method="pool", sx=2, sy=2),
     "paper": AgentConfig(),

@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 
 from ..grid import landmark_cell, sampled
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
-from .fit import FEWEST, MU, SURE, fit_tikhonov, fitted_to
+from .fit import FEWEST, MOST, MU, SURE, fit_tikhonov, fitted_to
 from .landmarks import HEAVY, SUPERPIXEL, count_heavy, heavy_hitters, heavy_weight, superpixels, taken_at
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# More agents cost more than they gain: their fit takes n × n matrices. See docs/zoo.md for figures.
-MOST = 1024
 
 
 @register

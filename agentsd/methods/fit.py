@@ -16,6 +16,8 @@ MU, GROWTH = 0.03, 4.0
 FEWEST = 32
 # With fewer than these, a rare call deviates forty times as much as most: see there as well.
 SURE = 64
+# With more than these, the fit, which grows with the cube of their number, costs more than they gain: docs/zoo.md.
+MOST = 640
 # Number of conjugate steps where a device has no Cholesky factorisation.
 FIT_STEPS = 3
 # Largest ratio of what those steps add to what is left to be fitted, beyond which they are rejected.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..grid import cells, landmark_cell, sampled
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, untouched
-from .fit import FEWEST, SURE, solve_tikhonov
+from .fit import FEWEST, MOST, SURE, solve_tikhonov
 from .landmarks import HEAVY, SAMPLE, SUPERPIXEL, count_heavy, heavy_hitters, superpixels, taken_at
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 WINDOW, HALO = 16, 4
 # Weight of the penalty of the fit.
 MU = 0.05
-# More landmarks cost more than they gain: their fit grows with the square of their number.
-MOST = 640
 # Kernels of fused attention take biases of rows that long as they are.
 _ALIGNED = 16
 # Bytes of the copies of keys and values at a time.

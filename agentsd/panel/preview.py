@@ -255,20 +255,30 @@ def _line(
     if acting is None:
         begins = f"{fraction(sampling.start)} of the diffusion is done when this pass begins"
         return nothing(f"{begins}, and agents end at {fraction(values[sampling.end])}", sampling.end)
-    share = share_of_run(layout, config, *sampling.latent, sampling.start)
     times = measured(sampling) if measured is not None else None
     unet = host.unet()
     predicted = None if times or unet is None else prediction(unet, layout, config, sampling.latent, sampling.start)
     if predicted is not None and predicted.loss and host.leaves_losses():
         return nothing(f"{predicted.loss}; Measure decides")
-    gain, state = _by_time(*times, parts) if times else _by_prediction(predicted) if predicted else _by_flops(share)
-    advice = _advice(acting, own, sampling)
+    if times:
+        gain, state = _by_time(*times, parts)
+    elif predicted is not None:
+        gain, state = _by_prediction(predicted)
+    else:
+        gain, state = _by_flops(share_of_run(layout, config, *sampling.latent, sampling.start))
+    return _acting_line(
+        f"{sampling}: {_describe(acting.cost)}", _advice(acting, own, sampling), state, gain, bool(times)
+    )
+
+
+def _acting_line(text: str, advice: Hint | None, state: str, gain: str, timed: bool) -> Line:
+    """Make the line of a pass in which something is changed. Small layers gain nothing, unless they were timed."""
     if advice is not None and advice.remedy == ("min_tokens",):
-        if times:
-            advice = None  # what was measured says more
+        if timed:
+            advice = None
         elif state == ACTS:
             gain, state = _speed(1.0), NOTHING
-    return Line(f"{sampling}: {_describe(acting.cost)}", advice, state, gain)
+    return Line(text, advice, state, gain)
 
 
 def _order_to_tune(tolerance: float) -> Line:
