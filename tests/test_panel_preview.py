@@ -270,7 +270,8 @@ def test_what_was_measured_counts_more_than_flops():
 @pytest.mark.parametrize(("side", "tokens"), [(64, 64), (128, 256)])
 def test_where_nothing_is_gained_it_says_so(side, tokens):
     [(text, hint)] = said({"method": "agent", "min_tokens": 0}, SamplingPass(side, side))
-    assert re.fullmatch(rf".*{tokens} tokens → .*\. No gain in time is expected(, by FLOPs over the whole pass)?\.", text)
+    words = rf".*{tokens} tokens → .*\. No gain in time is expected(, by FLOPs over the whole pass)?\."
+    assert re.fullmatch(words, text)
     assert hint == f"Nothing is gained from layers of {tokens} tokens. Change “Minimum tokens”."
     assert said({"min_tokens": 512}, SamplingPass(side, side)) == [
         (f"{side}×{side}: nothing happens.", f"Nothing is to be gained from layers of {tokens} tokens.")
