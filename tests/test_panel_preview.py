@@ -110,6 +110,11 @@ class TestOnAKnownCard:
         assert line["state"] == SLOWER
         assert "predicted for the H100, not measured" in line["text"]
 
+    def test_or_has_settings_of_their_own(self, card):
+        card(H100)
+        [line] = preview({"agent_ratio": 0.94}, [HERE], Host(golden_unet()))["lines"]
+        assert line["state"] == SLOWER
+
     def test_a_gain_is_predicted_in_place_of_flops(self, card):
         card(RTX_4090)
         [(text, hint)] = said(host=Host(golden_unet()))

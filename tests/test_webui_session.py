@@ -84,6 +84,10 @@ class TestOnACardWhereItWouldBeSlower:
         assert not torch.equal(made, run(unet, inputs()))
         assert infotext.KEY in p.extra_generation_params
 
+    def test_or_has_settings_of_their_own(self, host, unet):
+        (made,) = generate(host, {**ON, "agent_ratio": 0.9})
+        assert not torch.equal(made, run(unet, inputs()))
+
     def test_or_the_pass_was_measured(self, host, unet, monkeypatch):
         asked = []
 

@@ -51,7 +51,7 @@ class PanelHost(Protocol):
         """Say what in the host's options prevents a pass from being patched; None if nothing does."""
 
     def leaves_losses(self) -> bool:
-        """Whether passes that are predicted to be slower with the patch are left alone."""
+        """Whether a pass is left alone where a preset is predicted to be slower than nothing."""
 
     def advice(self, values: Mapping[str, Any]) -> Sequence[Hint]:
         """Give hints about the loaded model, given the settings."""

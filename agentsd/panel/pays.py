@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import AgentConfig
 from ..costs import Layout
 from ..predict import NOISE, device_named, speedup_of_run
+from ..settings.presets import CUSTOM, preset_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,10 +25,12 @@ class Prediction(NamedTuple):
     speed: float
     device: str
 
-    @property
-    def loss(self) -> str:
-        """A clause that says why to leave the pass alone; empty where nothing is lost."""
-        if self.speed >= 1 - NOISE:
+    def loss(self, values: Mapping[str, Any]) -> str:
+        """Say why a preset is better not applied, in a clause; empty where nothing is lost.
+
+        Settings of one's own (`values`, in canonical form) are applied all the same: whoever made them means them.
+        """
+        if self.speed >= 1 - NOISE or preset_of(values) == CUSTOM:
             return ""
         return f"predicted to be slower than without on the {self.device}, {self.speed:.2f}× the speed"
 

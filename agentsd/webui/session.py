@@ -196,7 +196,7 @@ def _observer(
 def _loss(
     p: Any, values: Mapping[str, Any], of: str, latent: tuple[int, int], unet: nn.Module, config: AgentConfig
 ) -> str:
-    """Say why a pass is better left alone: a prediction that it would be slower, and nothing measured; or ""."""
+    """Say why a preset is better not applied: a prediction that it would be slower, and nothing measured; or ""."""
     if not (compat.HOST.leaves_losses() and all(latent)):
         return ""
     height, width = latent
@@ -207,7 +207,7 @@ def _loss(
         return ""
     rows = 2 * (getattr(p, "batch_size", None) or 1)
     predicted = prediction(unet, layout_of_unet(unet), config, latent, start, rows)
-    return "" if predicted is None else predicted.loss
+    return "" if predicted is None else predicted.loss(values)
 
 
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:

@@ -54,8 +54,8 @@ def register(
         CLOSENESS: option(True, "Agent Attention: say how close attention was to full attention").info(
             "compares 32 tokens of every patched layer in one of five U-Net calls; no pixel depends on it"
         ),
-        LOSSES: option(True, "Agent Attention: leave a pass alone where it is predicted to be slower").info(
-            "small images on the fastest cards; what Measure has found there counts instead"
+        LOSSES: option(True, "Agent Attention: leave a pass alone where its preset is predicted to be slower").info(
+            "small images on the fastest cards; what Measure has found there counts instead, and Custom settings apply"
         ),
     }
     for name, row in rows.items():

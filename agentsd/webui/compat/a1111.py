@@ -137,7 +137,7 @@ class WebUI:
         return option(CLOSENESS) is not False
 
     def leaves_losses(self) -> bool:
-        """Whether passes that are predicted to be slower are left alone: unless the user has switched it off."""
+        """Whether presets that are predicted to be slower are not applied: unless the user has switched that off."""
         return option(LOSSES) is not False
 
     def obstacles(self, p: Any, hires: bool) -> Iterator[str]:
