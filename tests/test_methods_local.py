@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks import HALVES, Recorder, actions, blocks_of, flat_unet, inputs, run
+from blocks import HALVES, Kernels, Recorder, actions, blocks_of, flat_unet, inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fit import CoarseProducts
@@ -275,6 +275,19 @@ class TestNumerics:
 
 
 class TestMemory:
+    @torch.no_grad()
+    @pytest.mark.parametrize(("piece", "count"), [(0, 2 * HEADS), (600_000, 2), (10**9, 1)])
+    @pytest.mark.parametrize("landmarks", ["sample", "superpixel", "heavy"])
+    def test_pieces_on_the_cpu_change_nothing(self, landmarks, piece, count, monkeypatch):
+        size, qkv = (40, 36), near_by(40, 36)
+        whole = local_attention(*qkv, size=size, cell=(4, 4), landmarks=landmarks)
+        monkeypatch.setattr("agentsd.methods.local._WHOLE", 0)
+        monkeypatch.setattr("agentsd.methods.local._PIECE", piece)
+        with Kernels() as seen:
+            pieces = local_attention(*qkv, size=size, cell=(4, 4), landmarks=landmarks)
+        torch.testing.assert_close(pieces, whole, **CLOSE)
+        assert seen.names.count("index_select") == 4 * count
+
     @torch.no_grad()
     def test_no_matrix_of_tokens_by_tokens_or_landmarks(self):
         size, N = (64, 64), 4096
