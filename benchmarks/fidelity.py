@@ -188,7 +188,9 @@ def methods() -> list[Method]:
         Method("corrected 4×4, first 60%", "corrected agents, schedules", _corrected(1 - 1 / 16, stages=early(0.6))),
         Method("corrected 4×4, two levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **second), sizes=True),
         Method("local 4×4, two levels", "local attention, deeper", _local(1 - 1 / 16, **second), sizes=True),
-        Method("corrected 4×4, superpixels, two levels", "corrected, superpixels", superpixels_deeper, sizes=True),
+        Method(
+            "corrected 4×4, superpixels, two levels", "corrected, superpixels, deeper", superpixels_deeper, sizes=True
+        ),
         Method(
             "corrected 4×4, all levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **deeper), pictures=True
         ),
@@ -575,7 +577,9 @@ def plot(store: Store, size: tuple[int, int], file: Path) -> None:
     for i, family in enumerate(families):
         points = sorted((row["seconds"], mean(row), row["method"]) for row in rows if row["family"] == family)
         style = (
-            {"marker": "*", "markersize": 13} if family.startswith("corrected") else {"marker": "o", "markersize": 6}
+            {"marker": "*", "markersize": 13}
+            if family.startswith(("corrected", "local"))
+            else {"marker": "o", "markersize": 6}
         )
         axes.plot(*zip(*[p[:2] for p in points], strict=True), **style, color=f"C{i % 10}", alpha=0.85, label=family)
         for x, y, name in points:
