@@ -274,6 +274,13 @@ class TestNumerics:
             )
 
 
+    def test_pytorch_2_1_needs_no_more(self, monkeypatch):
+        """It has no `torch.compiler.is_compiling`."""
+        monkeypatch.setattr("agentsd.eager.FOLLOWS", False)
+        monkeypatch.delattr("torch.compiler.is_compiling")
+        assert local_attention(*smooth(40, 40), size=(40, 40), cell=(4, 4)).isfinite().all()
+
+
 class TestMemory:
     @torch.no_grad()
     @pytest.mark.parametrize(("piece", "count"), [(0, 2 * HEADS), (600_000, 2), (10**9, 1)])

@@ -202,12 +202,12 @@ def _at_once(
     q: Tensor, size: tuple[int, int], cell: tuple[int, int], window: int, halo: int, heavy: int
 ) -> tuple[int, int]:
     """(rows, heads) whose copies of keys and values fit in memory at a time."""
-    import torch
+    from ..eager import compiling
 
     (B, H), bytes_each = q.shape[:2], q.element_size()
     y, x = (_Axis(length, side, window, halo) for length, side in zip(size, cell, strict=True))
     keys = y.windows * x.windows * _aligned(y.near * x.near + len(y.sample) * len(x.sample) + heavy) * q.shape[-1]
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if q.device.type == "cpu" and not compiling():
         # the C library gives larger pieces back to the system, which maps them anew, page by page, in each call
         pairs = B * H if 4 * keys * B * H <= _WHOLE else _PIECE // (4 * keys)
     else:
