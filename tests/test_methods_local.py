@@ -273,7 +273,6 @@ class TestNumerics:
                 1e-5 if dtype == torch.float32 else 0.01
             )
 
-
     def test_pytorch_2_1_needs_no_more(self, monkeypatch):
         """It has no `torch.compiler.is_compiling`."""
         monkeypatch.setattr("agentsd.eager.FOLLOWS", False)
