@@ -129,7 +129,8 @@ def test_a_bad_value_that_was_saved_stops_nothing(a1111: Host, page, label: str,
         assert infotext.NOTE not in generate(page), "while it is off nothing is checked"
         Panel(page).open()
         assert f"got {value}" in shown(page, f"{label} must be", "summary")
-        assert f"{label} must be" in generate(page)
+        assert infotext.NOTE not in generate(page), "nothing is written into an image that was made without us"
+        assert f"not applied: {label} must be" in page.locator("#html_log_txt2img").first.inner_text()
         shown(page, f"Not applied: {label}")
     finally:
         file.write_bytes(before)
