@@ -260,8 +260,9 @@ class AgentConfig:
             attention to each token's neighbourhood, and to one fitted key of each such cell outside it), "merge"
             (token merging by `ratio`, no agents), or any other registered method.
         min_tokens: leave alone layers with fewer tokens than this, 0–2²⁴.
-        max_agents: upper limit on the number of agent tokens, 1–2²⁴; None for no limit. Similarity agents are never
-            fewer than the partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
+        max_agents: upper limit on the number of agent tokens, 1–2²⁴; None for no limit, except for 640 with the
+            methods "corrected" and "local", which never takes more. Similarity agents are never fewer than
+            the partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
         seed: seed of the partition, 0–2⁶³−1.
         share_match: match tokens once per U-Net call for all blocks of the same size, in the first of them.
         reuse_match: fraction of the diffusion for which a block's clusters are reused before its tokens are matched

@@ -7,14 +7,12 @@ from statistics import median
 from typing import Any
 
 from agentsd.costs import layouts
-from agentsd.predict import Device, device_named, speedup
+from agentsd.predict import NOISE, Device, device_named, speedup
 
 from .predicted import METHODS
 
-# A difference below this share is noise.
-NOISE = 0.02
-# Layouts of the cost model, by their names here
-LAYOUTS = {"sd15": "SD 1", "sdxl": "SDXL"}
+# Names of the cost model's layouts, by those of the benchmark's
+COUNTED = {"sd15": "SD 1", "sdxl": "SDXL"}
 
 
 def summarise(entry: dict[str, Any]) -> None:
@@ -71,7 +69,7 @@ def _case(case: dict[str, Any], device: Device | None) -> list[str]:
 
 
 def _predicted(case: dict[str, Any], device: Device, label: str) -> str:
-    name, config, side = LAYOUTS.get(case["layout"]), METHODS.get(label), case["side"] // 8
+    name, config, side = COUNTED.get(case["layout"]), METHODS.get(label), case["side"] // 8
     if name is None or config is None:
         return "–"
     return _times(speedup(device, layouts()[name], config, side, side, rows=case["batch"]))

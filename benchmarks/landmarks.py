@@ -91,15 +91,14 @@ def _corrected(
     cells: tuple[int, int] = (4, 4),
     landmarks: str = "sample",
 ) -> Tensor:
-    """Corrected agents with `cells` of their own, whatever the landmarks' of local attention are."""
-    cell = cells
+    """Corrected agents with `cells` of their own, whatever the cell of local attention is."""
     if landmarks == "staggered":
-        return corrected_attention(q, k, v, *(x[:, :, staggered(size, cell[0])] for x in (q, k, v)))
-    few = [split_heads(x, q.shape[1]) for x in sample_each([join_heads(x) for x in (q, k, v)], size, cell)]
+        return corrected_attention(q, k, v, *(x[:, :, staggered(size, cells[0])] for x in (q, k, v)))
+    few = [split_heads(x, q.shape[1]) for x in sample_each([join_heads(x) for x in (q, k, v)], size, cells)]
     if landmarks == "superpixel":
-        return by_superpixels(q, k, v, few[0], size=size, cell=cell)
+        return by_superpixels(q, k, v, few[0], size=size, cell=cells)
     if landmarks == "heavy":
-        return by_heavy_hitters(q, k, v, *few, size=size, cell=cell)
+        return by_heavy_hitters(q, k, v, *few, size=size, cell=cells)
     return corrected_attention(q, k, v, *few)
 
 

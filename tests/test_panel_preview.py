@@ -38,9 +38,9 @@ HIRES = SamplingPass(1024, 1024, 0.5, hires=True)
 class Host:
     """A program that shows the panel."""
 
-    def __init__(self, unet=None, obstacle=None, advice=(), kept=(), leaves_losses=True):
+    def __init__(self, unet=None, obstacle=None, advice=(), kept=(), skips_slower=True):
         self._unet, self._obstacle, self._advice, self._kept = unet, obstacle, list(advice), kept
-        self._leaves_losses = leaves_losses
+        self._skips_slower = skips_slower
 
     def unet(self):
         return self._unet
@@ -54,8 +54,8 @@ class Host:
     def obstacle(self, hires, img2img):
         return self._obstacle if not hires else None
 
-    def leaves_losses(self):
-        return self._leaves_losses
+    def skips_slower(self):
+        return self._skips_slower
 
     def advice(self, values):
         return self._advice
@@ -106,7 +106,7 @@ class TestOnAKnownCard:
 
     def test_or_said_to_be_slower_where_the_user_wants_it_all_the_same(self, card):
         card(H100)
-        [line] = preview({}, [HERE], Host(golden_unet(), leaves_losses=False))["lines"]
+        [line] = preview({}, [HERE], Host(golden_unet(), skips_slower=False))["lines"]
         assert line["state"] == SLOWER
         assert "predicted for the H100, not measured" in line["text"]
 

@@ -78,7 +78,7 @@ class TestOnACardWhereItWouldBeSlower:
         assert "predicted to be slower" in p.processed.extra_generation_params[infotext.NOTE]
 
     def test_unless_the_user_has_switched_that_off(self, host, unet):
-        host.shared.opts.agent_attention_leave_losses = False
+        host.shared.opts.agent_attention_skip_slower = False
         p = Processing()
         (made,) = generate(host, p=p)
         assert not torch.equal(made, run(unet, inputs()))

@@ -191,7 +191,7 @@ class Playground:
     def obstacle(self, hires: bool, img2img: bool) -> None:
         """Nothing else acts on the model here."""
 
-    def leaves_losses(self) -> bool:
+    def skips_slower(self) -> bool:
         """What is drawn here is drawn to be looked at."""
         return False
 

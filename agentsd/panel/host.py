@@ -50,7 +50,7 @@ class PanelHost(Protocol):
     def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
         """Say what in the host's options prevents a pass from being patched; None if nothing does."""
 
-    def leaves_losses(self) -> bool:
+    def skips_slower(self) -> bool:
         """Whether a pass is left alone where a preset is predicted to be slower than nothing."""
 
     def advice(self, values: Mapping[str, Any]) -> Sequence[Hint]:

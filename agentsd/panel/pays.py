@@ -25,8 +25,8 @@ class Prediction(NamedTuple):
     speed: float
     device: str
 
-    def loss(self, values: Mapping[str, Any]) -> str:
-        """Say why a preset is better not applied, in a clause; empty where nothing is lost.
+    def slower(self, values: Mapping[str, Any]) -> str:
+        """Say why a preset is better not applied, in a clause; empty where it is not slower.
 
         Settings of one's own (`values`, in canonical form) are applied all the same: whoever made them means them.
         """

@@ -258,8 +258,8 @@ def _line(
     times = measured(sampling) if measured is not None else None
     unet = host.unet()
     predicted = None if times or unet is None else prediction(unet, layout, config, sampling.latent, sampling.start)
-    if predicted is not None and host.leaves_losses() and (loss := predicted.loss(values)):
-        return nothing(f"{loss}; Measure decides")
+    if predicted is not None and host.skips_slower() and (slower := predicted.slower(values)):
+        return nothing(f"{slower}; Measure decides")
     if times:
         gain, state = _by_time(*times, parts)
     elif predicted is not None:

@@ -317,7 +317,8 @@ SETTINGS: tuple[Row, ...] = (
         "max_agents",
         "number",
         "Maximum agents",
-        "Upper limit on the number of agent tokens in a layer; 0 sets none.",
+        "Upper limit on the number of agent tokens in a layer; 0 sets none, except for 640 with the methods corrected "
+        "and local.",
         0,
         low=0,
     ),

@@ -193,11 +193,11 @@ def _observer(
     return recording.observer(hires, size)
 
 
-def _loss(
+def _slower(
     p: Any, values: Mapping[str, Any], of: str, latent: tuple[int, int], unet: nn.Module, config: AgentConfig
 ) -> str:
     """Say why a preset is better not applied: a prediction that it would be slower, and nothing measured; or ""."""
-    if not (compat.HOST.leaves_losses() and all(latent)):
+    if not (compat.HOST.skips_slower() and all(latent)):
         return ""
     height, width = latent
     hires = of == tunings.HIRES
@@ -207,7 +207,7 @@ def _loss(
         return ""
     rows = 2 * (getattr(p, "batch_size", None) or 1)
     predicted = prediction(unet, layout_of_unet(unet), config, latent, start, rows)
-    return "" if predicted is None else predicted.loss(values)
+    return "" if predicted is None else predicted.slower(values)
 
 
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
@@ -262,7 +262,7 @@ def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, 
     of, latent = pass_of(p, hires), size or size_of(p, hires)
     plans = Plans(generation.values, of, latent, generation.plans)
     observer = _observer(p, generation.recording, hires, size)
-    current = Pass(generation.values, report, observer, plans, partial(_loss, p, generation.values, of, latent))
+    current = Pass(generation.values, report, observer, plans, partial(_slower, p, generation.values, of, latent))
     generation.reports.append(report)
     try:
         with under_way(current):
@@ -318,9 +318,9 @@ class Pass:
         report: PassReport,
         observer: Callable[[Answer], None] | None = None,
         plans: Plans | None = None,
-        loss: Callable[[nn.Module, AgentConfig], str] = lambda unet, config: "",
+        slower: Callable[[nn.Module, AgentConfig], str] = lambda unet, config: "",
     ) -> None:
-        self.values, self.report, self.observer, self.plans, self.loss = values, report, observer, plans, loss
+        self.values, self.report, self.observer, self.plans, self.slower = values, report, observer, plans, slower
         self.thread = threading.get_ident()
         self._clock = StepClock()
         self._patch: Patch | None = None
@@ -360,8 +360,8 @@ class Pass:
     def _patched(self, unet: nn.Module) -> Patch | None:
         plan = None if self.plans is None else self.plans.config(unet, self.report)
         config = plan or compat.HOST.config(self.values, hires=self.report.hires)
-        if plan is None and (loss := self.loss(unet, config)):
-            self.report.obstacles.append(loss)
+        if plan is None and (slower := self.slower(unet, config)):
+            self.report.obstacles.append(slower)
             return None
         if compat.HOST.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1

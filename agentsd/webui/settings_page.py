@@ -14,7 +14,7 @@ from ..settings.presets import PRESETS
 CATEGORY = "agent_attention"
 SECTION = ("agent_attention", "Agent Attention")
 PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_level", "agent_attention_status_line"
-CLOSENESS, LOSSES = "agent_attention_closeness", "agent_attention_leave_losses"
+CLOSENESS, SKIP_SLOWER = "agent_attention_closeness", "agent_attention_skip_slower"
 AS_SAVED = "as saved"
 LEVELS = ("warning", "info", "debug")
 _HANDLER = "agent attention"
@@ -54,7 +54,9 @@ def register(
         CLOSENESS: option(True, "Agent Attention: say how close attention was to full attention").info(
             "compares 32 tokens of every patched layer in one of five U-Net calls; no pixel depends on it"
         ),
-        LOSSES: option(True, "Agent Attention: leave a pass alone where its preset is predicted to be slower").info(
+        SKIP_SLOWER: option(
+            True, "Agent Attention: leave a pass alone where its preset is predicted to be slower"
+        ).info(
             "small images on the fastest cards; what Measure has found there counts instead, and Custom settings apply"
         ),
     }

@@ -20,7 +20,7 @@ from ...hosts import UnsupportedModelError, find_sites, find_unet
 from ...panel.host import Busy, Hint
 from ...panel.tuned import Kept, Store
 from ...settings import table
-from ..settings_page import CLOSENESS, LOSSES
+from ..settings_page import CLOSENESS, SKIP_SLOWER
 
 TOKEN_MERGING = "the WebUI's own token merging is on"
 SHARED_PACKAGE = "the extension {} has a package of the same name as ours, and its panel now runs on ours"
@@ -136,9 +136,9 @@ class WebUI:
         """Whether runs are to say how close attention was to full attention: unless the user has switched it off."""
         return option(CLOSENESS) is not False
 
-    def leaves_losses(self) -> bool:
+    def skips_slower(self) -> bool:
         """Whether presets that are predicted to be slower are not applied: unless the user has switched that off."""
-        return option(LOSSES) is not False
+        return option(SKIP_SLOWER) is not False
 
     def obstacles(self, p: Any, hires: bool) -> Iterator[str]:
         """Yield why a pass cannot be patched: other changes to the same layers, or models that bypass them."""
