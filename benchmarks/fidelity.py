@@ -573,7 +573,7 @@ def plot(store: Store, size: tuple[int, int], file: Path) -> None:
     rows = [row for row in store.rows if row["size"] == list(size) and row["method"] != "unpatched"]
     unpatched = unpatched_row(store, size)["seconds"]
     figure, axes = plt.subplots(figsize=(12, 7.5), layout="constrained")
-    families = list(dict.fromkeys(row["family"] for row in rows))
+    families, names = list(dict.fromkeys(row["family"] for row in rows)), []
     for i, family in enumerate(families):
         points = sorted((row["seconds"], mean(row), row["method"]) for row in rows if row["family"] == family)
         style = (
@@ -583,7 +583,7 @@ def plot(store: Store, size: tuple[int, int], file: Path) -> None:
         )
         axes.plot(*zip(*[p[:2] for p in points], strict=True), **style, color=f"C{i % 10}", alpha=0.85, label=family)
         for x, y, name in points:
-            axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            names.append(axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7))
     axes.axvline(unpatched, color="grey", linewidth=0.8, linestyle=":", label="unpatched")
     axes.set_yscale("log")
     axes.set_xlabel("seconds per forward (two rows)")
@@ -591,8 +591,21 @@ def plot(store: Store, size: tuple[int, int], file: Path) -> None:
     axes.set_title(f"Embedded model, latent {_shown(size)}: lower left is better")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.canvas.draw()
+    _keep_legible(names)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _keep_legible(names: Sequence[Any]) -> None:
+    """Remove names that would cover others: the closest methods keep theirs; the table has them all."""
+    kept = []
+    for name in sorted(names, key=lambda name: name.xy[1]):
+        box = name.get_window_extent()
+        if any(box.overlaps(other) for other in kept):
+            name.remove()
+        else:
+            kept.append(box)
 
 
 QUICK = ("unpatched", "tomesd .5", "grid 4×4", "K/V pooled 2×2", "K/V pooled 4×4")
