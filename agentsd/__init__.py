@@ -9,26 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .apply import apply_patch, get_patch, patch_unet, patched, remove_patch
+    from .attention.agent import agent_attention
+    from .attention.module import AgentAttention, AgentBias
     from .calibration import Calibration, Timing, calibrate
-    from .config import (
-        TOKEN_MERGING,
-        AgentConfig,
-        Rule,
-        SettingError,
-        Stage,
-        early,
-        paper_stages,
-    )
+    from .checks import SettingError
+    from .config import TOKEN_MERGING, AgentConfig, early, paper_stages
     from .hosts import UnsupportedModelError
-    from .layer import LayerReport
-    from .methods.agents import agent_attention
     from .methods.base import LayerPlan
-    from .module import AgentAttention, AgentBias
-    from .patch import Patch, apply_patch, get_patch, patch_unet, patched, remove_patch
+    from .patching.layer import LayerReport
+    from .patching.patch import Patch
     from .plan import plan_layer
     from .rules import format_rules, parse_rules
-    from .tuning.data import Tuning, TuningCancelled, TuningError
+    from .schedule import Rule, Stage
     from .tuning.record import record_calls
+    from .tuning.result import Tuning, TuningCancelled, TuningError
     from .tuning.tuner import tune
 
 __version__ = "1.1.0"
@@ -36,16 +31,19 @@ __version__ = "1.1.0"
 # Module that defines each public name
 _HOMES = {
     "calibration": ("Calibration", "Timing", "calibrate"),
-    "config": ("TOKEN_MERGING", "AgentConfig", "Rule", "SettingError", "Stage", "early", "paper_stages"),
+    "apply": ("apply_patch", "get_patch", "patch_unet", "patched", "remove_patch"),
+    "checks": ("SettingError",),
+    "config": ("TOKEN_MERGING", "AgentConfig", "early", "paper_stages"),
     "hosts": ("UnsupportedModelError",),
-    "methods.agents": ("agent_attention",),
+    "attention.agent": ("agent_attention",),
     "methods.base": ("LayerPlan",),
-    "module": ("AgentAttention", "AgentBias"),
-    "layer": ("LayerReport",),
-    "patch": ("Patch", "apply_patch", "get_patch", "patch_unet", "patched", "remove_patch"),
+    "attention.module": ("AgentAttention", "AgentBias"),
+    "patching.layer": ("LayerReport",),
+    "patching.patch": ("Patch",),
     "plan": ("plan_layer",),
+    "schedule": ("Rule", "Stage"),
     "rules": ("format_rules", "parse_rules"),
-    "tuning.data": ("Tuning", "TuningCancelled", "TuningError"),
+    "tuning.result": ("Tuning", "TuningCancelled", "TuningError"),
     "tuning.record": ("record_calls",),
     "tuning.tuner": ("tune",),
 }
@@ -90,7 +88,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
         globals()[name] = value
         return value
-    if not name.startswith("_"):  # a submodule, as in agentsd.merging
+    if not name.startswith("_"):  # a submodule, as in agentsd.attention.merging
         try:
             return import_module(f"{__name__}.{name}")
         except ModuleNotFoundError as error:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import AgentConfig, SettingError
-from .devices import timed
+from .apply import patch_unet
+from .checks import SettingError
+from .clock import timed
+from .config import AgentConfig
 from .hosts import Site, UnsupportedModelError, find_sites, find_unet
 from .hosts.base import weight_of
 from .hosts.single import SingleAttention
-from .patch import patch_unet
 from .plan import limit
 
 SIZES = (256, 384, 512, 640, 768, 1024)

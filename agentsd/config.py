@@ -1,48 +1,24 @@
-"""Settings of the patch: one frozen, validated dataclass, and the rules that vary them by layer and stage.
+"""Settings of the patch: one frozen, validated dataclass, and what varies them by layer and stage.
 
 Imports neither torch nor a host, so that a panel, a command line or a cost model can use it on its own.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import pairwise
-from numbers import Real
 from typing import Any, ClassVar
 
+from .checks import CHECKS, check_names, checked_number, checked_sequence, reject
 from .methods import METHODS
+from .schedule import ANYWHERE, DOWNSAMPLES, Block, Rule, Stage, as_rules
 
 AUTO = "auto"
 AGENT_SOURCES = ("similarity", "grid")
 PRECISIONS = (None, "fp32")
 LANDMARKS = ("sample", "superpixel", "heavy")
-DOWNSAMPLES = (1, 2, 4, 8)
-MAX_TIMESTEP = 1000
-# Characters of a pattern of block names. Rules as text use others as separators.
-_PATTERN = re.compile(r"[\w.*?\[\]!-]+")
-
-
-class SettingError(ValueError):
-    """A setting has a value outside its range. The message names the setting, the value and the range."""
-
-
-# Characters of a value that messages repeat: they end up in infotexts
-_LONGEST = 120
-
-
-def shown(value: Any) -> str:
-    """Format a value for a message, shortened."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
-
-
-def _reject(name: str, value: Any, allowed: str) -> SettingError:
-    return SettingError(f"{name} must be {allowed}, got {shown(value)}")
 
 
 def _setting(default: Any, kind: str, **limits: Any) -> Any:
@@ -63,175 +39,6 @@ def _choice(default: Any, choices: Sequence[Any]) -> Any:
 
 def _flag(default: bool) -> Any:
     return _setting(default, "bool")
-
-
-def _checked_number(name: str, value: Any, meta: Mapping[str, Any]) -> float | int | None:
-    if value is None and meta.get("optional"):
-        return None
-    whole = meta["kind"] == "int"
-    allowed = f"{'a whole number' if whole else 'a number'} from {meta['low']} to {meta['high']}"
-    if meta.get("optional"):
-        allowed += ", or None"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise _reject(name, value, allowed)
-    if not meta["low"] <= value <= meta["high"]:  # also rejects NaN
-        raise _reject(name, value, allowed)
-    if whole and value != int(value):
-        raise _reject(name, value, allowed)
-    return int(value) if whole else float(value)
-
-
-def _checked_choice(name: str, value: Any, meta: Mapping[str, Any]) -> Any:
-    # True == 1, but nobody who writes max_downsample=True means 1
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    for choice in meta["choices"]:
-        if (number if isinstance(choice, int) else type(value) is type(choice)) and value == choice:
-            return choice
-    raise _reject(name, value, "one of " + ", ".join(repr(c) for c in meta["choices"]))
-
-
-def _checked_flag(name: str, value: Any, meta: Mapping[str, Any]) -> bool:
-    if not isinstance(value, bool):
-        raise _reject(name, value, "True or False")
-    return value
-
-
-_CHECKS = {"float": _checked_number, "int": _checked_number, "choice": _checked_choice, "bool": _checked_flag}
-
-
-def _checked_fraction(name: str, value: Any) -> float:
-    return _checked_number(name, value, {"kind": "float", "low": 0.0, "high": 1.0})
-
-
-def _checked_overrides(settings: Any) -> dict[str, Any] | None:
-    """Copy the overrides, so that they cannot change once checked; the config checks their names and values."""
-    if settings is None:
-        return None
-    if not isinstance(settings, Mapping):
-        raise _reject("settings", settings, "a mapping of settings, or None for full attention")
-    return dict(settings)
-
-
-def _hashable(settings: Mapping[str, Any] | None) -> Any:
-    return None if settings is None else tuple(sorted(settings.items()))
-
-
-@dataclass(frozen=True)
-class Block:
-    """Position of a transformer block in its U-Net.
-
-    Attributes:
-        name: the block's name.
-        downsample: its level in the U-Net: 1, 2, 4 or 8; None if unknown.
-        first: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
-    """
-
-    name: str = ""
-    downsample: int | None = None
-    first: int = 1
-
-
-_ANYWHERE = Block()
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Settings that differ in some blocks or during a part of the diffusion.
-
-    Args:
-        settings: settings to override, by name; None means full attention.
-        downsample: apply the rule only to blocks at this level of the U-Net: 1, 2, 4 or 8, or several of them. Empty:
-            any level.
-        blocks: apply the rule only to blocks whose full name matches this pattern, or one of several. `*` matches any
-            characters, `?` any one character, `[...]` one of those listed. Empty: any block.
-        since: progress at which the rule starts to apply, from 0 to below `until`.
-        until: progress at which it stops, above 0 and at most 1; progress = 1 − t / 1000.
-
-    Raises:
-        SettingError: a value is outside its range; the message names it, the value and the range.
-    """
-
-    settings: Mapping[str, Any] | None = field(default_factory=dict)
-    downsample: int | tuple[int, ...] = ()
-    blocks: str | tuple[str, ...] = ()
-    since: float = 0.0
-    until: float = 1.0
-
-    def __post_init__(self) -> None:
-        since, until = _checked_fraction("since", self.since), _checked_fraction("until", self.until)
-        if since >= until:
-            raise _reject("since", self.since, f"below until, which is {until}")
-        levels = tuple(_checked_choice("downsample", d, {"choices": DOWNSAMPLES}) for d in _several(self.downsample))
-        for name, value in (
-            ("settings", _checked_overrides(self.settings)),
-            ("downsample", levels),
-            ("blocks", tuple(_checked_pattern(pattern) for pattern in _several(self.blocks))),
-            ("since", since),
-            ("until", until),
-        ):
-            object.__setattr__(self, name, value)
-
-    def __hash__(self) -> int:
-        return hash((_hashable(self.settings), self.downsample, self.blocks, self.since, self.until))
-
-    @property
-    def timed(self) -> bool:
-        """Whether it applies during only a part of the diffusion."""
-        return self.since > 0.0 or self.until < 1.0
-
-    def holds(self, progress: float | None) -> bool:
-        """Whether it applies at `progress`, the fraction of the diffusion that is done."""
-        if not self.timed:
-            return True
-        return progress is not None and self.since <= progress and (progress < self.until or self.until == 1.0)
-
-    def names(self, block: Block) -> bool:
-        """Whether it applies to this block."""
-        return (not self.downsample or block.downsample in self.downsample) and (
-            not self.blocks or any(fnmatchcase(block.name, pattern) for pattern in self.blocks)
-        )
-
-
-def _several(value: Any) -> tuple[Any, ...]:
-    if value is None or value == "":
-        return ()
-    return tuple(value) if isinstance(value, (tuple, list, set, frozenset)) else (value,)
-
-
-def _checked_pattern(pattern: Any) -> str:
-    if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern):
-        raise _reject("blocks", pattern, "a pattern of block names, of letters, digits and _ . * ? [ ] ! -")
-    return pattern
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of the diffusion and its settings: a rule for all blocks that starts where the previous stage ended.
-
-    Args:
-        until: progress at which the stage ends, in (0, 1]; progress = 1 − t / 1000.
-        settings: settings to override, by name; None leaves the model untouched.
-    """
-
-    until: float
-    settings: Mapping[str, Any] | None = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        until = _checked_fraction("until", self.until)
-        if until == 0.0:
-            raise _reject("until", self.until, "above 0 and at most 1")
-        object.__setattr__(self, "until", until)
-        object.__setattr__(self, "settings", _checked_overrides(self.settings))
-
-    def __hash__(self) -> int:
-        return hash((self.until, _hashable(self.settings)))
-
-
-def _as_rules(stages: tuple[Stage, ...]) -> tuple[Rule, ...]:
-    """Convert stages to rules; after the last one the model is untouched."""
-    ends = [0.0, *(stage.until for stage in stages)]
-    rules = [Rule(stage.settings, since=since, until=stage.until) for since, stage in zip(ends, stages, strict=False)]
-    return (*rules, Rule(None, since=ends[-1])) if stages and ends[-1] < 1.0 else tuple(rules)
 
 
 @dataclass(frozen=True)
@@ -307,7 +114,7 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            check = _CHECKS.get(f.metadata["kind"])
+            check = CHECKS.get(f.metadata["kind"])
             if check is not None:
                 object.__setattr__(self, f.name, check(f.name, getattr(self, f.name), f.metadata))
         object.__setattr__(self, "stages", _checked_stages(self.stages))
@@ -327,7 +134,7 @@ class AgentConfig:
         """Whether settings vary over the diffusion, so that the timestep has to be known."""
         return bool(self.stages) or any(rule.timed for rule in self.rules)
 
-    def at(self, progress: float | None, block: Block = _ANYWHERE) -> AgentConfig | None:
+    def at(self, progress: float | None, block: Block = ANYWHERE) -> AgentConfig | None:
         """Return the settings in `block` at `progress`, the fraction of the diffusion done; None for full attention.
 
         Where settings vary over the diffusion, a progress that is unknown (None) or outside 0–1 means full attention.
@@ -340,7 +147,7 @@ class AgentConfig:
 
     def parts(self) -> tuple[tuple[float, float], ...]:
         """List the intervals (since, until) of the diffusion within which no setting changes, in order."""
-        rules = (*_as_rules(self.stages), *self.rules)
+        rules = (*as_rules(self.stages), *self.rules)
         edges = sorted({0.0, 1.0, *(edge for rule in rules for edge in (rule.since, rule.until))})
         return tuple(pairwise(edges))
 
@@ -357,7 +164,7 @@ class AgentConfig:
 @lru_cache(maxsize=4096)
 def _resolve(config: AgentConfig, progress: float | None, block: Block) -> AgentConfig | None:
     stage_settings: dict[str, Any] = {}
-    for rule in _as_rules(config.stages):
+    for rule in as_rules(config.stages):
         if rule.holds(progress):
             if rule.settings is None:
                 return None
@@ -370,36 +177,17 @@ def _resolve(config: AgentConfig, progress: float | None, block: Block) -> Agent
     return None if overrides is None else replace(config, stages=(), rules=(), **overrides)
 
 
-def _checked_sequence(name: str, values: Any, kind: type, allowed: str) -> tuple[Any, ...]:
-    if isinstance(values, (str, kind, Mapping)) or not hasattr(values, "__iter__"):
-        raise _reject(name, values, allowed)
-    checked = tuple(values)
-    if not all(isinstance(value, kind) for value in checked):
-        raise _reject(name, values, allowed)
-    return checked
-
-
 def _checked_rules(rules: Any) -> tuple[Rule, ...]:
-    return _checked_sequence("rules", rules, Rule, "a sequence of agentsd.Rule")
+    return checked_sequence("rules", rules, Rule, "a sequence of agentsd.Rule")
 
 
 def _checked_stages(stages: Any) -> tuple[Stage, ...]:
     allowed = "a sequence of agentsd.Stage with increasing `until`"
-    checked = _checked_sequence("stages", stages, Stage, allowed)
+    checked = checked_sequence("stages", stages, Stage, allowed)
     ends = [stage.until for stage in checked]
     if any(b <= a for a, b in pairwise(ends)):
-        raise _reject("stages", stages, allowed)
+        raise reject("stages", stages, allowed)
     return checked
-
-
-def check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raise SettingError for the first name in `given` that is not in `known`."""
-    for name, value in given.items():
-        if name not in known:
-            name = str(name)[:_LONGEST]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise SettingError(f"unknown setting {name}={shown(value)}{hint}; the settings are {', '.join(known)}")
 
 
 SETTINGS = tuple(f.name for f in fields(AgentConfig))
@@ -426,9 +214,9 @@ def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None =
         after: settings to override for the rest, such as `agentsd.TOKEN_MERGING`; None leaves the rest untouched.
     """
     stage = Stage(until)
-    since = _checked_number("since", since, {"kind": "float", "low": 0.0, "high": 1.0})
+    since = checked_number("since", since, {"kind": "float", "low": 0.0, "high": 1.0})
     if since >= stage.until:
-        raise _reject("since", since, f"below until, which is {stage.until}")
+        raise reject("since", since, f"below until, which is {stage.until}")
     stages = [Stage(since, None)] if since else []
     stages.append(stage)
     if stage.until < 1:

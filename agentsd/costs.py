@@ -18,10 +18,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from .config import AgentConfig, Block
-from .grid import cells, destinations
+from .attention.grid import cells, destinations
+from .config import AgentConfig
 from .methods import LayerPlan, method_of, untouched
 from .plan import grid_of, merged_tokens, plan_block
+from .schedule import Block
 
 PROMPT_TOKENS = 77
 COSTS_FILE = Path(__file__).with_name("costs.json")

@@ -10,7 +10,7 @@ vetoes leaves a layer alone:
 5. the method has nothing to do there, or would not pay off (`Method.plan`).
 
 What only the call itself shows (an attention that cannot be patched, a mask, a foreign context) is checked by
-`agentsd.patch`. Imports no torch.
+`agentsd.patching.patch`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from .config import AUTO, AgentConfig, Block
-from .grid import cells, destinations
+from .attention.grid import cells, destinations
+from .config import AUTO, AgentConfig
 from .methods import LayerPlan, method_named, method_of, untouched
+from .schedule import Block
 
 __all__ = [
     "Block",

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .attention.grid import cells
 from .config import AgentConfig
 from .costs import Estimate, Layout, LevelEstimate, estimate
-from .grid import cells
 from .methods import method_of
 
 # Head widths that fused attention has kernels for; others are padded to the next.

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from .config import LIMITS, STAGE_SETTINGS, AgentConfig, Rule, SettingError, check_names, shown
+from .checks import SettingError, check_names, shown
+from .config import LIMITS, STAGE_SETTINGS, AgentConfig
+from .schedule import Rule
 
 FULL = "full"
 _CONDITIONS = ("downsample", "blocks", "since", "until")

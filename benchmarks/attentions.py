@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agentsd.tensors import join_heads
+from agentsd.attention.tensors import join_heads
 
 
 @dataclass(frozen=True)

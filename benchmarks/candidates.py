@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from agentsd.attention.merging import Matching, match, partition
+from agentsd.attention.tensors import join_heads, pool_tokens, split_heads
 from agentsd.config import AgentConfig
-from agentsd.merging import Matching, match, partition
 from agentsd.methods import LayerPlan, SelfAttention, method_of
 from agentsd.plan import plan_layer
-from agentsd.tensors import join_heads, pool_tokens, split_heads
 
 from .attentions import Attention
 

@@ -4,7 +4,7 @@
     python -m benchmarks.closeness --pairs 3    # a rough look
 
 Pairs of patched calls, one observed and one not, in changing order; medians and quartiles of the ratios. One call in
-`agentsd.closeness.EVERY` is observed, so a run takes that part of the extra time.
+`agentsd.patching.closeness.EVERY` is observed, so a run takes that part of the extra time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import agentsd
 from agentsd import AgentConfig, embedded
-from agentsd.closeness import EVERY
-from agentsd.devices import timed
+from agentsd.clock import timed
 from agentsd.hosts import example_call
+from agentsd.patching.closeness import EVERY
 from agentsd.settings import check, to_config
 from agentsd.settings.presets import PRESETS
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agentsd import AgentConfig, plan_layer
+from agentsd.attention.agent import agent_attention
+from agentsd.attention.fit import MU, fit_tikhonov, fit_values
+from agentsd.attention.tensors import lost_by_pooling, pool_tokens, sample_tokens, split_heads
 from agentsd.hosts import Call, find_sites
-from agentsd.methods.agents import agent_attention
-from agentsd.methods.fit import MU, fit_tikhonov, fit_values
 from agentsd.plan import grid_of
-from agentsd.tensors import lost_by_pooling, pool_tokens, sample_tokens, split_heads
 
 from .fidelity import TIMESTEPS, covering
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agentsd import AgentConfig, early, paper_stages, patch_unet
+from agentsd.attention.tensors import join_heads, split_heads
 from agentsd.hosts import Call, find_sites
-from agentsd.tensors import join_heads, split_heads
 
 TIMESTEPS = (900, 700, 500, 300, 100)
 # (height, width) of the latents

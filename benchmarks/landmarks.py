@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from agentsd.attention.tensors import join_heads, sample_each, split_heads
 from agentsd.methods.corrected import by_heavy_hitters, by_superpixels, corrected_attention
 from agentsd.methods.local import HALO, WINDOW, local_attention
-from agentsd.tensors import join_heads, sample_each, split_heads
 
 from .attentions import KINDS
 from .candidates import full

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from agentsd.attention.agent import agent_attention
+from agentsd.attention.merging import match, partition
+from agentsd.attention.tensors import add_scaled, join_heads, pool_tokens, split_heads
 from agentsd.config import AgentConfig
-from agentsd.merging import match, partition
-from agentsd.methods.agents import agent_attention
 from agentsd.plan import plan_layer
-from agentsd.tensors import add_scaled, join_heads, pool_tokens, split_heads
 
 WIDTH, HEADS, BATCH = 320, 8, 2
 # images of 256×256, 512×512, 768×768, 1024×1024 and 2048×2048

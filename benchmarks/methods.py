@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import agentsd
+from agentsd.attention.tensors import join_heads, split_heads
 from agentsd.hosts import Call, Handler, Seam, find_sites
 from agentsd.settings.table import DEFAULTS, to_config
-from agentsd.tensors import join_heads, split_heads
 
 # A context manager; it yields a function that raises RuntimeError if the method did not do what it is measured for.
 Install = Callable[[nn.Module], Any]

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import agentsd
 from agentsd import AgentConfig, Tuning, early, embedded
-from agentsd.closeness import EVERY
 from agentsd.embedded import EmbeddedPipeline
+from agentsd.patching.closeness import EVERY
 from agentsd.tuning.record import RecordedCall, progress_of
 from agentsd.tuning.replay import Replay, called_under
 from agentsd.tuning.tuner import Tuner, checked_candidates

@@ -13,8 +13,8 @@ if Path(agentsd.__file__).resolve().parents[1] != Path(__file__).resolve().paren
         f"first. Disable that extension in the Extensions tab, then restart the WebUI."
     )
 
+from agentsd.app.last_run import STATUS
 from agentsd.panel import controls
-from agentsd.panel.report import STATUS
 from agentsd.panel.routes import Routes
 from agentsd.settings import infotext
 from agentsd.settings.table import NAMES

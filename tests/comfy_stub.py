@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from blocks import transformers_of
 from torch import Tensor, nn
 
-from agentsd.tensors import join_heads, split_heads
+from agentsd.attention.tensors import join_heads, split_heads
 
 
 class Attention:

@@ -18,9 +18,9 @@ from drawing import SMALL, pixels
 import agentsd
 from agentsd.cli import chart, files, main, sheets
 from agentsd.cli.structure import bare_unet
-from agentsd.tuning.data import Level
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
 from agentsd.tuning.replay import Compared
+from agentsd.tuning.result import Level
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -8,7 +8,7 @@ from blocks import attention_calls, blocks_of, inputs, run
 from patching import SELF_ATTENTION, diffusers_unet, kinds
 
 import agentsd
-from agentsd import closeness
+from agentsd.patching import closeness
 
 WATCHED = {**SELF_ATTENTION, "local": {"method": "local", "agent_ratio": 0.95, "ratio": 0.0}}
 

@@ -14,7 +14,8 @@ from torch import nn
 
 import agentsd
 from agentsd import AgentConfig, Rule, SettingError, Stage, UnsupportedModelError, early, paper_stages, plan_layer
-from agentsd.config import LIMITS, SETTINGS, TOKEN_MERGING, shown
+from agentsd.checks import shown
+from agentsd.config import LIMITS, SETTINGS, TOKEN_MERGING
 
 nan, inf = math.nan, math.inf
 

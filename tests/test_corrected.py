@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_fit import CoarseProducts
 
 from agentsd import AgentConfig, early, get_patch, patch_unet, patched, plan_layer
+from agentsd.attention.fit import MU, fit_values
+from agentsd.attention.tensors import join_heads, sample_each, sample_tokens, split_heads
 from agentsd.methods.corrected import MOST, corrected_attention
-from agentsd.methods.fit import MU, fit_values
-from agentsd.tensors import join_heads, sample_each, sample_tokens, split_heads
 from benchmarks.attentions import KINDS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -9,10 +9,10 @@ import torch
 from blocks import HALVES
 from test_methods_local import full, smooth
 
+from agentsd.attention.tensors import join_heads, sample_each, split_heads
 from agentsd.config import LANDMARKS
 from agentsd.methods.corrected import by_heavy_hitters, by_superpixels, corrected_attention
 from agentsd.methods.local import local_attention
-from agentsd.tensors import join_heads, sample_each, split_heads
 
 SIZE, CELL, HEADS = (33, 40), (4, 4), 2
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentsd.methods import fit
-from agentsd.methods.fit import fit_tikhonov, fit_values, fitted_to, has_cholesky, solve_tikhonov
+from agentsd.attention import fit
+from agentsd.attention.fit import fit_tikhonov, fit_values, fitted_to, has_cholesky, solve_tikhonov
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 KINDS = ["shift", "one row", "unused key", "tall", "wide", "flat", "sharp"]

@@ -24,7 +24,7 @@ from patching import (
 )
 
 from agentsd import get_patch, patched
-from agentsd.tensors import join_heads, split_heads
+from agentsd.attention.tensors import join_heads, split_heads
 
 FOREIGN_CALLS = {
     "context": (lambda attn, x: attn(x, context=x.flip(1)), "context of its own"),
@@ -113,7 +113,7 @@ class TestForeignCalls:
             assert torch.equal(run(unet, EXAMPLE), plain)
             assert list(get_patch(unet).notes) == ["an error of ours: RuntimeError: no such kernel"]
         monkeypatch.undo()
-        monkeypatch.setattr("agentsd.patch.match", fail)
+        monkeypatch.setattr("agentsd.patching.patch.match", fail)
         with patched(unet, **EVERYWHERE):
             assert torch.equal(run(unet, EXAMPLE), plain)
             assert get_patch(unet).notes

@@ -135,10 +135,10 @@ def test_grid_agents_agree_with_the_oracle(h, w, agent_ratio, s, ratio):
 
 def test_random_partition_agrees_with_the_oracle():
     example = inputs(2, 14, 11)
-    seed = agentsd.merging.partition_seed(5, 500.0, 14, 11, 3, 2)
+    seed = agentsd.attention.merging.partition_seed(5, 500.0, 14, 11, 3, 2)
 
     def drawn(height, width):
-        return agentsd.merging.partition(height, width, 3, 2, seed).dst.tolist()
+        return agentsd.attention.merging.partition(height, width, 3, 2, seed).dst.tolist()
 
     kw = {"sx": 3, "sy": 2, "ratio": 0.3, "agent_ratio": 0.8}
     out = patched_output(FLAT, example, seed=5, **kw)

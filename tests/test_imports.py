@@ -63,7 +63,7 @@ class TestWhatIsLoaded:
             "agentsd",
             "agentsd.config",
             "agentsd.costs",
-            "agentsd.grid",
+            "agentsd.attention.grid",
             "agentsd.methods",
             "agentsd.plan",
             "agentsd.predict",
@@ -115,7 +115,7 @@ class TestWhatIsLoaded:
         in_a_process_of_its_own(
             "import torch; state, threads = torch.get_rng_state(), torch.get_num_threads()\n"
             "grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()\n"
-            "import agentsd.patch, agentsd.calibration, agentsd.module\n"
+            "import agentsd.patching.patch, agentsd.calibration, agentsd.attention.module\n"
             "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()\n"
             "assert (grad, dtype) == (torch.is_grad_enabled(), torch.get_default_dtype())"
         )
@@ -173,7 +173,7 @@ class TestPublicNames:
         assert not hasattr(agentsd, name)
 
     def test_calibrate_is_the_function_whatever_was_imported_before(self):
-        for first in ("import agentsd.calibration", "from agentsd import calibrate", "import agentsd.patch"):
+        for first in ("import agentsd.calibration", "from agentsd import calibrate", "import agentsd.patching.patch"):
             in_a_process_of_its_own(
                 f"{first}\nimport agentsd\nassert callable(agentsd.calibrate)\n"
                 "import agentsd.calibration\nassert callable(agentsd.calibrate)\n"
@@ -182,7 +182,7 @@ class TestPublicNames:
 
     def test_submodules_are_attributes(self):
         in_a_process_of_its_own(
-            "import agentsd\nassert agentsd.merging.partition and agentsd.hosts.find_unet and agentsd.config.LIMITS"
+            "import agentsd\nassert agentsd.plan.plan_layer and agentsd.hosts.find_unet and agentsd.config.LIMITS"
         )
 
     def test_the_version_is_there_without_importing_anything(self):
@@ -234,11 +234,11 @@ def imports(file: Path) -> set[str]:
 class TestStructure:
     def test_the_files_are_found(self):
         assert "agentsd" in MODULES
-        assert "agentsd.config" in imports(MODULES["agentsd.patch"])
-        assert "agentsd.hosts" in imports(MODULES["agentsd.patch"])
+        assert "agentsd.config" in imports(MODULES["agentsd.patching.patch"])
+        assert "agentsd.hosts" in imports(MODULES["agentsd.patching.patch"])
         assert "agentsd.methods.base" in imports(MODULES["agentsd.methods.pool"])
-        assert "agentsd.tensors" in imports(MODULES["agentsd.methods.pool"])  # inside a function
-        assert "agentsd.merging" not in imports(MODULES["agentsd.methods.base"])  # for type checkers
+        assert "agentsd.attention.tensors" in imports(MODULES["agentsd.methods.pool"])  # inside a function
+        assert "agentsd.attention.merging" not in imports(MODULES["agentsd.methods.base"])  # for type checkers
 
     def test_no_files_import_each_other_in_a_circle(self):
         graph = {name: {other for other in imports(file) if other in MODULES} for name, file in MODULES.items()}
@@ -279,7 +279,7 @@ class TestStructure:
 
     def test_only_the_methods_folder_knows_a_method(self):
         methods = {name for name in MODULES if name.startswith("agentsd.methods.") and name != "agentsd.methods.base"}
-        public = {"agentsd", "agentsd.module"}  # which offer the paper's equation by itself
+        public = {"agentsd", "agentsd.attention.module"}  # which offer the paper's equation by itself
         for name, file in MODULES.items():
             if not name.startswith("agentsd.methods") and name not in public:
                 assert not methods & imports(file), name
@@ -297,19 +297,39 @@ class TestStructure:
                     asked.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
         assert not asked
 
-    def test_folders_import_only_what_is_below_them(self):
-        """The core, then settings and the embedded model, then the panel; hosts and the command line on top."""
-        floors = {"settings": 1, "embedded": 1, "panel": 2, "webui": 3, "comfy": 3, "cli": 3, "__main__": 4}
-
-        def floor(name: str) -> tuple[int, str]:
-            folder = name.split(".")[1] if "." in name else ""
-            return floors.get(folder, 0), folder if folder in floors else "the core"
-
+    def test_rooms_import_only_rooms_below_them(self):
+        """Arrows of imports point down `FLOORS`, or stay inside a room."""
         for name, file in MODULES.items():
-            here, folder = floor(name)
+            here, room = floor(name)
             for other in imports(file) & set(MODULES):
-                there, other_folder = floor(other)
-                assert there < here or other_folder == folder, f"{name} imports {other}"
+                there, other_room = floor(other)
+                assert there < here or other_room == room, f"{name} imports {other}"
+
+
+# The rooms of the house, from the ground up; those of one line do not import each other
+FLOORS = (
+    ("attention", "checks", "clock", "eager"),
+    ("methods", "schedule"),
+    ("config",),
+    ("rules", "plan"),
+    ("costs",),
+    ("hosts", "predict"),
+    ("patching",),
+    ("tuning",),
+    ("apply",),
+    ("calibration",),
+    ("embedded", "settings"),
+    ("app",),
+    ("panel",),
+    ("webui", "comfy", "cli"),
+    ("__main__",),
+)
+
+
+def floor(name: str) -> tuple[int, str]:
+    """Return the floor and the room of a module; the package itself, which imports lazily, is below all."""
+    room = name.split(".")[1] if "." in name else ""
+    return next(((number, room) for number, rooms in enumerate(FLOORS) if room in rooms), (-1, room))
 
 
 def _is_method(node: ast.expr) -> bool:

@@ -12,11 +12,11 @@ from patching import CORRECTED, FLAT, patched_output
 from test_methods_local import LOCAL, deviation, full, smooth
 
 from agentsd import SettingError, apply_patch
-from agentsd.grid import sampled
+from agentsd.attention.grid import sampled
+from agentsd.attention.landmarks import heavy_hitters, superpixels
+from agentsd.attention.tensors import join_heads, sample_each, split_heads
 from agentsd.methods.corrected import by_heavy_hitters, corrected_attention
-from agentsd.methods.landmarks import heavy_hitters, superpixels
 from agentsd.methods.local import local_attention
-from agentsd.tensors import join_heads, sample_each, split_heads
 from benchmarks.attentions import KINDS
 
 
@@ -65,7 +65,7 @@ class TestSuperpixels:
     def test_rows_one_at_a_time(self, monkeypatch):
         k, v = torch.randn(2, 3, 2, 100, 6)
         whole = superpixels(k, v, (10, 10), (4, 4))
-        monkeypatch.setattr("agentsd.methods.landmarks._MOST", 0)
+        monkeypatch.setattr("agentsd.attention.landmarks._MOST", 0)
         torch.testing.assert_close(superpixels(k, v, (10, 10), (4, 4)), whole)
 
     def test_gradients_reach_keys_and_values(self):

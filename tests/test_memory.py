@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agentsd
-import agentsd.merging
+import agentsd.attention.merging
 from agentsd import AgentConfig, plan_layer
 from agentsd.methods import SelfAttention, method_of
 
@@ -93,7 +93,7 @@ MERGING = {"AgentSD's settings": {}, "token merging": {"method": "merge"}}
 def peak_with_projections(settings, size, dtype, monkeypatch) -> int:
     """Bytes of one layer, matching and projections included; full attention where `settings` is None."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
-    monkeypatch.setattr(agentsd.merging, "_BAG_DEVICES", ("meta",))  # as on CUDA
+    monkeypatch.setattr(agentsd.attention.merging, "_BAG_DEVICES", ("meta",))  # as on CUDA
     config = AgentConfig(**settings or {"ratio": 0.0})
     x = torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta")
 
@@ -109,14 +109,14 @@ def peak_with_projections(settings, size, dtype, monkeypatch) -> int:
         if settings is None:
             full(x)
             return live.peak
-        part = agentsd.merging.partition(*size, config.sx, config.sy, 0).to(torch.device("meta"))
+        part = agentsd.attention.merging.partition(*size, config.sx, config.sy, 0).to(torch.device("meta"))
         attention = SelfAttention(
             x=x,
             plan=plan,
             settings=config,
             size=size,
             heads=8,
-            matching=agentsd.merging.match(x, part, plan.r, plan.agent_r),
+            matching=agentsd.attention.merging.match(x, part, plan.r, plan.agent_r),
             wrapped=lambda: False,
             project=project,
             project_q=torch.empty_like,

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import _links as links_by_loops
 
-from agentsd.merging import match, partition, partition_seed
+from agentsd.attention.merging import match, partition, partition_seed
 
 sizes = {"h": st.integers(1, 14), "w": st.integers(1, 14), "sx": st.integers(1, 6), "sy": st.integers(1, 6)}
 
@@ -95,7 +95,7 @@ class TestMatch:
     def test_matching_in_slabs_changes_nothing(self, monkeypatch):
         x, part = torch.randn(2, 15 * 14, 8), partition(15, 14, 2, 2)
         whole = match(x, part, 60, 0).merged
-        monkeypatch.setattr("agentsd.merging._SLAB", 100)
+        monkeypatch.setattr("agentsd.attention.merging._SLAB", 100)
         assert torch.equal(match(x, part, 60, 0).merged.index, whole.index)
 
     def test_never_makes_the_matrix_of_all_similarities(self):

@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from agentsd import AgentConfig, get_patch, patched, plan_layer
+from agentsd.attention.tensors import join_heads, split_heads
 from agentsd.methods import method_of
 from agentsd.methods.local import HALO, MOST, MU, WINDOW, local_attention
-from agentsd.tensors import join_heads, split_heads
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 LOCAL = {"method": "local", "agent_ratio": 1 - 1 / 16, "ratio": 0.0}
@@ -354,7 +354,7 @@ class TestPlan:
         assert counted == pytest.approx(method_of("local").flops(plan, C), rel=0.07)
 
     def test_importing_it_loads_no_torch(self):
-        code = "import sys, agentsd.methods.local, agentsd.methods.fit; sys.exit('torch' in sys.modules)"
+        code = "import sys, agentsd.methods.local, agentsd.attention.fit; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

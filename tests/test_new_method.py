@@ -11,11 +11,11 @@ from blocks import actions, attention_calls, blocks_of, run
 from patching import CHANGED, EXAMPLE, GRID, difference, undisturbed
 
 from agentsd import AgentConfig, LayerPlan, Rule, SettingError, get_patch, parse_rules, patch_unet, patched, plan_layer
+from agentsd.app.preview import SamplingPass, preview
 from agentsd.cli import parser
 from agentsd.config import LIMITS
 from agentsd.costs import estimate, layouts
 from agentsd.methods import METHODS, Method, method_named, method_of, register, selectable, unregister, untouched
-from agentsd.panel.preview import SamplingPass, preview
 from agentsd.settings import BY_NAME, check, infotext, table, to_config
 from agentsd.webui import xyz
 

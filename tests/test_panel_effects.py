@@ -8,8 +8,8 @@ from blocks import golden_unet, inputs, run
 from test_panel_preview import HERE, Host
 
 from agentsd import patched
+from agentsd.app.preview import preview
 from agentsd.methods import method_named, selectable
-from agentsd.panel.preview import preview
 
 
 @pytest.mark.parametrize("method", [one.name for one in selectable()])

@@ -12,9 +12,9 @@ import torch
 from blocks import golden_unet
 
 from agentsd import get_patch
+from agentsd.app import measure
+from agentsd.app.preview import SamplingPass
 from agentsd.calibration import Calibration
-from agentsd.panel import measure
-from agentsd.panel.preview import SamplingPass
 from agentsd.settings import table
 
 GRID = {"agent_source": "grid", "until": 1.0, "min_tokens": 0}

@@ -11,9 +11,10 @@ import pytest
 from blocks import golden_unet, sdxl_like_unet
 
 from agentsd import costs
-from agentsd.panel import chart
-from agentsd.panel.host import Hint
-from agentsd.panel.preview import (
+from agentsd.app import tuning_chart as chart
+from agentsd.app.host import Hint
+from agentsd.app.kept_tunings import Kept, PresetPoint
+from agentsd.app.preview import (
     ACTS,
     NOTE,
     NOTHING,
@@ -26,10 +27,9 @@ from agentsd.panel.preview import (
     preview,
     sentence,
 )
-from agentsd.panel.tuned import Kept, PresetPoint
 from agentsd.settings import table
 from agentsd.settings.presets import CUSTOM, PRESETS
-from agentsd.tuning.data import Moment, Point, Tuning
+from agentsd.tuning.result import Moment, Point, Tuning
 
 HERE = SamplingPass(512, 512)
 HIRES = SamplingPass(1024, 1024, 0.5, hires=True)
@@ -83,12 +83,12 @@ def test_the_defaults_at_512():
 @pytest.fixture
 def card(monkeypatch):
     """Puts SD 1 on a card of a name that a driver reports, with weights of so many bytes."""
-    from agentsd.panel import pays
+    from agentsd.app import pays
 
     def put(name, itemsize=2):
         monkeypatch.setattr(pays, "_device_of", lambda unet: (name, itemsize))
 
-    monkeypatch.setattr("agentsd.panel.preview.layout_of_unet", lambda unet: costs.layouts()["SD 1"])
+    monkeypatch.setattr("agentsd.app.preview.layout_of_unet", lambda unet: costs.layouts()["SD 1"])
     return put
 
 

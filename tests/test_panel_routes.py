@@ -13,7 +13,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
 from test_panel_preview import Host
 
-from agentsd.panel import measure
+from agentsd.app import measure
 from agentsd.panel.routes import LARGEST, NO_MODEL, SMALLEST, Routes
 
 STATE = {"tab": "txt2img", "values": {"until": 1.0}, "width": 512, "height": 512, "denoising": 0.5, "hires": None}

@@ -11,9 +11,9 @@ from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, r
 from PIL import Image
 
 from agentsd import AgentConfig, LayerPlan, patch_unet
-from agentsd.panel import tokenmap
-from agentsd.panel.tokenmap import Layer, Recording, draw, view
-from agentsd.tensors import sample_tokens
+from agentsd.app import token_map as tokenmap
+from agentsd.app.token_map import Layer, Recording, draw, view
+from agentsd.attention.tensors import sample_tokens
 
 SIMILARITY = {"agent_source": "similarity", "agent_ratio": 0.9, "ratio": 0.0}
 PAPER = {"agent_source": "similarity", "agent_ratio": 0.95, "ratio": 0.4}

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentsd import AgentConfig, Rule, Stage, plan_layer
-from agentsd.config import AUTO, Block
-from agentsd.grid import cell_side
+from agentsd.attention.grid import cell_side
+from agentsd.config import AUTO
 from agentsd.plan import downsample_of, grid_of, limit, merged_tokens, plan_block
+from agentsd.schedule import Block
 
 
 class TestPlanLayer:

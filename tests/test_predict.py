@@ -10,17 +10,7 @@ import pytest
 from agentsd import AgentConfig, early
 from agentsd.costs import layouts
 from agentsd.methods import LayerPlan, selectable
-from agentsd.predict import (
-    CARDS,
-    COUNTS,
-    CPU,
-    counts_of,
-    device_named,
-    pays_from,
-    seconds,
-    speedup,
-    speedup_of_run,
-)
+from agentsd.predict import CARDS, COUNTS, CPU, counts_of, device_named, pays_from, seconds, speedup, speedup_of_run
 
 BENCH = Path(__file__).parents[1] / "docs" / "bench"
 FILES = ("bench.json", "bench-large.json", "bench-dtypes.json")

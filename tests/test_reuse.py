@@ -7,8 +7,8 @@ import torch
 from blocks import CONTEXT, golden_unet
 
 import agentsd
-from agentsd import merging
-from agentsd import patch as patch_module
+from agentsd.attention import merging
+from agentsd.patching import patch as patch_module
 
 SETTINGS = {"ratio": 0.3, "agent_ratio": 0.9, "sx": 4, "sy": 4}
 

@@ -21,8 +21,9 @@ from agentsd import (
     paper_stages,
     parse_rules,
 )
-from agentsd.config import DOWNSAMPLES, LIMITS, STAGE_SETTINGS, Block
+from agentsd.config import LIMITS, STAGE_SETTINGS
 from agentsd.rules import rules_from
+from agentsd.schedule import DOWNSAMPLES, Block
 
 nan, inf = math.nan, math.inf
 

@@ -27,7 +27,8 @@ from patching import (
 )
 
 import agentsd
-from agentsd import AgentConfig, Rule, Stage, apply_patch, early, get_patch, merging, patch_unet, patched, remove_patch
+from agentsd import AgentConfig, Rule, Stage, apply_patch, early, get_patch, patch_unet, patched, remove_patch
+from agentsd.attention import merging
 from agentsd.hosts import example_call, find_sites, output_tensor
 from agentsd.hosts.single import SingleAttention
 from agentsd.plan import plan_layer
@@ -293,7 +294,7 @@ def matches(monkeypatch):
         seen.append(tuple(x.shape))
         return merging.match(x, *args)
 
-    monkeypatch.setattr("agentsd.patch.match", counted)
+    monkeypatch.setattr("agentsd.patching.patch.match", counted)
     return seen
 
 

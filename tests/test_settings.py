@@ -30,7 +30,7 @@ from agentsd.settings.table import (
     to_config,
     wants_record,
 )
-from agentsd.tuning.data import Tuning
+from agentsd.tuning.result import Tuning
 from agentsd.webui import xyz
 from agentsd.webui.xyz import XYZ
 
@@ -112,7 +112,7 @@ def test_the_api_order_is_a_contract():
 
 def test_imports_neither_gradio_nor_the_webui():
     code = (
-        "import sys, agentsd.settings.table, agentsd.settings.infotext, agentsd.webui.xyz, agentsd.panel.report as s; "
+        "import sys, agentsd.settings.table, agentsd.settings.infotext, agentsd.webui.xyz, agentsd.app.last_run as s; "
     )
     code += "print(sorted({'gradio', 'modules'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from oracle import cells, heads
 from patching import patched_output
 
-from agentsd.methods import METHODS
-from agentsd.tensors import (
+from agentsd.attention.tensors import (
     add_scaled,
     attention_by,
     join_heads,
@@ -21,6 +20,7 @@ from agentsd.tensors import (
     scaled_dot_product_attention,
     split_heads,
 )
+from agentsd.methods import METHODS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

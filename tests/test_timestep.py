@@ -48,7 +48,7 @@ def read(monkeypatch):
         seen.append(agentsd.hosts.read_timestep(t))
         return seen[-1]
 
-    monkeypatch.setattr("agentsd.layer.read_timestep", spy)
+    monkeypatch.setattr("agentsd.patching.layer.read_timestep", spy)
     return seen
 
 

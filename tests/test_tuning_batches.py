@@ -15,7 +15,7 @@ from agentsd import AgentConfig
 from agentsd.hosts import find_sites
 from agentsd.hosts.single import SingleAttention
 from agentsd.methods import selectable
-from agentsd.tuning.data import BASE
+from agentsd.tuning.result import BASE
 
 STEPS = (900, 500, 100)
 TRY = ({"method": "corrected", "agent_ratio": 0.75}, {"method": "pool", "sx": 2, "sy": 2})

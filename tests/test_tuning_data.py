@@ -9,7 +9,7 @@ import pytest
 
 import agentsd
 from agentsd import Rule, Tuning, TuningError
-from agentsd.tuning.data import Level, Moment, Point
+from agentsd.tuning.result import Level, Moment, Point
 
 TUNING = Tuning(
     0.02,

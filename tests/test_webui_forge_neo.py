@@ -161,7 +161,7 @@ def test_the_u_net_is_brought_to_the_device_for_a_measurement(host):
 
 @pytest.mark.parametrize("model", [FakeInitialModel(), with_unet(torch.nn.Linear(1, 1))], ids=["none yet", "a DiT"])
 def test_models_without_a_u_net(host, model):
-    from agentsd.panel.host import Busy
+    from agentsd.app.host import Busy
 
     host.load(model)
     assert host.host.unet() is None

@@ -13,8 +13,8 @@ from blocks import blocks_of
 from fake_webui import ON, Processing, fake_host, fake_unet, generate  # noqa: F401 - fixtures
 from test_webui_session import SIMILARITY
 
-from agentsd.panel import tokenmap
-from agentsd.panel.host import Busy
+from agentsd.app import token_map as tokenmap
+from agentsd.app.host import Busy
 from agentsd.settings import infotext, table
 
 

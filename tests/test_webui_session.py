@@ -13,7 +13,7 @@ from blocks import as_model, golden_unet, inputs, run
 from fake_webui import ON, Processing, Sampler, fake_host, fake_unet, generate, state  # noqa: F401 (fixtures)
 
 from agentsd import get_patch
-from agentsd.panel import tokenmap
+from agentsd.app import token_map as tokenmap
 from agentsd.settings import infotext, table
 
 
@@ -66,7 +66,7 @@ class TestOnACardWhereItWouldBeSlower:
 
     @pytest.fixture(autouse=True)
     def on_a_card(self, monkeypatch):
-        monkeypatch.setattr("agentsd.panel.pays._device_of", lambda unet: ("NVIDIA H100 80GB HBM3", 2))
+        monkeypatch.setattr("agentsd.app.pays._device_of", lambda unet: ("NVIDIA H100 80GB HBM3", 2))
 
     def test_the_image_is_made_without_us_and_this_is_said(self, host, unet):
         p = Processing()

@@ -12,12 +12,12 @@ from blocks import as_model, golden_unet, inputs, run
 from fake_webui import ON, Processing, fake_host, fake_unet, generate, state  # noqa: F401 (fixtures)
 
 from agentsd import TuningCancelled
+from agentsd.app import kept_tunings as tuned
 from agentsd.methods import method_named
-from agentsd.panel import tuned
 from agentsd.settings import infotext, tunings
 from agentsd.settings.presets import PRESETS
 from agentsd.tuning import probe, record, tuner
-from agentsd.tuning.data import Tuning
+from agentsd.tuning.result import Tuning
 
 SECTION = tuned.SECTION
 STEPS = (900, 500, 100)
@@ -242,7 +242,7 @@ def test_calls_that_cannot_be_recorded_cost_no_image(host, unet, monkeypatch):
 
 def test_a_report_that_fails_costs_no_image(host, unet, monkeypatch):
     before = state(unet)
-    monkeypatch.setattr("agentsd.closeness.ClosenessMeter.read", lambda self: 1 / 0)
+    monkeypatch.setattr("agentsd.patching.closeness.ClosenessMeter.read", lambda self: 1 / 0)
     make(host, {"until": 1.0, "min_tokens": 0})
     assert "an error of ours: ZeroDivisionError" in host.session.STATUS.text()
     assert state(unet) == before

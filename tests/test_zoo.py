@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (requirements/dev.txt)")
 
+from agentsd.attention.tensors import pool_tokens, sample_tokens, split_heads
 from agentsd.methods.corrected import corrected_attention
-from agentsd.tensors import pool_tokens, sample_tokens, split_heads
 from benchmarks import candidates, zoo, zoo_report
 from benchmarks.attentions import KINDS, Attention, positions
 from benchmarks.candidates import CANDIDATES, full

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..tuning.data import Tuning
 from ..tuning.replay import Compared
+from ..tuning.result import Tuning
 from ..tuning.table import headline, percent
 from .sheets import FONT_SIZE, INK, PAPER
 

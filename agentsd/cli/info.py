@@ -11,7 +11,7 @@ from ..costs import Estimate, Layout, LevelEstimate, estimate, share_of_run
 from ..hosts import find_unet
 from ..hosts.layout import layout_of
 from ..methods import LayerPlan, method_of
-from ..patch import Patch
+from ..patching.patch import Patch
 from .commands import print_table
 from .options import config_of
 from .structure import bare_unet

@@ -9,7 +9,8 @@ from dataclasses import replace
 from inspect import cleandoc
 from typing import Any
 
-from ..config import LIMITS, AgentConfig, SettingError
+from ..checks import SettingError
+from ..config import LIMITS, AgentConfig
 from ..settings.table import BY_NAME, Row, check, to_config
 
 # The panel's switch is the command itself, a command line has no hires pass, and `--tuning` names a file.

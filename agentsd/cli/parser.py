@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import __version__
-from ..config import SettingError
+from ..checks import SettingError
 from ..methods import METHODS
 from . import commands, demo, info, tuned
 from .options import ROWS, TOLERANCE, axis, config_of, option_name, reader, real, settings_of, size, whole

@@ -32,16 +32,18 @@ except ImportError as error:
 import torch
 from torch import nn
 
-from ..config import AgentConfig, SettingError
-from ..panel import chart, controls
-from ..panel.host import Busy, Hint
-from ..panel.report import STATUS, PassReport
+from ..app import tuning_chart as chart
+from ..app.host import Busy, Hint
+from ..app.kept_tunings import Kept, Store, config_of, make, plans
+from ..app.last_run import STATUS, PassReport
+from ..checks import SettingError
+from ..config import AgentConfig
+from ..panel import controls
 from ..panel.routes import Routes
-from ..panel.tuned import Kept, Store, config_of, make, plans
 from ..settings import table
 from ..settings.tunings import AUTO, FIRST
-from ..tuning.data import TuningCancelled, TuningError
 from ..tuning.record import RecordedCall, record_calls
+from ..tuning.result import TuningCancelled, TuningError
 from ..tuning.table import headline, percent
 from .distance import distance
 from .runs import Run, draw
@@ -166,7 +168,7 @@ class Playground:
             return config_of(plan, self.model.unet, None)
         return None
 
-    # The tunings of the panel: see `agentsd.panel.tune.Tunings`
+    # The tunings of the panel: see `agentsd.panel.tune_section.Tunings`
 
     refusal = ""
 
@@ -177,7 +179,7 @@ class Playground:
         count = self._store.forget(self.model.name)
         return f"{count} tuning{'' if count == 1 else 's'} forgotten."
 
-    # The host of the panel: see `agentsd.panel.host.PanelHost`
+    # The host of the panel: see `agentsd.app.host.PanelHost`
 
     def unet(self) -> nn.Module:
         return self.model.unet

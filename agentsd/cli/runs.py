@@ -14,9 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..closeness import Closeness
+from ..apply import get_patch, patch_unet, remove_patch
 from ..config import AgentConfig
-from ..patch import Patch, get_patch, patch_unet, remove_patch
+from ..patching.closeness import Closeness
+from ..patching.patch import Patch
 from ..settings import infotext
 from .models import Model, Request
 

@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from ..config import AgentConfig, SettingError
+from ..checks import SettingError
+from ..config import AgentConfig
 from ..settings import check, to_config
 from ..settings.presets import PRESETS
-from ..tuning.data import Tuning, TuningError
 from ..tuning.record import RecordedCall, record_calls
 from ..tuning.replay import Compared, compare
+from ..tuning.result import Tuning, TuningError
 from ..tuning.tuner import tune as tune_model
 from .chart import chart
 from .errors import CommandError

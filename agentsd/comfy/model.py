@@ -15,16 +15,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..app.last_run import PassReport
+from ..attention.merging import Matching
+from ..attention.tensors import Kernel, attention_by, join_heads, split_heads
 from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, find_unet
-from ..layer import Image, Layer
-from ..merging import Matching
 from ..methods import LayerPlan, SelfAttention
-from ..panel.report import PassReport
-from ..patch import Patch
+from ..patching.layer import Image, Layer
+from ..patching.patch import Patch
 from ..plan import plan_block
-from ..tensors import Kernel, attention_by, join_heads, split_heads
 
 log = logging.getLogger("agentsd.comfy")
 

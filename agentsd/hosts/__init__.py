@@ -9,19 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Block
-from .base import (
-    Call,
-    ExampleCall,
-    Handler,
-    Host,
-    Seam,
-    Site,
-    UnsupportedModelError,
-    is_block,
-    timestep_at,
-    weight_of,
-)
+from ..schedule import Block, timestep_at
+from .base import Call, ExampleCall, Handler, Host, Seam, Site, UnsupportedModelError, is_block, weight_of
 from .diffusers import Diffusers
 from .ldm import LDM
 

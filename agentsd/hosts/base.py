@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config import MAX_TIMESTEP, Block
+from ..schedule import Block
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 PROMPT_TOKENS = 77
@@ -203,8 +203,3 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, An
     arguments = dict(zip(names, args, strict=False), **kwargs)
     arguments.update({f"argument {i}": value for i, value in enumerate(args[len(names) :])})
     return arguments
-
-
-def timestep_at(progress: float) -> float:
-    """Return the timestep, 0–999, at which the fraction `progress` of the diffusion is done."""
-    return (1 - progress) * (MAX_TIMESTEP - 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..grid import cell_side, cells, destinations
+from ..attention.grid import cell_side, cells, destinations
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
 from .merge import plan_merge
 
@@ -42,7 +42,8 @@ class Agents(Method):
         k_scale2, k_shortcut = attention.settings.k_scale2, attention.settings.k_shortcut
 
         def step(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
-            from ..tensors import add_scaled
+            from ..attention.agent import agent_attention
+            from ..attention.tensors import add_scaled
 
             return add_scaled(agent_attention(q, k, v, a, k_scale2=k_scale2), v, k_shortcut)
 
@@ -111,39 +112,8 @@ def _project(attention: SelfAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _pooled(attention: SelfAttention, x: Tensor) -> Tensor:
-    from ..tensors import pool_tokens
+    from ..attention.tensors import pool_tokens
 
     if attention.plan.cell is not None:
         return pool_tokens(x, *attention.size, attention.plan.cell)
     return attention.matching.agents.merge(x)
-
-
-def agent_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    *,
-    k_scale2: float = 1.0,
-    bias1: Tensor | None = None,
-    bias2: Tensor | None = None,
-) -> Tensor:
-    """Compute σ(Q Aᵀ · (d^-½)^k_scale2 + B₂) σ(A Kᵀ · d^-½ + B₁) V (section 3.2, equation 4), without the shortcut.
-
-    Args:
-        q: queries (B, H, N, d).
-        k: keys (B, H, M, d).
-        v: values (B, H, M, d).
-        a: agent tokens (B, H, n, d).
-        k_scale2: exponent of the broadcast's scale; 1 is the paper's equation, AgentSD uses 0.3.
-        bias1: agent bias of the aggregation, broadcastable to (B, H, n, M).
-        bias2: agent bias of the broadcast, broadcastable to (B, H, N, n).
-
-    Returns:
-        (B, H, N, d). Memory and time are linear in N and M; a fused kernel stores no (N, n) matrix.
-    """
-    from ..tensors import scaled_dot_product_attention
-
-    scale = q.shape[-1] ** -0.5
-    v_a = scaled_dot_product_attention(a, k, v, attn_mask=bias1, scale=scale)
-    return scaled_dot_product_attention(q, a, v_a, attn_mask=bias2, scale=scale**k_scale2)

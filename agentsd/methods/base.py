@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..merging import Clusters, Matching
+    from ..attention.merging import Clusters, Matching
 
 UNTOUCHED = "untouched"
 
@@ -134,7 +134,7 @@ class SelfAttention:
 
         The step runs in the requested precision; the result has the dtype of the tensors.
         """
-        from ..tensors import join_heads, no_autocast, split_heads
+        from ..attention.tensors import join_heads, no_autocast, split_heads
 
         def apply(inputs: Sequence[Tensor]) -> Tensor:
             return join_heads(step(*(split_heads(t, self.heads) for t in inputs)))
@@ -147,7 +147,7 @@ class SelfAttention:
 
     def full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute full attention of queries, keys and values, each (B, M, C)."""
-        from ..tensors import scaled_dot_product_attention
+        from ..attention.tensors import scaled_dot_product_attention
 
         return self.by_heads(scaled_dot_product_attention, q, k, v)
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..grid import landmark_cell, sampled
+from ..attention.fit import FEWEST, MOST, MU, SURE, fit_tikhonov, fitted_to
+from ..attention.grid import landmark_cell, sampled
+from ..attention.landmarks import HEAVY, SUPERPIXEL, count_heavy, heavy_hitters, heavy_weight, superpixels, taken_at
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
-from .fit import FEWEST, MOST, MU, SURE, fit_tikhonov, fitted_to
-from .landmarks import HEAVY, SUPERPIXEL, count_heavy, heavy_hitters, heavy_weight, superpixels, taken_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class Corrected(Method):
         return untouched(N, too_many_agents(n, N), "agent_ratio", r=r)
 
     def attend(self, attention: SelfAttention) -> Tensor:
-        from ..tensors import sample_each
+        from ..attention.tensors import sample_each
 
         tokens, size, cell = attention.project(attention.x), attention.size, attention.plan.cell
         few = sample_each(tokens, size, cell)
@@ -151,7 +151,7 @@ def corrected_attention(
     """
     import torch
 
-    from ..tensors import no_autocast, scaled_dot_product_attention
+    from ..attention.tensors import no_autocast, scaled_dot_product_attention
 
     v_a = scaled_dot_product_attention(a, k, v)
     with no_autocast(q.device.type):

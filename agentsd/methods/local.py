@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..grid import cells, landmark_cell, sampled
+from ..attention.fit import FEWEST, MOST, SURE, solve_tikhonov
+from ..attention.grid import cells, landmark_cell, sampled
+from ..attention.landmarks import HEAVY, SAMPLE, SUPERPIXEL, count_heavy, heavy_hitters, superpixels, taken_at
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, untouched
-from .fit import FEWEST, MOST, SURE, solve_tikhonov
-from .landmarks import HEAVY, SAMPLE, SUPERPIXEL, count_heavy, heavy_hitters, superpixels, taken_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +168,7 @@ def local_attention(
     """
     import torch
 
-    from ..tensors import scaled_dot_product_attention
+    from ..attention.tensors import scaled_dot_product_attention
 
     heavy = count_heavy(landmarks, size, cell)
     rows, heads = _at_once(q, size, cell, window, halo, heavy)
@@ -257,7 +257,7 @@ def _misfit(a: Tensor, near: Tensor, v_a: Tensor, at: _Tables, far: Tensor, mu: 
     """V̄ − Y of the landmarks (B·H, n, d), float32."""
     import torch
 
-    from ..tensors import no_autocast
+    from ..attention.tensors import no_autocast
 
     n, batch = at.landmarks, near.shape[1:3]
     with no_autocast(a.device.type):

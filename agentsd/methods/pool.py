@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..grid import cells
+from ..attention.grid import cells
 from .base import LayerPlan, Method, SelfAttention, Settings, register, untouched
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Pool(Method):
         return untouched(N, "cells of 1×1 pool nothing", "sx", "sy", r=r)
 
     def attend(self, attention: SelfAttention) -> Tensor:
-        from ..tensors import add_scaled, lost_by_pooling, pool_tokens
+        from ..attention.tensors import add_scaled, lost_by_pooling, pool_tokens
 
         cell, weight = attention.plan.cell, attention.settings.k_shortcut
         q, k, v = attention.project(attention.x)

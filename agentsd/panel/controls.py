@@ -12,11 +12,11 @@ from typing import Any
 
 import gradio as gr
 
+from ..app.token_map import RECORD, View
 from ..settings.presets import CUSTOM, PRESETS, preset_of
 from ..settings.table import ARGUMENTS, BY_NAME, DEFAULTS, SETTINGS, Row
 from ..settings.table import RECORD as RECORD_NAME
-from .tokenmap import RECORD, View
-from .tune import Section, Tunings
+from .tune_section import Section, Tunings
 
 # Controls that share a line: of one kind, since their heights differ and labels would not be level
 _LINES = (

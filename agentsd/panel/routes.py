@@ -7,12 +7,12 @@ from typing import Any, Optional
 from fastapi import Body, FastAPI, HTTPException
 from pydantic import VERSION, BaseModel, Field, ValidationError
 
-from ..config import SettingError
+from ..app import measure
+from ..app.host import PanelHost
+from ..app.last_run import STATUS
+from ..app.preview import SamplingPass, config_of, hires_size, page_data, preview
+from ..checks import SettingError
 from ..settings.table import check
-from . import measure
-from .host import PanelHost
-from .preview import SamplingPass, config_of, hires_size, page_data, preview
-from .report import STATUS
 
 PREFIX = "/agent-attention"
 SMALLEST, LARGEST = 64, 4096  # sides of an image in pixels

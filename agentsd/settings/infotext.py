@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from ..config import SettingError
+from ..checks import SettingError
 from . import legacy
 from .table import BY_NAME, IMPLIED, SETTINGS
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import SettingError
+from ..checks import SettingError
 from .table import BY_NAME, FIRST, HIRES, IMPLIED, MERGING, NOTHING
 
 SWITCH = "AgAt Active"

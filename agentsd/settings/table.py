@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from ..config import AUTO, LIMITS, TOKEN_MERGING, AgentConfig, SettingError, check_names, early, shown
+from ..checks import SettingError, check_names, shown
+from ..config import AUTO, LIMITS, TOKEN_MERGING, AgentConfig, early
 from ..methods import selectable
 from ..rules import format_rules, parse_rules, rules_from
 from ..tuning.table import percent

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import SettingError
-from ..tuning.data import Tuning, TuningError
+from ..checks import SettingError
+from ..tuning.result import Tuning, TuningError
 
 AUTO = "auto"
 # Passes that tunings are kept for

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..clock import timed
 from ..config import AgentConfig
-from ..devices import timed
 from ..eager import not_compiled
 from ..hosts import Call, Site, read_tokens
-from ..layer import Image, KVContext, Layer
 from ..methods import LayerPlan, method_of
-from ..patch import Patch, get_patch
+from ..patching.layer import Image, KVContext, Layer
+from ..patching.patch import Patch, patch_of
 from ..plan import merged_tokens, plan_block
 
 FULL = 0
@@ -157,7 +157,7 @@ def installed(patch: Patch) -> Iterator[Patch]:
 @contextmanager
 def unpatched(unet: nn.Module) -> Iterator[None]:
     """Remove the patch from a U-Net for the length of a `with` block."""
-    outer = get_patch(unet)
+    outer = patch_of(unet)
     if outer is not None:
         outer.remove()
     try:

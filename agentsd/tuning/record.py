@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import MAX_TIMESTEP, SettingError
+from ..checks import SettingError
 from ..eager import not_compiled
 from ..hosts import find_timestep, find_unet, read_size, read_timestep
+from ..schedule import MAX_TIMESTEP
 
 log = logging.getLogger("agentsd")
 

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import AgentConfig, SettingError
-from ..devices import timed
+from ..checks import SettingError
+from ..clock import timed
+from ..config import AgentConfig
 from ..hosts import find_unet, output_tensor, read_size, weight_of
-from ..layer import KVContext
-from ..patch import Patch
-from .data import TuningCancelled
+from ..patching.layer import KVContext
+from ..patching.patch import Patch
 from .probe import installed, norm, unpatched
 from .record import RecordedCall, copied, progress_of
+from .result import TuningCancelled
 
 Progress = Callable[[int, int, str], Any]
 

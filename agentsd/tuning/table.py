@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..config import Rule
 from ..rules import format_rules
+from ..schedule import Rule
 
 if TYPE_CHECKING:
-    from .data import Tuning
+    from .result import Tuning
 
 
 def describe(tuning: Tuning) -> str:

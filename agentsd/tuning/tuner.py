@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import AgentConfig, Rule, SettingError
-from ..devices import peak_memory
+from ..checks import SettingError
+from ..clock import peak_memory
+from ..config import AgentConfig
 from ..hosts import Site, find_unet, weight_of
-from ..layer import KVContext
 from ..methods import METHODS, method_named, selectable
+from ..patching.layer import KVContext
+from ..schedule import Rule
 from .choose import Option, choose, deviation
-from .data import BASE, FULL_LETTER, LETTERS, Candidate, Level, Moment, Point, Tuning
 from .fingerprint import ordered_sites, structure_of, weights_of
 from .probe import FULL, Probe, installed, unpatched
 from .record import RecordedCall, progress_of
 from .replay import Progress, Replay, called_under
+from .result import BASE, FULL_LETTER, LETTERS, Candidate, Level, Moment, Point, Tuning
 
 # Tolerances of the frontier, beside the one that is asked for.
 FRONTIER = (0.005, 0.01, 0.02, 0.05, 0.1)

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from ..app.last_run import STATUS
+from ..apply import get_patch
 from ..hosts import read_size
-from ..panel.report import STATUS
-from ..patch import get_patch
 from . import compat, session
 
 

@@ -11,16 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import AgentConfig, SettingError
-from ..layer import Answer
-from ..panel import measure, tokenmap
-from ..panel.pace import StepClock, changed
-from ..panel.pays import prediction
-from ..panel.preview import FACTOR, SamplingPass, layout_of_unet
-from ..panel.report import STATUS, PassReport
-from ..patch import Patch, patch_unet
+from ..app import measure
+from ..app import token_map as tokenmap
+from ..app.last_run import STATUS, PassReport
+from ..app.pace import StepClock, changed
+from ..app.pays import prediction
+from ..app.preview import FACTOR, SamplingPass, layout_of_unet
+from ..apply import patch_unet
+from ..checks import SettingError
+from ..config import AgentConfig
+from ..patching.layer import Answer
+from ..patching.patch import Patch
 from ..settings import infotext, table, tunings
-from ..tuning.data import TuningError
+from ..tuning.result import TuningError
 from . import compat
 from .tuning import Plans, Recording, pass_of, size_of
 from .xyz import XYZ

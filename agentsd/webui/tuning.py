@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from ..app.kept_tunings import Kept, config_of, make, plans
+from ..app.last_run import PassReport
+from ..app.tuning_chart import html
 from ..config import AgentConfig
-from ..panel.chart import html
-from ..panel.report import PassReport
-from ..panel.tuned import Kept, config_of, make, plans
 from ..settings import tunings
-from ..tuning.data import TuningCancelled, TuningError
 from ..tuning.record import record_calls
+from ..tuning.result import TuningCancelled, TuningError
 from ..tuning.table import percent
 from . import compat
 
@@ -169,7 +169,7 @@ class Recording:
 
 
 class Tunings:
-    """The tunings of the current checkpoint, for the panel: see `agentsd.panel.tune.Tunings`."""
+    """The tunings of the current checkpoint, for the panel: see `agentsd.panel.tune_section.Tunings`."""
 
     def __init__(self) -> None:
         self.refusal = "" if compat.HOST.announces_passes else NO_END

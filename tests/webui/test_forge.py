@@ -7,8 +7,8 @@ from host import Host, Result, with_record
 from page import SECONDS, Panel, browser, paste
 from test_states import bad_value_stops_nothing
 
+from agentsd.app.token_map import FOREIGN, SMALLEST
 from agentsd.panel.controls import element_id
-from agentsd.panel.tokenmap import FOREIGN, SMALLEST
 from agentsd.settings import infotext
 from agentsd.settings.table import DEFAULTS, IMPLIED, SETTINGS
 

@@ -7,8 +7,8 @@ from host import Host, Result
 from page import SECONDS, Panel, browser, number, size
 from PIL import Image
 
+from agentsd.app.pace import changed
 from agentsd.panel.controls import element_id
-from agentsd.panel.pace import changed
 from agentsd.settings import infotext
 from agentsd.settings.table import IMPLIED, SETTINGS
 from agentsd.tuning.fingerprint import ordered_sites, structure_of

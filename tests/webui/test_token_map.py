@@ -10,8 +10,8 @@ from host import Host, with_record
 from page import SECONDS, Panel, generate, paste, size
 from PIL import Image
 
+from agentsd.app.token_map import FOREIGN, RECORD, SMALLEST
 from agentsd.panel.controls import element_id
-from agentsd.panel.tokenmap import FOREIGN, RECORD, SMALLEST
 
 PAPER = {"agent_source": "similarity", "ratio": 0.4, "until": 0.4, "after": "token merging"}
 

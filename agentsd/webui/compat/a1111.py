@@ -15,10 +15,10 @@ from modules import scripts, sd_models, shared
 from PIL import Image
 from torch import Tensor, nn
 
+from ...app.host import Busy, Hint
+from ...app.kept_tunings import Kept, Store
 from ...config import AgentConfig
 from ...hosts import UnsupportedModelError, find_sites, find_unet
-from ...panel.host import Busy, Hint
-from ...panel.tuned import Kept, Store
 from ...settings import table
 from ..settings_page import CLOSENESS, SKIP_SLOWER
 
@@ -58,7 +58,7 @@ def _replaced(module: nn.Module, name: str) -> bool:
 
 
 class WebUI:
-    """The program that we are installed in; also the panel's host, see `agentsd.panel.host.PanelHost`.
+    """The program that we are installed in; also the panel's host, see `agentsd.app.host.PanelHost`.
 
     Attributes:
         name: what it is called.

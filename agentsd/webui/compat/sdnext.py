@@ -9,7 +9,7 @@ import gradio as gr
 from modules import script_callbacks, sd_models, shared
 from torch import nn
 
-from ...panel.host import Hint
+from ...app.host import Hint
 from .a1111 import HYPERTILE, WebUI, option, unet_of
 
 MERGING = {"ToMe": "tome_ratio", "ToDo": "todo_ratio"}

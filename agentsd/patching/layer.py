@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import MAX_TIMESTEP, AgentConfig
-from .eager import compiling, constant, followed, not_compiled
-from .hosts import Call, Site, read_size, read_timestep, read_tokens
-from .merging import Clusters, Matching, Partition
-from .methods import UNTOUCHED, LayerPlan, Method, SelfAttention, method_of
-from .plan import grid_of, merged_tokens, plan_block
+from ..attention.merging import Clusters, Matching, Partition
+from ..config import AgentConfig
+from ..eager import compiling, constant, followed, not_compiled
+from ..hosts import Call, Site, read_size, read_timestep, read_tokens
+from ..methods import UNTOUCHED, LayerPlan, Method, SelfAttention, method_of
+from ..plan import grid_of, merged_tokens, plan_block
+from ..schedule import MAX_TIMESTEP
 
 if TYPE_CHECKING:
     from .patch import Patch

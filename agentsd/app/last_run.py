@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..closeness import Closeness
 from ..methods import UNTOUCHED, LayerPlan, method_of
-from ..patch import Patch
+from ..patching.closeness import Closeness
+from ..patching.patch import Patch
 from ..settings.presets import TUNED
 from .pace import Pace, changed
 from .preview import ACTS, NOTHING, SLOWER, WRONG, in_layers
-from .tokenmap import Recording
+from .token_map import Recording
 
 log = logging.getLogger("agentsd.panel")
 _KEPT = 50  # earlier runs

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..config import MAX_TIMESTEP
-from ..layer import Answer
-from ..merging import Clusters
+from ..attention.merging import Clusters
 from ..methods import LayerPlan, method_of
+from ..patching.layer import Answer
 from ..plan import downsample_of, grid_of
+from ..schedule import MAX_TIMESTEP
 from .preview import fraction
 
 # Label of the checkbox that turns on recording

@@ -6,30 +6,25 @@ import logging
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..attention.merging import Matching, Partition, match, partition, partition_seed
+from ..config import AgentConfig
+from ..eager import compiling, followed, keep_out, not_compiled
+from ..hosts import Site, UnsupportedModelError, find_sites, find_timestep, read_size
+from ..methods import LayerPlan
+from ..plan import may_match, plan_block
+from ..schedule import MAX_TIMESTEP
 from .closeness import Closeness, ClosenessMeter
-from .config import MAX_TIMESTEP, SETTINGS, AgentConfig, Rule, SettingError, Stage, check_names
-from .eager import compiling, followed, keep_out, not_compiled
-from .hosts import Site, UnsupportedModelError, find_sites, find_timestep, find_unet, read_size
 from .layer import Answer, Image, KVContext, Layer, LayerReport, Moment
-from .merging import Matching, Partition, match, partition, partition_seed
-from .methods import LayerPlan
-from .plan import may_match, plan_block
-
-if TYPE_CHECKING:
-    from .tuning.data import Tuning
 
 log = logging.getLogger("agentsd")
-
-Model = TypeVar("Model")
 
 
 def _still_holds(earlier: Moment, now: Moment, config: AgentConfig) -> bool:
@@ -96,7 +91,7 @@ class Patch:
         unet = self._unet()
         if unet is None or self.active:
             return
-        old = _patch_on(unet)
+        old = patch_of(unet)
         if old is not None:
             old.remove()
         keep_out()
@@ -266,106 +261,7 @@ class Patch:
                 self.note(f"rule {number} names no block of this model")
 
 
-_DEFAULTS = AgentConfig()
-
-
-def apply_patch(
-    model: Model,
-    ratio: float = _DEFAULTS.ratio,
-    max_downsample: int | str = _DEFAULTS.max_downsample,
-    sx: int = _DEFAULTS.sx,
-    sy: int = _DEFAULTS.sy,
-    agent_ratio: float = _DEFAULTS.agent_ratio,
-    k_scale2: float = _DEFAULTS.k_scale2,
-    k_shortcut: float = _DEFAULTS.k_shortcut,
-    attn_precision: str | None = _DEFAULTS.attn_precision,
-    use_rand: bool = _DEFAULTS.use_rand,
-    merge_attn: bool = _DEFAULTS.merge_attn,
-    merge_crossattn: bool = _DEFAULTS.merge_crossattn,
-    merge_mlp: bool = _DEFAULTS.merge_mlp,
-    *,
-    agent_source: str = _DEFAULTS.agent_source,
-    method: str = _DEFAULTS.method,
-    min_tokens: int = _DEFAULTS.min_tokens,
-    max_agents: int | None = _DEFAULTS.max_agents,
-    seed: int = _DEFAULTS.seed,
-    share_match: bool = _DEFAULTS.share_match,
-    reuse_match: float = _DEFAULTS.reuse_match,
-    landmarks: str = _DEFAULTS.landmarks,
-    stages: Sequence[Stage] = _DEFAULTS.stages,
-    rules: Sequence[Rule] = _DEFAULTS.rules,
-    tuning: Tuning | None = None,
-    **unknown: Any,
-) -> Model:
-    """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
-
-    Args:
-        model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, or a U-Net.
-        tuning: a result of `agentsd.tune` for this model. It has settings of its own, beside which none may be given.
-        **: the settings of `AgentConfig`, which documents their meanings and ranges.
-
-    Returns:
-        The model.
-
-    Raises:
-        SettingError: a setting is unknown or outside its range. The model is unchanged.
-        TuningError: the tuning is for another model. The model is unchanged.
-        UnsupportedModelError: the model has no transformer blocks. The model is unchanged.
-    """
-    settings = {k: v for k, v in locals().items() if k in SETTINGS}
-    check_names(unknown, SETTINGS)
-    unet, config = find_unet(model), AgentConfig(**settings)
-    if tuning is not None:
-        given = [name for name in SETTINGS if getattr(config, name) != getattr(_DEFAULTS, name)]
-        if given:
-            raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
-        config = tuning.config_for(unet)
-    patch_unet(unet, config)
-    return model
-
-
-def patch_unet(unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None) -> Patch:
-    """Patch a U-Net with a config, replacing an existing patch; see `Patch` for the arguments."""
-    patch = Patch(unet, config, kv_context)  # may raise, before anything has been changed
-    patch.install()
-    return patch
-
-
-def _patch_on(unet: nn.Module) -> Patch | None:
+def patch_of(unet: nn.Module) -> Patch | None:
     """Find the patch on a U-Net, which owns it through a hook: both are freed together and deep-copied together."""
     owners = (getattr(hook, "__self__", None) for hook in unet._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, Patch)), None)
-
-
-def get_patch(model: Any) -> Patch | None:
-    """Return the patch on the model, if any."""
-    try:
-        return _patch_on(find_unet(model))
-    except UnsupportedModelError:
-        return None
-
-
-def remove_patch(model: Model) -> Model:
-    """Remove the patch from the model, if there is one, and return the model."""
-    patch = get_patch(model)
-    if patch is not None:
-        patch.remove()
-    return model
-
-
-@contextmanager
-def patched(model: Model, *args: Any, **settings: Any) -> Iterator[Model]:
-    """Patch the model for the length of a `with` block; takes the arguments of `apply_patch`.
-
-    An earlier patch on the model is restored afterwards.
-    """
-    outer = get_patch(model)
-    apply_patch(model, *args, **settings)
-    inner = get_patch(model)
-    try:
-        yield model
-    finally:
-        if inner is not None:
-            inner.remove()
-        if outer is not None and get_patch(model) is None:  # another patch may have replaced the inner one meanwhile
-            outer.install()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .methods.agents import agent_attention
+from .agent import agent_attention
 from .tensors import join_heads, split_heads
 
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .methods import Method, SelfAttention
+from ..methods import Method, SelfAttention
 
 # Tokens of a layer for which full attention is computed as well.
 TOKENS = 32

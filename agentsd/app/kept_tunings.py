@@ -13,14 +13,14 @@ from typing import Any
 from torch import nn
 
 from ..config import AgentConfig
-from ..layer import KVContext
 from ..methods import selectable
+from ..patching.layer import KVContext
 from ..settings import tunings
 from ..settings.presets import PRESETS, TUNED
 from ..settings.table import DEFAULTS, fraction_of, to_config
-from ..tuning.data import Tuning, TuningError
 from ..tuning.record import RecordedCall, progress_of
 from ..tuning.replay import Progress, compare
+from ..tuning.result import Tuning, TuningError
 from ..tuning.tuner import tune
 
 # Name of our section in the host's cache

@@ -10,9 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..config import AgentConfig, Rule, SettingError
+from ..checks import SettingError
+from ..config import AgentConfig
 from ..plan import grid_of
 from ..rules import format_rules, parse_rules
+from ..schedule import Rule
 
 FORMAT, VERSION = "agentsd tuning", 1
 # Letters of the blocks' settings in the text form; "." is full attention.

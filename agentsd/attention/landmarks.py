@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..grid import cells, sampled
+from .grid import cells, sampled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ def superpixels(k: Tensor, v: Tensor, size: tuple[int, int], cell: tuple[int, in
         k: keys (B, H, N, d), N = height · width, in row-major order.
         v: values (B, H, N, d).
         size: (height, width) of the grid of tokens; any.
-        cell: (height, width) of a cell in tokens, as in `agentsd.tensors.sample_tokens`.
+        cell: (height, width) of a cell in tokens, as in `agentsd.attention.tensors.sample_tokens`.
 
     Returns:
         Means of keys and of values (2, B, H, n, d), in the dtype of `k`.
@@ -92,7 +92,7 @@ def heavy_hitters(k: Tensor, a: Tensor, size: tuple[int, int], cell: tuple[int, 
         k: keys (B, H, N, d), N = height · width, in row-major order.
         a: agents, which are queries (B, H, n, d).
         size: (height, width) of the grid of tokens; any.
-        cell: (height, width) of a cell in tokens, as in `agentsd.tensors.sample_tokens`.
+        cell: (height, width) of a cell in tokens, as in `agentsd.attention.tensors.sample_tokens`.
 
     Returns:
         Indices of tokens (B, H, m), int64; m = ⌈height / 2 sy⌉ · ⌈width / 2 sx⌉.

@@ -11,17 +11,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ..config import AgentConfig, SettingError
+from ..checks import SettingError
+from ..config import AgentConfig
 from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
 from ..methods import method_named, method_of
 from ..settings import tunings
 from ..settings.presets import CUSTOM, PRESETS, preset_of
 from ..settings.table import BY_NAME, DEFAULTS, FIRST, HIRES, SETTINGS, SMALL, check, labelled
-from ..tuning.data import Tuning, TuningError
+from ..tuning.result import Tuning, TuningError
 from ..tuning.table import percent
 from .host import Hint, PanelHost
+from .kept_tunings import plans
 from .pays import Prediction, prediction
-from .tuned import plans
 
 if TYPE_CHECKING:
     from torch import nn

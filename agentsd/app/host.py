@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..config import AgentConfig
-    from .tuned import Kept
+    from .kept_tunings import Kept
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from ..apply import patch_unet
 from ..calibration import calibrate
+from ..clock import peak_memory, timed
 from ..config import AgentConfig
 from ..costs import estimate
-from ..devices import peak_memory, timed
 from ..hosts import example_call, output_tensor
-from ..patch import patch_unet
 from ..tuning.table import mebibytes
 from .host import Busy
 from .preview import SamplingPass, layout_of_unet, milliseconds

@@ -15,7 +15,7 @@ from ..settings import tunings
 from ..tuning.table import mebibytes, percent
 
 if TYPE_CHECKING:
-    from .tuned import Kept
+    from .kept_tunings import Kept
 
 HEAD = ("Pass", "Size", "Without", "With", "Speed-up", "Peak memory", "Asked", "Reached")
 NAMES = {tunings.FIRST: "First pass", tunings.HIRES: "Hires pass", tunings.IMG2IMG: "img2img"}

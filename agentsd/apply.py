@@ -1,0 +1,119 @@
+"""The library's face: patch a model, ask for its patch, remove it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from .checks import SettingError, check_names
+from .config import SETTINGS, AgentConfig
+from .hosts import UnsupportedModelError, find_unet
+from .patching.layer import KVContext
+from .patching.patch import Patch, patch_of
+from .schedule import Rule, Stage
+
+if TYPE_CHECKING:
+    from .tuning.result import Tuning
+
+Model = TypeVar("Model")
+
+_DEFAULTS = AgentConfig()
+
+
+def apply_patch(
+    model: Model,
+    ratio: float = _DEFAULTS.ratio,
+    max_downsample: int | str = _DEFAULTS.max_downsample,
+    sx: int = _DEFAULTS.sx,
+    sy: int = _DEFAULTS.sy,
+    agent_ratio: float = _DEFAULTS.agent_ratio,
+    k_scale2: float = _DEFAULTS.k_scale2,
+    k_shortcut: float = _DEFAULTS.k_shortcut,
+    attn_precision: str | None = _DEFAULTS.attn_precision,
+    use_rand: bool = _DEFAULTS.use_rand,
+    merge_attn: bool = _DEFAULTS.merge_attn,
+    merge_crossattn: bool = _DEFAULTS.merge_crossattn,
+    merge_mlp: bool = _DEFAULTS.merge_mlp,
+    *,
+    agent_source: str = _DEFAULTS.agent_source,
+    method: str = _DEFAULTS.method,
+    min_tokens: int = _DEFAULTS.min_tokens,
+    max_agents: int | None = _DEFAULTS.max_agents,
+    seed: int = _DEFAULTS.seed,
+    share_match: bool = _DEFAULTS.share_match,
+    reuse_match: float = _DEFAULTS.reuse_match,
+    landmarks: str = _DEFAULTS.landmarks,
+    stages: Sequence[Stage] = _DEFAULTS.stages,
+    rules: Sequence[Rule] = _DEFAULTS.rules,
+    tuning: Tuning | None = None,
+    **unknown: Any,
+) -> Model:
+    """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
+
+    Args:
+        model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, or a U-Net.
+        tuning: a result of `agentsd.tune` for this model. It has settings of its own, beside which none may be given.
+        **: the settings of `AgentConfig`, which documents their meanings and ranges.
+
+    Returns:
+        The model.
+
+    Raises:
+        SettingError: a setting is unknown or outside its range. The model is unchanged.
+        TuningError: the tuning is for another model. The model is unchanged.
+        UnsupportedModelError: the model has no transformer blocks. The model is unchanged.
+    """
+    settings = {k: v for k, v in locals().items() if k in SETTINGS}
+    check_names(unknown, SETTINGS)
+    unet, config = find_unet(model), AgentConfig(**settings)
+    if tuning is not None:
+        given = [name for name in SETTINGS if getattr(config, name) != getattr(_DEFAULTS, name)]
+        if given:
+            raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
+        config = tuning.config_for(unet)
+    patch_unet(unet, config)
+    return model
+
+
+def patch_unet(unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None) -> Patch:
+    """Patch a U-Net with a config, replacing an existing patch; see `Patch` for the arguments."""
+    patch = Patch(unet, config, kv_context)  # may raise, before anything has been changed
+    patch.install()
+    return patch
+
+
+def get_patch(model: Any) -> Patch | None:
+    """Return the patch on the model, if any."""
+    try:
+        return patch_of(find_unet(model))
+    except UnsupportedModelError:
+        return None
+
+
+def remove_patch(model: Model) -> Model:
+    """Remove the patch from the model, if there is one, and return the model."""
+    patch = get_patch(model)
+    if patch is not None:
+        patch.remove()
+    return model
+
+
+@contextmanager
+def patched(model: Model, *args: Any, **settings: Any) -> Iterator[Model]:
+    """Patch the model for the length of a `with` block; takes the arguments of `apply_patch`.
+
+    An earlier patch on the model is restored afterwards.
+    """
+    outer = get_patch(model)
+    apply_patch(model, *args, **settings)
+    inner = get_patch(model)
+    try:
+        yield model
+    finally:
+        if inner is not None:
+            inner.remove()
+        if outer is not None and get_patch(model) is None:  # another patch may have replaced the inner one meanwhile
+            outer.install()
