@@ -117,7 +117,7 @@ def test_a_method_that_stands_down_is_no_result(unet, monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr("agentsd.methods.agents.agent_attention", failing)
+    monkeypatch.setattr("agentsd.attention.agent.agent_attention", failing)
     entry = {"results": {}, "rounds": []}
     machine = run(Case("mini", (64, 64), ("sdpa", "grid4"), dtype="float32", rounds=1), entry, unet)
     assert [list(times) for times in entry["rounds"]] == [["sdpa"]]

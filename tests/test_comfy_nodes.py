@@ -252,7 +252,7 @@ class TestLifetime:
 
     def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, model, host, monkeypatch):
         plain, patched = run(model, host), on(model)
-        monkeypatch.setattr("agentsd.methods.agents.agent_attention", lambda *args, **kwargs: 1 / 0)
+        monkeypatch.setattr("agentsd.attention.agent.agent_attention", lambda *args, **kwargs: 1 / 0)
         assert torch.equal(run(patched, host), plain)
         assert "an error of ours: ZeroDivisionError" in report_on(patched)
 

@@ -134,7 +134,7 @@ class TestGraphs:
 
         unet, example = one_block_unet(), given()
         plain = run(unet, example)
-        monkeypatch.setattr("agentsd.methods.agents.agent_attention", fail)
+        monkeypatch.setattr("agentsd.attention.agent.agent_attention", fail)
         with agentsd.patched(unet, **GRID):
             torch.testing.assert_close(Compiled(unet)(*example), plain, rtol=1e-4, atol=1e-4)
             assert list(agentsd.get_patch(unet).notes) == ["an error of ours: ValueError: no such kernel"]

@@ -108,7 +108,7 @@ class TestForeignCalls:
             raise RuntimeError("no such kernel")
 
         plain = run(unet, EXAMPLE)
-        monkeypatch.setattr("agentsd.methods.agents.agent_attention", fail)
+        monkeypatch.setattr("agentsd.attention.agent.agent_attention", fail)
         with patched(unet), caplog.at_level(logging.INFO, "agentsd"):
             assert torch.equal(run(unet, EXAMPLE), plain)
             assert list(get_patch(unet).notes) == ["an error of ours: RuntimeError: no such kernel"]
