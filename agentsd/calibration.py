@@ -19,7 +19,7 @@ from .config import AgentConfig
 from .hosts import Site, UnsupportedModelError, find_sites, find_unet
 from .hosts.base import weight_of
 from .hosts.single import SingleAttention
-from .plan import limit
+from .plan import deepest_level
 
 SIZES = (256, 384, 512, 640, 768, 1024)
 MIN_SIDE, MAX_SIDE = 64, 8192
@@ -127,7 +127,7 @@ def _distinct(sites: list[Site], config: AgentConfig) -> list[Site]:
     """Pick one site per (downsample, channels), down to the config's limit, or to the first level with any."""
     usable = [site for site in sites if site.downsample is not None and not site.obstacle]
     first = min((site.downsample for site in usable), default=1)
-    deepest = max(limit(config, first), first)
+    deepest = max(deepest_level(config, first), first)
     kinds = {(site.downsample, site.channels): site for site in usable if site.downsample <= deepest}
     return list(kinds.values())
 

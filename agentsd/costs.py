@@ -18,10 +18,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from .attention.grid import cells, destinations
+from .attention.grid import Grid, destinations
 from .config import AgentConfig
 from .methods import LayerPlan, method_of, untouched
-from .plan import grid_of, merged_tokens, plan_block
+from .plan import merged_tokens, plan_block
 from .schedule import Block
 
 PROMPT_TOKENS = 77
@@ -186,7 +186,7 @@ def estimate(
         kinds[block.downsample, block.channels, settings_and_plan] += 1
     levels = tuple(_level(*kind, count, (height, width)) for kind, count in kinds.items())
     levels = tuple(sorted(levels, key=lambda level: (level.downsample, level.channels)))
-    rest = layout.constant + sum(flops * positions(height, width, level) for level, flops in layout.rest)
+    rest = layout.constant + sum(flops * Grid(height, width).at(level).tokens for level, flops in layout.rest)
     flops = rest + sum(level.count * level.flops for level in levels)
     left = rest + sum(level.count * level.flops_left for level in levels)
     return Estimate(levels, flops, left)
@@ -199,16 +199,11 @@ def _level(
     count: int,
     latent: tuple[int, int],
 ) -> LevelEstimate:
-    size = grid_of(latent, downsample)
-    full = untouched(size[0] * size[1], "full attention was asked for", "rules")
+    size = Grid(*latent).at(downsample)
+    full = untouched(size.tokens, "full attention was asked for", "rules")
     config, plan = (None, full) if settings_and_plan is None else settings_and_plan
     unpatched = block_flops(channels, size, full, None)
     return LevelEstimate(downsample, channels, count, size, plan, unpatched, block_flops(channels, size, plan, config))
-
-
-def positions(height: int, width: int, downsample: int) -> int:
-    """Count the positions of a level of the U-Net: ⌈height / downsample⌉ · ⌈width / downsample⌉."""
-    return cells(height, downsample) * cells(width, downsample)
 
 
 def share_of_run(layout: Layout, config: AgentConfig, height: int, width: int, start: float = 0.0) -> float:

@@ -15,10 +15,9 @@ What only the call itself shows (an attention that cannot be patched, a mask, a 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-from .attention.grid import cells, destinations
+from .attention.grid import Grid, destinations
 from .config import AUTO, AgentConfig
 from .methods import LayerPlan, method_named, method_of, untouched
 from .schedule import Block
@@ -26,9 +25,7 @@ from .schedule import Block
 __all__ = [
     "Block",
     "LayerPlan",
-    "downsample_of",
-    "grid_of",
-    "limit",
+    "deepest_level",
     "may_match",
     "merged_tokens",
     "plan_block",
@@ -36,19 +33,9 @@ __all__ = [
 ]
 
 
-def grid_of(latent: tuple[int, int], downsample: int) -> tuple[int, int]:
-    """Return the (height, width) of the token grid at a level of the U-Net, for a latent of (height, width)."""
-    return cells(latent[0], downsample), cells(latent[1], downsample)
-
-
-def downsample_of(latent: tuple[int, int], size: tuple[int, int]) -> int:
-    """Return the level of a layer of this (height, width): the power of two nearest to the ratio of the sides."""
-    return 2 ** max(0, round(0.5 * math.log2(math.prod(latent) / math.prod(size))))
-
-
-def limit(config: AgentConfig, first: int) -> int:
-    """Return the deepest level to patch, where the U-Net's largest self-attention layers are at level `first`."""
-    return first if config.max_downsample == AUTO else int(config.max_downsample)
+def deepest_level(config: AgentConfig, largest_level: int) -> int:
+    """Return the deepest level to patch, where the U-Net's largest self-attention layers are at `largest_level`."""
+    return largest_level if config.max_downsample == AUTO else int(config.max_downsample)
 
 
 def plan_block(
@@ -73,13 +60,13 @@ def plan_block(
     if size is None:
         if block.downsample is None:
             return None
-        size = grid_of(latent, block.downsample)
-    d = downsample_of(latent, size)
-    settings = config.at(progress, Block(block.name, d, block.first))
-    return None if settings is None else (settings, plan_layer(settings, *size, d, first=block.first))
+        size = Grid(*latent).at(block.downsample)
+    d = Grid(*latent).level_of(size)
+    settings = config.at(progress, Block(block.name, d, block.largest_level))
+    return None if settings is None else (settings, plan_layer(settings, *size, d, largest_level=block.largest_level))
 
 
-def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *, first: int = 1) -> LayerPlan:
+def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *, largest_level: int = 1) -> LayerPlan:
     """Plan a block of `height` × `width` tokens under `config`, ignoring its stages and rules.
 
     Settings of a tuning are kept at another size where that is sound: with as many tokens or more, in cells that are
@@ -93,14 +80,14 @@ def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *,
         height: rows of the grid of tokens.
         width: columns of the grid.
         downsample: level of the block: 1, 2, 4 …
-        first: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
+        largest_level: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
     """
-    N, deepest = height * width, limit(config, first)
-    tuned = config.tuned_for and grid_of(config.tuned_for, downsample)
+    N, deepest = height * width, deepest_level(config, largest_level)
+    tuned = config.tuned_for and Grid(*config.tuned_for).at(downsample)
     if downsample > deepest:
         return untouched(N, f"layers at level {downsample} are further down than level {deepest}", "max_downsample")
-    if tuned and math.prod(tuned) > N:
-        return untouched(N, f"{N} tokens are fewer than the {math.prod(tuned)} that were tuned for")
+    if tuned and tuned.tokens > N:
+        return untouched(N, f"{N} tokens are fewer than the {tuned.tokens} that were tuned for")
     if config.min_tokens > N:
         return untouched(N, f"{N} tokens are fewer than the minimum of {config.min_tokens}", "min_tokens")
     n_dst = destinations(config.sx, config.sy, height, width)
@@ -110,15 +97,14 @@ def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *,
     plan = method_named(config.method).plan(config, height, width, r)
     if tuned in (None, (height, width)) or not plan.acts:
         return plan
-    return _at_another_size(plan, plan_layer(config, *tuned, downsample, first=first))
+    return _at_another_size(plan, plan_layer(config, *tuned, downsample, largest_level=largest_level))
 
 
 def _at_another_size(plan: LayerPlan, tuned: LayerPlan) -> LayerPlan:
     """Say what becomes of settings that were tuned for another grid of tokens, where the plan was `tuned`."""
-    cell, tuned_cell = plan.cell or (1, 1), tuned.cell or (1, 1)
-    if not tuned.acts or math.prod(cell) > math.prod(tuned_cell):
-        height, width = cell
-        return untouched(plan.tokens, f"cells of {width}×{height} are coarser than those that were tuned")
+    cell, tuned_cell = Grid(*(plan.cell or (1, 1))), Grid(*(tuned.cell or (1, 1)))
+    if not tuned.acts or cell.tokens > tuned_cell.tokens:
+        return untouched(plan.tokens, f"cells of {cell} are coarser than those that were tuned")
     return replace(plan, note=f"tuned for {tuned.tokens} tokens, the deviation was not measured for {plan.tokens}")
 
 

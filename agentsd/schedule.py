@@ -37,12 +37,12 @@ class Block:
     Attributes:
         name: the block's name.
         downsample: its level in the U-Net: 1, 2, 4 or 8; None if unknown.
-        first: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
+        largest_level: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
     """
 
     name: str = ""
     downsample: int | None = None
-    first: int = 1
+    largest_level: int = 1
 
 
 ANYWHERE = Block()

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from agentsd import AgentConfig, plan_layer
 from agentsd.attention.agent import agent_attention
 from agentsd.attention.fit import MU, fit_tikhonov, fit_values
+from agentsd.attention.grid import Grid
 from agentsd.attention.tensors import lost_by_pooling, pool_tokens, sample_tokens, split_heads
 from agentsd.hosts import Call, find_sites
-from agentsd.plan import grid_of
 
 from .fidelity import TIMESTEPS, covering
 
@@ -75,7 +75,7 @@ def observed(unet: torch.nn.Module, latent: tuple[int, int], visit: Callable[[At
     seams = []
 
     def handler(site: Any) -> Callable[[Call], Tensor]:
-        attn, size = site.block.attn1, grid_of(latent, site.downsample)
+        attn, size = site.block.attn1, Grid(*latent).at(site.downsample)
 
         def answer(call: Call) -> Tensor:
             x = call.x

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
 from agentsd import AgentConfig, Rule, Stage
-from agentsd.costs import Layout, estimate, layouts, positions, share_of_run
+from agentsd.costs import Layout, estimate, layouts, share_of_run
 from agentsd.hosts.layout import layout_of
 
 diffusers = pytest.importorskip("diffusers", reason="the U-Nets to count are diffusers'")
@@ -152,12 +152,6 @@ def test_a_patched_layer_of_the_full_unet_costs_what_the_model_says():
     assert (expected.layers, expected.changed[0].plan.agents) == (5, 256)
     with agentsd.patched(model, **settings):
         assert counted(model, 64, 64) == expected.flops_left
-
-
-def test_odd_sizes_are_rounded_up_at_every_level():
-    assert positions(65, 41, 1) == 65 * 41
-    assert positions(65, 41, 2) == 33 * 21
-    assert positions(65, 41, 4) == 17 * 11
 
 
 def test_nothing_happens_without_a_config_or_where_no_layer_is_reached():

@@ -161,7 +161,7 @@ class TestPlaces:
 
     @pytest.mark.parametrize(("name", "first"), [("LDM", 1), ("LDM, SDXL-like", 2), ("diffusers, SDXL-like", 2)])
     def test_every_block_knows_where_the_first_are(self, name, first):
-        assert {site.place.first for site in find_sites(UNETS[name]())} == {first}
+        assert {site.place.largest_level for site in find_sites(UNETS[name]())} == {first}
 
     def test_are_unknown_in_a_u_net_of_no_known_layout(self):
         unet = nn.ModuleDict({"somewhere": golden_unet().middle_block})

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentsd import AgentConfig, Rule, Stage, plan_layer
-from agentsd.attention.grid import cell_side
+from agentsd.attention.grid import Grid, cell_side
 from agentsd.config import AUTO
-from agentsd.plan import downsample_of, grid_of, limit, merged_tokens, plan_block
+from agentsd.plan import deepest_level, merged_tokens, plan_block
 from agentsd.schedule import Block
 
 
@@ -202,18 +202,18 @@ class TestPlace:
     @pytest.mark.parametrize("d", [1, 2, 4, 8])
     @given(h=st.integers(16, 200), w=st.integers(16, 200))
     def test_how_far_down_is_read_off_the_size(self, d, h, w):
-        assert downsample_of((h, w), grid_of((h, w), d)) == d
+        assert Grid(h, w).level_of(Grid(h, w).at(d)) == d
 
     def test_grids_are_rounded_up(self):
-        assert grid_of((65, 41), 4) == (17, 11)
+        assert Grid(65, 41).at(4) == (17, 11)
 
     def test_auto_is_the_first_level_that_has_self_attention(self):
         auto = AgentConfig(max_downsample=AUTO)
-        assert [limit(auto, first) for first in (1, 2, 4)] == [1, 2, 4]
-        assert limit(AgentConfig(max_downsample=4), 2) == 4
-        assert plan_layer(auto, 64, 64, 2, first=2).action == "agents"
+        assert [deepest_level(auto, first) for first in (1, 2, 4)] == [1, 2, 4]
+        assert deepest_level(AgentConfig(max_downsample=4), 2) == 4
+        assert plan_layer(auto, 64, 64, 2, largest_level=2).action == "agents"
         assert plan_layer(auto, 64, 64, 2).action == "untouched"
-        assert plan_layer(auto, 32, 32, 4, first=2).remedy == ("max_downsample",)
+        assert plan_layer(auto, 32, 32, 4, largest_level=2).remedy == ("max_downsample",)
 
     def test_auto_knows_the_first_level_by_the_block(self):
         auto, latent = AgentConfig(max_downsample=AUTO), (64, 64)

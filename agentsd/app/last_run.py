@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..attention.grid import Grid
 from ..methods import UNTOUCHED, LayerPlan, method_of
 from ..patching.closeness import Closeness
 from ..patching.patch import Patch
@@ -102,7 +103,7 @@ class PassReport:
         """Describe the pass in one sentence."""
         if self.obstacles:
             return f"{self.name}: not applied, {' and '.join(self.obstacles)}"
-        size = "" if self.latent is None else f", {self.latent[1] * 8}×{self.latent[0] * 8}"
+        size = "" if self.latent is None else f", {Grid(*self.latent).pixels}"
         if self.tuned:
             return f"{self.name}{size}: {self.tuned}"
         size += f", {self.plan}" if self.plan else ""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from ..attention.grid import Grid
 from ..checks import SettingError
 from ..config import AgentConfig
 from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
@@ -27,8 +28,6 @@ from .pays import Prediction, prediction
 if TYPE_CHECKING:
     from torch import nn
 
-# Pixels per position of the latent, along one side
-FACTOR = 8
 # Layout used while no model is loaded
 USUAL = "SD 1"
 
@@ -55,7 +54,7 @@ class SamplingPass:
     @property
     def latent(self) -> tuple[int, int]:
         """(height, width) of the latent."""
-        return self.height // FACTOR, self.width // FACTOR
+        return Grid.of_pixels(self.height, self.width)
 
     @property
     def end(self) -> str:

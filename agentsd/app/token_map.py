@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..attention.grid import Grid
 from ..attention.merging import Clusters
 from ..methods import LayerPlan, method_of
 from ..patching.layer import Answer
-from ..plan import downsample_of, grid_of
 from ..schedule import MAX_TIMESTEP
 from .preview import fraction
 
@@ -183,8 +183,8 @@ def _raster(layer: Layer, latent: tuple[int, int], shape: tuple[int, int]) -> _R
     """
     scale = max(shape[0] / latent[0], shape[1] / latent[1])
     origin = tuple((side - scale * length) / 2 for side, length in zip(shape, latent, strict=True))
-    level = downsample_of(latent, layer.size)
-    if grid_of(latent, level) == layer.size:
+    level = Grid(*latent).level_of(layer.size)
+    if Grid(*latent).at(level) == layer.size:
         side = (scale * level, scale * level)
     else:  # something shrinks the latent inside the U-Net
         side = tuple(scale * length / count for length, count in zip(latent, layer.size, strict=True))
@@ -300,7 +300,7 @@ def place(call: Call, number: int) -> str:
 
 def _part_and_level(call: Call, layer: Layer) -> str:
     part = _PARTS.get(layer.name.partition("_")[0], layer.name)
-    level = downsample_of(call.latent, layer.size).bit_length()
+    level = Grid(*call.latent).level_of(layer.size).bit_length()
     return part if part in ("middle", layer.name) else f"{part} {level}"
 
 

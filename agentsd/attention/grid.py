@@ -1,13 +1,54 @@
-"""Cells of a token grid: their number, their size, and the token sampled from each. Imports no torch."""
+"""Grids of tokens: their sizes, their cells, and the token sampled from each cell. Imports no torch."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
+
+# Pixels per position of the latent, along one side
+FACTOR = 8
 
 
 def cells(length: int, side: int) -> int:
     """Count the cells of `side` tokens along `length` tokens; the last may be cut short."""
     return -(-length // side)
+
+
+class Grid(NamedTuple):
+    """Size of a grid of tokens, or of the positions of a latent. It compares and unpacks as (height, width)."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def of_pixels(cls, height: int, width: int) -> Grid:
+        """Return the latent of an image of `height` × `width` pixels."""
+        return cls(height // FACTOR, width // FACTOR)
+
+    @property
+    def pixels(self) -> Grid:
+        """The image of a latent of this size."""
+        return Grid(FACTOR * self.height, FACTOR * self.width)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.height * self.width
+
+    def at(self, level: int) -> Grid:
+        """Return the tokens of a layer at this level of the U-Net (1, 2, 4 …), for a latent of this size."""
+        return self.cells((level, level))
+
+    def level_of(self, layer: tuple[int, int]) -> int:
+        """Return the level of a layer of (height, width) tokens: the power of two nearest to the ratio of the sides."""
+        return 2 ** max(0, round(0.5 * math.log2(self.tokens / math.prod(layer))))
+
+    def cells(self, cell: tuple[int, int]) -> Grid:
+        """Return the number of cells of (height, width) tokens along each side; the last may be cut short."""
+        return Grid(cells(self.height, cell[0]), cells(self.width, cell[1]))
+
+    def __str__(self) -> str:
+        return f"{self.width}×{self.height}"
 
 
 def cell_side(agent_ratio: float, height: int, width: int, max_agents: int | None = None) -> int:

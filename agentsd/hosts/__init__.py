@@ -84,7 +84,7 @@ def find_sites(unet: nn.Module) -> list[Site]:
                 sites.append(Site(block, module, place, host, host.obstacle(block.attn1)))
     first = min((site.downsample for site in sites if site.downsample), default=1)
     for site in sites:
-        site.place = replace(site.place, first=first)
+        site.place = replace(site.place, largest_level=first)
     return sites
 
 

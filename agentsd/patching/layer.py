@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..attention.grid import Grid
 from ..attention.merging import Clusters, Matching, Partition
 from ..config import AgentConfig
 from ..eager import compiling, constant, followed, not_compiled
 from ..hosts import Call, Site, read_size, read_timestep, read_tokens
 from ..methods import UNTOUCHED, LayerPlan, Method, SelfAttention, method_of
-from ..plan import grid_of, merged_tokens, plan_block
+from ..plan import merged_tokens, plan_block
 from ..schedule import MAX_TIMESTEP
 
 if TYPE_CHECKING:
@@ -396,7 +397,7 @@ def _foreseen(layer: Layer, key: str) -> _Foreseen:
     latent, progress = (int(height), int(width)), None if part == "None" else float(part)
     level = layer.site.downsample
     settings_and_plan = plan_block(layer.patch.config, layer.site.place, latent, progress)
-    size = None if level is None else grid_of(latent, level)
+    size = None if level is None else Grid(*latent).at(level)
     if settings_and_plan is None or not settings_and_plan[1].acts:
         return _Foreseen(False, size)
     config, plan = settings_and_plan

@@ -10,9 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..attention.grid import Grid
 from ..checks import SettingError
 from ..config import AgentConfig
-from ..plan import grid_of
 from ..rules import format_rules, parse_rules
 from ..schedule import Rule
 
@@ -220,8 +220,7 @@ class Tuning:
         """Number of tokens of a block at the tuned size: with fewer, cells would be coarser than what was measured."""
         if block.downsample is None:
             return 0
-        height, width = grid_of(self.size, block.downsample)
-        return height * width
+        return Grid(*self.size).at(block.downsample).tokens
 
     def at(self, tolerance: float) -> Tuning:
         """Return the tuning for another tolerance: the fastest plan of the frontier predicted to keep it.

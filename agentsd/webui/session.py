@@ -16,8 +16,9 @@ from ..app import token_map as tokenmap
 from ..app.last_run import STATUS, PassReport
 from ..app.pace import StepClock, changed
 from ..app.pays import prediction
-from ..app.preview import FACTOR, SamplingPass, layout_of_unet
+from ..app.preview import SamplingPass, layout_of_unet
 from ..apply import patch_unet
+from ..attention.grid import Grid
 from ..checks import SettingError
 from ..config import AgentConfig
 from ..patching.layer import Answer
@@ -202,10 +203,10 @@ def _slower(
     """Say why a preset is better not applied: a prediction that it would be slower, and nothing measured; or ""."""
     if not (compat.HOST.skips_slower() and all(latent)):
         return ""
-    height, width = latent
+    height, width = Grid(*latent).pixels
     hires = of == tunings.HIRES
     start = 0.0 if of == tunings.FIRST else 1.0 - (getattr(p, "denoising_strength", None) or 0.0)
-    sampling = SamplingPass(FACTOR * width, FACTOR * height, start, hires)
+    sampling = SamplingPass(width, height, start, hires)
     if measure.JOB.times(unet, values, sampling):
         return ""
     rows = 2 * (getattr(p, "batch_size", None) or 1)

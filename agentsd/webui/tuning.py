@@ -12,6 +12,7 @@ from torch import nn
 from ..app.kept_tunings import Kept, config_of, make, plans
 from ..app.last_run import PassReport
 from ..app.tuning_chart import html
+from ..attention.grid import Grid
 from ..config import AgentConfig
 from ..settings import tunings
 from ..tuning.record import record_calls
@@ -35,7 +36,7 @@ def pass_of(p: Any, hires: bool) -> str:
 def size_of(p: Any, hires: bool) -> tuple[int, int]:
     """Return (height, width) of the next pass's latent, for hosts that don't provide the latent."""
     sides = ("hr_upscale_to_y", "hr_upscale_to_x") if hires else ("height", "width")
-    return tuple(int(getattr(p, side, 0) or 0) // 8 for side in sides)
+    return Grid.of_pixels(*(int(getattr(p, side, 0) or 0) for side in sides))
 
 
 def precision_of(values: Mapping[str, Any]) -> str | None:
