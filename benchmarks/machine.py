@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on."""
+"""The machine that a benchmark runs on, its clock, and the time that is left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,14 +18,11 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The code that the figures depend on; the rest of the repository may change between two runs.
 _MEASURED = (
-    "agentsd/*.py",
-    "agentsd/methods/*.py",
-    "agentsd/hosts/*.py",
-    "agentsd/settings/table.py",
-    "benchmarks/methods.py",
-    "benchmarks/models.py",
+    *("agentsd/*.py", "agentsd/attention/*.py", "agentsd/methods/*.py", "agentsd/hosts/*.py", "agentsd/patching/*.py"),
+    *("benchmarks/methods.py", "benchmarks/models.py"),
 )
 
 
@@ -35,13 +32,11 @@ class Machine:
 
     Attributes:
         device: the device.
-        flops_per_second: a first estimate of its speed, by `probe`.
         skipped: what was left out, and why.
         deadline: when the program has to end, in seconds of `time.monotonic`.
     """
 
     device: torch.device
-    flops_per_second: float = 0.0
     skipped: list[dict[str, str]] = field(default_factory=list)
     deadline: float = math.inf
 
@@ -51,39 +46,31 @@ class Machine:
 
     def skip(self, case: str, method: str, reason: str) -> None:
         """Record that a method is left out, and say so."""
-        self.unskip(case, method)
+        self.skipped[:] = [s for s in self.skipped if (s["case"], s["method"]) != (case, method)]
         self.skipped.append({"case": case, "method": method, "reason": reason})
         tqdm.write(f"skipped: {method} at {case}: {reason}")
-
-    def unskip(self, case: str, method: str) -> None:
-        """Take back an earlier `skip`."""
-        self.skipped[:] = [s for s in self.skipped if (s["case"], s["method"]) != (case, method)]
 
     def sync(self) -> None:
         """Wait for the device."""
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
 
-    def available_memory(self) -> int:
-        """Bytes that are free, or an estimate of them."""
+    def seconds(self, run: Callable[[], Any], calls: int = 1) -> float:
+        """Seconds per call of `run`: by CUDA's events, or by the wall clock elsewhere."""
+        self.sync()
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0]
-        try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        except (OSError, StopIteration):
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-    def probe(self, dtype: torch.dtype) -> None:
-        """Estimate the machine's speed in a dtype from one matrix product."""
-        a = torch.randn(1024, 1024).to(self.device, dtype)
-        a @ a  # warm up
-        self.sync()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            self.sync()
+            return begin.elapsed_time(end) / 1e3 / calls
         start = time.perf_counter()
-        for _ in range(4):
-            a @ a
+        for _ in range(calls):
+            run()
         self.sync()
-        self.flops_per_second = 0.3 * 4 * 2 * 1024**3 / (time.perf_counter() - start)
+        return (time.perf_counter() - start) / calls
 
     def describe(self) -> dict[str, Any]:
         """All that must be the same in two runs for their rounds to count together."""

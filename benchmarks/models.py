@@ -23,17 +23,13 @@ class Layout:
         label: the name that people know it by.
         context: channels of a prompt token.
         build: makes the module; its weights mean nothing.
-        heads: heads of the largest self-attention layers.
-        width: channels of these layers.
-        downsample: how far down the U-Net they are.
+        downsample: level of the largest self-attention layers.
     """
 
     name: str
     label: str
     context: int
     build: Callable[[], nn.Module]
-    heads: int
-    width: int
     downsample: int = 1
 
 
@@ -81,11 +77,11 @@ _SD21 = partial(_ldm, num_head_channels=64, context_dim=1024, use_linear_in_tran
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("sd15", "SD 1.5", 768, _SD15, 8, 320),
-        Layout("sd21", "SD 2.1", 1024, _SD21, 5, 320),
+        Layout("sd15", "SD 1.5", 768, _SD15),
+        Layout("sd21", "SD 2.1", 1024, _SD21),
         # as many blocks with hardly any work in them: what remains is the cost of a call whatever its size
-        Layout("mini", "SD 1.5 with 32 channels instead of 320", 768, _MINI, 1, 32),
-        Layout("sdxl", "SDXL", 2048, _sdxl, 10, 640, 2),
+        Layout("mini", "SD 1.5 with 32 channels instead of 320", 768, _MINI),
+        Layout("sdxl", "SDXL", 2048, _sdxl, 2),
     )
 }
 
@@ -100,7 +96,7 @@ def sdpa_forward(self: nn.Module, x: Tensor, context: Tensor | None = None, mask
     return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def build(layout: Layout, device: torch.device, dtype: torch.dtype, channels_last: bool = False) -> nn.Module:
+def build(layout: Layout, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The U-Net of a layout with random weights, ready for inference."""
     with torch.device("meta"):
         unet = layout.build()
@@ -108,7 +104,7 @@ def build(layout: Layout, device: torch.device, dtype: torch.dtype, channels_las
     for module in unet.modules():
         _adapt(module, dtype)
     fill(unet)
-    return unet.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    return unet
 
 
 @cache
@@ -149,12 +145,7 @@ def fill(unet: nn.Module) -> None:
 
 
 def make_inputs(
-    layout: Layout,
-    size: tuple[int, int],
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    channels_last: bool = False,
+    layout: Layout, size: tuple[int, int], batch: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Arguments to call the U-Net with, for an image of `size` = (height, width) pixels."""
     generator = torch.Generator().manual_seed(1)
@@ -163,7 +154,6 @@ def make_inputs(
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     x, context = noise(batch, 4, size[0] // 8, size[1] // 8), noise(batch, PROMPT_TOKENS, layout.context)
-    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if layout.name == "sdxl":
         ids = torch.tensor([[*size, 0, 0, *size]] * batch, device=device, dtype=dtype)
         extra = {"text_embeds": noise(batch, 1280), "time_ids": ids}

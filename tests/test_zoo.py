@@ -229,38 +229,3 @@ def test_the_page_says_what_the_results_say():
 
 def test_figures_are_short():
     assert [zoo_report.short(x) for x in (float("inf"), 12, 1.234, 0.12345)] == ["∞", ">10", "1.2", "0.123"]
-
-
-def test_the_choices_of_landmarks_are_tabled(monkeypatch, tmp_path):
-    from benchmarks import landmarks
-
-    for name, value in {
-        "SIZE": (12, 12),
-        "HEADS": 1,
-        "SHOWN": ("segments", "texture"),
-        "WINDOWS": ((16, 4), (8, 4)),
-        "PENALTIES": (0.1,),
-        "GRIDS": ((16, (4, 4)),),
-        "AMOUNTS": {12: ((4, 4), (2, 4))},
-        "AMOUNT_KINDS": ("segments",),
-    }.items():
-        monkeypatch.setattr(landmarks, name, value)
-    landmarks.main(["--rounds", "1", "--out", str(tmp_path / "landmarks.md")])
-    text = (tmp_path / "landmarks.md").read_text(encoding="utf-8")
-    choices, amounts = (part.splitlines() for part in text.split("Corrected agents by their number:"))
-    lines = [line for line in choices if line]
-    assert [line.split("|")[1].strip() for line in lines[3:]] == [
-        "corrected, cells of 8×8",
-        "corrected, cells of 4×4",
-        "corrected, cells of 2×2",
-        "corrected, superpixel",
-        "local, superpixel",
-        "corrected, heavy",
-        "local, heavy",
-        "corrected, staggered sample",
-        "windows of 16, halo 4 (chosen)",
-        "windows of 8, halo 4",
-        "μ 0.1",
-    ]
-    assert len({line.count("|") for line in lines[1:]}) == 1
-    assert [line.split(" | ")[:3] for line in amounts if "×" in line] == [["| 144", "4×4", "9"], ["| 144", "4×2", "18"]]
