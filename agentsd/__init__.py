@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .apply import apply_patch, get_patch, patch_unet, patched, remove_patch
     from .attention.agent import agent_attention
     from .attention.module import AgentAttention, AgentBias
-    from .calibration import Calibration, Timing, calibrate
     from .checks import SettingError
     from .config import TOKEN_MERGING, AgentConfig, early, paper_stages
     from .hosts import UnsupportedModelError
@@ -30,7 +29,6 @@ __version__ = "1.1.0"
 
 # Module that defines each public name
 _HOMES = {
-    "calibration": ("Calibration", "Timing", "calibrate"),
     "apply": ("apply_patch", "get_patch", "patch_unet", "patched", "remove_patch"),
     "checks": ("SettingError",),
     "config": ("TOKEN_MERGING", "AgentConfig", "early", "paper_stages"),
@@ -54,21 +52,18 @@ __all__ = [
     "AgentAttention",
     "AgentBias",
     "AgentConfig",
-    "Calibration",
     "LayerPlan",
     "LayerReport",
     "Patch",
     "Rule",
     "SettingError",
     "Stage",
-    "Timing",
     "Tuning",
     "TuningCancelled",
     "TuningError",
     "UnsupportedModelError",
     "agent_attention",
     "apply_patch",
-    "calibrate",
     "early",
     "format_rules",
     "get_patch",

@@ -15,7 +15,6 @@
     const TIMEOUT_MS = 10000; // a connection that has died silently would keep the panel waiting for minutes
     const SYNC_MS = 1000; // gradio takes a while to call us back
     const PATIENCE = 40; // ticks to wait for the panel where the host's own page is drawn
-    const MEASURE_POLL_MS = 400;
     const PRESET_OPTION = "agent_attention_preset", STATUS_OPTION = "agent_attention_status_line";
     // The host's options that the answer depends on
     const DECISIVE = /^(sd_model_checkpoint|upcast_attn|hypertile|token_merging|tome_ratio|todo_ratio)/;
@@ -38,7 +37,6 @@
             return null;
         }
     };
-    const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
     // ---- The server ----
 
@@ -130,14 +128,6 @@
         insideOf(element).setAttribute("role", "status");
     };
 
-    const tableOf = (head, rows) => {
-        const table = document.createElement("table");
-        for (const [i, cells] of [head, ...rows].entries()) {
-            table.insertRow().append(...cells.map((text) => made(i ? "td" : "th", text)));
-        }
-        return table;
-    };
-
     // Everything that runs in the page; `stop` takes all of it back.
     const makeReadout = () => {
         const stopped = new AbortController();
@@ -147,7 +137,7 @@
         const tabs = TABS.map((name) => ({name, values: {}, again: Infinity, lost: false, pressed: -Infinity}));
         let data = null, learning = false, learnt = -Infinity; // the page's tables, and when they were asked for
         let version = 0; // goes up when the server may answer otherwise although nothing in the page has changed
-        let greeted = false, restored = false, missed = 0;
+        let greeted = false, missed = 0;
 
         const show = (tab, lines) => {
             const element = findOurs(tab.name, "summary");
@@ -212,10 +202,6 @@
             learn();
             showHelp(tab);
             if (tab.lines) show(tab, tab.lines);
-            if (data && !restored) {
-                restored = true;
-                restoreMeasured().catch(() => {}); // a server that is away is told of by the preview
-            }
             const body = data && bodyOf(tab);
             if (!body) return;
             const decisive = Object.entries(options()).filter(([name]) => DECISIVE.test(name));
@@ -291,68 +277,8 @@
             return [tab.preset ?? preset, ...values];
         };
 
-        // ---- Measuring ----
-
-        // A button that puts the proposed threshold into its control.
-        const proposal = (field, minTokens) => {
-            const button = made("button", `Set ${data.min_tokens_label} to ${minTokens}`);
-            button.addEventListener("click", () => {
-                field.value = minTokens;
-                field.dispatchEvent(new Event("input", {bubbles: true}));
-            });
-            return button;
-        };
-
-        const showMeasured = (tab, {text, head = [], rows = [], min_tokens: minTokens = null}) => {
-            const line = made("div", text), content = [line];
-            line.setAttribute("role", "status"); // the line alone: progress must not have the table read out again
-            if (rows.length) content.push(tableOf(head, rows));
-            const threshold = findOurs(tab.name, "min_tokens", "input[type=number]");
-            if (minTokens !== null && threshold) content.push(proposal(threshold, minTokens));
-            insideOf(findOurs(tab.name, "measured")).replaceChildren(...content);
-        };
-
-        const measure = async (tab) => {
-            const body = bodyOf(tab);
-            if (!body) throw new Refused("Set a width and a height first.");
-            const {error} = await ask("measure", {method: "POST", body});
-            if (error) throw new Refused(error);
-            await followMeasuring(tab);
-            version += 1; // the preview names what was measured
-        };
-
-        const followMeasuring = async (tab) => {
-            let told;
-            do {
-                await sleep(MEASURE_POLL_MS);
-                if (stopped.signal.aborted) return;
-                told = await ask("measure");
-                showMeasured(tab, told);
-            } while (told.state === "running");
-        };
-
-        // What was measured before the page was loaded again, or still is.
-        const restoreMeasured = async () => {
-            const told = await ask("measure");
-            const tab = tabs.find(({name}) => name === told.tab);
-            if (!tab || told.state === "idle" || stopped.signal.aborted) return;
-            showMeasured(tab, told);
-            if (told.state === "running") await followMeasuring(tab);
-        };
-
         const press = ({target}) => {
             if (target.closest(PASTING)) for (const tab of tabs) tab.wanted = undefined;
-            for (const tab of tabs) {
-                if (data && target.closest(`#${panelId(tab.name, "measure")}`)) {
-                    measure(tab).catch((error) => {
-                        const failed = error instanceof Refused ? "" : "Measuring failed: ";
-                        showMeasured(tab, {text: failed + error.message + (failed && ".")});
-                    });
-                }
-                if (target.closest(`#${panelId(tab.name, "measure_cancel")}`)) {
-                    ask("measure", {method: "DELETE"}).catch(() => {}); // then the table says what is wrong
-                }
-            }
         };
 
         // ---- The last run ----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -18,7 +17,6 @@ from agentsd.app.preview import (
     ACTS,
     NOTE,
     NOTHING,
-    SLOWER,
     WRONG,
     SamplingPass,
     fraction,
@@ -38,9 +36,8 @@ HIRES = SamplingPass(1024, 1024, 0.5, hires=True)
 class Host:
     """A program that shows the panel."""
 
-    def __init__(self, unet=None, obstacle=None, advice=(), kept=(), skips_slower=True):
+    def __init__(self, unet=None, obstacle=None, advice=(), kept=()):
         self._unet, self._obstacle, self._advice, self._kept = unet, obstacle, list(advice), kept
-        self._skips_slower = skips_slower
 
     def unet(self):
         return self._unet
@@ -54,14 +51,8 @@ class Host:
     def obstacle(self, hires, img2img):
         return self._obstacle if not hires else None
 
-    def skips_slower(self):
-        return self._skips_slower
-
     def advice(self, values):
         return self._advice
-
-    def at_rest(self):
-        return nullcontext((self._unet, None))
 
 
 def said(values=None, *passes, host=None, **more):
@@ -78,75 +69,6 @@ def test_the_defaults_at_512():
     assert text == f"512×512: 4096 tokens → 256 corrected agents in 5 layers. {expected}"
     assert hint == ""
     assert gain > 1
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """Puts SD 1 on a card of a name that a driver reports, with weights of so many bytes."""
-    from agentsd.app import pays
-
-    def put(name, itemsize=2):
-        monkeypatch.setattr(pays, "_device_of", lambda unet: (name, itemsize))
-
-    monkeypatch.setattr("agentsd.app.preview.layout_of_unet", lambda unet: costs.layouts()["SD 1"])
-    return put
-
-
-H100, RTX_4090 = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"
-
-
-class TestOnAKnownCard:
-    def test_what_is_predicted_to_be_slower_is_left_alone(self, card):
-        card(H100)
-        [(text, hint)] = said(host=Host(golden_unet()))
-        assert text == "512×512: nothing happens."
-        slow = predicted_speed("H100", 64)
-        assert slow < 0.98
-        assert hint == f"Predicted to be slower than without on the H100, {slow:.2f}× the speed; Measure decides."
-
-    def test_or_said_to_be_slower_where_the_user_wants_it_all_the_same(self, card):
-        card(H100)
-        [line] = preview({}, [HERE], Host(golden_unet(), skips_slower=False))["lines"]
-        assert line["state"] == SLOWER
-        assert "predicted for the H100, not measured" in line["text"]
-
-    def test_or_has_settings_of_their_own(self, card):
-        card(H100)
-        [line] = preview({"agent_ratio": 0.94}, [HERE], Host(golden_unet()))["lines"]
-        assert line["state"] == SLOWER
-
-    def test_a_gain_is_predicted_in_place_of_flops(self, card):
-        card(RTX_4090)
-        [(text, hint)] = said(host=Host(golden_unet()))
-        gain = predicted_speed("RTX 4090", 64)
-        told = f"Expected: about {gain:.2f}× faster over the whole pass; predicted for the RTX 4090, not measured."
-        assert text.endswith(told)
-        assert hint == ""
-
-    def test_larger_images_gain_on_every_card(self, card):
-        card(H100)
-        [line] = preview({}, [SamplingPass(1024, 1024)], Host(golden_unet()))["lines"]
-        assert line["state"] == ACTS
-
-    def test_a_measurement_counts_instead(self, card):
-        card(H100)
-        [(text, _)] = said(host=Host(golden_unet()), measured=lambda sampling: (20.0, 10.0))
-        assert "2.00× faster" in text
-        assert "predicted" not in text
-
-    @pytest.mark.parametrize(("name", "itemsize"), [("NVIDIA GeForce RTX 9999", 2), ("", 0), (H100, 4)])
-    def test_flops_serve_for_other_cards_and_for_float32(self, card, name, itemsize):
-        card(name, itemsize)
-        [(text, _)] = said(host=Host(golden_unet()))
-        assert "by FLOPs" in text
-
-
-def predicted_speed(name: str, side: int) -> float:
-    """Speed-up of the panel's defaults on SD 1, as predicted."""
-    from agentsd.predict import CARDS, speedup
-
-    device = next(device for device in CARDS if device.name == name)
-    return speedup(device, costs.layouts()["SD 1"], table.to_config(table.check({"enabled": True})), side, side)
 
 
 @pytest.mark.parametrize(
@@ -260,18 +182,6 @@ def test_no_model_is_said_and_a_model_is_read():
     assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”.", "state": NOTE}
 
 
-def test_what_was_measured_counts_more_than_flops():
-    """The gain is that of the whole pass: of 0.6 of the diffusion here."""
-    [(text, _)] = said({"until": 0.6}, measured=lambda one: (20.0, 10.0))
-    assert text.endswith("Expected: 1.43× faster over the whole pass; measured: 20 → 10\u00a0ms a U-Net call.")
-    [line] = preview({"until": 1.0}, [HERE], Host(golden_unet()), measured=lambda one: (10.0, 20.0))["lines"]
-    assert "Slower than without: 0.50× the speed over the whole pass" in line["text"]
-    assert line["state"] == SLOWER
-    [line] = preview({"until": 1.0}, [HERE], Host(golden_unet()), measured=lambda one: (10.0, 10.01))["lines"]
-    assert "No gain in time is expected over the whole pass" in line["text"]
-    assert line["state"] == NOTHING
-
-
 @pytest.mark.parametrize(("side", "tokens"), [(64, 64), (128, 256)])
 def test_where_nothing_is_gained_it_says_so(side, tokens):
     [(text, hint)] = said({"method": "agent", "min_tokens": 0}, SamplingPass(side, side))
@@ -281,13 +191,6 @@ def test_where_nothing_is_gained_it_says_so(side, tokens):
     assert said({"min_tokens": 512}, SamplingPass(side, side)) == [
         (f"{side}×{side}: nothing happens.", f"Nothing is to be gained from layers of {tokens} tokens.")
     ]
-
-
-def test_a_measured_gain_counts_more_than_the_number_of_tokens():
-    values, small = {"method": "agent", "min_tokens": 0}, SamplingPass(128, 128)
-    [line] = preview(values, [small], Host(golden_unet()), measured=lambda one: (20.0, 10.0))["lines"]
-    assert "2.00× faster" in line["text"]
-    assert (line["hint"], line["state"]) == ("", ACTS)
 
 
 def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():

@@ -13,21 +13,11 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
 from test_panel_preview import Host
 
-from agentsd.app import measure
-from agentsd.panel.routes import LARGEST, NO_MODEL, SMALLEST, Routes
+from agentsd.panel.routes import LARGEST, SMALLEST, Routes
 
 STATE = {"tab": "txt2img", "values": {"until": 1.0}, "width": 512, "height": 512, "denoising": 0.5, "hires": None}
 HIRES = {"scale": 2.0, "resize_x": 0, "resize_y": 0}
-ROUTES = [("GET", "page"), ("GET", "status"), ("POST", "preview"), ("GET", "measure"), ("POST", "measure")]
-ROUTES += [("DELETE", "measure")]
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """What would have been measured."""
-    calls = []
-    monkeypatch.setattr(measure.JOB, "start", lambda values, todo, model, tab: calls.append(todo) or "")
-    return calls
+ROUTES = [("GET", "page"), ("GET", "status"), ("POST", "preview")]
 
 
 def client(host=None, app=None):
@@ -63,37 +53,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("route", ["preview", "measure"])
-def test_a_bad_body_is_named_and_nothing_starts(route, name, started):
+def test_a_bad_body_is_named(name):
     changes, said = BAD[name]
     text = json.dumps({**STATE, **changes})
-    answer = client().post(f"/agent-attention/{route}", content=text, headers={"content-type": "application/json"})
+    answer = client().post("/agent-attention/preview", content=text, headers={"content-type": "application/json"})
     assert answer.status_code == 422
     assert said in answer.text
-    assert not started
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"rato": 1}, "unknown setting rato"),
-        ({"ratio": 5}, "ratio must be"),
-        ({"since": 0.9, "until": 0.5}, "until must be"),
-    ],
-)
-def test_bad_settings_are_named_and_nothing_starts(values, said, started):
-    assert said in ask({**STATE, "values": values}, "measure").json()["error"]
-    assert not started
-
-
-def test_what_is_measured(started):
-    assert ask({**STATE, "hires": HIRES}, "measure").json() == {"error": ""}
-    assert [str(task.sampling) for task in started[0]] == ["512×512", "Hires 1024×1024"]
-
-
-def test_without_a_model_nothing_is_measured(started):
-    assert ask(STATE, "measure", host=Host()).json() == {"error": NO_MODEL}
-    assert not started
 
 
 def with_login() -> FastAPI:
@@ -112,16 +77,15 @@ def with_login() -> FastAPI:
 
 
 @pytest.mark.parametrize(("method", "name"), ROUTES, ids=[" ".join(route) for route in ROUTES])
-def test_a_login_is_asked_for_where_the_hosts_page_asks_for_it(method, name, started):
+def test_a_login_is_asked_for_where_the_hosts_page_asks_for_it(method, name):
     page = client(app=with_login())
     body = {"json": STATE} if method == "POST" else {}
     assert page.request(method, f"/agent-attention/{name}", **body).status_code == 401
-    assert not started
     page.cookies.set("access-token", "secret")
     assert page.request(method, f"/agent-attention/{name}", **body).status_code == 200
 
 
 @pytest.mark.parametrize(("method", "name"), ROUTES, ids=[" ".join(route) for route in ROUTES])
-def test_no_login_is_asked_for_where_there_is_none(method, name, started):
+def test_no_login_is_asked_for_where_there_is_none(method, name):
     body = {"json": STATE} if method == "POST" else {}
     assert client().request(method, f"/agent-attention/{name}", **body).status_code == 200

@@ -25,12 +25,12 @@ from patching import (
     diffusers_unet,
     undisturbed,
 )
+from single import SingleAttention
 
 import agentsd
 from agentsd import AgentConfig, Rule, Stage, apply_patch, early, get_patch, patch_unet, patched, remove_patch
 from agentsd.attention import merging
 from agentsd.hosts import example_call, find_sites, output_tensor
-from agentsd.hosts.single import SingleAttention
 from agentsd.plan import plan_layer
 
 UNETS = {"LDM": lambda: copy.deepcopy(GOLDEN), "diffusers": lambda: diffusers_unet("tiny_unet")}

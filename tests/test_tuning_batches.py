@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 from blocks import golden_unet, inputs
+from single import SingleAttention
 from torch import Tensor, nn
 
 import agentsd
 from agentsd import AgentConfig
 from agentsd.hosts import find_sites
-from agentsd.hosts.single import SingleAttention
 from agentsd.methods import selectable
 from agentsd.tuning.result import BASE
 

@@ -152,22 +152,11 @@ def test_an_axis_for_every_setting_once(host):
     assert all(option.prepare is None for option in ours)
 
 
-def test_the_u_net_is_brought_to_the_device_for_a_measurement(host):
-    with host.host.at_rest() as (unet, kv_context):
-        assert unet is host.host.current_unet()
-        assert kv_context is None
-    assert host.loaded == [sys.modules["modules.shared"].sd_model.forge_objects.unet]
-
-
 @pytest.mark.parametrize("model", [FakeInitialModel(), with_unet(torch.nn.Linear(1, 1))], ids=["none yet", "a DiT"])
 def test_models_without_a_u_net(host, model):
-    from agentsd.app.host import Busy
-
     host.load(model)
     assert host.host.unet() is None
     assert host.host.obstacle(False, False) is None
-    with pytest.raises(Busy), host.host.at_rest():
-        pass
     p = Processing()
     generate(host, p, golden_unet())
     assert host.session.NO_UNET in host.session.STATUS.text()

@@ -7,14 +7,11 @@ import time
 import types
 from types import SimpleNamespace
 
-import pytest
-import torch
 from blocks import blocks_of
 from fake_webui import ON, Processing, fake_host, fake_unet, generate  # noqa: F401 - fixtures
 from test_webui_session import SIMILARITY
 
 from agentsd.app import token_map as tokenmap
-from agentsd.app.host import Busy
 from agentsd.settings import infotext, table
 
 
@@ -87,17 +84,3 @@ def test_another_extension_with_a_package_of_our_name_is_told(host, tmp_path):
     [hint] = advice(values)
     assert hint.text.startswith("the extension sd-webui-agentattention has a package of the same name as ours")
     assert hint.remedy == ("Extensions",)
-
-
-def test_with_medvram_the_unet_comes_to_its_device_the_hosts_way(host):
-    brought, model = [], SimpleNamespace(model=torch.nn.Identity())
-    host.shared.sd_model = model
-    model.model.register_forward_pre_hook(lambda module, inputs: brought.append(module))
-    host.session.compat.HOST.bring_to_device()
-    assert not brought, "where memory is not short, it is there"
-    model.lowvram, host.shared.cmd_opts = True, SimpleNamespace(lowvram=False)
-    host.session.compat.HOST.bring_to_device()
-    assert brought == [model.model]
-    host.shared.cmd_opts.lowvram = True
-    with pytest.raises(Busy, match="--lowvram"):
-        host.session.compat.HOST.bring_to_device()

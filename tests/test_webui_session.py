@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from types import ModuleType
@@ -14,7 +13,7 @@ from fake_webui import ON, Processing, Sampler, fake_host, fake_unet, generate, 
 
 from agentsd import get_patch
 from agentsd.app import token_map as tokenmap
-from agentsd.settings import infotext, table
+from agentsd.settings import infotext
 
 
 def test_patched_during_the_pass_and_not_a_moment_longer(host, unet):
@@ -59,49 +58,6 @@ def test_bad_value_is_told_and_the_image_made_without_us(host, unet):
     assert "ratio must be a number from 0.0 to 0.99, got 7" in p.processed.extra_generation_params[infotext.NOTE]
     assert "ratio" in p.comments[0]
     assert p.extra_generation_params == {"Other extension": "here"}
-
-
-class TestOnACardWhereItWouldBeSlower:
-    """Small images on a fast card: only kernels are counted there."""
-
-    @pytest.fixture(autouse=True)
-    def on_a_card(self, monkeypatch):
-        monkeypatch.setattr("agentsd.app.pays._device_of", lambda unet: ("NVIDIA H100 80GB HBM3", 2))
-
-    def test_the_image_is_made_without_us_and_this_is_said(self, host, unet):
-        p = Processing()
-        (made,) = generate(host, p=p)
-        assert torch.equal(made, run(unet, inputs()))
-        said = host.session.STATUS.text()
-        assert re.search(r"not applied, predicted to be slower than without on the H100, 0\.\d\d× the speed", said)
-        assert p.extra_generation_params == {"Other extension": "here"}
-        assert "predicted to be slower" in p.processed.extra_generation_params[infotext.NOTE]
-
-    def test_unless_the_user_has_switched_that_off(self, host, unet):
-        host.shared.opts.agent_attention_skip_slower = False
-        p = Processing()
-        (made,) = generate(host, p=p)
-        assert not torch.equal(made, run(unet, inputs()))
-        assert infotext.KEY in p.extra_generation_params
-
-    def test_or_has_settings_of_their_own(self, host, unet):
-        (made,) = generate(host, {**ON, "agent_ratio": 0.9})
-        assert not torch.equal(made, run(unet, inputs()))
-
-    def test_or_the_pass_was_measured(self, host, unet, monkeypatch):
-        asked = []
-
-        def times(unet, values, sampling):
-            asked.append((values, sampling))
-            return 20.0, 10.0
-
-        monkeypatch.setattr(host.session.measure.JOB, "times", times)
-        (made,) = generate(host)
-        assert not torch.equal(made, run(unet, inputs()))
-        [(values, sampling)] = asked
-        assert (sampling.width, sampling.height, sampling.hires) == (128, 128, False)
-        # the panel asks with these: the two have to agree for a measurement to be found
-        assert values == table.check({**ON, "enabled": True})
 
 
 def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,10 +26,6 @@ class Hint:
     remedy: tuple[str, ...] = ()
 
 
-class Busy(RuntimeError):
-    """The model is in use."""
-
-
 class PanelHost(Protocol):
     """A program that shows the panel."""
 
@@ -50,15 +45,5 @@ class PanelHost(Protocol):
     def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
         """Say what in the host's options prevents a pass from being patched; None if nothing does."""
 
-    def skips_slower(self) -> bool:
-        """Whether a pass is left alone where a preset is predicted to be slower than nothing."""
-
     def advice(self, values: Mapping[str, Any]) -> Sequence[Hint]:
         """Give hints about the loaded model, given the settings."""
-
-    def at_rest(self) -> AbstractContextManager[tuple[nn.Module, Any]]:
-        """Reserve the model for a `with` block, which gets (U-Net, kv_context), while nothing is generated.
-
-        Raises:
-            Busy: the model is in use, or none is loaded.
-        """

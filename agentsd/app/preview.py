@@ -5,9 +5,9 @@ The page's script reads the controls and asks; all wording is here. Imports neit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,6 @@ from ..tuning.result import Tuning, TuningError
 from ..tuning.table import percent
 from .host import Hint, PanelHost
 from .kept_tunings import plans
-from .pays import Prediction, prediction
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,17 +128,12 @@ class Line:
         return {"text": text, "hint": "" if self.hint is None else sentence(self.hint), "state": self.state}
 
 
-# Milliseconds of a U-Net call, unpatched and patched, as measured for a pass; None if it was not
-Measured = Callable[[SamplingPass], "tuple[float, float] | None"]
-
-
 def preview(
     values: Mapping[str, Any],
     passes: Sequence[SamplingPass],
     host: PanelHost,
     *,
     img2img: bool = False,
-    measured: Measured | None = None,
 ) -> dict[str, Any]:
     """Make the preview of the settings.
 
@@ -148,7 +142,6 @@ def preview(
         passes: the sampling passes that the page would make.
         host: the program that shows the panel.
         img2img: whether it is the img2img tab.
-        measured: returns the measurement of a pass with these settings; None if there is none.
 
     Returns:
         {"lines": [{"text", "hint", "state"}, …], "preset": name, "model": whether one is loaded, "idle": why controls
@@ -162,7 +155,7 @@ def preview(
     layout = layouts()[USUAL] if unet is None else layout_of_unet(unet)
     if checked["tune"]:
         return _answer([_order_to_tune(checked["tune"])], preset_of(checked), unet, {})
-    lines = _chosen([_line(checked, sampling, layout, host, img2img, measured) for sampling in passes], checked)
+    lines = _chosen([_line(checked, sampling, layout, host, img2img) for sampling in passes], checked)
     lines = [*_not_tuned(checked, passes, host, img2img), *lines]
     if unet is None:
         lines.append(Line(f"No model is loaded yet: figures are those of {USUAL}"))
@@ -226,7 +219,6 @@ def _line(
     layout: Layout,
     host: PanelHost,
     img2img: bool,
-    measured: Measured | None,
 ) -> Line:
     def nothing(text: str, *remedy: str) -> Line:
         return Line(f"{sampling}: nothing happens", Hint(text, remedy), NOTHING)
@@ -255,29 +247,14 @@ def _line(
     if acting is None:
         begins = f"{fraction(sampling.start)} of the diffusion is done when this pass begins"
         return nothing(f"{begins}, and agents end at {fraction(values[sampling.end])}", sampling.end)
-    times = measured(sampling) if measured is not None else None
-    unet = host.unet()
-    predicted = None if times or unet is None else prediction(unet, layout, config, sampling.latent, sampling.start)
-    if predicted is not None and host.skips_slower() and (slower := predicted.slower(values)):
-        return nothing(f"{slower}; Measure decides")
-    if times:
-        gain, state = _by_time(*times, parts)
-    elif predicted is not None:
-        gain, state = _by_prediction(predicted)
-    else:
-        gain, state = _by_flops(share_of_run(layout, config, *sampling.latent, sampling.start))
-    return _acting_line(
-        f"{sampling}: {_describe(acting.cost)}", _advice(acting, own, sampling), state, gain, bool(times)
-    )
+    gain, state = _by_flops(share_of_run(layout, config, *sampling.latent, sampling.start))
+    return _acting_line(f"{sampling}: {_describe(acting.cost)}", _advice(acting, own, sampling), state, gain)
 
 
-def _acting_line(text: str, advice: Hint | None, state: str, gain: str, timed: bool) -> Line:
-    """Make the line of a pass in which something is changed. Small layers gain nothing, unless they were timed."""
-    if advice is not None and advice.remedy == ("min_tokens",):
-        if timed:
-            advice = None
-        elif state == ACTS:
-            gain, state = _speed(1.0), NOTHING
+def _acting_line(text: str, advice: Hint | None, state: str, gain: str) -> Line:
+    """Make the line of a pass in which something is changed. Small layers gain nothing."""
+    if advice is not None and advice.remedy == ("min_tokens",) and state == ACTS:
+        gain, state = _speed(1.0), NOTHING
     return Line(text, advice, state, gain)
 
 
@@ -298,14 +275,6 @@ def _plan(values: Mapping[str, Any], sampling: SamplingPass, host: PanelHost, im
                 plan.config_for(unet)
             return plan
     return None
-
-
-def config_of(values: Mapping[str, Any], sampling: SamplingPass, host: PanelHost, img2img: bool) -> AgentConfig | None:
-    """Make the config of a pass, of its tuning if it has one; None if the pass is left alone."""
-    config, unet, plan = host.config(values, sampling.hires), host.unet(), _plan(values, sampling, host, img2img)
-    if config is None or plan is None or unet is None:
-        return config
-    return replace(plan.config_for(unet), attn_precision=config.attn_precision)
 
 
 def _not_tuned(values: Mapping[str, Any], passes: Sequence[SamplingPass], host: PanelHost, img2img: bool) -> list[Line]:
@@ -338,19 +307,6 @@ def _by_flops(share: float) -> tuple[str, str]:
     """Word the gain in time that the share of FLOPs left suggests, and tell the line's state."""
     gain = 1 / share
     return f"{_speed(gain, 'about ')}, by FLOPs over the whole pass", _state(gain)
-
-
-def _by_prediction(predicted: Prediction) -> tuple[str, str]:
-    """Word the gain in time that is predicted for the card; likewise."""
-    speed, device = predicted
-    return f"{_speed(speed, 'about ')} over the whole pass; predicted for the {device}, not measured", _state(speed)
-
-
-def _by_time(before: float, after: float, parts: Sequence[_Part]) -> tuple[str, str]:
-    """Word the gain in time over a pass whose U-Net calls take `before` and `after` milliseconds; likewise."""
-    left = sum(part.length * (after / before if part.own else part.cost.share) for part in parts)
-    gain = sum(part.length for part in parts) / left
-    return f"{_speed(gain)} over the whole pass; measured: {milliseconds(before, after)}", _state(gain)
 
 
 def _state(gain: float) -> str:

@@ -29,11 +29,10 @@ try:
 except ImportError as error:
     raise CommandError(f"the playground needs {error.name}: pip install 'agentsd[diffusers]' gradio") from error
 
-import torch
 from torch import nn
 
 from ..app import tuning_chart as chart
-from ..app.host import Busy, Hint
+from ..app.host import Hint
 from ..app.kept_tunings import Kept, Store, config_of, make, plans
 from ..app.last_run import STATUS, PassReport
 from ..checks import SettingError
@@ -193,22 +192,8 @@ class Playground:
     def obstacle(self, hires: bool, img2img: bool) -> None:
         """Nothing else acts on the model here."""
 
-    def skips_slower(self) -> bool:
-        """What is drawn here is drawn to be looked at."""
-        return False
-
     def advice(self, values: Mapping[str, Any]) -> list[Hint]:
         return []
-
-    @contextmanager
-    def at_rest(self) -> Iterator[tuple[nn.Module, None]]:
-        if not self.in_use.acquire(blocking=False):
-            raise Busy("The model is drawing: measure when it is done.")
-        try:
-            with torch.no_grad():
-                yield self.model.unet, None
-        finally:
-            self.in_use.release()
 
 
 def _shown(picture: Image) -> Image:

@@ -1,1 +1,1 @@
-"""The panel: controls, preview, last run, token map, measurement, routes. Imports gradio, but no WebUI."""
+"""The panel: controls, preview, last run, token map, routes. Imports gradio, but no WebUI."""

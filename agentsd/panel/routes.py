@@ -7,16 +7,12 @@ from typing import Any, Optional
 from fastapi import Body, FastAPI, HTTPException
 from pydantic import VERSION, BaseModel, Field, ValidationError
 
-from ..app import measure
 from ..app.host import PanelHost
 from ..app.last_run import STATUS
-from ..app.preview import SamplingPass, config_of, hires_size, page_data, preview
-from ..checks import SettingError
-from ..settings.table import check
+from ..app.preview import SamplingPass, hires_size, page_data, preview
 
 PREFIX = "/agent-attention"
 SMALLEST, LARGEST = 64, 4096  # sides of an image in pixels
-NO_MODEL = "No Stable Diffusion model is loaded."
 LONGEST = 60  # characters of a value to repeat in an error message
 _PYDANTIC_1 = VERSION.startswith("1.")
 
@@ -81,25 +77,7 @@ class Routes:
     def preview(self, body: Any = Body(...)) -> dict[str, Any]:  # noqa: B008
         """Preview the settings; see `preview.preview`. The body is a `PanelState`."""
         state, passes = _read(body)
-
-        def measured(sampling: SamplingPass) -> tuple[float, float] | None:
-            return measure.JOB.times(self.host.unet(), check({**state.values, "enabled": True}), sampling)
-
-        return preview(state.values, passes, self.host, img2img=state.img2img, measured=measured)
-
-    def begin_measuring(self, body: Any = Body(...)) -> dict[str, str]:  # noqa: B008
-        """Measure the settings in the passes of a `PanelState`; "error" says why not, or is empty."""
-        state, passes = _read(body)
-        if self.host.unet() is None:
-            return {"error": NO_MODEL}
-        try:
-            values = check({**state.values, "enabled": True})
-            tasks = measure.tasks(
-                values, passes, lambda values, sampling: config_of(values, sampling, self.host, state.img2img)
-            )
-        except SettingError as error:
-            return {"error": str(error)}
-        return {"error": measure.JOB.start(values, tasks, self.host.at_rest, state.tab)}
+        return preview(state.values, passes, self.host, img2img=state.img2img)
 
     def add(self, app: FastAPI) -> None:
         """Add all routes to the host's application."""
@@ -108,9 +86,6 @@ class Routes:
             ("page", "GET", page_data),
             ("status", "GET", last_run),
             ("preview", "POST", self.preview),
-            ("measure", "GET", measure.JOB.as_dict),
-            ("measure", "POST", self.begin_measuring),
-            ("measure", "DELETE", measure.JOB.cancel),
         ):
             app.add_api_route(f"{PREFIX}/{name}", answer, methods=[method], dependencies=login)
 

@@ -1,6 +1,6 @@
-"""The panel's section Tune: how close, with the next image, what was found; and measuring. Imports gradio.
+"""The panel's section Tune: how close, with the next image, what was found. Imports gradio.
 
-The page's script operates the buttons of measuring, and presses `tune_done` when an image is there.
+The page's script presses `tune_done` when an image is there.
 """
 
 from __future__ import annotations
@@ -73,16 +73,14 @@ class Section:
         return {"how_close": how_close, "tune": self.value}
 
     def results(self) -> None:
-        """Make what is folded: the tunings of the checkpoint, and measuring."""
-        with gr.Accordion("Measure" if self.tunings is None else "Tune", open=False, elem_id=self._id("tuner")):
+        """Make what is folded: the tunings of the checkpoint."""
+        if self.tunings is None:
+            return
+        with gr.Accordion("Tune", open=False, elem_id=self._id("tuner")):
             if self.tunes:
                 self._tunings(self.tunings)
-            elif self.tunings is not None:
+            else:
                 gr.HTML(f"<p>{escape(REFUSED.format(self.tunings.refusal))}</p>", elem_id=self._id("tuned"))
-            with gr.Row():
-                gr.Button("Measure at this size", elem_id=self._id("measure"))
-                gr.Button("Cancel measuring", elem_id=self._id("measure_cancel"), interactive=True)
-            gr.HTML("", elem_id=self._id("measured"), elem_classes=["agent-attention-measured"])
 
     def _tunings(self, tunings: Tunings) -> None:
         # a function: asked for whenever the page loads

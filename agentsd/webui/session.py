@@ -6,21 +6,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..app import measure
 from ..app import token_map as tokenmap
 from ..app.last_run import STATUS, PassReport
 from ..app.pace import StepClock, changed
-from ..app.pays import prediction
-from ..app.preview import SamplingPass, layout_of_unet
 from ..apply import patch_unet
-from ..attention.grid import Grid
 from ..checks import SettingError
-from ..config import AgentConfig
 from ..patching.layer import Answer
 from ..patching.patch import Patch
 from ..settings import infotext, table, tunings
@@ -197,23 +191,6 @@ def _observer(
     return recording.observer(hires, size)
 
 
-def _slower(
-    p: Any, values: Mapping[str, Any], of: str, latent: tuple[int, int], unet: nn.Module, config: AgentConfig
-) -> str:
-    """Say why a preset is better not applied: a prediction that it would be slower, and nothing measured; or ""."""
-    if not (compat.HOST.skips_slower() and all(latent)):
-        return ""
-    height, width = Grid(*latent).pixels
-    hires = of == tunings.HIRES
-    start = 0.0 if of == tunings.FIRST else 1.0 - (getattr(p, "denoising_strength", None) or 0.0)
-    sampling = SamplingPass(width, height, start, hires)
-    if measure.JOB.times(unet, values, sampling):
-        return ""
-    rows = 2 * (getattr(p, "batch_size", None) or 1)
-    predicted = prediction(unet, layout_of_unet(unet), config, latent, start, rows)
-    return "" if predicted is None else predicted.slower(values)
-
-
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
     for key in infotext.ENTRIES:
         p.extra_generation_params.pop(key, None)
@@ -266,7 +243,7 @@ def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, 
     of, latent = pass_of(p, hires), size or size_of(p, hires)
     plans = Plans(generation.values, of, latent, generation.plans)
     observer = _observer(p, generation.recording, hires, size)
-    current = Pass(generation.values, report, observer, plans, partial(_slower, p, generation.values, of, latent))
+    current = Pass(generation.values, report, observer, plans)
     generation.reports.append(report)
     try:
         with under_way(current):
@@ -322,9 +299,8 @@ class Pass:
         report: PassReport,
         observer: Callable[[Answer], None] | None = None,
         plans: Plans | None = None,
-        slower: Callable[[nn.Module, AgentConfig], str] = lambda unet, config: "",
     ) -> None:
-        self.values, self.report, self.observer, self.plans, self.slower = values, report, observer, plans, slower
+        self.values, self.report, self.observer, self.plans = values, report, observer, plans
         self.thread = threading.get_ident()
         self._clock = StepClock()
         self._patch: Patch | None = None
@@ -364,9 +340,6 @@ class Pass:
     def _patched(self, unet: nn.Module) -> Patch | None:
         plan = None if self.plans is None else self.plans.config(unet, self.report)
         config = plan or compat.HOST.config(self.values, hires=self.report.hires)
-        if plan is None and (slower := self.slower(unet, config)):
-            self.report.obstacles.append(slower)
-            return None
         if compat.HOST.replaced_blocks(unet):
             self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
         patch = patch_unet(unet, config, compat.HOST.kv_context())

@@ -14,7 +14,7 @@ from ..settings.presets import PRESETS
 CATEGORY = "agent_attention"
 SECTION = ("agent_attention", "Agent Attention")
 PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_level", "agent_attention_status_line"
-CLOSENESS, SKIP_SLOWER = "agent_attention_closeness", "agent_attention_skip_slower"
+CLOSENESS = "agent_attention_closeness"
 AS_SAVED = "as saved"
 LEVELS = ("warning", "info", "debug")
 _HANDLER = "agent attention"
@@ -53,11 +53,6 @@ def register(
         STATUS_LINE: option(True, "Agent Attention: show the last run in the panel").info("also shown in the console"),
         CLOSENESS: option(True, "Agent Attention: say how close attention was to full attention").info(
             "compares 32 tokens of every patched layer in one of five U-Net calls; no pixel depends on it"
-        ),
-        SKIP_SLOWER: option(
-            True, "Agent Attention: leave a pass alone where its preset is predicted to be slower"
-        ).info(
-            "small images on the fastest cards; what Measure has found there counts instead, and Custom settings apply"
         ),
     }
     for name, row in rows.items():

@@ -56,7 +56,7 @@ const panel = (tab) => {
         html(id("summary")),
         ...ROWS.map((row) => control(tab, row)),
         fold(id("more")),
-        fold(id("tuner"), button("measure"), button("measure_cancel"), html(id("measured"))),
+        fold(id("tuner")),
         fold(id("map"), checkbox("record"), button("map_show")),
         html(id("status")));
 };
@@ -108,7 +108,6 @@ class Page {
         this.server = {
             "GET page": PAGE,
             "GET status": {run: 1, at: 45240, state: "acts", text: "First pass: done"},
-            "GET measure": {state: "idle", text: "", rows: [], min_tokens: null, tab: "txt2img"},
             "POST preview": ({values, ...size}) => (
                 {lines: [{text: summaryOf({values, ...size}), hint: ""}], preset: presetOf(values)}
             ),

@@ -1,130 +1,14 @@
 "use strict";
-// Measuring, the last run, the token map and the keyboard.
+// The last run, the token map and the keyboard.
 const {Element} = require("./dom.js");
 const {test, assert, PAGE} = require("./page.js");
 
-const HEAD = ["Size", "Without", "With"];
-const ROW = ["512×512", "400 ms", "300 ms"];
-const told = (state, more = {}) => (
-    {state, progress: 0.5, text: state, head: HEAD, rows: [], min_tokens: null, ...more}
-);
-
 const opened = async (page) => {
-    page.server["POST measure"] = {error: ""};
-    page.server["GET measure"] = told("idle");
-    page.server["DELETE measure"] = null;
     page.load();
     page.open();
     await page.wait(1000);
-    page.server["GET measure"] = told("running");
     page.asked.length = 0;
 };
-
-const cells = (page) => page.find("measured").querySelectorAll("th, td").map((cell) => cell.textContent);
-
-test("measuring shows how far it is, then the table and the threshold", async (page) => {
-    await opened(page);
-    page.find("measure").click();
-    page.server["GET measure"] = told("running", {text: "Measuring: 50%"});
-    await page.wait(1000);
-    assert.equal(page.text("measured"), "Measuring: 50%");
-    const sent = page.asked.find(({method, name}) => method === "POST" && name === "measure");
-    assert.equal(sent.body.width, 512);
-    page.server["GET measure"] = told("done", {text: "Done.", rows: [ROW], min_tokens: 2048});
-    await page.wait(1000);
-    assert.deepEqual(cells(page), [...HEAD, ...ROW]);
-    const before = page.count("GET measure");
-    await page.wait(5000);
-    assert.equal(page.count("GET measure"), before);
-    const button = page.find("measured", "button");
-    assert.equal(button.textContent, "Set Minimum tokens to 2048");
-    button.click();
-    await page.wait(1000);
-    assert.equal(page.previews.at(-1).values.min_tokens, 2048);
-});
-
-test("a page that is loaded again shows what was measured, and goes on showing what is being measured", async (page) => {
-    page.server["GET measure"] = told("running", {text: "Measuring: 50%", tab: "txt2img"});
-    page.load();
-    page.open();
-    await page.wait(2000);
-    assert.equal(page.text("measured"), "Measuring: 50%");
-    page.server["GET measure"] = told("done", {text: "Done.", rows: [ROW], min_tokens: 2048, tab: "txt2img"});
-    await page.wait(2000);
-    assert.deepEqual(cells(page), [...HEAD, ...ROW]);
-    const before = page.count("GET measure");
-    await page.wait(5000);
-    assert.equal(page.count("GET measure"), before);
-    assert.equal(page.text("measured", "img2img"), "");
-});
-
-test("the threshold is not offered where its control is not drawn", async (page) => {
-    page.find("min_tokens").remove();
-    await opened(page);
-    page.server["GET measure"] = told("done", {text: "Done.", rows: [ROW], min_tokens: 2048});
-    page.find("measure").click();
-    await page.wait(1000);
-    assert.deepEqual(cells(page), [...HEAD, ...ROW]);
-    assert.equal(page.find("measured", "button"), null);
-});
-
-test("progress alone is read out, not the table", async (page) => {
-    await opened(page);
-    page.server["GET measure"] = told("running", {text: "Measuring: 50%", rows: [ROW]});
-    page.find("measure").click();
-    await page.wait(1000);
-    const reading = page.find("measured").querySelectorAll("[role=status]");
-    assert.deepEqual(reading.map((element) => element.textContent), ["Measuring: 50%"]);
-});
-
-test("after a measurement the preview is asked for again", async (page) => {
-    await opened(page);
-    page.find("measure").click();
-    await page.wait(1000);
-    assert.equal(page.count("POST preview"), 0);
-    page.server["GET measure"] = told("done");
-    await page.wait(2000);
-    assert.equal(page.count("POST preview"), 1);
-});
-
-test("cancelling tells the server, which says so", async (page) => {
-    await opened(page);
-    page.find("measure").click();
-    await page.wait(1000);
-    page.server["DELETE measure"] = () => {
-        page.server["GET measure"] = told("cancelled", {text: "Cancelled."});
-        return null;
-    };
-    page.find("measure_cancel").click();
-    await page.wait(1000);
-    assert.equal(page.count("DELETE measure"), 1);
-    assert.equal(page.text("measured"), "Cancelled.");
-});
-
-test("where measuring does not begin, the reason is told", async (page) => {
-    await opened(page);
-    for (const [answer, expected] of [
-        [{error: "No Stable Diffusion model is loaded."}, "No Stable Diffusion model is loaded."],
-        [{status: 422, content: {detail: "width is too small"}}, "width is too small"],
-        [{status: 401, content: {}}, "Measuring failed: log in again."],
-        [undefined, "Measuring failed: the server does not answer."],
-    ]) {
-        page.server["POST measure"] = answer;
-        page.find("measure").click();
-        await page.wait(1000);
-        assert.equal(page.text("measured"), expected);
-    }
-    assert.equal(page.count("GET measure"), 0);
-});
-
-test("without a size nothing is measured", async (page) => {
-    await opened(page);
-    page.type("width", "");
-    page.find("measure").click();
-    await page.wait(1000);
-    assert.match(page.text("measured"), /width and a height/);
-    assert.equal(page.count("POST measure"), 0);
-});
 
 // The last run
 

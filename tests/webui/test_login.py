@@ -12,10 +12,8 @@ from host import Host
 from page import SECONDS, Panel, browser
 
 USER, PASSWORD = "cat", "mouse"
-# with which nothing would be measured
 STATE = {"tab": "txt2img", "values": {"passes": "hires"}, "width": 512, "height": 512, "denoising": 0.7, "hires": None}
-ROUTES = [("GET", "page"), ("GET", "status"), ("POST", "preview"), ("GET", "measure"), ("POST", "measure")]
-ROUTES += [("DELETE", "measure")]
+ROUTES = [("GET", "page"), ("GET", "status"), ("POST", "preview")]
 every_route = pytest.mark.parametrize(("method", "name"), ROUTES, ids=[" ".join(route) for route in ROUTES])
 
 
@@ -65,7 +63,6 @@ def test_where_there_is_no_login_it_answers(a1111: Host, method: str, name: str)
     assert ask(a1111, method, f"/agent-attention/{name}") == 200
 
 
-@pytest.mark.parametrize("route", ["preview", "measure"])
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -80,10 +77,9 @@ def test_where_there_is_no_login_it_answers(a1111: Host, method: str, name: str)
     ],
     ids=["huge", "infinite", "no number", "infinite strength", "tiny", "unknown field", "huge hires", "infinite hires"],
 )
-def test_a_bad_body_is_named_and_nothing_starts(a1111: Host, route: str, body: dict, said: str):
+def test_a_bad_body_is_named_and_nothing_starts(a1111: Host, body: dict, said: str):
     with pytest.raises(RuntimeError, match=rf"^422: .*{said}"):
-        a1111.call(f"/agent-attention/{route}", {**STATE, **body})
-    assert a1111.call("/agent-attention/measure")["state"] != "running"
+        a1111.call("/agent-attention/preview", {**STATE, **body})
 
 
 @pytest.mark.parametrize("value", [1e999, float("nan")])
@@ -93,7 +89,6 @@ def test_a_setting_that_is_no_number_is_named(a1111: Host, value: float):
     assert line["state"] == "wrong"
     assert line["hint"].startswith("Ratio must be a number from ")
     assert line["hint"].endswith(f", got {value}.")
-    assert "ratio must be" in a1111.call("/agent-attention/measure", body)["error"]
 
 
 def test_the_page_shows_the_preview_after_the_login(guarded: Host):

@@ -1,4 +1,4 @@
-"""Measuring in an AUTOMATIC1111 that keeps the U-Net away from its device until the sampling (--medvram, --lowvram)."""
+"""An AUTOMATIC1111 that keeps the U-Net away from its device until the sampling (--medvram, --lowvram)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 from host import Host
-from test_measure import ON, ROUTE, finished
 from test_tune import PLAN, SMALL
 
 from agentsd.settings import infotext
@@ -21,20 +20,6 @@ def saving(a1111: Host, request: pytest.FixtureRequest) -> Iterator[Host]:
         yield host
     finally:
         host.stop()
-
-
-def test_measuring_brings_the_unet_as_the_host_does(saving: Host):
-    before = saving.txt2img()
-    assert saving.state()["on_device"] != "U-Net", "the VAE came last"
-    assert saving.call(ROUTE, ON)["error"] == ""
-    told = finished(saving)
-    if "--lowvram" in saving.flags:
-        assert told["state"] == "busy"
-        assert "--lowvram" in told["text"]
-    else:
-        assert told["state"] == "done", told["text"]
-        assert saving.state()["on_device"] == "U-Net"
-    assert saving.txt2img().pixels == before.pixels
 
 
 def test_images_are_made_with_agents(saving: Host):

@@ -10,17 +10,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from modules import scripts, sd_models, shared
 from PIL import Image
 from torch import Tensor, nn
 
-from ...app.host import Busy, Hint
+from ...app.host import Hint
 from ...app.kept_tunings import Kept, Store
 from ...config import AgentConfig
 from ...hosts import UnsupportedModelError, find_sites, find_unet
 from ...settings import table
-from ..settings_page import CLOSENESS, SKIP_SLOWER
+from ..settings_page import CLOSENESS
 
 TOKEN_MERGING = "the WebUI's own token merging is on"
 SHARED_PACKAGE = "the extension {} has a package of the same name as ours, and its panel now runs on ours"
@@ -136,10 +135,6 @@ class WebUI:
         """Whether runs are to say how close attention was to full attention: unless the user has switched it off."""
         return option(CLOSENESS) is not False
 
-    def skips_slower(self) -> bool:
-        """Whether presets that are predicted to be slower are not applied: unless the user has switched that off."""
-        return option(SKIP_SLOWER) is not False
-
     def obstacles(self, p: Any, hires: bool) -> Iterator[str]:
         """Yield why a pass cannot be patched: other changes to the same layers, or models that bypass them."""
         if _active_sd_unet() is not None:
@@ -239,28 +234,6 @@ class WebUI:
         reason = "the host's upcast option is on" if self.upcasts() else sd2
         return [Hint(f"{reason}: 32 bits are advised", ("fp32",))]
 
-    @contextmanager
-    def at_rest(self) -> Iterator[tuple[nn.Module, Any]]:
-        """Reserve the current U-Net and its `kv_context` for a `with` block while nothing is generated.
-
-        Raises:
-            Busy: an image is being generated, or no model is loaded.
-        """
-        from modules import devices
-        from modules.call_queue import queue_lock
-
-        unet = self.unet()
-        if unet is None:
-            raise Busy("No Stable Diffusion model is loaded.")
-        if not queue_lock.acquire(blocking=False):
-            raise Busy("An image is being generated: try again when it is done.")
-        try:
-            self.bring_to_device()
-            with torch.no_grad(), devices.autocast():
-                yield unet, self.kv_context()
-        finally:
-            queue_lock.release()
-
     def xyz_grids(self) -> list[Any]:
         """List the modules of the X/Y/Z plot script, where axes are registered."""
         return [data.module for data in scripts.scripts_data if data.script_class.__module__ in self.plots]
@@ -285,23 +258,6 @@ class WebUI:
     def paragraph(self, text: str) -> Any:
         """Make a paragraph between the options of the settings page."""
         return shared.OptionHTML(text)
-
-    # What other WebUIs do in their own way
-
-    def bring_to_device(self) -> None:
-        """Load the U-Net to the device, if the host leaves it elsewhere until sampling.
-
-        Raises:
-            Busy: it can't be there as a whole.
-        """
-        model = shared.sd_model
-        if not getattr(model, "lowvram", False):
-            return
-        if getattr(shared.cmd_opts, "lowvram", False):
-            raise Busy("Measuring is not possible with --lowvram: the U-Net is never on its device as a whole.")
-        # with --medvram it comes when its wrapper is called, which we go around
-        for bring in model.model._forward_pre_hooks.values():
-            bring(model.model, ())
 
     def is_sd2(self) -> bool:
         """Whether the loaded model is of Stable Diffusion 2."""

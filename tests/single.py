@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import Site
+from agentsd.hosts import Site
 
 
 class BasicTransformerBlock(nn.Module):
