@@ -43,8 +43,6 @@ def apply_patch(
     min_tokens: int = _DEFAULTS.min_tokens,
     max_agents: int | None = _DEFAULTS.max_agents,
     seed: int = _DEFAULTS.seed,
-    share_match: bool = _DEFAULTS.share_match,
-    reuse_match: float = _DEFAULTS.reuse_match,
     landmarks: str = _DEFAULTS.landmarks,
     stages: Sequence[Stage] = _DEFAULTS.stages,
     rules: Sequence[Rule] = _DEFAULTS.rules,

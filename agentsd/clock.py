@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """Return what `run` returns, and its seconds until the device is done."""
-    _wait(device)
-    start = time.perf_counter()
-    result = run()
-    _wait(device)
-    return result, time.perf_counter() - start
+class Clock(Protocol):
+    """Measures seconds. Given to whatever measures, so that a test can decide what it sees."""
+
+    def timed(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        """Return what `run` returns, and its seconds until the device is done."""
+
+
+class WallClock:
+    """The time that passes."""
+
+    def timed(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        """Return what `run` returns, and its seconds until the device is done."""
+        wait = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
+        wait()
+        start = time.perf_counter()
+        result = run()
+        wait()
+        return result, time.perf_counter() - start
+
+
+WALL = WallClock()
+timed = WALL.timed
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
@@ -28,7 +43,3 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int 
         return run(), None
     module.reset_peak_memory_stats(device)
     return run(), module.max_memory_allocated(device)
-
-
-def _wait(device: torch.device) -> None:
-    getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()

@@ -71,9 +71,6 @@ class AgentConfig:
             methods "corrected" and "local", which never takes more. Similarity agents are never fewer than
             the partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
         seed: seed of the partition, 0–2⁶³−1.
-        share_match: match tokens once per U-Net call for all blocks of the same size, in the first of them.
-        reuse_match: fraction of the diffusion for which a block's clusters are reused before its tokens are matched
-            again, 0–1; 0 matches in every call. Assumes that a falling timestep means the same image.
         landmarks: the few keys of methods "corrected" and "local": "sample" (one token of each cell), "superpixel"
             (means over cells that follow the content), or "heavy" (the sample, and of each 2×2 cells the token that the
             mean query attends to most).
@@ -103,8 +100,6 @@ class AgentConfig:
     min_tokens: int = _integer(0, 0, 2**24)
     max_agents: int | None = _integer(None, 1, 2**24, optional=True)
     seed: int = _integer(0, 0, 2**63 - 1)
-    share_match: bool = _flag(False)
-    reuse_match: float = _number(0.0, 0.0, 1.0)
     landmarks: str = _choice("sample", LANDMARKS)
     stages: tuple[Stage, ...] = field(default=(), metadata={"kind": "stages"})
     rules: tuple[Rule, ...] = field(default=(), metadata={"kind": "rules"})

@@ -43,7 +43,7 @@ STEPS, GUIDANCE = 20, 3.0
 _ALWAYS_NAMED = (
     *("ratio", "max_downsample", "sx", "sy", "agent_ratio", "k_scale2", "k_shortcut", "attn_precision", "use_rand"),
     *("merge_attn", "merge_crossattn", "merge_mlp", "agent_source", "method", "min_tokens", "max_agents", "seed"),
-    *("share_match", "reuse_match", "stages"),
+    "stages",
 )
 
 
@@ -149,13 +149,6 @@ def methods() -> list[Method]:
         Method("tomesd .5", "tomesd", tomesd=0.5, pictures=True, sizes=True),
         Method("paper .4/.95, whole run", "paper", AgentConfig()),
         Method("paper .4/.95, its schedule", "paper", AgentConfig(stages=paper_stages()), pictures=True),
-        Method("paper, shared clusters", "paper, shared clusters", AgentConfig(share_match=True)),
-        Method(
-            "paper, its schedule, shared and reused for .1",
-            "paper, shared clusters",
-            AgentConfig(stages=paper_stages(), share_match=True, reuse_match=0.1),
-            pictures=True,
-        ),
         Method("similarity N/4", "similarity agents", _agents("similarity", 0.75, sx=2, sy=2)),
         Method("similarity N/16", "similarity agents", _agents("similarity", 0.9375), pictures=True, sizes=True),
         Method("similarity N/64", "similarity agents", _agents("similarity", 1 - 1 / 64, sx=8, sy=8)),

@@ -30,7 +30,7 @@ FOLLOWED = {
 }
 SIDES = {"local attention": 40}
 # What it is kept out of: random partitions need the timestep, and clusters are sorted.
-KEPT_OUT = {"AgentSD's settings": {}, "clusters reused": {"reuse_match": 0.2}}
+KEPT_OUT = {"AgentSD's settings": {}, "the first token of each cell": {"use_rand": False}}
 SETTINGS = {**FOLLOWED, **KEPT_OUT}
 # Operators that read a value on the host, which waits for the device and which no CUDA graph can record.
 READS = ("item", "_local_scalar_dense", "tolist", "nonzero", "cpu", "numpy", "bincount")

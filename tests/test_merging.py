@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import _links as links_by_loops
 
+from agentsd.attention import merging
 from agentsd.attention.merging import match, partition, partition_seed
 
 sizes = {"h": st.integers(1, 14), "w": st.integers(1, 14), "sx": st.integers(1, 6), "sy": st.integers(1, 6)}
@@ -173,3 +174,12 @@ class TestMergeAndUnmerge:
         x.requires_grad_()
         matching.merged.unmerge(matching.merged.merge(x)).sum().backward()
         torch.testing.assert_close(x.grad, torch.ones_like(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_to_average_clusters_agree(monkeypatch, dtype):
+    x = torch.randn(2, 64, 24).to(dtype)
+    clusters = merging.match(x, merging.partition(8, 8, 2, 2, 0), 40, 0).merged
+    bags = clusters.merge(x)
+    monkeypatch.setattr(merging, "_BAG_DEVICES", ())
+    torch.testing.assert_close(bags, clusters.merge(x))

@@ -16,7 +16,7 @@ from agentsd import Rule, early, get_patch, paper_stages, patched
 
 RULES = [
     (Rule(None, blocks="middle_block.*"), Rule({"merge_mlp": True, "sx": 2, "sy": 2}, blocks="input_blocks.*")),
-    (Rule({"method": "pool"}, downsample=(1, 2), until=0.6), Rule({"share_match": True}, since=0.5)),
+    (Rule({"method": "pool"}, downsample=(1, 2), until=0.6), Rule({"sx": 2}, since=0.5)),
 ]
 
 

@@ -24,7 +24,6 @@ OUTER = {
     "grid": GRID,
     "similarity": SIMILARITY,
     "everywhere": EVERYWHERE,
-    "clusters used again": {**SIMILARITY, "share_match": True},
     "stages": {**GRID, "stages": early(0.6)},
     "rules": {**GRID, "rules": (Rule(POOL, downsample=2), Rule(None, blocks="output_blocks.*"))},
 }

@@ -233,7 +233,6 @@ class TestOrder:
     def test_a_switch_is_ever_on_if_any_rule_says_so(self):
         assert AgentConfig(rules=[Rule({"merge_mlp": True}, blocks="a")]).ever("merge_mlp")
         assert not AgentConfig(rules=[Rule({"merge_mlp": False}), Rule(None)]).ever("merge_mlp")
-        assert AgentConfig(rules=[Rule({"reuse_match": 0.1})]).ever("reuse_match")
 
 
 def _valid(name):

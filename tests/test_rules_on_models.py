@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 import torch
-from blocks import blocks_of, inputs, run
+from blocks import blocks_of, run
 from patching import (
     CORRECTED,
     EXAMPLE,
@@ -29,7 +29,6 @@ from single import SingleAttention
 
 import agentsd
 from agentsd import AgentConfig, Rule, Stage, apply_patch, early, get_patch, patch_unet, patched, remove_patch
-from agentsd.attention import merging
 from agentsd.hosts import example_call, find_sites, output_tensor
 from agentsd.plan import plan_layer
 
@@ -147,7 +146,7 @@ class TestEachBlock:
         patch = get_patch(model)
         foreseen = patch.explain(16, 16, (1000 - t) / 1000)
         assert foreseen == [(layer.name, layer.plan) for layer in patch.report()]
-        assert foreseen == patch.explain(16, 16, done=(1000 - t) / 1000)
+        assert foreseen == patch.explain(16, 16, (1000 - t) / 1000)
         for (_, plan), layer in zip(foreseen, patch.report(), strict=True):
             assert layer.calls == {"untouched" if plan is None else plan.action: 1}
         assert not patch.notes
@@ -283,75 +282,6 @@ class TestIdleRules:
         with patched(model, **GRID, rules=(Rule(POOL, downsample=(2, 8)), Rule(None, blocks=("nowhere", *MIDDLE)))):
             call(model)
             assert not get_patch(model).notes
-
-
-@pytest.fixture
-def matches(monkeypatch):
-    """The shapes of all tokens that are matched."""
-    seen = []
-
-    def counted(x, *args):
-        seen.append(tuple(x.shape))
-        return merging.match(x, *args)
-
-    monkeypatch.setattr("agentsd.patching.patch.match", counted)
-    return seen
-
-
-class TestClusters:
-    BOTH = {"ratio": 0.3, "agent_ratio": 0.9, "max_downsample": 2}  # noqa: RUF012
-
-    def test_reused_only_where_a_rule_says_so(self, unet, matches):
-        rules = (Rule({"reuse_match": 0.2}, downsample=1),)
-        with patched(unet, **self.BOTH, rules=rules):
-            for t in (900, 850):
-                run(unet, inputs(t=[t, t]))
-        assert sorted(shape[1] for shape in matches) == [64] * 8 + [256] * 3
-
-    def test_shared_only_where_a_rule_says_so(self, unet, matches):
-        with patched(unet, **self.BOTH, rules=(Rule({"share_match": True}, blocks="output_blocks.*"),)):
-            run(unet, inputs())
-        # level 1: input block 1, and one for output blocks 2 and 3; level 2: input 3, the middle, one for outputs 0, 1
-        assert sorted(shape[1] for shape in matches) == [64] * 3 + [256] * 2
-
-    def test_a_rule_turns_sharing_off(self, unet, matches):
-        with patched(unet, **self.BOTH, share_match=True, rules=(Rule({"share_match": False}, downsample=2),)):
-            run(unet, inputs())
-        assert sorted(shape[1] for shape in matches) == [64] * 4 + [256]
-
-    @pytest.mark.parametrize("other", [{"ratio": 0.5}, {"agent_ratio": 0.8}, {"sx": 2}, {"sy": 8}, {"use_rand": False}])
-    def test_blocks_of_other_settings_share_nothing(self, unet, other):
-        """The first block's clusters are drawn and counted otherwise."""
-        rules = (Rule(other, blocks="output_blocks.*"),)
-        given, returned = {}, {}
-        with patched(unet, **self.BOTH, share_match=True, rules=rules):
-            given, returned = block_calls(unet, 500)
-        with patched(unet, **{**self.BOTH, **other}, share_match=True, rules=(Rule(None, blocks="[!o]*"),)):
-            _, alone = block_calls(unet, 500, feed=given)
-        for name in ("output_blocks.0.1.transformer_blocks.0", "output_blocks.2.1.transformer_blocks.0"):
-            assert torch.equal(returned[name], alone[name])
-
-    def test_a_part_of_the_diffusion_with_other_settings_matches_anew(self, unet, matches):
-        made = []
-        with patched(unet, ratio=0.3, agent_ratio=0.9, reuse_match=1.0, rules=(Rule({"ratio": 0.5}, since=0.5),)):
-            for t in (600, 550, 450, 400):
-                before = len(matches)
-                run(unet, inputs(t=[t, t]))
-                made.append(len(matches) - before)
-        assert made == [3, 0, 3, 0]
-
-    def test_an_image_does_not_depend_on_the_one_before(self, unet):
-        rules = (Rule({"reuse_match": 0.0}, downsample=2), Rule({"share_match": True, "ratio": 0.1}, since=0.1))
-
-        def image(seed):
-            return [run(unet, inputs(seed=seed, t=[t, t])) for t in (950, 900, 850)]
-
-        with patched(unet, **self.BOTH, reuse_match=0.2, rules=rules):
-            alone = image(1)
-        with patched(unet, **self.BOTH, reuse_match=0.2, rules=rules):
-            image(2)
-            after = image(1)
-        assert all(torch.equal(a, b) for a, b in zip(alone, after, strict=True))
 
 
 def test_a_deep_copy_has_rules_of_its_own(model):

@@ -72,11 +72,7 @@ def settings_of(**fixed):
 def test_nothing_drifts_from_the_core():
     """Every setting of the core is in the table, with the core's limits, or made of rows that are, or the library's."""
     made_of_others = {"attn_precision": "fp32", "stages": "until"}
-    library_only = {"share_match", "reuse_match"}
-    assert library_only < set(LIMITS)
     for name, limits in LIMITS.items():
-        if name in library_only:
-            continue
         row = BY_NAME[made_of_others.get(name, name)]
         if name in made_of_others or name in ("max_downsample", "rules"):
             continue

@@ -17,7 +17,6 @@ NEVER = {
     "a method that merges nothing, whatever the ratio": {**POOL, "ratio": 0.4},
     "the first token of each cell": {**SIMILARITY, "use_rand": False},
     "merging, the first token of each cell": {**MERGING, "use_rand": False},
-    "shared clusters": {**SIMILARITY, "use_rand": False, "share_match": True},
     "rules by block": {**GRID, "rules": (Rule(POOL, blocks="middle_block.*"), Rule(None, downsample=2))},
     "a rule for all of the diffusion": {**GRID, "rules": (Rule(POOL, since=0.0, until=1.0),)},
     "random clusters where no layer is reached": {**SIMILARITY, "min_tokens": 10**6},
@@ -30,12 +29,6 @@ ONCE = {
     "stages and random clusters": {"stages": paper_stages()},
     "a rule for a part of the diffusion": {**GRID, "rules": (Rule(POOL, since=0.5),)},
     "a rule that names no block": {**GRID, "rules": (Rule(POOL, until=0.5, blocks="nowhere"),)},
-    "clusters used in later calls": {**SIMILARITY, "use_rand": False, "reuse_match": 0.1},
-    "a rule that uses them in later calls": {
-        **SIMILARITY,
-        "use_rand": False,
-        "rules": (Rule({"reuse_match": 0.1}, downsample=1),),
-    },
 }
 
 
@@ -81,15 +74,3 @@ def test_an_observer_is_told_of_it(unet, read):
         run_at(unet, 900)
     assert read == [900]
     assert {answer.timestep for answer in answers} == {900}
-
-
-def test_the_tensor_may_change_after_the_call(unet):
-    """Some samplers write the next timestep into the same tensor: what is compared later is read at once."""
-    t = torch.tensor([900.0, 900.0])
-    with patched(unet, **SIMILARITY, reuse_match=0.5):
-        patch = get_patch(unet)
-        run(unet, (EXAMPLE[0], t, EXAMPLE[2]))
-        first = patch.moment
-        t.fill_(850)
-        run(unet, (EXAMPLE[0], t, EXAMPLE[2]))
-        assert (first.timestep, patch.moment.timestep) == (900, 850)

@@ -210,9 +210,8 @@ class Layer:
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != self.plan.tokens:
             self.patch.note(f"a block got tokens that do not form a {size[1]}×{size[0]} grid")
             return
-        self.matching = self._safely(
-            lambda: self.patch.match(self.config, self.site.name, x, size, r, agent_r), lambda: None
-        )
+        match = partial(self.patch.match, self.config, x, size, r, agent_r)
+        self.matching = self._safely(lambda: self._timed("clusters", match, None, x.device), lambda: None)
 
     @not_compiled
     def _end_block(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -250,7 +249,13 @@ class Layer:
             self.calls[UNTOUCHED] += 1
             return call.proceed()
         self.calls[self.plan.action] += 1
-        return self._safely(lambda: self._attend(call), call.proceed)
+        attend = partial(self._attend, call)
+        return self._safely(lambda: self._timed("self-attention", attend, call.proceed, call.x.device), call.proceed)
+
+    def _timed(self, part: str, ours: Callable[[], Any], host: Callable[[], Any] | None, device: torch.device) -> Any:
+        """Return what `ours` returns, timed beside the host's answer where the patch is measuring."""
+        timing = self.patch.timing
+        return ours() if timing is None else timing.time(self.site.name, part, ours, host, device)
 
     def _attend_in_graph(self, call: Call) -> Tensor:
         """The same while the compiler traces; it has to break its graph where something else than usual happens."""

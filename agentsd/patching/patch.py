@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.merging import Matching, Partition, match, partition, partition_seed
+from ..clock import WALL, Clock
 from ..config import AgentConfig
 from ..eager import compiling, followed, keep_out, not_compiled
 from ..hosts import Site, UnsupportedModelError, find_sites, find_timestep, read_size
@@ -23,21 +24,9 @@ from ..plan import may_match, plan_block
 from ..schedule import MAX_TIMESTEP
 from .closeness import Closeness, ClosenessMeter
 from .layer import Answer, Image, KVContext, Layer, LayerReport, Moment
+from .measure import Measured, Measurement
 
 log = logging.getLogger("agentsd")
-
-
-def _still_holds(earlier: Moment, now: Moment, config: AgentConfig) -> bool:
-    """Whether clusters of an earlier moment may be reused now.
-
-    The timestep must have fallen since: at the same one the call may be the other half of cond and uncond, or the start
-    of another image.
-    """
-    if earlier is now:
-        return config.share_match
-    if not config.reuse_match or earlier.timestep is None or now.timestep is None:
-        return False
-    return 0 < (earlier.timestep - now.timestep) / MAX_TIMESTEP < config.reuse_match
 
 
 class Patch:
@@ -66,9 +55,10 @@ class Patch:
         self.observer: Callable[[Answer], None] | None = None
         self.moment = Moment()
         self.meter: ClosenessMeter | None = None
-        self._kept: dict[Any, tuple[Moment, Matching]] = {}
+        self.timing: Measurement | None = None
+        self._measurement: Measurement | None = None
         self._unet = weakref.ref(unet)
-        self._timed, self._reuses, self._matches = config.timed, config.ever("reuse_match"), may_match(config)
+        self._timed, self._matches = config.timed, may_match(config)
         sites = find_sites(unet)
         images = {id(site.parent): Image(self, site.parent) for site in sites}
         self._images = list(images.values())
@@ -115,7 +105,6 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._kept.clear()
         for layer in self._layers:
             layer.remove()
 
@@ -123,23 +112,19 @@ class Patch:
         """Report what was done to each block so far, in U-Net order."""
         return [layer.report() for layer in self._layers]
 
-    def explain(
-        self, height: int, width: int, progress: float | None = None, *, done: float | None = None
-    ) -> list[tuple[str, LayerPlan | None]]:
+    def explain(self, height: int, width: int, progress: float | None = None) -> list[tuple[str, LayerPlan | None]]:
         """Plan each block for a latent of `height` × `width`, without running anything.
 
         Args:
             height: rows of the latent (image height / 8).
             width: columns of the latent.
             progress: fraction of the diffusion done, 0–1; needed only where settings vary over the diffusion.
-            done: deprecated name of `progress`.
 
         Returns:
             (name, plan) of each block; the plan is None where a stage or a rule means full attention, or the block's
             level in the U-Net is unknown. Where a tuning is used at another size than its own, `plan.note` says so, and
             `plan.reason` where that is not sound.
         """
-        progress = done if progress is None else progress
         plans = [plan_block(self.config, layer.site.place, (height, width), progress) for layer in self._layers]
         return [
             (layer.site.name, None if settings_and_plan is None else settings_and_plan[1])
@@ -162,6 +147,19 @@ class Patch:
         """Return how close attention was to full attention; None if not observed. Waits for the device."""
         return None if self.meter is None else self.meter.read()
 
+    def measure(self, clock: Clock = WALL) -> None:
+        """Time what the patch does beside what it replaces, within the next two U-Net calls that it changes.
+
+        No U-Net call is made for that, and the outputs are those of the patch. `measured` has the result. What
+        torch.compile made part of a graph can't be measured.
+        """
+        self.timing = self._measurement = Measurement(clock)
+
+    @property
+    def measured(self) -> Measured | None:
+        """What `measure` found; None before two U-Net calls have been changed."""
+        return None if self._measurement is None else self._measurement.measured
+
     def note(self, reason: str) -> None:
         """Count a reason for leaving a call to the host, and log it the first time."""
         if reason not in self.notes:
@@ -178,17 +176,9 @@ class Patch:
             self.moment.partitions[key] = partition(height, width, config.sx, config.sy, seed).to(device)
         return self.moment.partitions[key]
 
-    def match(self, config: AgentConfig, name: str, x: Tensor, size: tuple[int, int], r: int, agent_r: int) -> Matching:
-        """Return the clusters of the block `name` for its tokens x, reusing kept ones where the settings allow it."""
-        partitioning = config.sx, config.sy, config.use_rand
-        key = ("" if config.share_match else name, x.shape[:2], size, x.device, r, agent_r, partitioning)
-        earlier, matching = self._kept.get(key, (None, None))
-        if earlier is not None and _still_holds(earlier, self.moment, config):
-            return matching
-        matching = match(x, self.partition(config, *size, x.device), r, agent_r)
-        if config.share_match or config.reuse_match:
-            self._kept[key] = self.moment, matching
-        return matching
+    def match(self, config: AgentConfig, x: Tensor, size: tuple[int, int], r: int, agent_r: int) -> Matching:
+        """Return the clusters of a block's tokens x."""
+        return match(x, self.partition(config, *size, x.device), r, agent_r)
 
     @followed
     def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -219,10 +209,6 @@ class Patch:
         moment.active = moment.latent is not None and (not self._timed or self._enter_part(moment))
         if moment.active:
             moment.key = f"{moment.latent[0]} {moment.latent[1]} {moment.part}"
-        if not self._reuses or not moment.active:
-            self._kept.clear()
-        else:
-            _ = moment.timestep  # read it now: a later call compares with it, and by then the tensor may have changed
         self.moment = moment
         if self.meter is not None:
             self.meter.begin_call()
@@ -230,13 +216,17 @@ class Patch:
     @property
     def _watched(self) -> bool:
         """Whether anything looks at the answers, which no graph contains."""
-        return self.observer is not None or self.meter is not None
+        return self.observer is not None or self.meter is not None or self.timing is not None
 
     @followed
     def _end(self, unet: nn.Module, args: Any, output: Any) -> None:
         if not compiling():
             for layer in self._layers:
                 layer.notice()
+            if self.timing is not None:
+                self.timing.end_call()
+                if self.timing.measured is not None:
+                    self.timing = None
 
     def _enter_part(self, moment: Moment) -> bool:
         """Find the part of the diffusion that a call belongs to; return False if there is none."""

@@ -130,7 +130,7 @@ class _ProbedLayer(Layer):
     def _try(self, call: Call, config: AgentConfig, plan: LayerPlan) -> Tensor:
         r, agent_r, matching = merged_tokens(config, plan), plan.agent_r, None
         if r or agent_r:
-            matching = self.patch.match(config, self.site.name, call.x, self.image.size, r, agent_r)
+            matching = self.patch.match(config, call.x, self.image.size, r, agent_r)
         attention = self._for_method(call, config, plan, self.image.size, matching)
         return method_of(plan.action).attend(attention)
 

@@ -1,0 +1,78 @@
+"""Is it faster here? Each patched layer's self-attention, timed with and without on the tensors of a running pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..clock import Clock
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds that one U-Net call spent in what a patch changes, in all layers together.
+
+    Attributes:
+        with_seconds: with the patch, clusters included.
+        without_seconds: with the host's own attention and layers.
+        layers: number of layers.
+    """
+
+    with_seconds: float
+    without_seconds: float
+    layers: int
+
+    @property
+    def slower(self) -> bool:
+        """Whether the patch takes longer than what it replaces."""
+        return self.with_seconds > self.without_seconds
+
+
+class Measurement:
+    """Times what a patch does beside what it replaces: a first time to warm up, and a second time that counts.
+
+    Attributes:
+        measured: the result; None before the U-Net call in which everything was timed a second time has ended.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.measured: Measured | None = None
+        self._runs: Counter[tuple[str, str]] = Counter()
+        self._with: dict[tuple[str, str], float] = {}
+        self._without: dict[tuple[str, str], float] = {}
+
+    def time(
+        self,
+        name: str,
+        part: str,
+        ours: Callable[[], Any],
+        host: Callable[[], Any] | None,
+        device: torch.device,
+    ) -> Any:
+        """Return what `ours` returns, and time it and the `host`'s answer, which is thrown away.
+
+        Args:
+            name: the block's name.
+            part: the part of the block.
+            ours: computes the part with the patch.
+            host: computes the same part without; None where the host does nothing of the kind, as matching.
+            device: where they compute.
+        """
+        key = name, part
+        out, seconds = self.clock.timed(ours, device)
+        host_seconds = 0.0 if host is None else self.clock.timed(host, device)[1]
+        self._runs[key] += 1
+        if self._runs[key] == 2:  # the first time, kernels are loaded and memory is taken
+            self._with[key], self._without[key] = seconds, host_seconds
+        return out
+
+    def end_call(self) -> None:
+        """Make the result, once every part that was seen has been timed twice."""
+        if self._runs and min(self._runs.values()) >= 2:
+            layers = len({name for name, _ in self._with})
+            self.measured = Measured(sum(self._with.values()), sum(self._without.values()), layers)
