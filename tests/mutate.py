@@ -3,9 +3,8 @@
     python tests/mutate.py                  thirty breaks of this checkout
     python tests/mutate.py --root OTHER     the same rules on another checkout, to compare
 
-Not part of the test suite: it takes an hour. The places are drawn by a hash of the broken statement, so that a
-statement
-that two checkouts share is drawn in both. Each break is made in a copy; the checkout itself is only read.
+Not part of the test suite: it takes an hour. The places are drawn by a hash of the broken expression, so that
+what two checkouts share is drawn in both. Each break is made in a copy; the checkout itself is only read.
 """
 
 from __future__ import annotations
