@@ -105,6 +105,23 @@ class Panel:
         """The words of "summary", "status" or "map_text"."""
         return self._at(name).inner_text()
 
+    def said(self, words: str, name: str = "summary") -> str:
+        """Wait until an element of the panel has these words; all of its words then."""
+        self.page.wait_for_function(
+            "([id, words]) => document.getElementById(id)?.innerText.includes(words)",
+            arg=[element_id(self.tab, name), words],
+            timeout=120 * SECONDS,
+        )
+        return self.text(name)
+
+    def shows(self, preset: str) -> None:
+        """Wait until the preset's control says so."""
+        self.page.wait_for_function(
+            "([id, name]) => document.querySelector(`#${id} input`).value === name",
+            arg=[element_id(self.tab, "preset"), preset],
+            timeout=60 * SECONDS,
+        )
+
 
 def pixels(img: Any) -> Image.Image:
     """What an image of the page shows."""

@@ -357,15 +357,6 @@ def other_value(row):
 CHANGED = {row.name: other_value(row) for row in SETTINGS if not row.local and row.name not in ("enabled", "tuning")}
 
 
-@pytest.mark.parametrize("name", CHANGED)
-def test_infotext_restores_each_setting(a1111: Host, name: str):
-    """Also where the user's own default is a whole number or False."""
-    made = a1111.txt2img([{name: CHANGED[name]}], **TINY)
-    assert entry(made) == {**DEFAULTS, "enabled": True, **SMALL_IMAGES, name: CHANGED[name]}
-    restored = a1111.txt2img(infotext=made.infotext, width=64, height=64, steps=1)
-    assert entry(restored) == entry(made)
-
-
 def test_infotext_restores_everything_at_once_and_the_image(a1111: Host):
     changed = {**CHANGED, "min_tokens": 0, "max_agents": 100, "passes": "both", "max_downsample": "2", "until": 0.9}
     made = a1111.txt2img([changed])

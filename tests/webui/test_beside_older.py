@@ -16,8 +16,6 @@ from host import Host
 from page import SECONDS, Panel, browser, generate, size
 from test_forge import HIRES
 
-from agentsd.panel.controls import element_id
-
 OLDER = os.environ.get("AGENTSD_OLDER", "")
 SAID = "has a package of the same name as ours, and its panel now runs on ours"
 LATE, EARLY = "sd-webui-agentattention", "a-sd-webui-agentattention"
@@ -66,12 +64,9 @@ def test_imported_first_ours_works_and_says_so(a1111: Host, beside: Host):
 def test_imported_first_ours_says_so_in_the_panel(beside: Host):
     with browser(beside.url) as page:
         size(page, 512, 512)
-        Panel(page).open()
-        page.wait_for_function(
-            "([id, words]) => document.getElementById(id).innerText.includes(words)",
-            arg=[element_id("txt2img", "summary"), SAID],
-            timeout=30 * SECONDS,
-        )
+        panel = Panel(page)
+        panel.open()
+        panel.said(SAID)
         assert page.evaluate(LOOKS) > 0
 
 

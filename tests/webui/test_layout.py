@@ -17,7 +17,7 @@ from agentsd.settings.table import BY_NAME, DEFAULTS, NAMES
 PANEL = element_id("txt2img")
 SETTINGS = "settings_agent_attention"
 FOLDS = ("more", "tuner", "map")
-BUTTONS = ("tune_forget", "record", "map_show")
+BUTTONS = ("record", "map_show")
 # what stands out of the window or of the box itself, and text that its element cuts off
 STANDS_OUT = """id => {
     const box = document.getElementById(id), right = Math.min(box.getBoundingClientRect().right, innerWidth) + 1;
@@ -151,7 +151,7 @@ def test_a_fold_opens_and_closes_by_keyboard(page, panel: Panel, name: str):
         page.keyboard.press(key)
         page.wait_for_timeout(SECONDS)
         assert label.get_attribute("aria-expanded") == state
-        inner = {"more": "seed", "tuner": "tune_forget", "map": "record"}[name]
+        inner = {"more": "seed", "tuner": "how_close", "map": "record"}[name]
         assert page.locator(f"#{element_id('txt2img', inner)}").is_visible() is (state == "true")
 
 

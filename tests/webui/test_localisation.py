@@ -9,7 +9,6 @@ import pytest
 from host import Host
 from page import SECONDS, Panel, browser, generate, number, size
 from test_browser import ALL, CHANGED
-from test_readout import said
 
 from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
@@ -18,7 +17,7 @@ from agentsd.settings.table import SETTINGS
 NAME = "agent-attention-tests"
 # letters of their own for every label, as a file for another language has
 WORDS = {row.label: f"«{row.label}»" for row in SETTINGS}
-BESIDES = {"Preset": "«Preset»", "More settings": "«More»", "Token map": "«Map»", "Measure at this size": "«Measure»"}
+BESIDES = {"Preset": "«Preset»", "More settings": "«More»", "Token map": "«Map»"}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def test_help_and_sentences_name_the_translated_labels(page, panel: Panel):
     panel.open()
     size(page, 512, 512)
     panel.set("min_tokens", 5000)
-    assert "“«Minimum tokens»”" in said(page, "4096 tokens are fewer than the minimum of 5000")
+    assert "“«Minimum tokens»”" in panel.said("4096 tokens are fewer than the minimum of 5000")
     panel.set("min_tokens", 0)
     assert page.locator(f"#{element_id('txt2img', 'until')}").first.get_attribute("title") == "«until»"
 

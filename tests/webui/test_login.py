@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, browser
+from page import Panel, browser
 
 USER, PASSWORD = "cat", "mouse"
 STATE = {"tab": "txt2img", "values": {"passes": "hires"}, "width": 512, "height": 512, "denoising": 0.7, "hires": None}
@@ -47,20 +47,13 @@ def log_in(host: Host) -> str:
 
 
 @every_route
-def test_without_the_cookie_a_route_is_refused_as_the_page_is(guarded: Host, method: str, name: str):
+def test_behind_a_login_a_route_asks_for_the_cookie(a1111: Host, guarded: Host, method: str, name: str):
+    path = f"/agent-attention/{name}"
     assert ask(guarded, "GET", "/config") == 401
-    assert ask(guarded, method, f"/agent-attention/{name}") == 401
-    assert ask(guarded, method, f"/agent-attention/{name}", "access-token=guessed") == 401
-
-
-@every_route
-def test_with_the_cookie_it_answers(guarded: Host, method: str, name: str):
-    assert ask(guarded, method, f"/agent-attention/{name}", log_in(guarded)) == 200
-
-
-@every_route
-def test_where_there_is_no_login_it_answers(a1111: Host, method: str, name: str):
-    assert ask(a1111, method, f"/agent-attention/{name}") == 200
+    assert ask(guarded, method, path) == 401
+    assert ask(guarded, method, path, "access-token=guessed") == 401
+    assert ask(guarded, method, path, log_in(guarded)) == 200
+    assert ask(a1111, method, path) == 200, "where there is no login"
 
 
 @pytest.mark.parametrize(
@@ -69,15 +62,12 @@ def test_where_there_is_no_login_it_answers(a1111: Host, method: str, name: str)
         ({"width": 800_000}, "width"),
         ({"width": 1e999}, "width|infinity"),
         ({"height": float("nan")}, "height|NaN"),
-        ({"denoising": 1e999}, "denoising"),
-        ({"width": 7}, "width"),
         ({"passes": [{}] * 1000}, "passes"),
         ({"hires": {"scale": 60, "resize_x": 0, "resize_y": 0}}, "hires pass"),
-        ({"hires": {"scale": 1e999, "resize_x": 0, "resize_y": 0}}, "scale"),
     ],
-    ids=["huge", "infinite", "no number", "infinite strength", "tiny", "unknown field", "huge hires", "infinite hires"],
+    ids=["huge", "infinite", "no number", "unknown field", "huge hires"],
 )
-def test_a_bad_body_is_named_and_nothing_starts(a1111: Host, body: dict, said: str):
+def test_a_bad_body_is_named(a1111: Host, body: dict, said: str):
     with pytest.raises(RuntimeError, match=rf"^422: .*{said}"):
         a1111.call("/agent-attention/preview", {**STATE, **body})
 
@@ -96,8 +86,6 @@ def test_the_page_shows_the_preview_after_the_login(guarded: Host):
     cookie = {"name": "access-token-unsecure", "value": token, "domain": "127.0.0.1", "path": "/", "sameSite": "Lax"}
     cookie |= {"expires": -1, "httpOnly": True, "secure": False}
     with browser(guarded.url, storage_state={"cookies": [cookie], "origins": []}) as page:
-        Panel(page).open()
-        page.wait_for_function(
-            "document.querySelector('#txt2img_agent_attention_summary')?.innerText.includes('512×512')",
-            timeout=30 * SECONDS,
-        )
+        panel = Panel(page)
+        panel.open()
+        panel.said("512×512")

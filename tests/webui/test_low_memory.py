@@ -1,4 +1,4 @@
-"""An AUTOMATIC1111 that keeps the U-Net away from its device until the sampling (--medvram, --lowvram)."""
+"""Images and tuning in an AUTOMATIC1111 that keeps the U-Net off its device until the sampling: --medvram, --lowvram."""
 
 from __future__ import annotations
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 from host import Host
 from page import SECONDS, Panel, number, reload, size
 
-from agentsd.panel.controls import element_id
-
-SCRIPT = Path(__file__).parents[2] / "javascript" / "agent_attention.js"
 HYPERTILE = {"hypertile_enable_unet": True}
 PREVIEW = "/agent-attention/preview"
 
@@ -35,87 +28,60 @@ def hires(page, on: bool) -> None:
     page.wait_for_timeout(500)
 
 
-def said(page, what: str, tab: str = "txt2img") -> str:
-    """The summary, as soon as it says `what`."""
-    element = element_id(tab, "summary")
-    page.wait_for_function(
-        "([id, what]) => document.getElementById(id).innerText.includes(what)",
-        arg=[element, what],
-        timeout=30 * SECONDS,
-    )
-    return page.locator(f"#{element}").first.inner_text()
-
-
-@contextmanager
-def answered(page, **how) -> Iterator[list[str]]:
-    """Have the preview answered by the test: with `status` and `json`, or not at all. The questions so far."""
-    asked = []
-
-    def answer(route) -> None:
-        asked.append(route.request.post_data)
-        route.fulfill(**how) if how else route.abort()
-
-    page.route(f"**{PREVIEW}", answer)
-    try:
-        yield asked
-    finally:
-        page.unroute(f"**{PREVIEW}")
-
-
 def test_it_follows_the_size_and_the_settings(page, panel: Panel):
-    assert said(page, "512×512: 4096 tokens → 256 agents in 5 layers")
+    panel.said("512×512: 4096 tokens → 256 agents in 5 layers")
     size(page, 768, 512)
-    assert said(page, "768×512: 6144 tokens → 384 agents in 5 layers")
+    panel.said("768×512: 6144 tokens → 384 agents in 5 layers")
     panel.set("agent_ratio", 0.98)
-    assert said(page, "→ 96 agents")
+    panel.said("→ 96 agents")
     panel.set("max_downsample", "4")
-    assert said(page, "1536 tokens → 24 agents in 5 layers")
+    panel.said("1536 tokens → 24 agents in 5 layers")
 
 
 def test_the_hires_pass_has_a_line(page, panel: Panel):
     hires(page, True)
     number(page, "txt2img_hr_scale", 1.5)
-    assert said(page, "Hires 768×768: 9216 tokens → 576 agents")
+    panel.said("Hires 768×768: 9216 tokens → 576 agents")
     number(page, "txt2img_hr_resize_x", 1024)
-    assert said(page, "Hires 1024×1024: ")
+    panel.said("Hires 1024×1024: ")
     number(page, "txt2img_hr_resize_x", 0)
     panel.set("hires_until", 0.2)
     number(page, "txt2img_denoising_strength", 0.5)
-    assert "Change “Until, hires pass”" in said(page, "0.5 of the diffusion is done when this pass begins")
+    assert "Change “Until, hires pass”" in panel.said("0.5 of the diffusion is done when this pass begins")
 
 
 def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
     panel.set("min_tokens", 5000)
-    assert "Change “Minimum tokens”" in said(page, "4096 tokens are fewer than the minimum of 5000")
+    assert "Change “Minimum tokens”" in panel.said("4096 tokens are fewer than the minimum of 5000")
     panel.set("min_tokens", 0)
     panel.set("agent_ratio", 0.2)
-    assert "Change “Agent ratio”" in said(page, "agents are too many")
+    assert "Change “Agent ratio”" in panel.said("agents are too many")
     panel.set("agent_ratio", 0.95)
     panel.set("method", "corrected")
     panel.set("max_agents", 9)
-    assert "Change “Maximum agents”" in said(page, "At most 9 agents would be too few to correct")
+    assert "Change “Maximum agents”" in panel.said("At most 9 agents would be too few to correct")
     panel.set("method", "agent")
     panel.set("max_agents", 1)
-    said(page, "→ 1 agent in 5 layers")
+    panel.said("→ 1 agent in 5 layers")
     panel.set("max_agents", 0)
 
 
 def test_rules_are_followed_as_they_are_typed(page, panel: Panel):
     panel.type("rules", "downsample=1 full")
-    said(page, "nothing happens")
+    panel.said("nothing happens")
     panel.type("rules", "downsample=1 fool")
-    said(page, "'fool'")
+    panel.said("'fool'")
     panel.type("rules", "")
-    said(page, "→ 256 agents")
+    panel.said("→ 256 agents")
 
 
 def test_what_is_wrong_is_named_while_it_is_typed(page, panel: Panel):
     panel.type("agent_ratio", "7")
-    assert "Agent ratio must be a number from" in said(page, "got 7")
+    assert "Agent ratio must be a number from" in panel.said("got 7")
     panel.type("agent_ratio", "")
-    said(page, "→ 256 agents in 5 layers")
+    panel.said("→ 256 agents in 5 layers")
     page.locator("#txt2img_width input[type=number]").fill("8192")
-    assert "4096" in said(page, "width: ")
+    assert "4096" in panel.said("width: ")
 
 
 def test_img2img_counts_its_denoising_strength(page):
@@ -127,14 +93,14 @@ def test_img2img_counts_its_denoising_strength(page):
     panel.set("until", 0.6)
     size(page, 640, 512, "img2img")
     number(page, "img2img_denoising_strength", 0.75)
-    assert said(page, "640×512: 5120 tokens → 320 agents", "img2img")
+    panel.said("640×512: 5120 tokens → 320 agents")
     number(page, "img2img_denoising_strength", 0.3)
-    assert "Change “Until”" in said(page, "0.7 of the diffusion is done", "img2img")
+    assert "Change “Until”" in panel.said("0.7 of the diffusion is done")
     page.locator("#tabs button", has_text="txt2img").first.click()
 
 
 def test_a_slider_asks_once_and_nothing_else_does(page, panel: Panel):
-    said(page, "512×512: 4096 tokens → 256 agents")
+    panel.said("512×512: 4096 tokens → 256 agents")
     page.wait_for_timeout(2 * SECONDS)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
@@ -143,45 +109,17 @@ def test_a_slider_asks_once_and_nothing_else_does(page, panel: Panel):
     for ratio in (0.5, 0.8, 0.9, 0.98):
         panel.type("agent_ratio", str(ratio))
         page.wait_for_timeout(30)
-    said(page, "→ 64 agents")
+    panel.said("→ 64 agents")
     page.wait_for_timeout(2 * SECONDS)
     assert 1 <= len([url for url in asked if url.endswith(PREVIEW)]) <= 2
     assert not [url for url in asked if "/run/" in url or "queue" in url]
 
 
-def test_a_server_that_is_away_is_named_and_found_again(page, panel: Panel):
-    said(page, "512×512")
-    with answered(page) as asked:
-        size(page, 576, 512)
-        said(page, "The preview is not available: the server does not answer.")
-        before = len(asked)
-        page.wait_for_timeout(11 * SECONDS)
-        assert 1 <= len(asked) - before <= 3
-    text = said(page, "576×512")
-    assert "not available" not in text
-
-
-def test_a_login_that_has_ended_is_named(page, panel: Panel):
-    with answered(page, status=401, json={"detail": "Not authenticated"}):
-        size(page, 576, 512)
-        said(page, "The preview is not available: log in again.")
-    said(page, "576×512")
-
-
-def test_loaded_twice_it_is_there_once(page, panel: Panel):
-    page.add_script_tag(path=SCRIPT)
-    size(page, 576, 512)
-    text = said(page, "576×512")
-    assert text.count("576×512") == 1
-    panel.choose("Paper")
-    assert said(page, "(2765 queries)")
-
-
 def test_the_hosts_own_options_are_told(a1111: Host, page, panel: Panel):
     with a1111.options(**HYPERTILE):
         reload(page)
-        Panel(page).open()
-        assert "Settings → HyperTile" in said(page, "HyperTile is on")
+        panel.open()
+        assert "Settings → HyperTile" in panel.said("HyperTile is on")
     reload(page)
-    Panel(page).open()
-    said(page, "tokens →")
+    panel.open()
+    panel.said("tokens →")

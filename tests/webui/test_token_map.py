@@ -44,11 +44,7 @@ def told(page, panel: Panel):
 
     def press(what: str) -> str:
         panel.press("map_show")
-        page.wait_for_function(
-            "([id, what]) => document.getElementById(id).innerText.includes(what)",
-            arg=[element_id("txt2img", "map_text"), what],
-            timeout=30 * SECONDS,
-        )
+        panel.said(what, "map_text")
         page.wait_for_timeout(SECONDS)
         return panel.text("map_text")
 
@@ -121,11 +117,7 @@ def test_grid_agents_leave_the_images_colours(page, panel: Panel, told):
 def test_the_map_of_a_new_image_comes_by_itself_and_goes_with_the_record(page, panel: Panel, told):
     panel.choose("Faithful")
     generate(page)
-    page.wait_for_function(
-        "id => document.getElementById(id).innerText.includes('one token of each cell')",
-        arg=element_id("txt2img", "map_text"),
-        timeout=30 * SECONDS,
-    )
+    panel.said("one token of each cell", "map_text")
     record(page, False)
     generate(page)
     assert RECORD in told("No record was kept")

@@ -135,24 +135,20 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
         panel.press("tune_forget")
         panel.set("how_close", "5%")
         panel.press("tune_next")
-        summary = f"document.getElementById('{element_id('txt2img', 'summary')}').innerText"
-        page.wait_for_function(f"{summary}.includes('tuned on: to within 5%')", timeout=20 * SECONDS)
+        panel.said("tuned on: to within 5%")
         page.locator("#txt2img_generate").click()
         page.wait_for_function(
             "document.querySelector('#txt2img_results .progress')?.innerText.includes('Tuning')", timeout=120 * SECONDS
         )
         page.locator("#txt2img_interrupt").wait_for(state="hidden", timeout=300 * SECONDS)
-        page.wait_for_function(
-            f"document.querySelector('#{element_id('txt2img', 'preset')} input').value === '{TUNED}'",
-            timeout=30 * SECONDS,
-        )
+        panel.shows(TUNED)
         table = page.locator(f"#{element_id('txt2img', 'tuned')} table").first
         table.wait_for(timeout=20 * SECONDS)
         assert f"{SIDE}×{SIDE}" in table.inner_text()
         chart = page.locator(f"#{element_id('txt2img', 'tuned')} svg")
         assert {"Fast", "Faithful", "5%"} <= set(chart.locator("text").all_text_contents())
         assert panel.get("tune") == 0
-        page.wait_for_function(f"{summary}.includes('tuned to within 5%')", timeout=20 * SECONDS)
+        panel.said("tuned to within 5%")
         text = generate(page)
         assert f"tuning={PLAN}" in text
         first = shown(page)

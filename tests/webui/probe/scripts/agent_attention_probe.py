@@ -111,18 +111,6 @@ def extend_context(block, x, context=None, **kwargs):
     return block.ff(block.norm3(x)) + x
 
 
-def on_device():
-    """What an AUTOMATIC1111 that is short of memory has brought to the device last; empty without such flags."""
-    try:
-        from modules import lowvram
-    except ImportError:
-        return ""
-    module = getattr(lowvram, "module_in_gpu", None)
-    if module is None:
-        return ""
-    return "U-Net" if module is getattr(shared.sd_model, "model", None) else type(module).__name__
-
-
 class OtherUnet:
     """A SdUnet that answers in the U-Net's place, by calling it."""
 
@@ -154,7 +142,6 @@ def on_app_started(demo, app):
             "own_forwards": sum("forward" in vars(block.attn1) for block in blocks()),
             "model": getattr(getattr(shared.sd_model, "sd_checkpoint_info", None), "name", None),
             "loaded": len(getattr(sd_models.model_data, "loaded_sd_models", [])),
-            "on_device": on_device(),
         }
 
     @app.get(PREFIX + "/tunings")
