@@ -1,4 +1,4 @@
-"""Images and tuning in an AUTOMATIC1111 that keeps the U-Net off its device until the sampling: --medvram, --lowvram."""
+"""Images and tuning in an AUTOMATIC1111 short of memory, whose U-Net comes to its device for the sampling."""
 
 from __future__ import annotations
 
