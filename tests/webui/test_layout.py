@@ -74,24 +74,17 @@ def recorded(a1111: Host) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
-def test_the_panel_with_all_its_folds_open(a1111: Host, page, recorded, width: int, theme: str):
+@pytest.mark.parametrize("width", [420, 1400])
+def test_the_panel_with_all_its_folds_open_and_the_settings_page(a1111: Host, page, recorded, width: int, theme: str):
     with window(a1111, page, width, theme) as other:
         unfold_everything(other)
         other.wait_for_function(f"document.getElementById('{element_id('txt2img', 'summary')}').innerText.length > 9")
-        assert other.evaluate(STANDS_OUT, PANEL) == []
-        assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
         for name in ("summary", "status", "map_text"):
             assert other.evaluate(CONTRAST, element_id("txt2img", name)) >= 4.5, name
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
-def test_the_settings_page(a1111: Host, page, width: int, theme: str):
-    with window(a1111, page, width, theme) as other:
-        open_settings(other, "Agent Attention")
-        assert other.evaluate(STANDS_OUT, SETTINGS) == []
-        assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        for section in (PANEL, SETTINGS):
+            assert other.evaluate(STANDS_OUT, section) == []
+            assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            open_settings(other, "Agent Attention")
 
 
 def open_settings(page: Any, section: str) -> None:
