@@ -13,7 +13,7 @@ export GRADIO_ANALYTICS_ENABLED ?= False
 GPU_PYTHON ?= 3.12
 GPU_PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 
-.PHONY: help demo test test-webui lint format bench bench-quick gpu gpu-wheels playground clean
+.PHONY: help demo test test-webui lint types format bench bench-quick gpu gpu-wheels playground release clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ test: $(READY) ## all tests, and the linter
 test-webui: $(READY) ## the tests on a real WebUI; AGENTSD_WEBUI names its folder
 	$(PY) -m pytest tests/webui
 
+types: $(READY) ## the type checker alone
+	$(PY) -m mypy
+
 lint: $(READY) ## the linter alone
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -48,8 +51,8 @@ format: $(READY) ## let the linter rewrite the code
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: $(READY) ## the speed table and its plots (about three hours on two cores; stop and go on at will)
-	$(PY) -m benchmarks.bench --preset readme --resume
+bench: $(READY) ## the speed table (hours on two cores; stop and go on at will)
+	$(PY) -m benchmarks.bench --resume
 
 bench-quick: $(READY) ## the same in under two minutes
 	$(PY) -m benchmarks.bench --quick
@@ -57,12 +60,20 @@ bench-quick: $(READY) ## the same in under two minutes
 gpu: $(READY) ## everything that can be measured on a card, in eight minutes; stop and go on at will
 	$(PY) -m benchmarks.gpu
 
-gpu-wheels: $(READY) ## what the card's benchmark needs on a machine without a network, into wheels/ (docs/gpu.md)
+gpu-wheels: $(READY) ## what the card's benchmark needs on a machine without a network, into wheels/ (docs/measurements.md)
 	rm -rf wheels
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest wheels \
 		--implementation cp --python-version $(GPU_PYTHON) $(addprefix --platform ,$(GPU_PLATFORMS)) \
 		-r requirements/gpu.txt -r requirements/dev-no-deps.txt
 	@du -sm wheels
 
+release: test ## all that can be checked of a release without a network, then the wheel, in dist/
+	@test -z "$$(git status --porcelain)" || { echo "commit first: $$(git status --porcelain | head -3)"; exit 1; }
+	@! grep -n "unreleased" CHANGELOG.md || { echo "CHANGELOG.md: write the date of the release"; exit 1; }
+	@! grep -nE "example\.com|Icon = \"\"" pyproject.toml || { echo "pyproject.toml: see CONTRIBUTING.md, Publishing"; exit 1; }
+	rm -rf dist
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist
+
 clean: ## remove the environment and all output
-	rm -rf .venv out outputs wheels .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out outputs wheels dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -245,10 +245,10 @@ def kernel_of(options: Mapping[str, Any]) -> Kernel:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Mapping[str, Any]) -> Tensor:
     """The host's own attention of (B, N, C), just as its blocks call it: with the override in the options, if any."""
-    from comfy.ldm.modules import attention
+    from comfy.ldm.modules.attention import optimized_attention
 
     precision = options.get("attn_precision")
-    return attention.optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
+    return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
 
 
 class _CloneLayer(Layer):

@@ -1,0 +1,132 @@
+"""What registries ask: a wheel that installs and runs, a small node pack, one version, links that lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import agentsd
+
+ROOT = Path(agentsd.__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+
+
+def run(*command: str, **more: object) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **{"cwd": ROOT, **more})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def tracked(*options: str) -> set[str]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    return set(run("git", "-c", "core.quotepath=off", "ls-files", *options).splitlines())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of a clean copy of the repository, made without a network."""
+    pytest.importorskip("setuptools", minversion="70.1", reason="older ones need the wheel package")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in tracked():
+        if name.startswith(("agentsd/", "pyproject.toml", "README.md", "LICENSE")) and (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(out))
+    run(sys.executable, "-m", "pip", "wheel", str(source), *options)
+    (made,) = out.glob("*.whl")
+    return made
+
+
+class TestWheel:
+    def test_it_has_what_the_package_needs(self, wheel):
+        with zipfile.ZipFile(wheel) as file:
+            names = set(file.namelist())
+            metadata = file.read(f"agentsd-{agentsd.__version__}.dist-info/METADATA").decode()
+        source = {name for name in tracked("agentsd") if not name.endswith(".md")}
+        assert source <= names
+        assert "agentsd/py.typed" in names
+        assert {name.split("/")[0] for name in names} == {"agentsd", f"agentsd-{agentsd.__version__}.dist-info"}
+        assert f"Version: {agentsd.__version__}" in metadata
+        assert {"diffusers", "playground"} == set(re.findall(r"Provides-Extra: (\w+)", metadata))
+
+    def test_its_command_runs_where_it_is_installed(self, wheel, tmp_path):
+        options = ("--no-deps", "--no-index", "--no-compile", "--quiet", "--target", str(tmp_path))
+        run(sys.executable, "-m", "pip", "install", *options, str(wheel))
+        code = "import agentsd, sys; from agentsd.cli import main; print(agentsd.__file__); main(['--version'])"
+        given = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}}
+        said = run(sys.executable, "-c", code, **given).splitlines()
+        assert said == [str(tmp_path / "agentsd/__init__.py"), f"agentsd {agentsd.__version__}"]
+        assert (tmp_path / "bin/agentsd").exists()
+
+
+@pytest.fixture(scope="module")
+def pack() -> set[str]:
+    """What ComfyUI's registry takes: tracked files without those that .comfyignore names."""
+    return tracked() - tracked("--cached", "--ignored", "--exclude-from=.comfyignore")
+
+
+class TestNodePack:
+    def test_it_is_small(self, pack):
+        assert sum((ROOT / name).stat().st_size for name in pack if (ROOT / name).exists()) < 1_000_000
+
+    def test_its_nodes_are_whole(self, pack):
+        code = {name for name in tracked("agentsd") if name.endswith((".py", ".json")) and "weights" not in name}
+        assert code | {"__init__.py", "pyproject.toml", "README.md", "LICENSE"} <= pack
+        assert not [name for name in pack if name.startswith(("docs/", "tests/", "benchmarks/"))]
+
+    def test_its_version_is_found_as_the_registry_looks_for_it(self):
+        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        path = re.search(r'\[tool\.comfy\.version\]\npath = "(.+)"', text)[1]
+        found = re.findall(r"""^__version__ = ["']([^"'\\\n]*)["']""", (ROOT / path).read_text(), re.MULTILINE)
+        assert found == [agentsd.__version__]
+
+    def test_nothing_is_evaluated_or_installed_at_run_time(self):
+        run(sys.executable, "-m", "ruff", "check", "agentsd", "__init__.py", "--select", "S102,S307,E702", "--quiet")
+
+
+def test_the_version_stands_in_one_place():
+    others = ("CHANGELOG.md", "README.md", "docs/", "tests/", "CONTRIBUTING.md", "agentsd/__init__.py")
+    version = agentsd.__version__
+    found = [name for name in tracked("*.py", "*.toml", "*.ini", "*.js") if not name.startswith(others)]
+    assert not [name for name in found if f'"{version}"' in (ROOT / name).read_text(encoding="utf-8")]
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert first[1] == version
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http", "mailto")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in headings(file), target
+
+
+def test_the_documentation_is_short():
+    """The README has a hundred lines, and docs/ fits into an hour's reading."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+    words = sum(len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "docs").rglob("*.md"))
+    assert words <= 16_000
+
+
+def test_a_checkout_is_small():
+    large = ("agentsd/embedded/weights/", "tests/golden/")
+    files = [ROOT / name for name in tracked() if not name.startswith(large)]
+    assert sum(file.stat().st_size for file in files if file.exists()) < 4_000_000
