@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import VERSION
+
 if TYPE_CHECKING:
     from .apply import apply_patch, get_patch, patch_unet, patched, remove_patch
     from .attention.agent import agent_attention
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from .tuning.result import Tuning, TuningCancelled, TuningError
     from .tuning.tuner import tune
 
-__version__ = "1.1.0"
+__version__ = VERSION
 
 # Module that defines each public name
 _HOMES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -14,6 +15,7 @@ from .hosts import UnsupportedModelError, find_unet
 from .patching.layer import KVContext
 from .patching.patch import Patch, patch_of
 from .schedule import Rule, Stage
+from .tuning.result import as_tuning
 
 if TYPE_CHECKING:
     from .tuning.result import Tuning
@@ -46,14 +48,15 @@ def apply_patch(
     landmarks: str = _DEFAULTS.landmarks,
     stages: Sequence[Stage] = _DEFAULTS.stages,
     rules: Sequence[Rule] = _DEFAULTS.rules,
-    tuning: Tuning | None = None,
+    tuning: Tuning | str | PathLike[str] | None = None,
     **unknown: Any,
 ) -> Model:
     """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
 
     Args:
         model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, or a U-Net.
-        tuning: a result of `agentsd.tune` for this model. It has settings of its own, beside which none may be given.
+        tuning: a result of `agentsd.tune` for this model, its text, or the path of its file. It has settings of its
+            own, beside which none may be given.
         **: the settings of `AgentConfig`, which documents their meanings and ranges.
 
     Returns:
@@ -61,7 +64,8 @@ def apply_patch(
 
     Raises:
         SettingError: a setting is unknown or outside its range. The model is unchanged.
-        TuningError: the tuning is for another model. The model is unchanged.
+        OSError: the file of a tuning cannot be read. The model is unchanged.
+        TuningError: the tuning is damaged, or for another model. The model is unchanged.
         UnsupportedModelError: the model has no transformer blocks. The model is unchanged.
     """
     settings = {k: v for k, v in locals().items() if k in SETTINGS}
@@ -71,7 +75,7 @@ def apply_patch(
         given = [name for name in SETTINGS if getattr(config, name) != getattr(_DEFAULTS, name)]
         if given:
             raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
-        config = tuning.config_for(unet)
+        config = as_tuning(tuning).config_for(unet)
     patch_unet(unet, config)
     return model
 

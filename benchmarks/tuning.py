@@ -36,7 +36,7 @@ from agentsd import AgentConfig, Tuning, early, embedded
 from agentsd.embedded import EmbeddedPipeline
 from agentsd.patching.closeness import EVERY
 from agentsd.tuning.record import RecordedCall, progress_of
-from agentsd.tuning.replay import Replay, called_under
+from agentsd.tuning.replay import Replay
 from agentsd.tuning.tuner import Tuner, checked_candidates
 
 from . import models
@@ -161,8 +161,9 @@ class Bench:
         tuner = Tuner(replay, checked_candidates())
         with torch.no_grad():
             tuner.observe()
-        times = tuner.probe.times
-        return [[list(kind[0]), k, median(seconds)] for (kind, k), seconds in times.items()]
+        full, ratios = tuner.probe.full, tuner.probe.ratios
+        times = [[list(kind[0]), 0, median(seconds)] for kind, seconds in full.items()]
+        return times + [[list(kind[0]), k, median(full[kind]) * median(each)] for (kind, k), each in ratios.items()]
 
     # Tunings, and what they deviate by
 
@@ -193,10 +194,12 @@ class Bench:
             tuner.observe()
             by_size = {(tuple(size), k): s for size, k, s in self.store.data[f"times {case.size[1]}×{case.size[0]}"]}
             kinds = {trials.kind for trials in tuner.probe.trials.values()} - {None}  # nothing was tried there
-            tuner.probe.times.clear()
-            tuner.probe.times.update(
-                {(kind, k): [s] for kind in kinds for (size, k), s in by_size.items() if size == kind[0]}
-            )
+            tuner.probe.ratios.clear()
+            for kind in kinds:
+                full = by_size[kind[0], 0]
+                tuner.probe.full[kind] = [full]
+                mine = {k: s for (size, k), s in by_size.items() if size == kind[0] and k}
+                tuner.probe.ratios.update({(kind, k): [s / full] for k, s in mine.items()})
             tuner.blocks = tuner.tunable()
             tuner.measure_effects()
             found = {str(t): tuner.tuning(t).to_dict() for t in TOLERANCES}
@@ -209,11 +212,11 @@ class Bench:
         replay = Replay(self.unet, [self.noised(case, i, t) for t in CHECKED])
         with torch.no_grad():
             for number, call in enumerate(replay.calls):
-                replay.remember(number, replay.call(number, "")[0])
+                replay.remember(number, "")
                 deviations: dict[AgentConfig, float] = {}  # tunings to several tolerances may be the same
                 for name, config in configs.items():
                     if config not in deviations:
-                        deviations[config] = replay.deviation(number, called_under(replay, number, config, "", None)[0])
+                        deviations[config] = replay.deviation(number, replay.call(number, "", config)[0])
                     found[name].append([round(progress_of(call), 4), deviations[config]])
         return found
 
@@ -254,7 +257,7 @@ class Bench:
                 for number in range(len(replay)):
                     full = replay.call(number, "")[1]
                     for name in wanted:
-                        seconds = called_under(replay, number, configs[name], "", None)[1]
+                        seconds = replay.call(number, "", configs[name])[1]
                         if round_:  # the first is a warm-up
                             ratios[name][number].append(seconds / full)
         return {name: [median(of) for of in each] for name, each in ratios.items()}

@@ -111,12 +111,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def every_gain_counts(monkeypatch):
     """As on a machine on which every method is faster than full attention: the layers of the tests are too small."""
-    from agentsd.tuning import probe, tuner
+    from tuned_models import make_every_gain_count
 
-    def seconds(self, name):
-        """The more is left out, the less it takes."""
-        return {0: 1.0, **{k: 0.5 - 0.01 * k for of, k in self.times if k and of == self.trials[name].kind}}
-
-    monkeypatch.setattr(probe.Probe, "seconds", seconds)
-    monkeypatch.setattr(probe, "_HOPELESS", float("inf"))
-    monkeypatch.setattr(tuner, "_NOTABLE", 0.0)
+    make_every_gain_count(monkeypatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,11 +17,10 @@ pytest.importorskip("transformers", reason="needs transformers")
 from drawing import SMALL, pixels
 
 import agentsd
-from agentsd.cli import chart, files, main, sheets
+from agentsd.cli import files, main, sheets
 from agentsd.cli.structure import bare_unet
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
-from agentsd.tuning.replay import Compared
-from agentsd.tuning.result import Level
+from agentsd.tuning.result import TunedBlock, TunedPlan
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -38,12 +38,12 @@ def test_a_tuning_is_written_with_its_table_and_chart(stand_in, plan):
     assert tuning.tolerance == 0.5
     assert tuning.measured <= 0.5
     assert {candidate["method"] for candidate in tuning.candidates} == {"pool", "corrected"}
-    assert len(tuning.moments) == 2
+    assert len(tuning.plan.deviations) == 2
     assert str(tuning) in plan
     assert "--tuning plan.json" in plan
-    with Image.open("plan.png") as picture:
-        assert picture.text["agentsd"]
-        assert len(np.unique(pixels(picture).reshape(-1, 3), axis=0)) > 5
+    dots = [dot.get("class") for dot in ElementTree.parse("plan.svg").iter() if dot.tag.endswith("circle")]
+    assert dots.count("agent-attention-chosen") == 1
+    assert dots.count("agent-attention-preset") == 2
     assert agentsd.get_patch(stand_in.unet) is None
 
 
@@ -77,11 +77,10 @@ def test_another_size_is_told(stand_in, plan, capsys):
 
 def test_info_says_what_becomes_of_it_at_another_size(capsys):
     sites = ordered_sites(bare_unet("embedded")[0])
-    blocks = tuple(Level(site.name, site.downsample) for site in sites)
+    blocks = tuple(TunedBlock(site.name, site.downsample) for site in sites)
     pool = {"method": "pool", "sx": 2, "sy": 2}
-    agentsd.Tuning(0.02, (64, 64), (pool,), (0.0,), ("a" * len(sites),), structure_of(sites), blocks=blocks).save(
-        "p.json"
-    )
+    plan = TunedPlan(0.02, ("a" * len(sites),))
+    agentsd.Tuning((64, 64), (pool,), (0.0,), plan, structure_of(sites), blocks=blocks).save("p.json")
     said = {}
     for size in ("48", "64", "96"):
         assert main(["info", "--tuning", "p.json", "--layers", "--size", size]) == 0
@@ -120,18 +119,13 @@ def test_ctrl_c_writes_nothing(stand_in, monkeypatch):
 
     calls = []
 
-    def call(self, number, text, original=Replay.call):
+    def call(self, number, text, config=None, original=Replay.call):
         calls.append(number)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return original(self, number, text)
+        return original(self, number, text, config)
 
     monkeypatch.setattr(Replay, "call", call)
     assert main(["tune", "--prompt", "a rose", *SMALL, "--moments", "2", "--out", "plan.json"]) == 130
     assert not list(Path().iterdir())
     assert agentsd.get_patch(stand_in.unet) is None
-
-
-def test_a_chart_of_a_tuning_without_measurements():
-    tuning = agentsd.Tuning(0.02, (16, 16), ({"method": "pool"},), (0.0,), ("a.",), "12345678")
-    assert chart.chart(tuning, {}).size == chart.chart(tuning, {"Fast": Compared(0.1, 0.5)}).size

@@ -323,9 +323,15 @@ FLOORS = (
 )
 
 
+# What imports nothing of the house
+LEAVES = ("version", "words")
+
+
 def floor(name: str) -> tuple[int, str]:
-    """Return the floor and the room of a module; the package itself, which imports lazily, is below all."""
+    """Return the floor and the room of a module; the package itself, which imports lazily, is below all but leaves."""
     room = name.split(".")[1] if "." in name else ""
+    if room in LEAVES:
+        return -2, room
     return next(((number, room) for number, rooms in enumerate(FLOORS) if room in rooms), (-1, room))
 
 

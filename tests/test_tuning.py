@@ -9,10 +9,13 @@ import re
 import pytest
 import torch
 from blocks import flat_unet, golden_unet, inputs, run, tree
+from tuned_models import TRY, make_every_gain_count
 
 import agentsd
 from agentsd import SettingError, TuningCancelled, TuningError
-from agentsd.tuning import probe
+from agentsd.hosts import find_sites
+from agentsd.tuning import probe, replay
+from agentsd.tuning.fingerprint import adapters_of, agree, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +32,13 @@ def calls_at(*timesteps: int, seed: int = 0, side: int = 16) -> list:
 
 
 CALLS = calls_at(900, 500, 100)
-TRY = ({"method": "corrected", "agent_ratio": 0.75}, {"method": "pool", "sx": 2, "sy": 2})
 
 
-@pytest.fixture
-def tuning(unet, every_gain_counts):
-    return agentsd.tune(unet, CALLS, 0.3, methods=TRY)
+@pytest.fixture(scope="module")
+def tuning(unet):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_every_gain_count(monkeypatch)
+        return agentsd.tune(unet, CALLS, 0.3, methods=TRY)
 
 
 def deviation(unet, tuning, call) -> float:
@@ -51,7 +55,7 @@ def deviation(unet, tuning, call) -> float:
 def test_the_measured_deviation_is_within_the_tolerance(unet, every_gain_counts, tolerance):
     tuning = agentsd.tune(unet, CALLS, tolerance, methods=TRY)
     assert tuning.measured <= tolerance
-    for moment, call in zip(tuning.moments, CALLS, strict=True):
+    for moment, call in zip(tuning.plan.deviations, CALLS, strict=True):
         assert deviation(unet, tuning, call) == pytest.approx(moment.measured, rel=1e-3, abs=1e-6)
 
 
@@ -149,18 +153,107 @@ class TestTheModelIsLeftAlone:
 
 class TestPeakMemory:
     def test_a_cpu_does_not_tell(self, tuning):
-        assert (tuning.peak_full, tuning.peak) == (None, None)
+        assert (tuning.peak_full, tuning.plan.peak) == (None, None)
         assert "memory" not in str(tuning)
 
     def test_it_is_that_of_the_calls_that_are_timed(self, unet, every_gain_counts, monkeypatch):
-        held = itertools.cycle([300 * 2**20, 200 * 2**20])  # without and with, in turn
+        configs = []
+
+        def call(self, number, text, config=None, original=replay.Replay.call):
+            configs.append(config)
+            return original(self, number, text, config)
+
+        monkeypatch.setattr(replay.Replay, "call", call)
         monkeypatch.setattr(torch.cpu, "reset_peak_memory_stats", lambda device: None, raising=False)
-        monkeypatch.setattr(torch.cpu, "max_memory_allocated", lambda device: next(held), raising=False)
+        held = lambda device: (200 if configs[-1] else 300) * 2**20  # noqa: E731
+        monkeypatch.setattr(torch.cpu, "max_memory_allocated", held, raising=False)
         tuning = agentsd.tune(unet, CALLS, 0.3, methods=TRY)
-        assert (tuning.peak_full, tuning.peak) == (300 * 2**20, 200 * 2**20)
+        assert (tuning.peak_full, tuning.plan.peak) == (300 * 2**20, 200 * 2**20)
         assert "peak memory 300 → 200\u00a0MiB" in str(tuning)
         assert agentsd.Tuning.from_dict(tuning.to_dict()) == tuning
-        assert tuning.at(0.005).peak is None, "that plan was not run"
+        assert tuning.at(0.005).plan.peak is None, "that plan was not run"
+
+
+class Scripted:
+    """A clock that tells what it is told: seconds with, for each call of the plan, seconds without being 1."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def ratio(self, unet) -> replay.TimeRatio:
+        played, rounds = replay.Replay(unet, CALLS), iter(self.seconds)
+        played.call = lambda number, text, config: (None, 1.0 if config is None else next(rounds))
+        played.total = 100
+        return replay.timed_in_turn(played, {0: agentsd.AgentConfig(), 2: agentsd.AgentConfig()}, "")
+
+
+class TestTime:
+    def test_a_clear_gain_needs_few_rounds(self, unet):
+        ratio = Scripted([0.7, 0.8, 0.72, 0.81, 0.69, 0.8]).ratio(unet)
+        assert ratio.told
+        assert ratio.ratio == pytest.approx((0.7 + 0.8) / 2)
+        assert ratio.high < 1
+
+    def test_more_rounds_tell_what_a_few_cannot(self, unet):
+        assert Scripted([0.9, 3.0, 0.9, 0.91, 0.9, 0.91, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]).ratio(unet).high < 1
+
+    def test_noise_is_no_gain(self, unet):
+        ratio = Scripted([0.5, 2.0, 0.9, 1.2, 0.7, 1.1] * 3).ratio(unet)
+        assert not ratio.told
+
+    @pytest.mark.parametrize(("seconds", "said"), [(1.2, ""), (None, "it cannot be told whether the plan is faster")])
+    def test_a_plan_that_is_not_told_to_be_faster_is_not_used(
+        self, unet, every_gain_counts, monkeypatch, seconds, said
+    ):
+        times = itertools.cycle([seconds] if seconds else [0.5, 2.0, 2.0, 0.5])
+
+        def call(self, number, text, config=None, original=replay.Replay.call):
+            return original(self, number, text, config)[0], 1.0 if config is None else next(times)
+
+        monkeypatch.setattr(replay.Replay, "call", call)
+        tuning = agentsd.tune(unet, CALLS, 0.3, methods=TRY)
+        assert not tuning.acts
+        assert (tuning.measured, tuning.speed_up, tuning.plan.gain) == (0, 1, "nothing is faster within 30%")
+        assert tuning.frontier == (tuning.plan,)
+        assert said in str(tuning)
+        assert bool(tuning.notes) == bool(said)
+        assert deviation(unet, tuning, CALLS[0]) == 0
+
+    @pytest.mark.parametrize("tolerance", [0.005, 0.02, 0.5])
+    def test_the_frontier_rises_and_says_measured_of_what_was(self, unet, every_gain_counts, tolerance):
+        tuning = agentsd.tune(unet, CALLS, tolerance, methods=TRY)
+        times = [plan.time for plan in tuning.frontier]
+        assert times == sorted(times, reverse=True)
+        assert len(set(times)) == len(times)
+        assert tuning.plan in tuning.frontier
+        assert [plan for plan in tuning.frontier if plan.timed] == [tuning.plan] * tuning.acts
+        if tuning.acts:
+            assert tuning.plan.gain == "1.25× measured"
+
+
+class TestWhatItCannotSee:
+    def test_a_u_net_that_answers_otherwise_each_time(self, unet, every_gain_counts):
+        noisy = unet.register_forward_hook(lambda module, args, out: out + 0.1 * torch.randn_like(out))
+        tuning = agentsd.tune(unet, CALLS, 0.1, methods=TRY)
+        noisy.remove()
+        assert not tuning.acts
+        assert "not tuned within 10%: the same U-Net call differs by" in str(tuning)
+
+    def test_a_cache_that_was_at_work_while_the_picture_was_made(self, unet, every_gain_counts):
+        with agentsd.record_calls(unet) as calls, torch.no_grad():
+            for args, kwargs in CALLS:
+                unet(*args, **kwargs)
+        assert agentsd.tune(unet, calls, 0.1, methods=TRY).acts
+        calls[1].output *= 2
+        assert "differs by" in agentsd.tune(unet, calls, 0.1, methods=TRY).notes[0]
+
+    def test_blocks_that_are_skipped_in_some_calls(self, unet, every_gain_counts):
+        block, count = find_sites(unet)[0].block, itertools.count()
+        forward = block.forward
+        block.forward = lambda x, **kw: x if next(count) % 2 else forward(x, **kw)
+        tuning = agentsd.tune(unet, CALLS, 0.3, methods=TRY)
+        del block.forward
+        assert any("blocks did not run in every recorded call" in note for note in tuning.notes)
 
 
 class TestProgress:
@@ -176,6 +269,13 @@ class TestProgress:
 
 
 class TestOtherModels:
+    @staticmethod
+    def changed(unet, weight):
+        other = copy.deepcopy(unet)
+        with torch.no_grad():
+            next(p for name, p in other.named_parameters() if name.endswith(weight)).mul_(1.01)
+        return other
+
     def test_another_structure_is_refused(self, tuning):
         other = flat_unet()
         before = tree(other)
@@ -183,24 +283,28 @@ class TestOtherModels:
             agentsd.apply_patch(other, tuning=tuning)
         assert tree(other) == before
 
-    def test_other_weights_are_refused(self, unet, tuning):
-        other = copy.deepcopy(unet)
-        with torch.no_grad():
-            next(p for name, p in other.named_parameters() if name.endswith("norm1.weight")).mul_(1.01)
+    @pytest.mark.parametrize("weight", ["norm1.weight", "time_embed.0.weight"])
+    def test_other_weights_are_refused_unless_the_plan_is_text(self, unet, tuning, weight):
+        other = self.changed(unet, weight)
         with pytest.raises(TuningError, match="other weights"):
             agentsd.apply_patch(other, tuning=tuning)
+        agentsd.apply_patch(other, tuning=agentsd.Tuning.from_text(tuning.text))
 
     def test_lora_is_the_same_model(self, unet, tuning):
-        other = copy.deepcopy(unet)
-        with torch.no_grad():
-            next(p for name, p in other.named_parameters() if name.endswith("attn1.to_q.weight")).mul_(1.01)
+        other = self.changed(unet, "attn1.to_q.weight")
         agentsd.apply_patch(other, tuning=tuning)
+        assert tuning.doubts(adapters=adapters_of(other)) == "tuned with another LoRA"
+        assert not tuning.doubts(adapters=adapters_of(unet))
 
-    def test_text_is_for_any_weights(self, unet, tuning):
-        other = copy.deepcopy(unet)
-        with torch.no_grad():
-            next(p for name, p in other.named_parameters() if name.endswith("norm1.weight")).mul_(1.01)
-        agentsd.apply_patch(other, tuning=agentsd.Tuning.from_text(tuning.text))
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+    @pytest.mark.parametrize("back", [False, True], ids=["to", "from"])
+    def test_another_dtype_is_the_same_model(self, unet, dtype, back):
+        one, other = copy.deepcopy(unet), copy.deepcopy(unet).to(dtype)
+        torch.manual_seed(1)
+        different = golden_unet().to(dtype)
+        stored, found = (weights_of(other), weights_of(one)) if back else (weights_of(one), weights_of(other))
+        assert agree(stored, found)
+        assert not agree(stored, weights_of(different))
 
 
 class TestSizes:

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 import agentsd
 from agentsd import Rule, Tuning, TuningError
-from agentsd.tuning.result import Level, Moment, Point
+from agentsd.tuning.result import Deviation, TunedBlock, TunedPlan
 
+PLAN = TunedPlan(0.02, ("a.b", "aab"), (Deviation(0.1, 0.01, 0.012), Deviation(0.5, 0.02, 0.018)), time=0.5, timed=True)
 TUNING = Tuning(
-    0.02,
-    (64, 48),
-    ({"method": "corrected", "agent_ratio": 0.98}, {"method": "pool", "sx": 2, "sy": 2}),
-    (0.0, 0.3),
-    ("a.b", "aab"),
-    "12345678",
-    "abcdef",
-    (Level("down.0", 1), Level("down.1", 2), Level("up.0", 1)),
-    (Moment(0.1, 0.01, 0.012), Moment(0.5, 0.02, 0.018)),
-    2.0,
-    1.0,
-    (
-        Point(0.01, ((0.1, 0.008), (0.5, 0.002)), 1.5, ("a..", "a..")),
-        Point(0.02, ((0.1, 0.012), (0.5, 0.018)), 1.0, ("a.b", "aab")),
-    ),
-    {"agentsd": "1"},
+    size=(64, 48),
+    candidates=({"method": "corrected", "agent_ratio": 0.98}, {"method": "pool", "sx": 2, "sy": 2}),
+    since=(0.0, 0.3),
+    plan=PLAN,
+    structure="12345678",
+    weights="abcdef",
+    blocks=(TunedBlock("down.0", 1), TunedBlock("down.1", 2), TunedBlock("up.0", 1)),
+    frontier=(TunedPlan(0.01, ("a..", "a.."), (Deviation(0.1, 0.008), Deviation(0.5, 0.002)), 0.75), PLAN),
+    seconds_full=2.0,
+    covers=(0.2, 1.0),
+    conditions={"lora": "detail 0.8"},
+    versions={"agentsd": "1"},
 )
+
+
+def with_choices(*choices):
+    return replace(TUNING, plan=replace(PLAN, choices=choices))
 
 
 def test_text_comes_back_as_the_same_plan():
@@ -39,11 +40,11 @@ def test_text_comes_back_as_the_same_plan():
 
 
 def test_text_leaves_out_what_no_block_uses_and_writes_parts_that_do_the_same_once():
-    part = replace(TUNING, choices=("b.b", "b.b"))
+    part = with_choices("b.b", "b.b")
     back = Tuning.from_text(part.text)
     assert [c["method"] for c in back.candidates] == ["pool"]
     assert (back.since, back.choices) == ((0.0,), ("a.a",))
-    assert Tuning.from_text(replace(TUNING, choices=("...", "...")).text).choices == ("...",)
+    assert Tuning.from_text(with_choices("...", "...").text).choices == ("...",)
 
 
 def test_text_fits_into_an_infotext():
@@ -110,18 +111,88 @@ def test_damaged_text_is_an_error_that_says_so(damage):
         Tuning.from_text(damage(TUNING.text))
 
 
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"plan": {**asdict(PLAN), "tolerance": "x"}},
+        {"plan": {**asdict(PLAN), "tolerance": float("nan")}},
+        {"plan": {**asdict(PLAN), "tolerance": 2.0}},
+        {"plan": {**asdict(PLAN), "time": float("inf")}},
+        {"plan": {**asdict(PLAN), "time": "fast"}},
+        {"plan": {**asdict(PLAN), "choices": [1, 2]}},
+        {"plan": None},
+        {"seconds_full": float("nan")},
+        {"since": [0.0, float("nan")]},
+        {"since": [0.0, "later"]},
+        {"size": [64.5, 48]},
+        {"size": [0, 48]},
+        {"covers": [0.2, "end"]},
+        {"candidates": [{"method": "none"}, {"sx": 2}]},
+        {"frontier": [{**asdict(PLAN), "deviations": [{"progress": float("nan"), "predicted": 0.1}]}]},
+        {"weights": 7},
+        {"notes": [7]},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_a_forged_tuning_is_refused(forged):
+    with pytest.raises(TuningError, match="damaged"):
+        Tuning.from_dict({**TUNING.to_dict(), **forged})
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "x", "-1", "inf"])
+def test_forged_text_is_refused(tolerance):
+    with pytest.raises(TuningError, match="damaged"):
+        Tuning.from_text(TUNING.text.replace(" 0.02 ", f" {tolerance} "))
+
+
+def test_text_is_read_as_reports_show_it():
+    assert Tuning.from_text(f"plan: {TUNING.text}\n").text == TUNING.text
+
+
 def test_another_tolerance_takes_its_plan_from_the_frontier():
     assert TUNING.at(0.02) is TUNING
     closer = TUNING.at(0.01)
     assert closer.choices == ("a..", "a..")
     assert (closer.predicted, closer.measured, closer.seconds) == (0.008, None, 1.5)
-    assert set("".join(TUNING.at(0.001).choices)) == {"."}
+    assert not TUNING.at(0.001).acts
     assert TUNING.at(0.5).choices == TUNING.choices
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "gain", "reached"),
+    [
+        (0.02, "2.00× measured", "1.8% measured"),
+        (0.01, "1.33× expected", "0.8% expected"),
+        (0.001, "nothing is faster within 0.1%", ""),
+    ],
+)
+def test_one_number_in_the_same_words_everywhere(tolerance, gain, reached):
+    tuning = TUNING.at(tolerance)
+    assert (tuning.plan.gain, tuning.plan.reached) == (gain, reached)
+    assert gain in str(tuning)
+    assert Tuning.from_text(tuning.text).plan.gain in (gain, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"conditions": {"lora": "detail 0.8"}, "start": 0.2}, ""),
+        ({"start": 0.15}, ""),
+        ({"conditions": {"lora": ""}}, "tuned with lora detail 0.8 and not none"),
+        ({"conditions": {"lora": "detail 1"}}, "tuned with lora detail 0.8 and not detail 1"),
+        ({"start": 0.0}, "tuned from 0.2 of the diffusion on"),
+    ],
+)
+def test_it_knows_what_it_holds_for(given, said):
+    told = TUNING.doubts(**{"start": 0.2, **given})
+    assert said in told
+    assert bool(said) == bool(told)
 
 
 def test_the_table_says_what_was_asked_and_reached():
     text = str(TUNING)
-    assert "tuned to 2% at a latent of 48×64: deviation 1.8% (measured), 2 → 1 s a U-Net call, 2.00×" in text
+    assert text.startswith("tuned to 2% at a latent of 48×64: deviation 1.8% measured, 2.00× measured, 2 → 1 s a U-Net")
     assert "1 corrected agent_ratio=0.98" in text
     assert "0% – 30%" in text
     assert str(Tuning.from_text(TUNING.text))

@@ -137,10 +137,9 @@ def test_what_inference_mode_made_can_be_replayed(unet):
     with torch.inference_mode(), agentsd.record_calls(unet) as calls:
         x, t, context = inputs(1, 8, 8)
         unet(x, t, context=context)
-    found = compare(unet, calls, {"none": None, "pool": agentsd.AgentConfig(method="pool", ratio=0.0, sx=2, sy=2)})
-    assert found["none"].deviation == 0
+    found = compare(unet, calls, {"pool": agentsd.AgentConfig(method="pool", ratio=0.0, sx=2, sy=2)})
     assert found["pool"].deviation > 0
-    assert found["pool"].seconds > 0
+    assert found["pool"].time > 0
 
 
 def test_comparing_leaves_the_model_as_it_was(unet):

@@ -20,7 +20,7 @@ from tiny_pipelines import tiny_unet
 from agentsd import get_patch
 from agentsd.settings import infotext
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
-from agentsd.tuning.table import percent
+from agentsd.words import percent
 
 ON = {"until": 1.0, "min_tokens": 1}
 WIDTH = 32  # channels of the tiny U-Net's context

@@ -5,6 +5,7 @@ Imports neither gradio nor a WebUI: the host's cache is passed in.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..attention.grid import Grid
 from ..config import AgentConfig
 from ..methods import selectable
 from ..patching.layer import KVContext
@@ -19,15 +21,15 @@ from ..settings import tunings
 from ..settings.presets import PRESETS, TUNED
 from ..settings.table import DEFAULTS, fraction_of, to_config
 from ..tuning.record import RecordedCall, progress_of
-from ..tuning.replay import Progress, compare
+from ..tuning.replay import Progress, compare, comparing_takes
 from ..tuning.result import Tuning, TuningError
 from ..tuning.tuner import tune
+from ..words import duration
 
 # Name of our section in the host's cache
 SECTION = "agent-attention-tunings"
 # Timesteps at which the presets are tried, for the chart
 _MOMENTS = 3
-_WITHOUT = "without"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class PresetPoint:
     Attributes:
         name: the preset.
         deviation: the largest deviation of the U-Net's output over the moments tried.
-        speed_up: seconds without / seconds with, over these moments.
+        speed_up: seconds without / seconds with, measured in turn.
     """
 
     name: str
@@ -119,11 +121,11 @@ class Store:
         found = (self._read(key) for key in self._keys(checkpoint))
         return sorted((kept for kept in found if kept is not None), key=lambda kept: -kept.made)
 
-    def forget(self, checkpoint: str) -> int:
-        """Forget a checkpoint's tunings, and return their number."""
-        keys = self._keys(checkpoint)
-        for key in keys:
-            del self._cache()[key]
+    def forget(self, checkpoint: str, key: str = "") -> int:
+        """Forget a checkpoint's tunings, or the one of this key; return their number."""
+        keys = [each for each in self._keys(checkpoint) if key in ("", each)]
+        for each in keys:
+            del self._cache()[each]
         return len(keys)
 
     def _keys(self, checkpoint: str) -> list[str]:
@@ -163,6 +165,28 @@ def config_of(plan: Tuning, unet: nn.Module, precision: str | None) -> AgentConf
     return replace(plan.config_for(unet), attn_precision=precision)
 
 
+# As files: those of `Tuning.save`, which tell the pass among the conditions
+
+
+def file_name(kept: Kept, checkpoint_hash: str) -> str:
+    """Name the file of a tuning, such as "6ce0161689-first-512x512.tuning.json"."""
+    height, width = Grid(*kept.tuning.size).pixels
+    name = checkpoint_hash or re.sub(r"\W+", "-", kept.checkpoint)
+    return f"{name}-{kept.of}-{width}x{height}.tuning.json"
+
+
+def from_file(text: str, checkpoint: str, unet: nn.Module) -> Kept:
+    """Read a tuning for a checkpoint from the text of a file.
+
+    Raises:
+        TuningError: it is damaged, or for another model.
+    """
+    tuning = Tuning.from_json(text)
+    tuning.config_for(unet)
+    of = tuning.conditions.get("pass", tunings.FIRST)
+    return Kept(checkpoint, of if of in tunings.PASSES else tunings.FIRST, tuning, (), time.time())
+
+
 # Tune
 
 
@@ -176,6 +200,7 @@ def make(
     precision: str | None = None,
     progress: Progress | None = None,
     kv_context: KVContext | None = None,
+    conditions: Mapping[str, str] | None = None,
 ) -> Kept:
     """Tune a U-Net on the calls of a pass, and place the presets beside the result.
 
@@ -186,33 +211,45 @@ def make(
         checkpoint: the checkpoint's name.
         of: the pass.
         precision: `attn_precision` of all settings that are tried.
-        progress: as in `agentsd.tune`.
+        progress: as in `agentsd.tune`; the text ends with the time left.
         kv_context: as in `agentsd.Patch`.
+        conditions: what else the pass is made under, as in `agentsd.tune`.
 
     Raises:
         TuningCancelled: `progress` returned False.
     """
-    moments = _moments(calls)
-    configs: dict[str, AgentConfig | None] = {_WITHOUT: None, **_preset_configs(of, precision)}
-    more, total = len(moments) * (1 + len(configs)), 0
+    moments, configs = _moments(calls), _preset_configs(of, precision)
+    more, made, start = comparing_takes(moments, configs), 0, time.monotonic()
 
-    def show(done: int, of_them: int, text: str) -> Any:
-        nonlocal total
-        total = of_them
-        return None if progress is None else progress(done, total + more, text)
+    def tell(done: int, total: int, text: str) -> Any:
+        spent = time.monotonic() - start
+        left = f", {duration(spent * (total - done) / done)} left" if done else ""
+        return None if progress is None else progress(done, total, f"{text}{left}")
 
-    def show_presets(done: int, of_them: int, text: str) -> Any:
-        return None if progress is None else progress(total + done, total + more, "Trying the presets")
+    def show(done: int, total: int, text: str) -> Any:
+        nonlocal made
+        made = total
+        return tell(done, total + more, text)
+
+    def show_presets(done: int, total: int, text: str) -> Any:
+        return tell(made + done, made + more, "Trying the presets")
 
     methods = [
         {"method": method.name, **settings, **({"attn_precision": precision} if precision else {})}
         for method in selectable()
         for settings in method.candidates
     ]
-    tuning = tune(unet, calls, tolerance, methods=methods, progress=show, kv_context=kv_context)
+    tuning = tune(
+        unet,
+        calls,
+        tolerance,
+        methods=methods,
+        progress=show,
+        kv_context=kv_context,
+        conditions={"pass": of, **(conditions or {})},
+    )
     found = compare(unet, moments, configs, progress=show_presets, kv_context=kv_context)
-    without = found.pop(_WITHOUT).seconds
-    presets = tuple(PresetPoint(name, c.deviation, without / c.seconds) for name, c in found.items())
+    presets = tuple(PresetPoint(name, c.deviation, 1 / c.time) for name, c in found.items())
     return Kept(checkpoint, of, tuning, presets, time.time())
 
 

@@ -20,7 +20,7 @@ from ..settings import tunings
 from ..settings.presets import CUSTOM, PRESETS, preset_of
 from ..settings.table import BY_NAME, DEFAULTS, FIRST, HIRES, SETTINGS, SMALL, check, labelled
 from ..tuning.result import Tuning, TuningError
-from ..tuning.table import percent
+from ..words import percent
 from .host import Hint, PanelHost
 from .kept_tunings import plans
 
@@ -289,18 +289,13 @@ def _not_tuned(values: Mapping[str, Any], passes: Sequence[SamplingPass], host: 
     ]
 
 
-def _tuned_line(sampling: SamplingPass, plan: Tuning) -> Line:
-    text = f"{sampling}: tuned to within {percent(plan.tolerance)}"
-    if plan.measured is not None:
-        text += f", {percent(plan.measured)} reached"
-    elif plan.predicted is not None:
-        text += f", {percent(plan.predicted)} expected"
+def _tuned_line(sampling: SamplingPass, tuning: Tuning) -> Line:
+    plan, within = tuning.plan, f"tuned to within {percent(tuning.tolerance)}"
     if not plan.acts:
-        return Line(text, Hint("nothing is faster within that here, so full attention stays", ("how_close",)), NOTHING)
-    if plan.speed_up is None:
-        return Line(text, None, ACTS)
-    times = milliseconds(1000 * plan.seconds_full, 1000 * plan.seconds)
-    return Line(text, None, _state(plan.speed_up), f"{_speed(plan.speed_up)}; measured: {times}")
+        return Line(f"{sampling}: {plan.gain}, so full attention stays", Hint("", ("how_close",)), NOTHING)
+    reached = f", deviation {plan.reached}" if plan.reached else ""
+    state = ACTS if plan.speed_up is None else _state(plan.speed_up)
+    return Line(f"{sampling}: {within}{reached}", None, state, plan.gain)
 
 
 def _by_flops(share: float) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Tunings as HTML: a table of what was asked for and reached, and a chart of speed over deviation.
 
-The chart is an SVG in the page's own colours. Imports neither torch, gradio nor a WebUI.
+The chart is an SVG in the page's own colours; `standalone` gives it colours of its own. Imports neither torch, gradio
+nor a WebUI.
 """
 
 from __future__ import annotations
@@ -11,32 +12,49 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from ..attention.grid import Grid
 from ..settings import tunings
-from ..tuning.table import mebibytes, percent
+from ..tuning.result import Tuning
+from ..words import mebibytes, percent
 
 if TYPE_CHECKING:
-    from .kept_tunings import Kept
+    from .kept_tunings import Kept, PresetPoint
 
-HEAD = ("Pass", "Size", "Without", "With", "Speed-up", "Peak memory", "Asked", "Reached")
+HEAD = ("Pass", "Size", "Made with", "U-Net call", "Speed", "Peak memory", "Asked", "Deviation")
 NAMES = {tunings.FIRST: "First pass", tunings.HIRES: "Hires pass", tunings.IMG2IMG: "img2img"}
 _WIDTH, _HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 26, 40
 _TICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_LINE = 13  # height of a label
+_LINE, _LABEL = 13, 90  # height and width of a label
+_STYLE = (
+    "text{font:11px sans-serif}.agent-attention-grid{stroke:#ddd}.agent-attention-frontier{fill:none;stroke:#2563eb;"
+    "stroke-width:2}.agent-attention-plan{fill:#2563eb}.agent-attention-chosen{fill:#dc2626}.agent-attention-preset"
+    "{fill:#78716c}"
+)
 
 
 def html(kept: Sequence[Kept]) -> str:
-    """Show a checkpoint's tunings, newest first: all of them as a table, the newest as a chart."""
+    """Show a checkpoint's tunings, newest first: all of them as a table, and a chart of each.
+
+    The page unfolds the chart of the size that is set; before it does, the newest is unfolded.
+    """
     if not kept:
         return "<p>Nothing is tuned yet for this checkpoint.</p>"
-    newest = kept[0]
-    caption = f"{newest.checkpoint}: {NAMES[newest.of].lower()} at {size_of(newest)}"
-    return f"{table(kept)}<figure><figcaption>{escape(caption)}</figcaption>{chart(newest)}</figure>"
+    charts = (
+        f'<details data-pass="{one.of}" data-size="{Grid(*one.tuning.size).pixels}"{"" if number else " open"}>'
+        f"<summary>{escape(title(one))}</summary>{chart(one.tuning, one.presets)}{_notes(one.tuning)}</details>"
+        for number, one in enumerate(kept)
+    )
+    return f"<p>{escape(kept[0].checkpoint)}</p>{table(kept)}{''.join(charts)}"
 
 
-def size_of(kept: Kept) -> str:
-    height, width = kept.tuning.size
-    return f"{8 * width}×{8 * height}"
+def title(kept: Kept) -> str:
+    """Name a tuning, such as "First pass, 512×512"."""
+    return f"{NAMES[kept.of]}, {Grid(*kept.tuning.size).pixels}"
+
+
+def _notes(tuning: Tuning) -> str:
+    return "".join(f"<p>{escape(note)}</p>" for note in tuning.notes)
 
 
 def table(kept: Iterable[Kept]) -> str:
@@ -49,16 +67,18 @@ def table(kept: Iterable[Kept]) -> str:
 
 def row(kept: Kept) -> list[str]:
     """Format a tuning as a row under `HEAD`."""
-    tuning = kept.tuning
-    times = [_milliseconds(seconds) for seconds in (tuning.seconds_full, tuning.seconds)]
-    speed = f"{tuning.speed_up:.2f}×" if tuning.speed_up else "–"
-    reached = "–" if tuning.measured is None else percent(tuning.measured)
-    memory = mebibytes(tuning.peak_full, tuning.peak) or "–"
-    return [NAMES[kept.of], size_of(kept), *times, speed, memory, percent(tuning.tolerance), reached]
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.0f}\u00a0ms"
+    tuning, plan = kept.tuning, kept.tuning.plan
+    made_with = ", ".join(f"{name} {value}" for name, value in tuning.conditions.items() if value and name != "pass")
+    times = (tuning.seconds_full, tuning.seconds) if plan.acts and plan.timed else ()
+    cells = [
+        made_with,
+        " → ".join(f"{1000 * seconds:.0f}" for seconds in times if seconds) + ("\u00a0ms" if times else ""),
+        plan.gain,
+        mebibytes(tuning.peak_full, plan.peak),
+        percent(tuning.tolerance),
+        plan.reached,
+    ]
+    return [NAMES[kept.of], str(Grid(*tuning.size).pixels), *(cell or "–" for cell in cells)]
 
 
 @dataclass(frozen=True)
@@ -68,42 +88,41 @@ class _Mark:
     deviation: float
     speed_up: float
     label: str
-    tuned: bool
+    tuned: bool = False
     chosen: bool = False
 
 
-def _marks(kept: Kept) -> list[_Mark]:
-    tuning, full = kept.tuning, kept.tuning.seconds_full
-    marks = [_Mark(p.deviation, p.speed_up, p.name, tuned=False) for p in kept.presets]
-    for point in tuning.frontier:
-        chosen = point.tolerance == tuning.tolerance
-        reached = tuning.measured if chosen and tuning.measured is not None else point.predicted
-        if full and point.seconds:
-            marks.append(_Mark(reached, full / point.seconds, percent(point.tolerance), True, chosen))
-    return marks
+def chart(tuning: Tuning, presets: Sequence[PresetPoint] = ()) -> str:
+    """Draw speed over deviation: the plans of a tuning as a line, presets beside them.
 
-
-def chart(kept: Kept) -> str:
-    """Draw speed over deviation: the plans of a tuning as a line, the presets beside them.
-
-    The deviation of a preset is that of the U-Net's output at a few moments of the picture that was tuned on.
+    The deviation of a preset is that of the U-Net's output at a few timesteps of the picture that was tuned on.
     """
-    marks = _marks(kept)
+    marks = [_Mark(each.deviation, each.speed_up, each.name) for each in presets]
+    for plan in tuning.frontier:
+        if plan.acts and plan.deviation is not None and plan.speed_up:
+            label = f"{percent(plan.tolerance)}: {plan.gain}"
+            marks.append(_Mark(plan.deviation, plan.speed_up, label, True, plan == tuning.plan))
     if not marks:
         return ""
     axes = _Axes(marks)
     line = " ".join(f"{axes.x(m.deviation):.1f},{axes.y(m.speed_up):.1f}" for m in marks if m.tuned)
+    told = ", ".join(f"{m.label} at {percent(m.deviation)}" for m in marks)
     parts = [
         *axes.drawn(),
         f'<polyline class="agent-attention-frontier" points="{line}"/>',
         *(_dot(axes, mark) for mark in marks),
         *_labels(axes, marks),
     ]
-    told = ", ".join(f"{m.label}: {m.speed_up:.2f}× at {percent(m.deviation)}" for m in marks)
     return (
         f'<svg class="agent-attention-chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(f"Speed-up over deviation. {told}", quote=True)}">{"".join(parts)}</svg>'
     )
+
+
+def standalone(svg: str) -> str:
+    """Make a file of its own of a chart."""
+    styled = svg.replace(">", f"><style>{_STYLE}</style>", 1)
+    return styled.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
 class _Axes:
@@ -111,7 +130,7 @@ class _Axes:
 
     def __init__(self, marks: Sequence[_Mark]) -> None:
         deviations = [m.deviation for m in marks if m.deviation > 0] or [0.01]
-        self.low, self.high = 0.7 * max(min(deviations), 1e-4), 2 * max(deviations)
+        self.low, self.high = 0.7 * max(min(deviations), 1e-4), 2 * max(*deviations, 1e-4)
         speeds = [1.0, *(m.speed_up for m in marks)]
         margin = 0.08 * max(max(speeds) - min(speeds), 0.05)
         self.slowest, self.fastest = min(speeds) - margin, max(speeds) + margin
@@ -126,7 +145,7 @@ class _Axes:
 
     def drawn(self) -> list[str]:
         bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-        parts = []
+        parts = [_text(_LEFT - 6, _TOP - 12, "speed, without = 1×", "start")]
         for value in (tick for tick in _TICKS if self.low <= tick <= self.high):
             x = self.x(value)
             parts.append(f'<line class="agent-attention-grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
@@ -152,12 +171,12 @@ def _dot(axes: _Axes, mark: _Mark) -> str:
 
 
 def _labels(axes: _Axes, marks: Sequence[_Mark]) -> Iterable[str]:
-    """Write each label beside its point, moved down where it would cover another."""
+    """Write each label below its point, since the line rises from it, and further down where it would cover another."""
     taken: list[tuple[float, float]] = []
     for mark in sorted(marks, key=lambda m: -m.speed_up):
-        x, y = axes.x(mark.deviation), axes.y(mark.speed_up) + 4
-        anchor = "end" if x > _WIDTH - 110 else "start"
-        while any(abs(x - other) < 80 and abs(y - above) < _LINE for other, above in taken):
+        x, y = axes.x(mark.deviation), axes.y(mark.speed_up) + _LINE
+        anchor = "end" if x > _WIDTH - _LABEL - _RIGHT else "start"
+        while any(abs(x - other) < _LABEL and abs(y - above) < _LINE for other, above in taken):
             y += 2
         taken.append((x, y))
         yield _text(x - 9 if anchor == "end" else x + 9, y, mark.label, anchor, strong=mark.chosen)

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from statistics import mean
 
-from ..tuning.table import percent
+from ..words import percent
 from .commands import SIDE, as_record, print_table, speed
 from .distance import distance
 from .files import save_picture, save_table

@@ -42,8 +42,8 @@ from ..panel.routes import Routes
 from ..settings import table
 from ..settings.tunings import AUTO, FIRST
 from ..tuning.record import RecordedCall, record_calls
-from ..tuning.result import TuningCancelled, TuningError
-from ..tuning.table import headline, percent
+from ..tuning.result import TuningCancelled, TuningError, headline
+from ..words import percent
 from .distance import distance
 from .runs import Run, draw
 from .sheets import enlarged

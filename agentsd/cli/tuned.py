@@ -11,17 +11,18 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from ..app.kept_tunings import PresetPoint
+from ..app.tuning_chart import chart, standalone
 from ..checks import SettingError
 from ..config import AgentConfig
 from ..settings import check, to_config
 from ..settings.presets import PRESETS
 from ..tuning.record import RecordedCall, record_calls
-from ..tuning.replay import Compared, compare
+from ..tuning.replay import compare
 from ..tuning.result import Tuning, TuningError
 from ..tuning.tuner import tune as tune_model
-from .chart import chart
 from .errors import CommandError
-from .files import fresh, save_picture, write_whole
+from .files import fresh, write_whole
 from .models import EMBEDDED, Model, Request, open_model
 from .options import TOLERANCE, config_of
 from .runs import draw
@@ -29,7 +30,7 @@ from .runs import draw
 # Name under which a picture's settings hold the text of a tuning.
 TUNING = "tuning"
 # Presets that are compared with the tuning; those for a hires pass or another model say nothing here.
-_COMPARED, _WITHOUT = ("Fast", "Faithful"), "without"
+_COMPARED = ("Fast", "Faithful")
 _PROMPTS = {EMBEDDED: ("red apple", "panda")}
 _OTHERS = ("a photo of a cat",)
 
@@ -46,9 +47,10 @@ def tune(args: argparse.Namespace) -> None:
     tuning = tuned(model, calls, args.tolerance, args.methods, args.quiet)
     others = rivals(model, calls[:: len(prompts)], args.quiet)
     write_whole(path, lambda file: file.write(tuning.to_json().encode()))
-    image = save_picture(path.with_suffix(".png"), chart(tuning, others), {"tuning": tuning.text})
+    drawn = path.with_suffix(".svg")
+    write_whole(drawn, lambda file: file.write(standalone(chart(tuning, others)).encode()))
     print(tuning)
-    print(f"\nThe tuning: {path}\nThe chart:  {image}")
+    print(f"\nThe tuning: {path}\nThe chart:  {drawn}")
     print(f'Use it:     python -m agentsd generate "{prompts[0]}" --model {args.model} --tuning {path}')
 
 
@@ -70,13 +72,12 @@ def tuned(
             raise CommandError(str(error)) from error
 
 
-def rivals(model: Model, calls: list[RecordedCall], quiet: bool) -> dict[str, Compared]:
-    """Measure presets on recorded calls; their seconds are relative to those without, measured in turn."""
-    configs = {_WITHOUT: None} | {name: to_config(check({"enabled": True, **PRESETS[name]})) for name in _COMPARED}
+def rivals(model: Model, calls: list[RecordedCall], quiet: bool) -> list[PresetPoint]:
+    """Measure presets on recorded calls."""
+    configs = {name: to_config(check({"enabled": True, **PRESETS[name]})) for name in _COMPARED}
     with _progress("comparing presets", quiet) as progress:
         found = compare(model.unet, calls, configs, progress=progress)
-    without = found.pop(_WITHOUT).seconds
-    return {name: Compared(one.deviation, one.seconds / without) for name, one in found.items()}
+    return [PresetPoint(name, one.deviation, 1 / one.time) for name, one in found.items()]
 
 
 @contextmanager

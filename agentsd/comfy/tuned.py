@@ -12,8 +12,7 @@ from ..attention.tensors import attention_by
 from ..config import AgentConfig
 from ..tuning.fingerprint import ordered_sites, structure_of, weights_of
 from ..tuning.record import RecordedCall, record_calls
-from ..tuning.result import Tuning
-from ..tuning.table import headline
+from ..tuning.result import Tuning, headline
 from ..tuning.tuner import tune
 from .model import ClonePatch, Slot, attach_slot, is_ours, kernel_of
 

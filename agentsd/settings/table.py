@@ -15,7 +15,7 @@ from ..checks import SettingError, check_names, shown
 from ..config import AUTO, LIMITS, TOKEN_MERGING, AgentConfig, early
 from ..methods import selectable
 from ..rules import format_rules, parse_rules, rules_from
-from ..tuning.table import percent
+from ..words import percent
 from . import tunings
 
 # Layers of fewer tokens gain nothing: the speed-up of SD 1's U-Net is 1.01× at 128×128 pixels (256 tokens) and 1.07× at

@@ -48,7 +48,7 @@ def read(text: str) -> tuple[PassTuning, ...]:
 
 
 def _read(text: str) -> PassTuning:
-    first, _, rest = text.strip().partition(" ")
+    first, _, rest = text.strip().removeprefix("plan:").strip().partition(" ")
     try:
         return (
             PassTuning(first, Tuning.from_text(rest)) if first in PASSES else PassTuning(FIRST, Tuning.from_text(text))

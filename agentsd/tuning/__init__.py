@@ -1,5 +1,5 @@
 """Tuning: the fastest settings of each block that keep a tolerance, measured on the model that will use them.
 
-`data` is what a tuning is, `record` collects calls of a U-Net, `probe` measures on them, `choose` decides, and `tuner`
-runs them in turn. Importing `data` loads no torch.
+`result` is what a tuning is, `record` collects calls of a U-Net, `probe` tries candidates in their blocks, `choose`
+decides, `replay` makes calls again and times them, and `tuner` runs these in turn. Importing `result` loads no torch.
 """

@@ -14,9 +14,9 @@ from itertools import permutations, product
 # Bisections of the price of deviation; more change nothing.
 _BISECTIONS = 50
 # Pairs of options above which exchanges take too long: with many blocks, they also gain little.
-_PAIRS = 20_000
+_MAX_PAIRS = 20_000
 # Seconds that a switch must save: rounding errors are no gain.
-_GAIN = 1e-9
+_MIN_SAVING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,17 @@ def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float], wort
     return [each.option for each in _chosen(priced, limits)]
 
 
+def deviation(chosen: Sequence[Option], constraint: int) -> float:
+    """Predict the deviation of the U-Net's output under one constraint."""
+    return math.sqrt(sum(option.squares[constraint] for option in chosen))
+
+
 class _Priced:
     """An option, and its cost: its seconds, and what its deviation is worth."""
 
     def __init__(self, option: Option, limits: Sequence[float], worth: float) -> None:
         self.option, self.squares = option, option.squares
-        shares = (_share(square, limit) for square, limit in zip(option.squares, limits, strict=True))
-        self.weight = max(shares, default=0.0)
+        self.weight = max(map(_share, option.squares, limits), default=0.0)
         self.cost = option.seconds + (worth * self.weight if worth else 0.0)
 
 
@@ -68,24 +72,23 @@ def _chosen(blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> lis
     def at(price: float) -> list[_Priced]:
         return [min(options, key=lambda o: o.cost + (price * o.weight if price else 0.0)) for options in blocks]
 
-    if holds(cheapest := at(0.0), limits):
+    if _holds(cheapest := at(0.0), limits):
         return cheapest
     low, high = 0.0, 1e-9
-    while not holds(at(high), limits):
+    while not _holds(at(high), limits):
         low, high = high, 10 * high
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high) if low else high / 2
-        low, high = (low, middle) if holds(at(middle), limits) else (middle, high)
+        low, high = (low, middle) if _holds(at(middle), limits) else (middle, high)
     chosen = _filled(at(high), blocks, limits)
     while exchanged := _exchanged(chosen, blocks, limits):
         chosen = _filled(exchanged, blocks, limits)
     return chosen
 
 
-def holds(chosen: Sequence[Option | _Priced], limits: Sequence[float]) -> bool:
+def _holds(chosen: Sequence[_Priced], limits: Sequence[float]) -> bool:
     """Whether the squares of all blocks sum to at most the limit, under every constraint."""
-    sums = [sum(option.squares[k] for option in chosen) for k in range(len(limits))]
-    return all(total <= limit for total, limit in zip(sums, limits, strict=True))
+    return all(sum(option.squares[k] for option in chosen) <= limit for k, limit in enumerate(limits))
 
 
 def _filled(chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> list[_Priced]:
@@ -95,35 +98,26 @@ def _filled(chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: 
             ((chosen[b].cost - option.cost, b, option) for b, options in enumerate(blocks) for option in options),
             key=lambda switch: -switch[0],
         )
-        for saved, b, option in switches:
-            if saved <= _GAIN:
-                return chosen
-            switched = [*chosen[:b], option, *chosen[b + 1 :]]
-            if holds(switched, limits):
-                chosen = switched
-                break
-        else:
+        switched = ([*chosen[:b], option, *chosen[b + 1 :]] for saved, b, option in switches if saved > _MIN_SAVING)
+        better = next((each for each in switched if _holds(each, limits)), None)
+        if better is None:
             return chosen
+        chosen = better
 
 
 def _exchanged(
     chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]
 ) -> list[_Priced] | None:
     """Switch two blocks at once, one of them to a costlier option, where that saves most; None if nothing does."""
-    if sum(map(len, blocks)) ** 2 > _PAIRS:
+    if sum(map(len, blocks)) ** 2 > _MAX_PAIRS:
         return None
-    best, found = _GAIN, None
+    best, found = _MIN_SAVING, None
     for a, b in permutations(range(len(blocks)), 2):
         for costlier, cheaper in product(blocks[a], blocks[b]):
             lost, saved = costlier.cost - chosen[a].cost, chosen[b].cost - cheaper.cost
             if lost > 0 and saved - lost > best:
                 switched = [*chosen]
                 switched[a], switched[b] = costlier, cheaper
-                if holds(switched, limits):
+                if _holds(switched, limits):
                     best, found = saved - lost, switched
     return found
-
-
-def deviation(chosen: Sequence[Option], constraint: int) -> float:
-    """Predict the deviation of the U-Net's output under one constraint."""
-    return math.sqrt(sum(option.squares[constraint] for option in chosen))

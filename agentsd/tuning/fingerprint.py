@@ -1,17 +1,21 @@
-"""Which model a tuning belongs to: the structure of its blocks, and a cheap checksum of some weights."""
+"""Which model a tuning belongs to: the structure of its blocks, and values of some of its weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hosts import Site, downsamples, find_sites
 
-# Every so many values of a weight count.
-_STRIDE = 16
+# Values kept of each group of weights, and blocks of which LoRA's share is looked at.
+VALUES, BLOCKS = 16, 8
+# Share of the values that have to agree: between two dtypes, a few may be rounded either way.
+AGREEMENT = 0.9
+_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def ordered_sites(unet: nn.Module) -> list[Site]:
@@ -26,32 +30,75 @@ def ordered_sites(unet: nn.Module) -> list[Site]:
 
 def structure_of(sites: Sequence[Site]) -> str:
     """Return a fingerprint of the blocks: their levels, channels and heads. The same for LDM and diffusers."""
-    return _digest([repr([(site.downsample, site.channels, site.heads) for site in sites]).encode()])[:8]
+    levels = repr([(site.downsample, site.channels, site.heads) for site in sites])
+    return hashlib.sha256(levels.encode()).hexdigest()[:8]
 
 
 @torch.no_grad()
 def weights_of(unet: nn.Module) -> str:
-    """Return a checksum of some of the U-Net's weights; empty if they are not in memory.
+    """Return values of some of the U-Net's weights, for `agree`.
 
     The first convolution, the first layer of the timestep's embedding and the norms of the blocks: fine-tuning changes
-    all of them, LoRA none. Compared as float16, so that a float32 copy of a half-precision model is the same model.
+    all of them, LoRA none.
     """
-    weights = list(_weights(unet))
-    if any(weight.is_meta for weight in weights):
-        return ""
-    return _digest(w.detach().flatten()[::_STRIDE].to("cpu", torch.float16).numpy().tobytes() for w in weights)
-
-
-def _weights(unet: nn.Module) -> Iterator[Tensor]:
     first = (next((m for m in unet.modules() if isinstance(m, kind)), None) for kind in (nn.Conv2d, nn.Linear))
-    norms = (getattr(site.block, "norm1", None) for site in ordered_sites(unet))
-    for module in (*first, *norms):
-        values = (getattr(module, name, None) for name in ("weight", "bias"))
-        yield from (value for value in values if isinstance(value, Tensor))
+    norms = [getattr(site.block, "norm1", None) for site in ordered_sites(unet)]
+    groups = [[getattr(module, "weight", None)] for module in first]
+    return " ".join(_values(group) for group in (*groups, [getattr(norm, "weight", None) for norm in norms]))
 
 
-def _digest(pieces: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()[:16]
+@torch.no_grad()
+def adapters_of(unet: nn.Module) -> str:
+    """Return values of attention's weights, with LoRA added, fused or not, for `agree`."""
+    sites = ordered_sites(unet)
+    return " ".join(_values([_effective(site.block.attn1.to_q)]) for site in sites[:: -(-len(sites) // BLOCKS)])
+
+
+def _effective(linear: nn.Module) -> Any:
+    """A linear layer's weight; peft keeps what is not fused beside it."""
+    weight = getattr(linear, "weight", None)
+    names = () if getattr(linear, "merged", False) else getattr(linear, "active_adapters", ())
+    deltas = [linear.get_delta_weight(name) for name in names if name in linear.lora_A]
+    return sum(deltas, getattr(weight, "data", weight)) if deltas and _readable(weight) else weight
+
+
+def _readable(weight: Any) -> bool:
+    """Whether a weight is there and as it was trained: neither quantised nor left on disk."""
+    plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+    return plain and str(weight.dtype).removeprefix("torch.") in _DTYPES
+
+
+def _values(weights: Iterable[Any]) -> str:
+    """Write some values of weights as text: their dtype, and 32 bits of each. "-" where they cannot be read."""
+    listed = list(weights)
+    if not listed or not all(map(_readable, listed)):
+        return "-"
+    each = -(-VALUES // len(listed))
+    picked = [w.detach().flatten()[:: max(1, w.numel() // each)][:each].to("cpu", torch.float32) for w in listed]
+    values = torch.cat(picked)[:: max(1, len(picked) * each // VALUES)][:VALUES]
+    return f"{str(listed[0].dtype).removeprefix('torch.')}:{values.numpy().astype('<f4').tobytes().hex()}"
+
+
+def agree(stored: str, found: str) -> bool:
+    """Whether two texts of `weights_of` or `adapters_of` are of the same weights, perhaps in other dtypes.
+
+    What could not be read in either does not count.
+    """
+    return all(_same(a, b) for a, b in zip(stored.split(), found.split(), strict=False) if "-" not in (a, b))
+
+
+def _same(a: str, b: str) -> bool:
+    try:
+        (one, x), (other, y) = _parsed(a), _parsed(b)
+        coarse = max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
+        x, y = (values.to(coarse).float() for values in (x, y))
+        return torch.isclose(x, y, rtol=1e-5, atol=0).float().mean().item() >= AGREEMENT
+    except (ValueError, RuntimeError, AttributeError):  # forged, or of a dtype that is not known here
+        return False
+
+
+def _parsed(text: str) -> tuple[torch.dtype, Tensor]:
+    name, _, values = text.partition(":")
+    if name not in _DTYPES:
+        raise ValueError(name)
+    return getattr(torch, name), torch.frombuffer(bytearray.fromhex(values), dtype=torch.float32)

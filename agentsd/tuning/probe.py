@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..clock import timed
+from ..clock import Clock
 from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, read_tokens
@@ -23,8 +23,8 @@ from ..patching.patch import Patch, patch_of
 from ..plan import merged_tokens, plan_block
 
 FULL = 0
-# Share of full attention's time above which a candidate is not tried again.
-_HOPELESS = 1.2
+# Time, full attention = 1, above which a candidate is not tried again.
+MAX_TIME_TRIED = 1.1
 
 
 @dataclass
@@ -34,13 +34,11 @@ class Trials:
     Attributes:
         kind: blocks of the same kind take the same time: (height, width) of the tokens, and their shape.
         errors: for each call, the error of each candidate, ‖candidate − full‖ / ‖h‖, h: the tokens that the block was
-            given, to which attention is added.
-        relative: for each call, the error of each candidate relative to attention itself, ‖candidate − full‖ / ‖full‖.
+            given, to which attention is added. Empty for a call in which the block did not run.
     """
 
     kind: Any = None
     errors: list[dict[int, float]] = field(default_factory=list)
-    relative: list[dict[int, float]] = field(default_factory=list)
 
 
 class Probe(Patch):
@@ -49,34 +47,36 @@ class Probe(Patch):
     Attributes:
         candidates: the settings to try, numbered from 1.
         trials: what was measured, by the block's name.
-        times: seconds of each candidate, and of full attention (0), by the kind of block.
+        full: seconds of full attention, by the kind of block.
+        ratios: time of each candidate, full attention in the same call = 1, by the kind of block and its number.
     """
 
-    def __init__(self, unet: nn.Module, candidates: Sequence[AgentConfig], kv_context: KVContext | None) -> None:
-        self.candidates = dict(enumerate(candidates, 1))
+    def __init__(
+        self, unet: nn.Module, candidates: Sequence[AgentConfig], kv_context: KVContext | None, clock: Clock
+    ) -> None:
+        self.candidates, self.clock = dict(enumerate(candidates, 1)), clock
         self.trials: defaultdict[str, Trials] = defaultdict(Trials)
-        self.times: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
+        self.full: defaultdict[Any, list[float]] = defaultdict(list)
+        self.ratios: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
         super().__init__(unet, candidates[0], kv_context)
 
     def _layer(self, site: Site, image: Image) -> Layer:
         return _ProbedLayer(self, site, image)
 
-    def make_room(self, count: int) -> None:
+    def make_room(self) -> None:
         """Make room for the measurements of one more U-Net call."""
         for layer in self._layers:
-            trials = self.trials[layer.site.name]
-            trials.errors += [{} for _ in range(count - len(trials.errors))]
-            trials.relative += [{} for _ in range(count - len(trials.relative))]
+            self.trials[layer.site.name].errors.append({})
 
     def is_slow(self, kind: Any, k: int) -> bool:
         """Whether a candidate took so long in blocks of this kind that it need not be tried again."""
-        times = self.times.get((kind, k))
-        return times is not None and min(times) > _HOPELESS * median(self.times[kind, FULL])
+        return min(self.ratios.get((kind, k), (0.0,))) > MAX_TIME_TRIED
 
     def seconds(self, name: str) -> Mapping[int, float]:
-        """Return the median seconds of each candidate, and of full attention (0), in blocks of this one's kind."""
+        """Return the seconds of each candidate, and of full attention (0), in blocks of this one's kind: medians."""
         kind = self.trials[name].kind
-        return {k: median(times) for (of, k), times in self.times.items() if of == kind}
+        full = median(self.full[kind]) if kind in self.full else 0.0
+        return {FULL: full} | {k: full * median(each) for (of, k), each in self.ratios.items() if of == kind}
 
 
 class _ProbedLayer(Layer):
@@ -108,23 +108,20 @@ class _ProbedLayer(Layer):
     def _attend(self, call: Call) -> Tensor:
         patch, size, trials = self.patch, self.image.size, self.patch.trials[self.site.name]
         trials.kind = (size, tuple(call.x.shape), self.site.heads)
-        full, seconds = timed(call.proceed, call.x.device)
-        patch.times[trials.kind, FULL].append(seconds)
-        length = max(norm(full), 1e-12)
+        full, seconds = patch.clock.timed(call.proceed, call.x.device)
+        patch.full[trials.kind].append(seconds)
         for k, (config, plan) in self._plans(patch.moment, size):
             if patch.is_slow(trials.kind, k):
                 continue
             try:
-                if (trials.kind, k) not in patch.times:
+                if (trials.kind, k) not in patch.ratios:
                     self._try(call, config, plan)  # the first time, kernels are loaded and tables are made
-                out, spent = timed(partial(self._try, call, config, plan), call.x.device)
+                out, spent = patch.clock.timed(partial(self._try, call, config, plan), call.x.device)
             except RuntimeError as failure:  # too little memory, say; what was not tried here is not chosen here
                 patch.note(f"an error of ours: {failure}")
                 continue
-            patch.times[trials.kind, k].append(spent)
-            error = norm(out.float() - full.float())
-            trials.errors[-1][k] = error / max(self.stream, 1e-12)
-            trials.relative[-1][k] = error / length
+            patch.ratios[trials.kind, k].append(spent / max(seconds, 1e-12))
+            trials.errors[-1][k] = norm(out.float() - full.float()) / max(self.stream, 1e-12)
         return full
 
     def _try(self, call: Call, config: AgentConfig, plan: LayerPlan) -> Tensor:

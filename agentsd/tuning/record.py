@@ -12,15 +12,23 @@ from torch import Tensor, nn
 
 from ..checks import SettingError
 from ..eager import not_compiled
-from ..hosts import find_timestep, find_unet, read_size, read_timestep
+from ..hosts import find_timestep, find_unet, output_tensor, read_size, read_timestep
 from ..schedule import MAX_TIMESTEP
 
 log = logging.getLogger("agentsd")
 
-# One call of a U-Net: its arguments
-RecordedCall = tuple[tuple[Any, ...], dict[str, Any]]
 # Calls kept of one timestep: cond and uncond may come in two.
-_PER_MOMENT = 2
+CALLS_OF_A_TIMESTEP = 2
+
+
+class RecordedCall(tuple[tuple[Any, ...], dict[str, Any]]):
+    """One call of a U-Net: its arguments (args, kwargs).
+
+    Attributes:
+        output: what it returned while the picture was made; None if unknown.
+    """
+
+    output: Tensor | None = None
 
 
 @contextmanager
@@ -44,12 +52,14 @@ def record_calls(model: Any, moments: int = 6) -> Iterator[list[RecordedCall]]:
     """
     if isinstance(moments, bool) or not isinstance(moments, int) or not 1 <= moments <= 100:
         raise SettingError(f"moments must be a whole number from 1 to 100, got {moments!r}")
-    recorder, calls = _Recorder(moments), []
-    handle = find_unet(model).register_forward_pre_hook(recorder.see, with_kwargs=True)
+    recorder, calls, unet = _Recorder(moments), [], find_unet(model)
+    handles = [unet.register_forward_pre_hook(recorder.see, with_kwargs=True)]
+    handles.append(unet.register_forward_hook(recorder.see_output))
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         calls += recorder.spread()
 
 
@@ -75,14 +85,26 @@ class _Recorder:
     moments: int
     size: tuple[int, int] | None = None
     seen: dict[float, list[RecordedCall]] = field(default_factory=dict)
+    under_way: RecordedCall | None = None
 
     @not_compiled
     def see(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a call. One that cannot be, for want of memory say, is left out: it must not cost the image."""
+        self.under_way = None
         try:
             self._keep(args, kwargs)
         except Exception:
             log.debug("a call was not recorded", exc_info=True)
+
+    @not_compiled
+    def see_output(self, unet: nn.Module, args: Any, output: Any) -> None:
+        """Record what the call returned."""
+        call, self.under_way = self.under_way, None
+        try:
+            if call is not None:
+                call.output = output_tensor(output).detach().clone()
+        except Exception:
+            log.debug("an output was not recorded", exc_info=True)
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         size, progress = read_size(args, kwargs), progress_of((args, kwargs))
@@ -90,8 +112,9 @@ class _Recorder:
         if size is None or size != self.size or progress is None:
             return
         calls = self.seen.setdefault(progress, [])
-        if len(calls) < _PER_MOMENT:
-            calls.append((copied(args), copied(kwargs)))
+        if len(calls) < CALLS_OF_A_TIMESTEP:
+            calls.append(RecordedCall((copied(args), copied(kwargs))))
+            self.under_way = calls[-1]
         if len(self.seen) > 2 * self.moments:
             del self.seen[self._most_crowded()]
 

@@ -1,17 +1,18 @@
-"""Make recorded calls again, and compare what comes out."""
+"""Make recorded calls again, compare what comes out, and tell which is faster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from statistics import fmean
+from math import comb
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import SettingError
-from ..clock import timed
+from ..clock import WALL, Clock, peak_memory
 from ..config import AgentConfig
 from ..hosts import find_unet, output_tensor, read_size, weight_of
 from ..patching.layer import KVContext
@@ -21,6 +22,12 @@ from .record import RecordedCall, copied, progress_of
 from .result import TuningCancelled
 
 Progress = Callable[[int, int, str], Any]
+# Rounds of calls without and with: after so many the first look, and the last.
+MIN_ROUNDS, MAX_ROUNDS = 6, 18
+# Confidence with which a ratio of times is told from 1.
+CONFIDENCE = 0.95
+# Rounds in which settings are compared with full attention, at each recorded timestep
+_COMPARED = 2
 
 
 class Replay:
@@ -30,11 +37,13 @@ class Replay:
         unet: the U-Net.
         calls: its calls, in any order.
         progress: called with (done, total, text) before each call; the calls stop if it returns False.
+        kv_context: as for `agentsd.Patch`.
+        clock: measures their seconds.
 
     Attributes:
         calls: the calls in the order of the diffusion.
         size: (height, width) of their latents.
-        full: outputs with full attention, once `remember` has stored them.
+        full: outputs with full attention, by the call's number, once `remember` has made them.
         done: number of calls made.
         total: number of calls expected.
 
@@ -42,7 +51,14 @@ class Replay:
         SettingError: there are no calls, or their latents are of several sizes.
     """
 
-    def __init__(self, unet: nn.Module, calls: Iterable[RecordedCall], progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        calls: Iterable[RecordedCall],
+        progress: Progress | None = None,
+        kv_context: KVContext | None = None,
+        clock: Clock = WALL,
+    ) -> None:
         self.calls = sorted(calls, key=lambda call: progress_of(call) or 0.0)
         sizes = {read_size(*call) for call in self.calls}
         if not sizes:
@@ -50,7 +66,8 @@ class Replay:
         if None in sizes or len(sizes) > 1:
             raise SettingError(f"calls must have latents of one size, got {sorted(map(str, sizes))}")
         (self.size,) = sizes
-        self.unet, self.progress = unet, progress
+        self.unet, self.progress, self.kv_context = unet, progress, kv_context
+        self.clock = clock
         self.device = weight_of(unet).device
         self.full: dict[int, Tensor] = {}
         self.done = self.total = 0
@@ -58,8 +75,8 @@ class Replay:
     def __len__(self) -> int:
         return len(self.calls)
 
-    def call(self, number: int, text: str) -> tuple[Tensor, float]:
-        """Make a call under whatever patch is installed; return its output, in float32, and its seconds.
+    def call(self, number: int, text: str, config: AgentConfig | None = None) -> tuple[Tensor, float]:
+        """Make a call under a config (None: under whatever is installed); return its output, in float32, and seconds.
 
         Raises:
             TuningCancelled: `progress` returned False.
@@ -67,13 +84,20 @@ class Replay:
         if self.progress is not None and self.progress(min(self.done, self.total), self.total, text) is False:
             raise TuningCancelled(f"cancelled after {self.done} U-Net calls")
         self.done += 1
-        args, kwargs = copied(self.calls[number])
-        out, seconds = timed(lambda: self.unet(*args, **kwargs), self.device)
+        args, kwargs = copied(tuple(self.calls[number]))
+        run = lambda: self.unet(*args, **kwargs)  # noqa: E731
+        if config is None:
+            out, seconds = self.clock.timed(run, self.device)
+        else:
+            with installed(Patch(self.unet, config, self.kv_context)):
+                out, seconds = self.clock.timed(run, self.device)
         return output_tensor(out).detach().float(), seconds
 
-    def remember(self, number: int, full: Tensor) -> None:
-        """Store the output of a call with full attention."""
-        self.full[number] = full
+    def remember(self, number: int, text: str) -> float:
+        """Make a call with full attention and keep its output; return by how much the recorded output differs."""
+        self.full[number], _ = self.call(number, text)
+        recorded = getattr(self.calls[number], "output", None)
+        return 0.0 if recorded is None else self.deviation(number, recorded.float())
 
     def deviation(self, number: int, out: Tensor) -> float:
         """‖out − full‖ / ‖full‖."""
@@ -82,59 +106,125 @@ class Replay:
 
 
 @dataclass(frozen=True)
+class TimeRatio:
+    """Seconds with / seconds without.
+
+    Attributes:
+        ratio: the ratio: mean over the calls of medians over rounds.
+        low: where it begins with `CONFIDENCE`; 0 where too few rounds were made to tell.
+        high: where it ends.
+        seconds: seconds without, averaged over the calls.
+        peaks: most bytes on the device without and with; None if it does not tell.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    seconds: float = 0.0
+    peaks: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def told(self) -> bool:
+        """Whether it is told from 1."""
+        return self.low > 1 or self.high < 1
+
+
+def interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return the interval that holds the median of what `samples` are drawn from; without end if they are too few.
+
+    By order statistics, for any distribution (e.g. Gibbons and Chakraborti, Nonparametric Statistical Inference, 5.4).
+    """
+    ordered, n = sorted(samples), len(samples)
+    outside, k = 0.0, -1
+    while k + 1 < n / 2 and outside + 2 * comb(n, k + 1) / 2**n <= 1 - confidence:
+        k += 1
+        outside += 2 * comb(n, k) / 2**n
+    return (ordered[k], ordered[n - 1 - k]) if k >= 0 else (0.0, float("inf"))
+
+
+def timed_in_turn(replay: Replay, configs: Mapping[int, AgentConfig], text: str) -> TimeRatio:
+    """Make calls without and with their config in turn, until one can tell which is faster, or `MAX_ROUNDS` were made.
+
+    A round is one call, without and with, and the next round the next call in the other order: what else the machine
+    does meanwhile meets both.
+    """
+    ratios: dict[int, list[float]] = {number: [] for number in configs}
+    seconds: dict[int, list[float]] = {number: [] for number in configs}
+    peaks: tuple[list[int], list[int]] = ([], [])
+    numbers = list(configs)
+    for round_ in range(MAX_ROUNDS):
+        number = numbers[round_ % len(numbers)]
+        spent = {}
+        for which in (1, 0) if round_ // len(numbers) % 2 else (0, 1):
+            config = configs[number] if which else None
+            spent[which], peak = peak_memory(lambda c=config, n=number: replay.call(n, text, c)[1], replay.device)
+            peaks[which].extend([] if peak is None else [peak])
+        ratios[number].append(spent[1] / spent[0])
+        seconds[number].append(spent[0])
+        low, high = interval([ratio for each in ratios.values() for ratio in each])
+        if round_ + 1 >= MIN_ROUNDS and (low > 1 or high < 1):
+            break
+    return TimeRatio(
+        fmean(map(median, filter(None, ratios.values()))),
+        low,
+        high,
+        fmean(map(median, filter(None, seconds.values()))),
+        (max(peaks[0], default=None), max(peaks[1], default=None)),
+    )
+
+
+@dataclass(frozen=True)
 class Compared:
     """What settings do to recorded calls.
 
     Attributes:
         deviation: ‖out − full‖ / ‖full‖ of the U-Net's output, the largest of all calls.
-        seconds: seconds of a call, their mean.
+        time: time of a call, full attention in the same round = 1: the median of all rounds.
     """
 
     deviation: float
-    seconds: float
+    time: float
+
+
+def comparing_takes(calls: Sized, configs: Sized) -> int:
+    """Return the number of U-Net calls that `compare` makes."""
+    return len(calls) * (1 + _COMPARED * (1 + len(configs)))
 
 
 def compare(
     model: Any,
     calls: Iterable[RecordedCall],
-    configs: Mapping[str, AgentConfig | None],
+    configs: Mapping[str, AgentConfig],
     *,
     progress: Progress | None = None,
     kv_context: KVContext | None = None,
+    clock: Clock = WALL,
 ) -> dict[str, Compared]:
     """Make recorded calls with full attention and under each of several settings, in turn.
 
     Args:
         model: as for `apply_patch`. A patch on it is removed meanwhile.
         calls: as for `agentsd.tune`.
-        configs: the settings, by names of the caller's; None for full attention.
+        configs: the settings, by names of the caller's.
         progress: as for `agentsd.tune`.
         kv_context: as for `agentsd.Patch`.
+        clock: as for `agentsd.tune`.
 
     Returns:
         The comparison for each name.
     """
-    replay = Replay(find_unet(model), calls, progress)
-    replay.total = len(replay) * (1 + len(configs))
+    replay = Replay(find_unet(model), calls, progress, kv_context, clock)
+    replay.total = comparing_takes(replay, configs)
     found: dict[str, list[Compared]] = {name: [] for name in configs}
     with torch.no_grad(), unpatched(replay.unet):
         for number in range(len(replay)):
-            replay.remember(number, replay.call(number, "Full attention")[0])
-            for name, config in configs.items():
-                out, seconds = called_under(replay, number, config, name, kv_context)
-                found[name].append(Compared(replay.deviation(number, out), seconds))
-    return {name: _summary(each) for name, each in found.items()}
-
-
-def called_under(
-    replay: Replay, number: int, config: AgentConfig | None, text: str, kv_context: KVContext | None
-) -> tuple[Tensor, float]:
-    """Make a call under a config; None for full attention."""
-    if config is None:
-        return replay.call(number, text)
-    with installed(Patch(replay.unet, config, kv_context)):
-        return replay.call(number, text)
-
-
-def _summary(each: Sequence[Compared]) -> Compared:
-    return Compared(max(one.deviation for one in each), fmean(one.seconds for one in each))
+            replay.remember(number, "Full attention")
+            for _ in range(_COMPARED):
+                without = replay.call(number, "Full attention")[1]
+                for name, config in configs.items():
+                    out, seconds = replay.call(number, name, config)
+                    found[name].append(Compared(replay.deviation(number, out), seconds / without))
+    return {
+        name: Compared(max(one.deviation for one in each), median(one.time for one in each))
+        for name, each in found.items()
+    }

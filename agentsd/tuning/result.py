@@ -1,27 +1,35 @@
-"""A tuning as data: what each block does in each part of the diffusion, and what was measured. Imports no torch."""
+"""A tuning: what each block does in each part of the diffusion, what was measured, and how to tell of it.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..attention.grid import Grid
-from ..checks import SettingError
+from ..checks import SettingError, checked_number, shown
 from ..config import AgentConfig
 from ..rules import format_rules, parse_rules
 from ..schedule import Rule
+from ..words import aligned, mebibytes, percent
 
 FORMAT, VERSION = "agentsd tuning", 1
-# Letters of the blocks' settings in the text form; "." is full attention.
+# Letters of the blocks' settings; "." is full attention.
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FULL_LETTER = "."
 # What the settings of a candidate are differences from, beside the defaults: all levels, and nothing merged.
 BASE: Mapping[str, Any] = {"ratio": 0.0, "max_downsample": 8, "agent_source": "grid"}
+# Fraction of the diffusion by which a run may begin earlier than what was tuned on.
+MARGIN = 0.1
 
 # Settings to override in a block; None means full attention
 Candidate = Mapping[str, Any]
@@ -43,7 +51,7 @@ class TuningCancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Level:
+class TunedBlock:
     """What tunings know of a block besides its place in the order of the U-Net.
 
     Attributes:
@@ -56,13 +64,13 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Deviation of the U-Net's output at one recorded timestep: the largest of its calls.
+class Deviation:
+    """‖out − full‖ / ‖full‖ of the U-Net's output at one recorded timestep: the largest of its calls.
 
     Attributes:
         progress: fraction of the diffusion that is done there, 0–1.
-        predicted: deviation by the errors of single blocks, scaled by what plans were measured to deviate there.
-        measured: deviation of the whole plan; None if it was not run.
+        predicted: by the errors of single blocks, scaled by what plans were measured to deviate there.
+        measured: of the whole plan; None if it was not run.
     """
 
     progress: float
@@ -71,75 +79,24 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One plan of the frontier.
+class TunedPlan:
+    """What each block does in each part of the diffusion.
 
     Attributes:
         tolerance: the deviation that it was chosen for.
-        moments: (progress, predicted deviation) of each recorded timestep.
-        seconds: predicted seconds of a U-Net call, averaged over the recorded moments.
-        choices: as in `Tuning`.
-    """
-
-    tolerance: float
-    moments: tuple[tuple[float, float], ...]
-    seconds: float
-    choices: tuple[str, ...]
-
-    @property
-    def predicted(self) -> float:
-        """The largest predicted deviation."""
-        return max((deviation for _, deviation in self.moments), default=0.0)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Result of `agentsd.tune`: data, which can be saved, printed and applied.
-
-    Attributes:
-        tolerance: upper limit on the deviation ‖out − full‖ / ‖full‖ of the U-Net's output, which it was tuned for.
-        size: (height, width) of the latent.
-        candidates: settings to override, one mapping for each letter in `choices`: a, b, c …
-        since: progress at which each part of the diffusion begins; the first is 0.
         choices: one text for each part: a letter for each block in the order of the U-Net, "." for full attention.
-        structure: fingerprint of the U-Net's blocks.
-        weights: fingerprint of some of its weights, such as LoRA does not touch; empty if unknown.
-        blocks: the blocks, in the order of the U-Net; empty in a tuning that was read from text.
-        moments: deviations at the recorded timesteps.
-        seconds_full: seconds of a U-Net call with full attention, averaged over the recorded moments.
-        seconds: seconds of a U-Net call with this tuning.
-        frontier: plans for several tolerances, from the closest to the fastest; see `at`.
-        versions: versions of the libraries, the device and the dtype that it was made with.
-        peak_full: most bytes on the device during a U-Net call with full attention; None if the device does not tell.
-        peak: most bytes during one with this tuning.
+        deviations: what it deviates by at the recorded timesteps.
+        time: time of a U-Net call, full attention = 1, averaged over the recorded timesteps; None if unknown.
+        timed: whether `time` was measured on whole calls; otherwise it is expected from the times of the blocks.
+        peak: most bytes on the device during a call; None if it was not run, or the device does not tell.
     """
 
     tolerance: float
-    size: tuple[int, int]
-    candidates: tuple[Candidate, ...]
-    since: tuple[float, ...]
     choices: tuple[str, ...]
-    structure: str
-    weights: str = ""
-    blocks: tuple[Level, ...] = ()
-    moments: tuple[Moment, ...] = ()
-    seconds_full: float | None = None
-    seconds: float | None = None
-    frontier: tuple[Point, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-    peak_full: int | None = None
+    deviations: tuple[Deviation, ...] = ()
+    time: float | None = None
+    timed: bool = False
     peak: int | None = None
-
-    @property
-    def predicted(self) -> float | None:
-        """The largest predicted deviation; None if nothing is known."""
-        return max((moment.predicted for moment in self.moments), default=None)
-
-    @property
-    def measured(self) -> float | None:
-        """The largest measured deviation; None if the plan as a whole was not run."""
-        values = [moment.measured for moment in self.moments]
-        return max(values) if values and None not in values else None
 
     @property
     def acts(self) -> bool:
@@ -147,14 +104,130 @@ class Tuning:
         return any(set(part) != {FULL_LETTER} for part in self.choices)
 
     @property
+    def predicted(self) -> float | None:
+        """The largest predicted deviation; None if nothing is known."""
+        return max((each.predicted for each in self.deviations), default=None)
+
+    @property
+    def measured(self) -> float | None:
+        """The largest measured deviation; None if the plan as a whole was not run."""
+        values = [each.measured for each in self.deviations]
+        return max(values) if values and None not in values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """The measured deviation, or else the predicted one."""
+        return self.predicted if self.measured is None else self.measured
+
+    @property
     def speed_up(self) -> float | None:
         """Seconds without / seconds with; None if unknown."""
-        return self.seconds_full / self.seconds if self.seconds and self.seconds_full else None
+        return 1 / self.time if self.time else None
+
+    @property
+    def gain(self) -> str:
+        """The gain in the words that all places use, such as "1.31× measured"; empty if unknown."""
+        if not self.acts:
+            return f"nothing is faster within {percent(self.tolerance)}"
+        return f"{self.speed_up:.2f}× {'measured' if self.timed else 'expected'}" if self.time else ""
+
+    @property
+    def reached(self) -> str:
+        """The deviation in the words that all places use, such as "1.8% measured"; empty if unknown."""
+        if self.deviation is None:
+            return ""
+        return f"{percent(self.deviation)} {'expected' if self.measured is None else 'measured'}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Result of `agentsd.tune`: data, which can be saved, printed and applied.
+
+    Attributes:
+        size: (height, width) of the latent.
+        candidates: settings to override, one mapping for each letter in a plan's `choices`: a, b, c …
+        since: progress at which each part of the diffusion begins; the first is 0.
+        plan: the plan in force.
+        structure: fingerprint of the U-Net's blocks.
+        weights: values of some of its weights, such as LoRA does not touch; empty if unknown.
+        adapters: values of some that LoRA changes; empty if unknown.
+        blocks: the blocks, in the order of the U-Net; empty in a tuning that was read from text.
+        frontier: plans for several tolerances, from the closest to the fastest; see `at`.
+        seconds_full: seconds of a U-Net call with full attention, averaged over the recorded timesteps.
+        peak_full: most bytes on the device during one; None if the device does not tell.
+        covers: the fraction of the diffusion that it was tuned on, from and until.
+        conditions: what else it was made under, by name, such as {"lora": "detail 0.8"}.
+        notes: what could not be seen while it was made.
+        versions: versions of the libraries, the device and the dtype that it was made with.
+    """
+
+    size: tuple[int, int]
+    candidates: tuple[Candidate, ...]
+    since: tuple[float, ...]
+    plan: TunedPlan
+    structure: str
+    weights: str = ""
+    adapters: str = ""
+    blocks: tuple[TunedBlock, ...] = ()
+    frontier: tuple[TunedPlan, ...] = ()
+    seconds_full: float | None = None
+    peak_full: int | None = None
+    covers: tuple[float, float] = (0.0, 1.0)
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    # Of the plan in force
+
+    @property
+    def tolerance(self) -> float:
+        """Upper limit on the deviation of the U-Net's output that the plan in force was chosen for."""
+        return self.plan.tolerance
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return self.plan.choices
+
+    @property
+    def acts(self) -> bool:
+        return self.plan.acts
+
+    @property
+    def measured(self) -> float | None:
+        return self.plan.measured
+
+    @property
+    def predicted(self) -> float | None:
+        return self.plan.predicted
+
+    @property
+    def speed_up(self) -> float | None:
+        return self.plan.speed_up
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of a U-Net call with the plan in force: measured if `plan.timed`, otherwise expected."""
+        return self.seconds_full * self.plan.time if self.seconds_full and self.plan.time else None
 
     @property
     def by_letter(self) -> dict[str, Candidate]:
         """The candidates by the letters that stand for them in `choices`."""
         return dict(zip(LETTERS, self.candidates, strict=False))
+
+    def at(self, tolerance: float) -> Tuning:
+        """Return the tuning for another tolerance: the fastest plan of the frontier that is to keep it.
+
+        Only the plan of the tolerance that was tuned for has been run as a whole. Where no plan keeps the tolerance,
+        all blocks have full attention.
+        """
+        if tolerance == self.tolerance:
+            return self
+        full = TunedPlan(tolerance, tuple(FULL_LETTER * len(part) for part in self.choices), (), 1.0)
+        kept = [plan for plan in self.frontier if plan.deviation is not None and plan.deviation <= tolerance]
+        best = min([full, *kept], key=lambda plan: 1.0 if plan.time is None else plan.time)
+        return replace(self, plan=replace(best, tolerance=tolerance))
+
+    # As settings
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -174,7 +247,7 @@ class Tuning:
         sites = ordered_sites(unet)
         if structure_of(sites) != self.structure:
             raise TuningError(f"this tuning is for another model: of {len(self.choices[0])} blocks, not {len(sites)}")
-        return self._rules([Level(site.name, site.downsample) for site in sites])
+        return self._rules([TunedBlock(site.name, site.downsample) for site in sites])
 
     @property
     def base(self) -> AgentConfig:
@@ -187,64 +260,41 @@ class Tuning:
         Raises:
             TuningError: the U-Net isn't the one that was tuned: its blocks or its weights are others.
         """
-        from .fingerprint import weights_of
+        from .fingerprint import agree, weights_of
 
         rules = self.rules_for(unet)
-        if self.weights and weights_of(unet) not in ("", self.weights):
+        if not agree(self.weights, weights_of(unet)):
             raise TuningError("this tuning is for another model: same blocks, but other weights")
         return TunedConfig(**BASE, rules=rules, tuned_for=self.size)
 
-    def _rules(self, blocks: Sequence[Level]) -> tuple[Rule, ...]:
-        rules = [Rule(None)]
-        ends = (*self.since[1:], 1.0)
+    def _rules(self, blocks: Sequence[TunedBlock]) -> tuple[Rule, ...]:
+        rules, ends = [Rule(None)], (*self.since[1:], 1.0)
         for letter, candidate in self.by_letter.items():
             # runs of parts in which the same blocks use this candidate
             users = [tuple(i for i, c in enumerate(part) if c == letter) for part in self.choices]
             for which, run in groupby(range(len(users)), key=users.__getitem__):
                 parts = list(run)
-                by_tokens = groupby(
-                    sorted(which, key=lambda i: self._tokens(blocks[i])), lambda i: self._tokens(blocks[i])
-                )
+                by_tokens: dict[int, list[str]] = {}
+                for i in which:
+                    by_tokens.setdefault(self._tokens(blocks[i]), []).append(blocks[i].name)
                 rules += [
                     Rule(
                         {**candidate, "min_tokens": tokens},
-                        blocks=tuple(blocks[i].name for i in sorted(members)),
+                        blocks=tuple(names),
                         since=self.since[parts[0]],
                         until=ends[parts[-1]],
                     )
-                    for tokens, members in by_tokens
+                    for tokens, names in sorted(by_tokens.items())
                 ]
         return tuple(rules)
 
-    def _tokens(self, block: Level) -> int:
+    def _tokens(self, block: TunedBlock) -> int:
         """Number of tokens of a block at the tuned size: with fewer, cells would be coarser than what was measured."""
         if block.downsample is None:
             return 0
         return Grid(*self.size).at(block.downsample).tokens
 
-    def at(self, tolerance: float) -> Tuning:
-        """Return the tuning for another tolerance: the fastest plan of the frontier predicted to keep it.
-
-        Only the plan of the tuning's own tolerance has been run as a whole, so `measured` of others is None. Where no
-        plan keeps the tolerance, all blocks have full attention.
-        """
-        if tolerance == self.tolerance:
-            return self
-        points = [point for point in self.frontier if point.predicted <= tolerance]
-        if not points:
-            full = tuple(FULL_LETTER * len(part) for part in self.choices)
-            return replace(
-                self, tolerance=tolerance, choices=full, moments=(), seconds=self.seconds_full, peak=self.peak_full
-            )
-        best = min(points, key=lambda point: point.seconds)
-        return replace(
-            self,
-            tolerance=tolerance,
-            choices=best.choices,
-            moments=tuple(Moment(*moment) for moment in best.moments),
-            seconds=best.seconds,
-            peak=None,
-        )
+    # What it does not hold for
 
     def advice(self, height: int, width: int) -> str:
         """Explain what becomes of the tuning for a latent of `height` × `width`; empty at its own size."""
@@ -259,6 +309,28 @@ class Tuning:
             f"{tuned}: this one is {other}; cells stay as they are, where they would be coarser full attention does, "
             "and the deviation was not measured here"
         )
+
+    def doubts(self, conditions: Mapping[str, str] | None = None, start: float = 0.0, adapters: str = "") -> str:
+        """Say what a run differs in from what was tuned on; empty if nothing is known to.
+
+        Args:
+            conditions: what the run is made under, by the names of `conditions`.
+            start: progress at which it begins, 0–1.
+            adapters: as in the tuning, of the U-Net as it is now.
+        """
+        from_tuning = {name: self.conditions.get(name, "") for name in conditions or {}}
+        found = [
+            f"tuned with {name} {from_tuning[name] or 'none'} and not {value or 'none'}"
+            for name, value in (conditions or {}).items()
+            if self.blocks and from_tuning[name] != value
+        ]
+        if self.adapters and adapters and not found:
+            from .fingerprint import agree
+
+            found += [] if agree(self.adapters, adapters) else ["tuned with another LoRA"]
+        if start < self.covers[0] - MARGIN:
+            found.append(f"tuned from {self.covers[0]:.2g} of the diffusion on; full attention stays before")
+        return " and ".join(found)
 
     # Text and files
 
@@ -280,12 +352,12 @@ class Tuning:
 
     @classmethod
     def from_text(cls, text: str) -> Tuning:
-        """Read the text that `text` wrote.
+        """Read the text that `text` wrote, also with the word "plan:" in front, as reports show it.
 
         Raises:
             TuningError: it is damaged, or of a later version.
         """
-        head, *rest = (part.strip() for part in str(text).split("|"))
+        head, *rest = (part.strip() for part in str(text).strip().removeprefix("plan:").split("|"))
         try:
             word, version, size, tolerance, structure = head.split()
             if word != "tuning" or int(version) != VERSION:
@@ -294,13 +366,12 @@ class Tuning:
             settings = [part for part in rest if "=" in part]
             parts = [part.split() for part in rest if "=" not in part]
             candidates = tuple(rule.settings for part in settings for rule in parse_rules(part))
-            since, choices = tuple(float(a) for a, _ in parts), tuple(b for _, b in parts)
-            tuning = cls(float(tolerance), (height, width), candidates, since, choices, structure)
+            plan = TunedPlan(float(tolerance), tuple(choices for _, choices in parts))
+            return cls((height, width), candidates, tuple(float(a) for a, _ in parts), plan, structure).checked()
+        except TuningError:
+            raise
         except (ValueError, TypeError, IndexError) as error:
-            raise (
-                error if isinstance(error, TuningError) else TuningError(f"this tuning is damaged: {error}")
-            ) from error
-        return tuning.checked()
+            raise TuningError(f"this tuning is damaged: {error}") from error
 
     def checked(self) -> Tuning:
         """Return the tuning if it makes sense.
@@ -308,24 +379,36 @@ class Tuning:
         Raises:
             TuningError: it doesn't.
         """
+        plans = [self.plan, *self.frontier]
+        numbers = [("tolerance", plan.tolerance, 1.0) for plan in plans]
+        numbers += [("time", plan.time, 1e3) for plan in plans]
+        for plan in plans:
+            for each in plan.deviations:
+                numbers += [("progress", each.progress, 1.0), ("deviation", each.predicted, 1e6)]
+                numbers.append(("deviation", each.measured, 1e6))
+        numbers += [("seconds", self.seconds_full, 1e6), *(("covers", edge, 1.0) for edge in self.covers)]
+        try:
+            for name, value, high in numbers:
+                optional = name in ("time", "seconds", "deviation")
+                checked_number(name, value, {"kind": "float", "low": 0.0, "high": high, "optional": optional})
+            for candidate in self.candidates:
+                AgentConfig(**BASE, rules=(Rule(candidate),))
+        except SettingError as error:
+            raise TuningError(f"this tuning is damaged: {error}") from error
         known = {*self.by_letter, FULL_LETTER}
-        plans = [self.choices, *(point.choices for point in self.frontier)]
         sound = (
-            self.since[:1] == (0.0,)
+            all(plan.tolerance > 0 or not plan.acts for plan in plans)
+            and self.since[:1] == (0.0,)
             and all(a < b for a, b in zip(self.since, (*self.since[1:], 1.0), strict=True))
-            and all(len(plan) == len(self.since) for plan in plans)
-            and len({len(part) for plan in plans for part in plan}) == 1
-            and all(set(part) <= known for plan in plans for part in plan)
+            and all(len(plan.choices) == len(self.since) for plan in plans)
+            and len({len(part) for plan in plans for part in plan.choices} | {len(self.blocks) or None} - {None}) == 1
+            and all(set(part) <= known for plan in plans for part in plan.choices)
             and len(self.size) == 2
-            and all(isinstance(side, int) and side > 0 for side in self.size)
+            and all(isinstance(side, int) and 0 < side < 2**16 for side in self.size)
+            and all(isinstance(text, str) for text in (self.structure, self.weights, self.adapters, *self.notes))
         )
         if not sound:
             raise TuningError("this tuning is damaged: its parts don't fit together")
-        try:
-            for candidate in self.candidates:
-                AgentConfig(rules=(Rule(candidate),))
-        except SettingError as error:
-            raise TuningError(f"this tuning is damaged: {error}") from error
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -341,16 +424,17 @@ class Tuning:
         """
         try:
             given = dict(data)
-            for name, kind in (("blocks", Level), ("moments", Moment), ("frontier", Point)):
-                given[name] = tuple(kind(**entry) for entry in given.get(name, ()))
-            given["frontier"] = tuple(
-                replace(point, choices=tuple(point.choices), moments=tuple(map(tuple, point.moments)))
-                for point in given["frontier"]
-            )
-            for name in ("size", "candidates", "since", "choices"):
-                given[name] = tuple(given[name])
+            given["plan"] = _plan_from(given["plan"])
+            given["frontier"] = tuple(map(_plan_from, given.get("frontier", ())))
+            given["blocks"] = tuple(TunedBlock(**block) for block in given.get("blocks", ()))
+            for name in ("size", "candidates", "since", "covers", "notes"):
+                given[name] = tuple(given.get(name, getattr(cls, name, ())))
+            for name in ("conditions", "versions"):
+                given[name] = {str(key): str(value) for key, value in dict(given.get(name, {})).items()}
             return cls(**given).checked()
-        except (TypeError, KeyError, AttributeError) as error:
+        except TuningError:
+            raise
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise TuningError(f"this tuning is damaged: {error}") from error
 
     def to_json(self) -> str:
@@ -364,31 +448,95 @@ class Tuning:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> Tuning:
+    def from_json(cls, text: str, name: str = "this file") -> Tuning:
+        """Read what `to_json` wrote; `name` is what errors call it.
+
+        Raises:
+            TuningError: it is no tuning, is damaged, or is of a later version.
+        """
+        try:
+            whole = json.loads(text)
+            if whole["format"] != FORMAT:
+                raise KeyError("format")
+            version, checksum, data = whole["version"], whole["checksum"], whole["tuning"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TuningError(f"{name} is no tuning, or is damaged") from error
+        if version != VERSION:
+            raise TuningError(f"{name} has version {shown(version)}, and {VERSION} is what can be read")
+        if checksum != _checksum(data):
+            raise TuningError(f"{name} is damaged: its checksum is another one")
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Tuning:
         """Read a tuning from the file that `save` wrote.
 
         Raises:
             OSError: the file cannot be read.
             TuningError: it is no tuning, is damaged, or is of a later version.
         """
-        try:
-            whole = json.loads(Path(path).read_text(encoding="utf-8"))
-            if whole["format"] != FORMAT:
-                raise KeyError("format")
-            version, checksum, data = whole["version"], whole["checksum"], whole["tuning"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TuningError(f"{path} is no tuning, or is damaged") from error
-        if version != VERSION:
-            raise TuningError(f"{path} has version {version}, and {VERSION} is what can be read")
-        if checksum != _checksum(data):
-            raise TuningError(f"{path} is damaged: its checksum is another one")
-        return cls.from_dict(data)
+        return cls.from_json(Path(path).read_bytes().decode("utf-8", "replace"), str(path))
 
     def __str__(self) -> str:
-        from .table import describe
+        """Describe what was promised, what was reached, and what the blocks do in each part of the diffusion."""
+        lines = [headline(self), *self.notes, ""]
+        lines += aligned(["part of the diffusion", "deviation", "blocks"], _part_rows(self))
+        if self.frontier:
+            rows = [[percent(p.tolerance), p.reached, p.gain] for p in self.frontier]
+            lines += ["", *aligned(["how close", "deviation", "speed"], rows)]
+        return "\n".join(lines)
 
-        return describe(self)
+
+def as_tuning(value: Any) -> Tuning:
+    """Return a tuning, given as such, as text, or by the path of its file.
+
+    Raises:
+        SettingError: it is none of these.
+        OSError: the file cannot be read.
+        TuningError: it is damaged.
+    """
+    if isinstance(value, Tuning):
+        return value
+    if not isinstance(value, (str, PathLike)):
+        raise SettingError(f"tuning must be a Tuning, its text or the path of its file, got {shown(value)}")
+    text = str(value).strip()
+    return Tuning.from_text(text) if text.startswith(("tuning ", "plan:")) else Tuning.load(value)
+
+
+def _plan_from(data: Mapping[str, Any]) -> TunedPlan:
+    deviations = tuple(Deviation(**each) for each in data.get("deviations", ()))
+    return TunedPlan(**{**data, "choices": tuple(map(str, data["choices"])), "deviations": deviations})
 
 
 def _checksum(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def headline(tuning: Tuning) -> str:
+    """Describe in a sentence what was asked for and reached."""
+    height, width = tuning.size
+    told = [f"deviation {tuning.plan.reached}" if tuning.acts and tuning.plan.reached else "", tuning.plan.gain]
+    if tuning.acts and tuning.plan.timed and tuning.seconds:
+        told.append(f"{tuning.seconds_full:.3g} → {tuning.seconds:.3g} s a U-Net call")
+    memory = mebibytes(tuning.peak_full, tuning.plan.peak)
+    told.append(f"peak memory {memory}" if memory else "")
+    return f"tuned to {percent(tuning.tolerance)} at a latent of {width}×{height}: {', '.join(filter(None, told))}"
+
+
+def _part_rows(tuning: Tuning) -> list[list[str]]:
+    """Describe each part of the diffusion: where it is, its deviation, and how many blocks do what."""
+    return [
+        [f"{percent(since)} – {percent(until)}", _deviation_in(tuning.plan, since, until), _actions(tuning, choices)]
+        for since, until, choices in zip(tuning.since, (*tuning.since[1:], 1.0), tuning.choices, strict=True)
+    ]
+
+
+def _deviation_in(plan: TunedPlan, since: float, until: float) -> str:
+    inside = [d for d in plan.deviations if since <= d.progress < until or d.progress == until == 1]
+    return percent(max(d.predicted if d.measured is None else d.measured for d in inside)) if inside else ""
+
+
+def _actions(tuning: Tuning, choices: str) -> str:
+    """Describe how many blocks use which settings, such as "3 corrected agent_ratio=0.95, 13 full"."""
+    words = {c: format_rules([Rule(each)]).replace("method=", "") for c, each in tuning.by_letter.items()}
+    return ", ".join(f"{count} {words.get(letter, 'full')}" for letter, count in Counter(choices).most_common())

@@ -17,7 +17,7 @@ from ..config import AgentConfig
 from ..settings import tunings
 from ..tuning.record import record_calls
 from ..tuning.result import TuningCancelled, TuningError
-from ..tuning.table import percent
+from ..words import percent
 from . import compat
 
 log = logging.getLogger("agentsd.panel")
@@ -187,7 +187,7 @@ class Tunings:
 
 def sentence(kept: Kept) -> str:
     """Describe a new tuning in one clause."""
-    tuning = kept.tuning
-    reached = "" if tuning.measured is None else f", {percent(tuning.measured)} reached"
-    faster = "" if tuning.speed_up is None else f": {tuning.speed_up:.2f}×"
-    return f"tuned to within {percent(tuning.tolerance)}{faster}{reached}"
+    plan, notes = kept.tuning.plan, "".join(f"; {note}" for note in kept.tuning.notes)
+    if not plan.acts:
+        return f"tuned, {plan.gain}{notes}"
+    return f"tuned to within {percent(plan.tolerance)}: {plan.gain}, deviation {plan.reached}{notes}"

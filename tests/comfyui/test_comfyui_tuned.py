@@ -9,7 +9,7 @@ import pytest
 from comfyui_host import Graph, GraphError
 from test_comfyui import CHANGED, difference
 
-from agentsd.tuning.table import percent
+from agentsd.words import percent
 
 TUNED = "tuned on this sampling, used from the next one on: "
 # Large enough that full attention takes most of the time, and a plan is found

@@ -12,7 +12,7 @@ from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
 from agentsd.settings.table import IMPLIED, SETTINGS
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
-from agentsd.tuning.table import percent
+from agentsd.words import percent
 
 # Its hires fix resizes by this mode; without force it would only upscale
 HIRES = {

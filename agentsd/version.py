@@ -1,0 +1,3 @@
+"""The version, for whoever may not import the package's face."""
+
+VERSION = "1.1.0"

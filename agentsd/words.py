@@ -1,0 +1,28 @@
+"""Formats of figures that people read. Imports nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def percent(share: float) -> str:
+    """Format a share as a percentage of two digits or more, such as "1.4%"."""
+    value = 100 * share
+    return f"{value:.0f}%" if value >= 9.95 or value == int(value) else f"{value:.2g}%"
+
+
+def mebibytes(full: int | None, ours: int | None) -> str:
+    """Format peak memory without and with us, in bytes, such as "3100 → 2900 MiB"; empty if it is unknown."""
+    return "" if full is None or ours is None else f"{full / 2**20:.0f} → {ours / 2**20:.0f}\u00a0MiB"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds, such as "40 s" or "3 min"."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Arrange rows as lines of aligned columns."""
+    table = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in table]
