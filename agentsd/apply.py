@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,6 @@ from .config import SETTINGS, AgentConfig
 from .hosts import UnsupportedModelError, find_unet
 from .patching.layer import KVContext
 from .patching.patch import Patch, patch_of
-from .schedule import Rule, Stage
 from .tuning.result import as_tuning
 
 if TYPE_CHECKING:
@@ -26,38 +25,16 @@ _DEFAULTS = AgentConfig()
 
 
 def apply_patch(
-    model: Model,
-    ratio: float = _DEFAULTS.ratio,
-    max_downsample: int | str = _DEFAULTS.max_downsample,
-    sx: int = _DEFAULTS.sx,
-    sy: int = _DEFAULTS.sy,
-    agent_ratio: float = _DEFAULTS.agent_ratio,
-    k_scale2: float = _DEFAULTS.k_scale2,
-    k_shortcut: float = _DEFAULTS.k_shortcut,
-    attn_precision: str | None = _DEFAULTS.attn_precision,
-    use_rand: bool = _DEFAULTS.use_rand,
-    merge_attn: bool = _DEFAULTS.merge_attn,
-    merge_crossattn: bool = _DEFAULTS.merge_crossattn,
-    merge_mlp: bool = _DEFAULTS.merge_mlp,
-    *,
-    agent_source: str = _DEFAULTS.agent_source,
-    method: str = _DEFAULTS.method,
-    min_tokens: int = _DEFAULTS.min_tokens,
-    max_agents: int | None = _DEFAULTS.max_agents,
-    seed: int = _DEFAULTS.seed,
-    landmarks: str = _DEFAULTS.landmarks,
-    stages: Sequence[Stage] = _DEFAULTS.stages,
-    rules: Sequence[Rule] = _DEFAULTS.rules,
-    tuning: Tuning | str | PathLike[str] | None = None,
-    **unknown: Any,
+    model: Model, *reference: Any, tuning: Tuning | str | PathLike[str] | None = None, **settings: Any
 ) -> Model:
     """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
 
     Args:
         model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, or a U-Net.
+        *reference: AgentSD's settings in its order, `ratio` to `merge_mlp`.
         tuning: a result of `agentsd.tune` for this model, its text, or the path of its file. It has settings of its
             own, beside which none may be given.
-        **: the settings of `AgentConfig`, which documents their meanings and ranges.
+        **settings: the settings of `AgentConfig`, which documents their meanings and ranges.
 
     Returns:
         The model.
@@ -68,9 +45,11 @@ def apply_patch(
         TuningError: the tuning is damaged, or for another model. The model is unchanged.
         UnsupportedModelError: the model has no transformer blocks. The model is unchanged.
     """
-    settings = {k: v for k, v in locals().items() if k in SETTINGS}
-    check_names(unknown, SETTINGS)
-    unet, config = find_unet(model), AgentConfig(**settings)
+    check_names(settings, SETTINGS)
+    names = SETTINGS[: SETTINGS.index("merge_mlp") + 1]
+    if len(reference) > len(names) or set(names[: len(reference)]) & settings.keys():
+        raise TypeError(f"settings without a name are {', '.join(names)} in this order, each once; got {reference}")
+    unet, config = find_unet(model), AgentConfig(*reference, **settings)
     if tuning is not None:
         given = [name for name in SETTINGS if getattr(config, name) != getattr(_DEFAULTS, name)]
         if given:

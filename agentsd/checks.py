@@ -1,9 +1,10 @@
-"""Checks of values: every error names the setting, its value and the range. Imports no torch."""
+"""A setting: its type, its range, its words, and the one way to check, read and write its values. Imports no torch."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -12,65 +13,186 @@ class SettingError(ValueError):
     """A setting has a value outside its range. The message names the setting, the value and the range."""
 
 
+NONE = "none"
+_FLAGS = {"on": True, "true": True, "off": False, "false": False}
 # Characters of a value that messages repeat: they end up in infotexts
-LONGEST = 120
+_SHOWN = 120
+# More steps than this are typed into a field
+_SLIDER_STEPS = 1000
+# The largest integer that a browser represents exactly
+_BROWSER_MAX = 2**53 - 1
 
 
 def shown(value: Any) -> str:
     """Format a value for a message, shortened."""
     text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def reject(name: str, value: Any, allowed: str) -> SettingError:
     return SettingError(f"{name} must be {allowed}, got {shown(value)}")
 
 
-def checked_number(name: str, value: Any, meta: Mapping[str, Any]) -> float | int | None:
-    if value is None and meta.get("optional"):
-        return None
-    whole = meta["kind"] == "int"
-    allowed = f"{'a whole number' if whole else 'a number'} from {meta['low']} to {meta['high']}"
-    if meta.get("optional"):
-        allowed += ", or None"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise reject(name, value, allowed)
-    if not meta["low"] <= value <= meta["high"]:  # also rejects NaN
-        raise reject(name, value, allowed)
-    if whole and value != int(value):
-        raise reject(name, value, allowed)
-    return int(value) if whole else float(value)
+@dataclass(frozen=True)
+class Setting:
+    """One setting, as the library, panel, X/Y/Z plot, infotext, API, rules, command line and ComfyUI have it.
+
+    Attributes:
+        name: name everywhere but in ComfyUI.
+        kind: "number", "whole" (a whole number), "flag", "choice" or "text".
+        default: default value.
+        low: smallest value of a number.
+        high: largest value of a number; number of characters of a text.
+        step: step of the control of a number.
+        optional: whether a number may be None, which is written "none".
+        choices: values of a choice.
+        canonical: turns a text or a choice, or what the API may send for it, into canonical form.
+        label: label of the control; short, constant and unique, since translations match it. Without one the setting is
+            the library's alone.
+        help: what it does, in full sentences.
+        more_help: makes text to append to `help`; called when the help is read.
+        place: (line of the panel, place in the line); 99 is the last.
+        panel: default of the control; None for that of the library.
+        implied: value that an infotext stands for which does not name the setting; None for the panel's default. It
+            never changes, so that a new default leaves the images of existing infotexts as they are.
+        written: whether infotexts name it even at that value.
+        local: whether it concerns one generation or one user only: neither infotext nor presets hold it.
+        axis: whether the X/Y/Z plot has an axis for it.
+        implies: settings that its axis sets as well.
+        option: whether the command line has an option for it.
+        node: name of the input of ComfyUI's node; None if it has none, empty for `name`.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    label: str = ""
+    help: str = ""
+    place: tuple[int, int] = (99, 0)
+    low: float = 0.0
+    high: float = 1.0
+    step: float = 1
+    optional: bool = False
+    choices: Sequence[Any] = ()
+    canonical: Callable[[Any], Any] = lambda value: value
+    more_help: Callable[[], str] = str
+    panel: Any = None
+    implied: Any = None
+    written: bool = False
+    local: bool = False
+    axis: bool = True
+    implies: Mapping[str, Any] = field(default_factory=dict)
+    option: bool = True
+    node: str | None = ""
+
+    @property
+    def allowed(self) -> str:
+        """The range in words."""
+        if self.kind == "flag":
+            return "True or False"
+        if self.kind == "choice":
+            return "one of " + ", ".join(map(repr, self.choices))
+        if self.kind == "text":
+            return f"a text of at most {self.high:.0f} characters"
+        kind, number = ("a whole number", int) if self.kind == "whole" else ("a number", float)
+        return f"{kind} from {number(self.low)} to {number(self.high)}" + (", or None" if self.optional else "")
+
+    @property
+    def tooltip(self) -> str:
+        """The complete help text of the control."""
+        return self.help + self.more_help()
+
+    @property
+    def numeric(self) -> bool:
+        return self.kind in ("number", "whole")
+
+    @property
+    def slider(self) -> bool:
+        """Whether its control is a slider."""
+        return self.numeric and (self.high - self.low) / self.step <= _SLIDER_STEPS
+
+    @property
+    def control(self) -> Setting:
+        """The setting as the panel, the API and infotexts have it: choices are texts, and 0 is no limit."""
+        changes: dict[str, Any] = {"default": self.default if self.panel is None else self.panel}
+        if not all(isinstance(choice, str) for choice in self.choices):
+            changes["choices"] = tuple(map(str, self.choices))
+        if self.optional:
+            changes |= {"default": 0, "low": 0, "optional": False}
+        if self.kind == "whole":
+            changes["high"] = min(self.high, _BROWSER_MAX)
+        return replace(self, **changes)
+
+    def of_control(self, value: Any) -> Any:
+        """Return the library's value for that of its control."""
+        if self.optional and value == 0:
+            return None
+        return self.parse(value) if self.kind == "choice" else value
+
+    def check(self, value: Any) -> Any:
+        """Return a value in canonical form.
+
+        Raises:
+            SettingError: it is not one of this setting; the message names the setting, the value and the range.
+        """
+        value = self.canonical(value)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if self.kind == "flag" and isinstance(value, bool):
+            return value
+        if self.kind == "choice":
+            # True == 1, but nobody who writes max_downsample=True means 1; 2 does for a control's "2"
+            alike = (c for c in self.choices if (type(c) is type(value) or number) and c in (value, str(value)))
+            for choice in alike:
+                return choice
+        if self.kind == "text" and isinstance(value, str) and len(value) <= self.high:
+            return value
+        if self.numeric and value is None and self.optional:
+            return None
+        if self.numeric and number and self.low <= value <= self.high:  # NaN is not
+            if self.kind == "number":
+                return float(value)
+            if value == int(value):
+                return int(value)
+        if self.kind == "whole" and isinstance(value, float) and value.is_integer():
+            value = int(value)  # as it was typed
+        raise reject(self.name, value, self.allowed)
+
+    def parse(self, text: str) -> Any:
+        """Read a value that `format` wrote, or that somebody typed; raises as `check` does."""
+        text = text.strip()
+        if self.kind == "text":
+            return self.check(text)
+        if text.lower() == NONE and (self.optional or None in self.choices):
+            return None
+        return self.check(self._read(text))
+
+    def _read(self, text: str) -> Any:
+        if self.kind == "flag":
+            return _FLAGS.get(text.lower(), text)
+        if self.kind == "choice":
+            return next((choice for choice in self.choices if self.format(choice) == text), text)
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                continue
+        return text
+
+    def format(self, value: Any) -> str:
+        """Write a value as text that `parse` reads."""
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return NONE if value is None else str(value)
 
 
-def checked_choice(name: str, value: Any, meta: Mapping[str, Any]) -> Any:
-    # True == 1, but nobody who writes max_downsample=True means 1
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    for choice in meta["choices"]:
-        if (number if isinstance(choice, int) else type(value) is type(choice)) and value == choice:
-            return choice
-    raise reject(name, value, "one of " + ", ".join(repr(c) for c in meta["choices"]))
-
-
-def checked_flag(name: str, value: Any, meta: Mapping[str, Any]) -> bool:
-    if not isinstance(value, bool):
-        raise reject(name, value, "True or False")
-    return value
-
-
-CHECKS = {"float": checked_number, "int": checked_number, "choice": checked_choice, "bool": checked_flag}
-
-
-def checked_fraction(name: str, value: Any) -> float:
-    return checked_number(name, value, {"kind": "float", "low": 0.0, "high": 1.0})
-
-
-def checked_overrides(settings: Any) -> dict[str, Any] | None:
-    """Copy the overrides, so that they cannot change once checked; the config checks their names and values."""
-    if settings is None:
-        return None
-    if not isinstance(settings, Mapping):
-        raise reject("settings", settings, "a mapping of settings, or None for full attention")
-    return dict(settings)
+def check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise SettingError for the first name in `given` that is not in `known`."""
+    for name, value in given.items():
+        if name not in known:
+            name = str(name)[:_SHOWN]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise SettingError(f"unknown setting {name}={shown(value)}{hint}; the settings are {', '.join(known)}")
 
 
 def checked_sequence(name: str, values: Any, kind: type, allowed: str) -> tuple[Any, ...]:
@@ -80,13 +202,3 @@ def checked_sequence(name: str, values: Any, kind: type, allowed: str) -> tuple[
     if not all(isinstance(value, kind) for value in checked):
         raise reject(name, values, allowed)
     return checked
-
-
-def check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raise SettingError for the first name in `given` that is not in `known`."""
-    for name, value in given.items():
-        if name not in known:
-            name = str(name)[:LONGEST]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise SettingError(f"unknown setting {name}={shown(value)}{hint}; the settings are {', '.join(known)}")

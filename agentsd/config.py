@@ -1,128 +1,131 @@
-"""Settings of the patch: one frozen, validated dataclass, and what varies them by layer and stage.
+"""Settings of the patch: one frozen, validated dataclass, and what varies them by layer and over the diffusion.
 
-Imports neither torch nor a host, so that a panel, a command line or a cost model can use it on its own.
+A field is all that there is to a setting: panel, X/Y/Z plot, infotext, API, rules, command line and ComfyUI read what
+`agentsd.checks.Setting` documents off `FIELDS`. Imports neither torch nor a host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from inspect import cleandoc
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from .checks import CHECKS, check_names, checked_number, checked_sequence, reject
-from .methods import METHODS
-from .schedule import ANYWHERE, DOWNSAMPLES, Block, Rule, Stage, as_rules
+from .checks import Setting, check_names, checked_sequence, reject
+from .methods import METHODS, selectable
+from .schedule import ANYWHERE, DOWNSAMPLES, Block, Rule
 
 AUTO = "auto"
 AGENT_SOURCES = ("similarity", "grid")
 PRECISIONS = (None, "fp32")
 LANDMARKS = ("sample", "superpixel", "heavy")
+# Layers of fewer tokens gain nothing: the speed-up of SD 1's U-Net is 1.01× at 128×128 pixels (256 tokens) and 1.07× at
+# 256×256 pixels.
+SMALL = 512
 
 
-def _setting(default: Any, kind: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"kind": kind, **limits})
+def _setting(kind: str, default: Any, label: str = "", help: str = "", **more: Any) -> Any:
+    return field(default=default, metadata={"kind": kind, "label": label, "help": help, **more})
 
 
-def _number(default: float, low: float, high: float) -> Any:
-    return _setting(default, "float", low=low, high=high)
-
-
-def _integer(default: int | None, low: int, high: int, optional: bool = False) -> Any:
-    return _setting(default, "int", low=low, high=high, optional=optional)
-
-
-def _choice(default: Any, choices: Sequence[Any]) -> Any:
-    return _setting(default, "choice", choices=choices)
-
-
-def _flag(default: bool) -> Any:
-    return _setting(default, "bool")
+_number, _whole, _choice, _flag = (partial(_setting, kind) for kind in ("number", "whole", "choice", "flag"))
 
 
 @dataclass(frozen=True)
 class AgentConfig:
     """All settings of `agentsd.apply_patch`. The defaults are AgentSD's (Han et al., ECCV 2024).
 
-    Attributes:
-        ratio: share of the tokens merged away before self-attention, 0–0.99; capped at 1 − 1/(sx·sy).
-        max_downsample: patch layers down to this level of the U-Net: 1, 2, 4 or 8; "auto" for the level of the U-Net's
-            largest self-attention layers (1 in SD 1 and SD 2, 2 in SDXL).
-        sx: width of a cell of the partition in tokens, 1–16.
-        sy: height of a cell of the partition in tokens, 1–16.
-        agent_ratio: share of the tokens merged away to make the agent tokens, 0–0.99; 0 means no agents.
-        k_scale2: exponent of the broadcast's scale, (d^-½)^k_scale2, 0–2. Smaller is sharper.
-        k_shortcut: weight of V added to the output, 0–1. With method "pool": weight of the detail that pooling V lost.
-        attn_precision: None, or "fp32" to compute attention in float32 whatever the dtype of the weights. With merging
-            alone the host computes attention, and its precision applies.
-        use_rand: draw the partition's destination tokens at random instead of taking the first of each cell.
-        merge_attn: patch self-attention at all.
-        merge_crossattn: also merge the tokens of cross-attention by `ratio`.
-        merge_mlp: also merge the tokens of the feed-forward layer by `ratio`.
-        agent_source: "similarity" (token clusters, as AgentSD) or "grid" (queries averaged over square cells).
-        method: "agent" (agent attention), "pool" (keys and values averaged over sx × sy cells), "corrected"
-            (attention to one key of each square cell, as many as grid agents, with values fitted to full attention at
-            the cells' queries; cells shrink in layers that would otherwise have fewer than 32), "local" (full
-            attention to each token's neighbourhood, and to one fitted key of each such cell outside it), "merge"
-            (token merging by `ratio`, no agents), or any other registered method.
-        min_tokens: leave alone layers with fewer tokens than this, 0–2²⁴.
-        max_agents: upper limit on the number of agent tokens, 1–2²⁴; None for no limit, except for 640 with the
-            methods "corrected" and "local", which never takes more. Similarity agents are never fewer than
-            the partition's cells, ⌊height / sy⌋ · ⌊width / sx⌋.
-        seed: seed of the partition, 0–2⁶³−1.
-        landmarks: the few keys of methods "corrected" and "local": "sample" (one token of each cell), "superpixel"
-            (means over cells that follow the content), or "heavy" (the sample, and of each 2×2 cells the token that the
-            mean query attends to most).
-        stages: settings that vary over the diffusion; empty means the same settings throughout. Where a stage leaves
-            the model untouched, no rule changes that.
-        rules: settings that vary by block and over the diffusion. Rules apply in order, after the stages; later ones
-            win.
-
     Raises:
         SettingError: a value is outside its range; the message names the setting, the value and the range.
+
+    Attributes:
+        stages: rules that name no blocks, of which the first that applies counts. Where none does, or it means full
+            attention, the model is untouched, and no rule changes that. Empty: the same settings throughout.
+        rules: settings that vary by block and over the diffusion. They apply in order; later ones win.
     """
 
-    ratio: float = _number(0.4, 0.0, 0.99)
-    max_downsample: int | str = _choice(1, (*DOWNSAMPLES, AUTO))
-    sx: int = _integer(4, 1, 16)
-    sy: int = _integer(4, 1, 16)
-    agent_ratio: float = _number(0.95, 0.0, 0.99)
-    k_scale2: float = _number(0.3, 0.0, 2.0)
-    k_shortcut: float = _number(0.075, 0.0, 1.0)
-    attn_precision: str | None = _choice(None, PRECISIONS)
-    use_rand: bool = _flag(True)
-    merge_attn: bool = _flag(True)
-    merge_crossattn: bool = _flag(False)
-    merge_mlp: bool = _flag(False)
-    agent_source: str = _choice("similarity", AGENT_SOURCES)
-    method: str = _choice("agent", METHODS)
-    min_tokens: int = _integer(0, 0, 2**24)
-    max_agents: int | None = _integer(None, 1, 2**24, optional=True)
-    seed: int = _integer(0, 0, 2**63 - 1)
-    landmarks: str = _choice("sample", LANDMARKS)
-    stages: tuple[Stage, ...] = field(default=(), metadata={"kind": "stages"})
-    rules: tuple[Rule, ...] = field(default=(), metadata={"kind": "rules"})
+    # fmt: off
+    ratio: float = _number(
+        0.4, "Ratio", "Share of the image tokens merged before self-attention, at most 1 − 1/(sx·sy). Higher is faster "
+        "and less faithful; 0 merges none.", high=0.99, step=0.01, place=(4, 1), panel=0.0, written=True)
+    max_downsample: int | str = _choice(
+        1, "Layers down to", "Deepest level of the U-Net to patch. auto: the level of the model's largest "
+        "self-attention layers (1 in SD 1 and SD 2, 2 in SDXL).",
+        choices=(AUTO, *DOWNSAMPLES), place=(6, 1), panel=AUTO, node="layers")
+    sx: int = _whole(
+        4, "Cell width", "sx: width in tokens of the cells of the merging partition, and of the cells of the method "
+        "pool.", low=1, high=16, place=(8, 2), node=None)
+    sy: int = _whole(
+        4, "Cell height", "sy: height in tokens of those cells.", low=1, high=16, place=(8, 3), node=None)
+    agent_ratio: float = _number(
+        0.95, "Agent ratio", "Share of the tokens merged away to make the agent tokens. Higher means fewer agents: "
+        "faster, less faithful. 0.95 on a grid is one agent per 4×4 tokens.",
+        high=0.99, step=0.01, place=(1, 1), written=True)
+    k_scale2: float = _number(
+        0.3, "k_scale2", "How sharply each token chooses among the agents, as exponent of the scale (d^-½)^k_scale2: "
+        "smaller is sharper, 1 is the paper's plain equation.", high=2.0, step=0.005, place=(4, 2), written=True)
+    k_shortcut: float = _number(
+        0.075, "k_shortcut", "How much of each token's own value is added to the result; with the method pool, of what "
+        "pooling lost of it. Keeps detail; too much looks over-sharp.", step=0.005, place=(4, 3), written=True)
+    attn_precision: str | None = _choice(
+        None, help="fp32 computes attention in float32 whatever the dtype of the weights. With merging alone the host "
+        "computes attention, and its precision applies.", choices=PRECISIONS)
+    use_rand: bool = _flag(
+        True, "Random partition", "Draw the token of each cell that others merge into at random, instead of taking the "
+        "first. The same settings still give the same image.", place=(9, 1), node=None)
+    merge_attn: bool = _flag(
+        True, "Merge self-attention", "Patch self-attention at all.", place=(9, 2), node=None)
+    merge_crossattn: bool = _flag(
+        False, "Merge cross-attention", "Also merge tokens by Ratio before cross-attention. Not recommended.",
+        place=(10, 1), node=None)
+    merge_mlp: bool = _flag(
+        False, "Merge MLP", "Also merge tokens by Ratio before the feed-forward layer. Not recommended.",
+        place=(10, 2), node=None)
+    agent_source: str = _choice(
+        "similarity", "Agent source", "grid: averages over square cells, the fastest, and right for every device. "
+        "similarity: clusters of similar tokens, as in the authors' AgentSD.",
+        choices=AGENT_SOURCES, place=(5, 1), panel="grid", written=True)
+    method: str = _choice(
+        "agent", "Method", "How self-attention is computed.", choices=METHODS, place=(3, 1), panel="corrected",
+        implied="agent", more_help=lambda: "".join(f"\n{each.name}: {each.summary}." for each in selectable()))
+    min_tokens: int = _whole(
+        0, "Minimum tokens", "Layers with fewer tokens are left alone: they gain nothing. A 512×512 image has 4096 "
+        "tokens in SD 1's largest layers.", high=2**24, place=(7, 1), panel=SMALL, implied=0, node=None)
+    max_agents: int | None = _whole(
+        None, "Maximum agents", "Upper limit on the number of agent tokens in a layer; 0 sets none, except for 640 "
+        "with the methods corrected and local. Similarity agents are never fewer than the partition's cells.",
+        low=1, high=2**24, optional=True, place=(7, 2), node=None)
+    seed: int = _whole(
+        0, "Partition seed", "Seed of the random partition, independent of the image's seed.",
+        high=2**63 - 1, place=(7, 3), node=None)
+    landmarks: str = _choice(
+        "sample", "Landmarks", "Which keys the methods corrected and local attend to. sample: one token of each cell, "
+        "closest where attention is smooth. superpixel: means over cells that follow the content, closer where "
+        "attention is sharp. heavy: the sample, and the keys between that most attention goes to, closest where "
+        "attention is sharp.", choices=LANDMARKS, place=(5, 2))
+    # fmt: on
+    stages: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...] = ()
 
     # (height, width) of the latent that the settings were tuned for; None if they were not: see `agentsd.Tuning`
     tuned_for: ClassVar[tuple[int, int] | None] = None
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            check = CHECKS.get(f.metadata["kind"])
-            if check is not None:
-                object.__setattr__(self, f.name, check(f.name, getattr(self, f.name), f.metadata))
+        for name, setting in FIELDS.items():
+            object.__setattr__(self, name, setting.check(getattr(self, name)))
         object.__setattr__(self, "stages", _checked_stages(self.stages))
-        object.__setattr__(self, "rules", _checked_rules(self.rules))
-        for part in (*self.stages, *self.rules):  # reject a bad override now, not at its timestep
-            self.within(part)
+        object.__setattr__(self, "rules", checked_sequence("rules", self.rules, Rule, "a sequence of agentsd.Rule"))
+        for rule in (*self.stages, *self.rules):  # reject a bad override now, not at its timestep
+            self.within(rule)
 
-    def within(self, part: Stage | Rule) -> AgentConfig | None:
+    def within(self, rule: Rule) -> AgentConfig | None:
         """Return the settings of one stage or rule by itself; None where it means full attention."""
-        if part.settings is None:
+        if rule.settings is None:
             return None
-        check_names(part.settings, STAGE_SETTINGS)
-        return replace(self, stages=(), rules=(), **part.settings)
+        check_names(rule.settings, RULE_SETTINGS)
+        return replace(self, stages=(), rules=(), **rule.settings)
 
     @property
     def timed(self) -> bool:
@@ -142,7 +145,7 @@ class AgentConfig:
 
     def parts(self) -> tuple[tuple[float, float], ...]:
         """List the intervals (since, until) of the diffusion within which no setting changes, in order."""
-        rules = (*as_rules(self.stages), *self.rules)
+        rules = (*self.stages, *self.rules)
         edges = sorted({0.0, 1.0, *(edge for rule in rules for edge in (rule.since, rule.until))})
         return tuple(pairwise(edges))
 
@@ -156,38 +159,40 @@ class AgentConfig:
         return (getattr(self, name), *(settings[name] for settings in overrides if name in settings))
 
 
+FIELDS: Mapping[str, Setting] = {
+    f.name: Setting(f.name, default=f.default, **f.metadata) for f in fields(AgentConfig) if f.metadata
+}
+SETTINGS = tuple(f.name for f in fields(AgentConfig))
+RULE_SETTINGS = tuple(name for name in FIELDS if name != "seed")
+AgentConfig.__doc__ = cleandoc(AgentConfig.__doc__ or "") + "".join(
+    f"\n    {name}: {setting.help} {setting.allowed[:1].upper()}{setting.allowed[1:]}."
+    for name, setting in FIELDS.items()
+)
+
+
 @lru_cache(maxsize=4096)
 def _resolve(config: AgentConfig, progress: float | None, block: Block) -> AgentConfig | None:
-    stage_settings: dict[str, Any] = {}
-    for rule in as_rules(config.stages):
-        if rule.holds(progress):
-            if rule.settings is None:
-                return None
-            stage_settings = dict(rule.settings)
-    overrides: dict[str, Any] | None = stage_settings
+    own: Mapping[str, Any] | None = {}
+    if config.stages:
+        own = next((stage.settings for stage in config.stages if stage.holds(progress)), None)
+    if own is None:
+        return None
+    overrides: Mapping[str, Any] | None = own
     for rule in config.rules:
         if rule.holds(progress) and rule.names(block):
-            base = stage_settings if overrides is None else overrides
-            overrides = None if rule.settings is None else {**base, **rule.settings}
+            overrides = (
+                None if rule.settings is None else {**(own if overrides is None else overrides), **rule.settings}
+            )
     return None if overrides is None else replace(config, stages=(), rules=(), **overrides)
 
 
-def _checked_rules(rules: Any) -> tuple[Rule, ...]:
-    return checked_sequence("rules", rules, Rule, "a sequence of agentsd.Rule")
-
-
-def _checked_stages(stages: Any) -> tuple[Stage, ...]:
+def _checked_stages(stages: Any) -> tuple[Rule, ...]:
     allowed = "a sequence of agentsd.Stage with increasing `until`"
-    checked = checked_sequence("stages", stages, Stage, allowed)
-    ends = [stage.until for stage in checked]
-    if any(b <= a for a, b in pairwise(ends)):
+    checked = checked_sequence("stages", stages, Rule, allowed)
+    if any(b.until <= a.until for a, b in pairwise(checked)) or any(rule.downsample or rule.blocks for rule in checked):
         raise reject("stages", stages, allowed)
     return checked
 
-
-SETTINGS = tuple(f.name for f in fields(AgentConfig))
-STAGE_SETTINGS = tuple(name for name in SETTINGS if name not in ("stages", "rules", "seed"))
-LIMITS: Mapping[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(AgentConfig)}
 
 # Token merging alone, whatever the method was before. With agent_ratio 0 no token is matched for agents.
 TOKEN_MERGING: Mapping[str, Any] = {
@@ -200,7 +205,7 @@ TOKEN_MERGING: Mapping[str, Any] = {
 }
 
 
-def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None = None) -> tuple[Stage, ...]:
+def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None = None) -> tuple[Rule, ...]:
     """Build stages that use the config's own settings from `since` to `until`, and `after` from then on.
 
     Args:
@@ -208,17 +213,10 @@ def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None =
         since: progress at which they begin, 0–1; before that the model is untouched.
         after: settings to override for the rest, such as `agentsd.TOKEN_MERGING`; None leaves the rest untouched.
     """
-    stage = Stage(until)
-    since = checked_number("since", since, {"kind": "float", "low": 0.0, "high": 1.0})
-    if since >= stage.until:
-        raise reject("since", since, f"below until, which is {stage.until}")
-    stages = [Stage(since, None)] if since else []
-    stages.append(stage)
-    if stage.until < 1:
-        stages.append(Stage(1.0, after))
-    return tuple(stages)
+    own = Rule(since=since, until=until)
+    return (own,) if own.until == 1.0 or after is None else (own, Rule(after, since=own.until))
 
 
-def paper_stages() -> tuple[Stage, ...]:
+def paper_stages() -> tuple[Rule, ...]:
     """Build AgentSD's schedule: agents for the first 40% of the diffusion, then merging (ratio 0.4, 2×2 cells)."""
     return early(0.4, after=TOKEN_MERGING)

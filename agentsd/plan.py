@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .attention.grid import Grid, destinations
-from .config import AUTO, AgentConfig
+from .config import AUTO, FIELDS, AgentConfig
 from .methods import LayerPlan, method_named, method_of, untouched
 from .schedule import Block
 
@@ -30,6 +30,7 @@ __all__ = [
     "merged_tokens",
     "plan_block",
     "plan_layer",
+    "settings_read",
 ]
 
 
@@ -106,6 +107,22 @@ def _at_another_size(plan: LayerPlan, tuned: LayerPlan) -> LayerPlan:
     if not tuned.acts or cell.tokens > tuned_cell.tokens:
         return untouched(plan.tokens, f"cells of {cell} are coarser than those that were tuned")
     return replace(plan, note=f"tuned for {tuned.tokens} tokens, the deviation was not measured for {plan.tokens}")
+
+
+def settings_read(config: AgentConfig) -> set[str]:
+    """Return the names of the settings that have an effect under the others, stages and rules aside."""
+    method, outside = method_named(config.method), config.merge_crossattn or config.merge_mlp
+    merges = outside or (config.merge_attn and method.merges)
+    read = {"max_downsample", "min_tokens", "merge_attn"}
+    if config.merge_attn:
+        read |= {"method", *(FIELDS if method.reads is None else method.reads)}
+    if merges:
+        read.add("ratio")
+    if config.ratio:
+        read |= {"merge_crossattn", "merge_mlp"}
+    if (merges and config.ratio) or (config.merge_attn and method.clusters(config)):
+        read |= {"sx", "sy", "use_rand", *(("seed",) if config.use_rand else ())}
+    return read
 
 
 def may_match(config: AgentConfig) -> bool:

@@ -10,17 +10,20 @@ full attention. Without commas, colons, semicolons, quotes and line breaks, it f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 from .checks import SettingError, check_names, shown
-from .config import LIMITS, STAGE_SETTINGS, AgentConfig
-from .schedule import Rule
+from .config import FIELDS, RULE_SETTINGS, AgentConfig
+from .schedule import LEVEL, SINCE, UNTIL, Rule
 
 FULL = "full"
-_CONDITIONS = ("downsample", "blocks", "since", "until")
-_FLAGS = {"on": True, "true": True, "off": False, "false": False}
-_NONE = "none"
+_SEVERAL = "+"
+_CONDITIONS = {
+    "downsample": lambda text: tuple(map(LEVEL.parse, text.split(_SEVERAL))),
+    "blocks": lambda text: tuple(text.split(_SEVERAL)),
+    "since": SINCE.parse,
+    "until": UNTIL.parse,
+}
 
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
@@ -29,9 +32,7 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
     Raises:
         SettingError: the text is malformed, a name is unknown, or a value is outside its range.
     """
-    rules = tuple(_parse(part) for part in text.split("|") if part.strip())
-    AgentConfig(rules=rules)  # checks names and ranges
-    return rules
+    return tuple(_parse(part) for part in text.split("|") if part.strip())
 
 
 def format_rules(rules: Iterable[Rule]) -> str:
@@ -60,72 +61,33 @@ def _from_mapping(arguments: Mapping[str, Any]) -> Rule:
 
 def _parse(text: str) -> Rule:
     where: dict[str, Any] = {}
-    settings: dict[str, Any] | None = {}
+    settings: dict[str, Any] = {}
+    full = False
     for word in text.split():
         name, equals, value = word.partition("=")
         if word.lower() == FULL:
-            if settings:
-                raise SettingError(f"rules with {FULL!r} have no other settings, got {', '.join(settings)}")
-            settings = None
+            full = True
         elif not equals:
             raise SettingError(f"rules must be words such as NAME=VALUE or {FULL!r}, got {shown(word)}")
         elif name in _CONDITIONS:
-            where[name] = _parsed_condition(name, value)
-        elif settings is None:
-            raise SettingError(f"rules with {FULL!r} have no other settings, got {shown(word)}")
+            where[name] = _CONDITIONS[name](value)
         else:
-            check_names({name: value}, STAGE_SETTINGS)
-            settings[name] = _parsed(name, value)
-    return Rule(settings, **where)
-
-
-def _parsed_condition(name: str, text: str) -> Any:
-    if name in ("since", "until"):
-        return _number(name, text)
-    parts = text.split("+")
-    return tuple(_number(name, part) for part in parts) if name == "downsample" else tuple(parts)
-
-
-def _number(name: str, text: str) -> float | int:
-    try:
-        value = float(text)
-    except ValueError:
-        raise SettingError(f"{name} must be a number, got {shown(text)}") from None
-    return int(value) if value.is_integer() else value
-
-
-def _parsed(name: str, text: str) -> Any:
-    limits = LIMITS[name]
-    if limits["kind"] == "bool":
-        if text.lower() not in _FLAGS:
-            raise SettingError(f"{name} must be on or off, got {shown(text)}")
-        return _FLAGS[text.lower()]
-    if text.lower() == _NONE and (limits.get("optional") or None in limits.get("choices", ())):
-        return None
-    if limits["kind"] == "choice":
-        return next((choice for choice in limits["choices"] if str(choice) == text), text)
-    return _number(name, text)
+            check_names({name: value}, RULE_SETTINGS)
+            settings[name] = FIELDS[name].parse(value)
+    if full and settings:
+        raise SettingError(f"rules with {FULL!r} have no other settings, got {', '.join(settings)}")
+    return Rule(None if full else settings, **where)
 
 
 def _format(rule: Rule) -> str:
     where = {
-        "downsample": "+".join(map(str, rule.downsample)),
-        "blocks": "+".join(rule.blocks),
-        "since": _written(rule.since) if rule.since > 0 else "",
-        "until": _written(rule.until) if rule.until < 1 else "",
+        "downsample": _SEVERAL.join(map(LEVEL.format, rule.downsample)),
+        "blocks": _SEVERAL.join(rule.blocks),
+        "since": SINCE.format(rule.since) if rule.since > 0 else "",
+        "until": UNTIL.format(rule.until) if rule.until < 1 else "",
     }
     words = [f"{name}={text}" for name, text in where.items() if text]
     if rule.settings is None:
         return " ".join([*words, FULL])
-    words += [f"{name}={_written(value)}" for name, value in rule.settings.items()]
-    return " ".join(words) or "since=0"  # empty text would be read back as no rule
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if value is None:
-        return _NONE
-    if isinstance(value, Real):
-        return str(int(value) if value == int(value) else float(value))
-    return str(value)
+    words += [f"{name}={FIELDS[name].format(FIELDS[name].check(value))}" for name, value in rule.settings.items()]
+    return " ".join(words) or "since=0.0"  # empty text would be read back as no rule

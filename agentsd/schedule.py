@@ -1,4 +1,4 @@
-"""Where and when settings apply: blocks, rules, stages, and how far the diffusion is. Imports no torch."""
+"""Where and when settings apply: blocks, rules, and how far the diffusion is. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
-from .checks import checked_choice, checked_fraction, checked_overrides, reject
+from .checks import Setting, reject
 
 DOWNSAMPLES = (1, 2, 4, 8)
 MAX_TIMESTEP = 1000
-# Characters of a pattern of block names. Rules as text use others as separators.
-_PATTERN = re.compile(r"[\w.*?\[\]!-]+")
+# A pattern of block names. Rules as text use other characters as separators, and readers of infotexts balance brackets.
+_PATTERN = re.compile(r"([A-Za-z0-9_.*?!-]|\[[A-Za-z0-9_.*?!-]+\])+")
+# Where and when a rule applies
+LEVEL = Setting("downsample", "choice", None, choices=DOWNSAMPLES)
+SINCE, UNTIL = (Setting(name, "number", default) for name, default in (("since", 0.0), ("until", 1.0)))
 
 
 def progress_of(t: float) -> float:
     """Return the fraction of the diffusion that is done at timestep `t` of 0–1000."""
-    return 1 - t / MAX_TIMESTEP
+    return (MAX_TIMESTEP - t) / MAX_TIMESTEP
 
 
 def timestep_at(progress: float) -> float:
-    """Return the timestep, 0–999, at which the fraction `progress` of the diffusion is done."""
-    return (1 - progress) * (MAX_TIMESTEP - 1)
-
-
-def _hashable(settings: Mapping[str, Any] | None) -> Any:
-    return None if settings is None else tuple(sorted(settings.items()))
+    """Return the timestep, 0–1000, at which the fraction `progress` of the diffusion is done."""
+    return MAX_TIMESTEP * (1 - progress)
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,24 @@ class Rule:
     until: float = 1.0
 
     def __post_init__(self) -> None:
-        since, until = checked_fraction("since", self.since), checked_fraction("until", self.until)
+        since, until = SINCE.check(self.since), UNTIL.check(self.until)
         if since >= until:
             raise reject("since", self.since, f"below until, which is {until}")
-        levels = tuple(checked_choice("downsample", d, {"choices": DOWNSAMPLES}) for d in _several(self.downsample))
+        if not (self.settings is None or isinstance(self.settings, Mapping)):
+            raise reject("settings", self.settings, "a mapping of settings, or None for full attention")
         for name, value in (
-            ("settings", checked_overrides(self.settings)),
-            ("downsample", levels),
-            ("blocks", tuple(_checked_pattern(pattern) for pattern in _several(self.blocks))),
+            # a copy, which cannot change once a config has checked its names and values
+            ("settings", None if self.settings is None else dict(self.settings)),
+            ("downsample", tuple(map(LEVEL.check, _several(self.downsample)))),
+            ("blocks", tuple(map(_checked_pattern, _several(self.blocks)))),
             ("since", since),
             ("until", until),
         ):
             object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
-        return hash((_hashable(self.settings), self.downsample, self.blocks, self.since, self.until))
+        settings = None if self.settings is None else tuple(sorted(self.settings.items()))
+        return hash((settings, self.downsample, self.blocks, self.since, self.until))
 
     @property
     def timed(self) -> bool:
@@ -114,35 +117,11 @@ def _several(value: Any) -> tuple[Any, ...]:
 
 def _checked_pattern(pattern: Any) -> str:
     if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern):
-        raise reject("blocks", pattern, "a pattern of block names, of letters, digits and _ . * ? [ ] ! -")
+        allowed = "a pattern of block names, of letters, digits and _ . * ? ! - and characters in brackets [ ]"
+        raise reject("blocks", pattern, allowed)
     return pattern
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One part of the diffusion and its settings: a rule for all blocks that starts where the previous stage ended.
-
-    Args:
-        until: progress at which the stage ends, in (0, 1]; progress = 1 − t / 1000.
-        settings: settings to override, by name; None leaves the model untouched.
-    """
-
-    until: float
-    settings: Mapping[str, Any] | None = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        until = checked_fraction("until", self.until)
-        if until == 0.0:
-            raise reject("until", self.until, "above 0 and at most 1")
-        object.__setattr__(self, "until", until)
-        object.__setattr__(self, "settings", checked_overrides(self.settings))
-
-    def __hash__(self) -> int:
-        return hash((self.until, _hashable(self.settings)))
-
-
-def as_rules(stages: tuple[Stage, ...]) -> tuple[Rule, ...]:
-    """Convert stages to rules; after the last one the model is untouched."""
-    ends = [0.0, *(stage.until for stage in stages)]
-    rules = [Rule(stage.settings, since=since, until=stage.until) for since, stage in zip(ends, stages, strict=False)]
-    return (*rules, Rule(None, since=ends[-1])) if stages and ends[-1] < 1.0 else tuple(rules)
+def Stage(until: float, settings: Mapping[str, Any] | None = MappingProxyType({})) -> Rule:
+    """Make a rule for all blocks until `until`, as one of `AgentConfig.stages`; `settings` as in `Rule`."""
+    return Rule(settings, until=until)

@@ -17,7 +17,7 @@ from agentsd.app.last_run import STATUS
 from agentsd.panel import controls
 from agentsd.panel.routes import Routes
 from agentsd.settings import infotext
-from agentsd.settings.table import NAMES
+from agentsd.settings.schema import NAMES
 from agentsd.webui import batch, compat, session, settings_page, tuning, xyz
 
 _panels: list[controls.Panel] = []

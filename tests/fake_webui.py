@@ -13,7 +13,7 @@ from blocks import as_model, golden_unet, inputs, run
 from PIL import Image
 
 import agentsd.webui
-from agentsd.settings.table import ARGUMENTS, RECORD
+from agentsd.settings.schema import ARGUMENTS, RECORD
 
 ON = {"until": 1.0, "min_tokens": 0}  # the U-Net's layers are small
 

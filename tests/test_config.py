@@ -15,7 +15,7 @@ from torch import nn
 import agentsd
 from agentsd import AgentConfig, Rule, SettingError, Stage, UnsupportedModelError, early, paper_stages, plan_layer
 from agentsd.checks import shown
-from agentsd.config import LIMITS, SETTINGS, TOKEN_MERGING
+from agentsd.config import FIELDS, SETTINGS, TOKEN_MERGING
 
 nan, inf = math.nan, math.inf
 
@@ -28,7 +28,7 @@ BAD = [
     *[("k_scale2", value, "from 0.0 to 2.0") for value in (-0.1, 2.1, nan, "abc")],
     *[("k_shortcut", value, "from 0.0 to 1.0") for value in (-0.1, 1.1, nan, [0])],
     *[
-        ("max_downsample", value, "1, 2, 4, 8, 'auto'")
+        ("max_downsample", value, "'auto', 1, 2, 4, 8")
         for value in (0, 3, 16, "1", None, [1], True, nan, 1.5, "Auto", "", ["auto"])
     ],
     *[("attn_precision", value, "None, 'fp32'") for value in ("fp16", "FP32", 32, True, ["fp32"])],
@@ -41,7 +41,8 @@ BAD = [
     *[("max_agents", value, "from 1 to 16777216, or None") for value in (0, -1, 0.5, nan, "abc", [])],
     *[("seed", value, "from 0 to 9223372036854775807") for value in (-1, 2**63, 0.5, None, "abc")],
     *[("stages", value, "Stage") for value in ("abc", Stage(1.0), 3, [0.4], None, {"until": 1}, [Stage(0.5)] * 2)],
-    *[("rules", value, "Rule") for value in ("full", Rule(), 3, [0.4], None, {"settings": {}}, [Stage(1.0)], ["full"])],
+    ("stages", [Rule(downsample=2)], "Stage"),
+    *[("rules", value, "Rule") for value in ("full", Rule(), 3, [0.4], None, {"settings": {}}, ["full"])],
 ]
 
 
@@ -104,17 +105,14 @@ def test_apply_patch_takes_every_setting_and_shares_the_config_s_defaults(unet):
     agentsd.apply_patch(unet)
     assert agentsd.get_patch(unet).config == AgentConfig()
     agentsd.remove_patch(unet)
-    other = {
-        name: {
-            "float": lambda m: m["high"],
-            "int": lambda m: m["low"] + 1,
-            "choice": lambda m: m["choices"][-1],
-            "bool": lambda m: not getattr(AgentConfig(), name),  # noqa: B023
-            "stages": lambda m: paper_stages(),
-            "rules": lambda m: (Rule(None, downsample=8),),
-        }[meta["kind"]](meta)
-        for name, meta in LIMITS.items()
-    }
+    other = {"stages": paper_stages(), "rules": (Rule(None, downsample=8),)}
+    for name, field in FIELDS.items():
+        values = {
+            "number": field.high,
+            "whole": field.low + 1,
+            "choice": next((c for c in field.choices if c != field.default), 0),
+        }
+        other[name] = values.get(field.kind, not field.default)
     agentsd.apply_patch(unet, **other)
     assert agentsd.get_patch(unet).config == AgentConfig(**other)
     agentsd.remove_patch(unet)
@@ -128,10 +126,9 @@ def test_the_reference_s_settings_have_the_documented_defaults():
 
 
 def test_limits_are_inclusive_and_numbers_of_any_type_are_taken():
-    for name, meta in LIMITS.items():
-        for bound in ("low", "high"):
-            if bound in meta:
-                assert getattr(AgentConfig(**{name: meta[bound]}), name) == meta[bound]
+    for name, field in FIELDS.items():
+        for bound in (field.low, field.high) if field.numeric else ():
+            assert getattr(AgentConfig(**{name: bound}), name) == bound
     c = AgentConfig(
         ratio=np.float32(0.5), agent_ratio=fractions.Fraction(1, 2), sx=np.int64(3), sy=2.0, max_downsample=np.int64(2)
     )

@@ -78,7 +78,8 @@ class TestWhatIsLoaded:
             "agentsd.settings.infotext",
             "agentsd.settings.legacy",
             "agentsd.settings.presets",
-            "agentsd.settings.table",
+            "agentsd.settings.schema",
+            "agentsd.settings.idle",
         ],
     )
     def test_settings_plans_and_costs_load_no_torch(self, module):
@@ -180,7 +181,7 @@ class TestPublicNames:
 
     def test_submodules_are_attributes(self):
         in_a_process_of_its_own(
-            "import agentsd\nassert agentsd.plan.plan_layer and agentsd.hosts.find_unet and agentsd.config.LIMITS"
+            "import agentsd\nassert agentsd.plan.plan_layer and agentsd.hosts.find_unet and agentsd.config.FIELDS"
         )
 
     def test_the_version_is_there_without_importing_anything(self):

@@ -13,10 +13,10 @@ from patching import CHANGED, EXAMPLE, GRID, difference, undisturbed
 from agentsd import AgentConfig, LayerPlan, Rule, SettingError, get_patch, parse_rules, patch_unet, patched, plan_layer
 from agentsd.app.preview import SamplingPass, preview
 from agentsd.cli import parser
-from agentsd.config import LIMITS
+from agentsd.config import FIELDS
 from agentsd.costs import estimate, layouts
 from agentsd.methods import METHODS, Method, method_named, method_of, register, selectable, unregister, untouched
-from agentsd.settings import BY_NAME, check, infotext, table, to_config
+from agentsd.settings import BY_NAME, check, infotext, schema, to_config
 from agentsd.webui import xyz
 
 
@@ -49,7 +49,7 @@ def _mean():
 
 def test_the_names_of_all_methods_have_it():
     assert "mean" in METHODS
-    assert "mean" in LIMITS["method"]["choices"]
+    assert "mean" in FIELDS["method"].choices
     assert [method.name for method in selectable()].count("mean") == 1
     assert method_named("mean").action == "mean"
     with pytest.raises(SettingError, match=r"method must be one of .*'mean'.*, got 'meen'"):
@@ -100,7 +100,7 @@ def test_the_cost_model_counts_it():
 def test_the_settings_table_offers_and_describes_it():
     row = BY_NAME["method"]
     assert "mean" in row.choices
-    assert "mean: every token gets the mean of all values." in row.help
+    assert "mean: every token gets the mean of all values." in row.tooltip
     values = check({"enabled": True, "method": "mean"})
     assert to_config(values).method == "mean"
 
@@ -115,7 +115,7 @@ def test_the_infotext_carries_it():
 def test_the_preview_describes_it():
     host = SimpleNamespace(
         unet=lambda: None,
-        config=lambda values, hires: table.to_config(values, hires=hires),
+        config=lambda values, hires: schema.to_config(values, hires=hires),
         obstacle=lambda hires, img2img: None,
         advice=lambda values: [],
         at_rest=lambda: nullcontext((None, None)),
@@ -157,10 +157,11 @@ def test_forgotten_it_is_nowhere():
     unregister("mean")
     assert "mean" not in METHODS
     assert "mean" not in BY_NAME["method"].choices
-    assert "mean" not in BY_NAME["method"].help
+    assert "mean" not in BY_NAME["method"].tooltip
     with pytest.raises(SettingError, match="method"):
         AgentConfig(method="mean")
-    assert infotext.read("method=mean")["method"] == table.IMPLIED["method"]
+    with pytest.raises(SettingError, match="method"):
+        infotext.read("method=mean")
 
 
 def test_another_of_its_action_takes_its_place():

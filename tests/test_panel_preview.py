@@ -23,7 +23,7 @@ from agentsd.app.preview import (
     preview,
     sentence,
 )
-from agentsd.settings import table
+from agentsd.settings import schema
 from agentsd.settings.presets import CUSTOM, PRESETS
 
 HERE = SamplingPass(512, 512)
@@ -40,7 +40,7 @@ class Host:
         return self._unet
 
     def config(self, values, hires):
-        return table.to_config(values, hires=hires)
+        return schema.to_config(values, hires=hires)
 
     def kept(self, of, size):
         return next((kept for kept in self._kept if (kept.of, kept.tuning.size) == (of, size)), None)
@@ -60,7 +60,7 @@ def said(values=None, *passes, host=None, **more):
 
 def test_the_defaults_at_512():
     [(text, hint)] = said()
-    layout, config = costs.layouts()["SD 1"], table.to_config(table.check({"enabled": True}))
+    layout, config = costs.layouts()["SD 1"], schema.to_config(schema.check({"enabled": True}))
     gain = 1 / costs.share_of_run(layout, config, 64, 64)
     expected = f"Expected: about {gain:.2f}× faster, by FLOPs over the whole pass."
     assert text == f"512×512: 4096 tokens → 256 corrected agents in 5 layers. {expected}"
@@ -217,10 +217,10 @@ def test_settings_of_no_preset_are_custom():
 
 def test_the_page_is_told_of_every_control():
     data = page_data()
-    assert [row["name"] for row in data["rows"]] == list(table.NAMES)
+    assert [row["name"] for row in data["rows"]] == list(schema.NAMES)
     assert set(data["presets"]) == set(PRESETS)
-    assert data["defaults"] == table.DEFAULTS
-    assert all(data["help"][name] == table.BY_NAME[name].help for name in table.NAMES)
+    assert data["defaults"] == schema.DEFAULTS
+    assert all(data["help"][name] == schema.BY_NAME[name].tooltip for name in schema.NAMES)
 
 
 @pytest.mark.parametrize(

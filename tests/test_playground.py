@@ -21,7 +21,7 @@ from agentsd import embedded, get_patch  # noqa: E402
 from agentsd.cli import playground  # noqa: E402
 from agentsd.cli.models import EmbeddedModel  # noqa: E402
 from agentsd.embedded import model as embedded_model  # noqa: E402
-from agentsd.settings.table import DEFAULTS, SETTINGS  # noqa: E402
+from agentsd.settings.schema import DEFAULTS, SETTINGS  # noqa: E402
 
 PROMPTS = ["red apple", "banana"]
 ON = {**DEFAULTS, "enabled": True, "until": 1.0}

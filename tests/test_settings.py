@@ -1,4 +1,4 @@
-"""The table of settings, the infotext and the XYZ axes, without a WebUI."""
+"""The table of settings, the infotext and the X/Y/Z axes, without a WebUI."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentsd import TOKEN_MERGING, AgentConfig, SettingError
-from agentsd.config import LIMITS
+from agentsd.config import FIELDS, SMALL
+from agentsd.methods import selectable
+from agentsd.plan import plan_layer
 from agentsd.rules import format_rules, parse_rules
 from agentsd.settings import infotext, tunings
-from agentsd.settings.table import (
+from agentsd.settings.idle import idle
+from agentsd.settings.schema import (
     ARGUMENTS,
     BY_NAME,
     DEFAULTS,
     IMPLIED,
+    LONGEST_RULES,
+    LONGEST_TUNING,
     NAMES,
     RECORD,
     SETTINGS,
-    SMALL,
     check,
     from_args,
     labelled,
@@ -36,12 +40,10 @@ from agentsd.webui.xyz import XYZ
 
 # How the WebUI takes an infotext apart, as documented by its format: "key: value" pairs, quoted where needed
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-
-
 RULES = [
     "",
     "downsample=2+4 until=0.4 method=corrected agent_ratio=0.9",
-    "blocks=middle_block.* full | blocks=input_blocks.1.*+*output* since=0.25 ratio=0.3 use_rand=off",
+    "blocks=middle_block.* full | blocks=input_blocks.[1-4].*+*output* since=0.25 ratio=0.3 use_rand=off",
 ]
 PLAN = "tuning 1 64x64 0.02 12345678 | method=corrected agent_ratio=0.95 | 0.0 a..a | 0.5 aaaa"
 TUNINGS = ["", "auto", f"first {PLAN}", f"first {PLAN} & hires {PLAN.replace('64x64', '128x128')}"]
@@ -55,9 +57,7 @@ def values_of(row):
         return st.sampled_from(row.choices)
     if row.kind == "text":
         return st.sampled_from(RULES if row.name == "rules" else TUNINGS)
-    if row.whole:
-        return st.integers(int(row.low), int(row.high))
-    return st.floats(row.low, row.high)
+    return (st.integers if row.kind == "whole" else st.floats)(row.low, row.high)
 
 
 def settings_of(**fixed):
@@ -66,51 +66,41 @@ def settings_of(**fixed):
     )
 
 
+def on(**values):
+    return check({"enabled": True, **values})
+
+
 # The table
 
 
-def test_nothing_drifts_from_the_core():
-    """Every setting of the core is in the table, with the core's limits, or made of rows that are, or the library's."""
-    made_of_others = {"attn_precision": "fp32", "stages": "until"}
-    for name, limits in LIMITS.items():
-        row = BY_NAME[made_of_others.get(name, name)]
-        if name in made_of_others or name in ("max_downsample", "rules"):
-            continue
-        if limits["kind"] == "choice":
-            assert tuple(row.choices) == tuple(map(str, limits["choices"]))
-        elif limits["kind"] == "bool":
-            assert row.kind == "flag"
-        elif name not in ("max_agents", "seed"):
-            assert (row.low, row.high) == (limits["low"], limits["high"])
-
-
 def test_labels_and_names_are_unique():
-    assert len({row.label for row in SETTINGS}) == len(SETTINGS)
-    assert len(BY_NAME) == len(SETTINGS)
+    assert len({row.label for row in SETTINGS}) == len(BY_NAME) == len(SETTINGS)
 
 
 @pytest.mark.parametrize("row", SETTINGS, ids=NAMES)
-def test_row_is_complete(row):
-    assert row.info.endswith(".")
-    assert row.checked(row.default) == row.default
-    assert type(row.checked(row.default)) is type(row.default)
+def test_a_row_is_complete(row):
+    assert row.label
+    assert row.help.endswith(".")
+    assert row.check(row.default) == row.default
+    assert type(row.check(row.default)) is type(row.default)
+    assert row.check(row.parse(row.format(row.default))) == row.default
 
 
 def test_the_api_order_is_a_contract():
     """The token map's switch came before the rules did."""
-    assert (*NAMES[:23], RECORD, "rules", "tuning", "how_close", "tune", "landmarks") == ARGUMENTS
-    assert NAMES[:23] == (
+    assert ARGUMENTS[:24] == (
         "enabled", "ratio", "agent_ratio", "k_scale2", "k_shortcut", "fp32", "agent_source", "method", "since", "until",
         "hires_until", "after", "passes", "max_downsample", "min_tokens", "max_agents", "sx", "sy", "use_rand",
-        "merge_attn", "merge_crossattn", "merge_mlp", "seed",
+        "merge_attn", "merge_crossattn", "merge_mlp", "seed", RECORD,
     )  # fmt: skip
+    assert set(ARGUMENTS) == {*NAMES, RECORD}
 
 
 def test_imports_neither_gradio_nor_the_webui():
     code = (
-        "import sys, agentsd.settings.table, agentsd.settings.infotext, agentsd.webui.xyz, agentsd.app.last_run as s; "
+        "import sys, agentsd.settings.schema, agentsd.settings.infotext, agentsd.webui.xyz, agentsd.app.last_run as s; "
+        "print(sorted({'gradio', 'modules'} & set(sys.modules)))"
     )
-    code += "print(sorted({'gradio', 'modules'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -128,11 +118,18 @@ def test_a_cleared_field_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "canonical"),
-    [("ratio", 0, 0.0), ("sx", 3.0, 3), ("max_downsample", 2, "2"), ("max_agents", 64.0, 64), ("until", 1, 1.0)],
+    ("name", "value", "canonical"),
+    [
+        ("ratio", 0, 0.0),
+        ("sx", 3.0, 3),
+        ("max_downsample", 2, "2"),
+        ("max_agents", 64.0, 64),
+        ("until", 1, 1.0),
+        ("how_close", 0.005, "0.5%"),
+    ],
 )
-def test_what_a_browser_makes_of_a_value(name, given, canonical):
-    found = check({name: given})[name]
+def test_what_a_browser_or_a_program_makes_of_a_value(name, value, canonical):
+    found = check({name: value})[name]
     assert found == canonical
     assert type(found) is type(canonical)
 
@@ -140,80 +137,107 @@ def test_what_a_browser_makes_of_a_value(name, given, canonical):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("ratio", -1),
-        ("ratio", 1.2),
-        ("ratio", float("nan")),
-        ("ratio", "0.4"),
-        ("ratio", True),
-        ("ratio", [0.4]),
-        ("sx", 0),
-        ("sx", 2.5),
+        *[("ratio", value) for value in (-1, 1.2, float("nan"), "0.4", True, [0.4])],
+        *[("sx", value) for value in (0, 2.5)],
         pytest.param("sx", 10**400, id="huge"),
+        *[("max_downsample", value) for value in (3, True)],
+        *[("use_rand", value) for value in ("False", 1)],
         ("agent_source", "tokens"),
-        ("max_downsample", 3),
-        ("max_downsample", True),
-        ("use_rand", "False"),
-        ("use_rand", 1),
         ("until", 0),
         ("enabled", "on"),
+        ("how_close", 0.3),
+        ("tuning", 7),
+        ("tune", 1.5),
     ],
 )
-def test_bad_value_is_named(name, value):
+def test_a_bad_value_is_named(name, value):
     with pytest.raises(SettingError, match=rf"^{name} must be .*got"):
         check({name: value})
 
 
-def test_unknown_name_is_named():
+def test_an_unknown_name_is_named():
     with pytest.raises(SettingError, match=r"unknown setting rato=0\.4 \(did you mean ratio\?\)"):
         check({"rato": 0.4})
+
+
+@pytest.mark.parametrize("value", ["x" * 200_000, ["y"] * 50_000], ids=["text", "list"])
+def test_messages_repeat_values_shortened(value):
+    with pytest.raises(SettingError, match=r"^ratio must be a number") as raised:
+        check({"ratio": value})
+    assert len(str(raised.value)) < 200
+    with pytest.raises(SettingError) as raised:
+        check({"x" * 200_000: value})
+    assert len(str(raised.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"since": 0.7, "until": 0.6}, "Until must be above From (0.7), got 0.6"),
+        ({"max_agents": 10**11}, "Maximum agents must be a whole number from 0 to"),
+        ({"rato": 1}, "unknown setting rato=1"),
+    ],
+)
+def test_messages_name_controls_by_their_labels(values, said):
+    with pytest.raises(SettingError) as raised:
+        to_config(on(**values))
+    assert labelled(str(raised.value)).startswith(said)
 
 
 # The API's forms
 
 
-@given(settings_of(enabled=True))
-def test_list_and_dictionary_mean_the_same(values):
+@given(settings_of(enabled=True), st.integers(1, 23))
+def test_list_and_dictionary_mean_the_same(values, n):
     in_order = {**values, RECORD: False}
     assert from_args([in_order[name] for name in ARGUMENTS]) == from_args([values]) == values
-
-
-@given(settings_of(enabled=True), st.integers(1, 23))
-def test_short_list_keeps_the_defaults(values, n):
-    head = {name: values[name] for name in NAMES[:n]}
+    head = {name: values[name] for name in ARGUMENTS[:n]}
     assert from_args(list(head.values())) == {**DEFAULTS, **head}
 
 
-def test_dictionary_switches_on_and_arguments_go_on_after_it():
-    assert from_args([{}])["enabled"] is True
-    assert from_args([{"enabled": False}])["enabled"] is False
-    assert from_args([{"k_scale2": 0.5}, 0.4])["ratio"] == 0.4
-    assert from_args([{"ratio": 0.3}, 0.4])["ratio"] == 0.3
+@pytest.mark.parametrize(
+    ("args", "overrides", "expected"),
+    [
+        ([], None, DEFAULTS),
+        ([{}], None, {"enabled": True}),
+        ([{"enabled": False}], None, DEFAULTS),
+        # a dictionary counts; what it does not name is what the arguments behind it say, such as an infotext's
+        ([{"k_scale2": 0.5}, 0.4], None, {"ratio": 0.4, "k_scale2": 0.5}),
+        ([{"ratio": 0.3}, 0.4], None, {"ratio": 0.3}),
+        # off looks at nothing else
+        ([False, "abc"], None, DEFAULTS),
+        # an X/Y/Z cell counts more
+        ([False, 0.2], {"enabled": True, "ratio": 0.4}, {"ratio": 0.4}),
+        ([True, 0.2], {"enabled": False}, DEFAULTS),
+        ([True] + [None] * 22 + [True, "ratio=0.2"], None, {"rules": "ratio=0.2"}),
+    ],
+)
+def test_what_arguments_mean(args, overrides, expected):
+    assert from_args(args, overrides).items() >= expected.items()
 
 
-def test_no_arguments_are_the_defaults():
-    assert from_args([]) == DEFAULTS
+def test_the_record_is_asked_for_after_the_settings():
+    asked = [[*([True] + [None] * 22), *more] for more in ([True], [], [False, "ratio=0.2"])]
+    assert [wants_record(args) for args in asked] == [True, False, False]
 
 
-def test_off_looks_at_nothing_else():
-    assert from_args([False, "abc"]) == DEFAULTS
-
-
-def test_an_xyz_cell_counts_more_than_the_arguments():
-    assert from_args([False, 0.2], {"enabled": True, "ratio": 0.4})["ratio"] == 0.4
-    assert from_args([True, 0.2], {"enabled": False}) == DEFAULTS
+def test_a_list_in_the_older_extensions_order_is_refused_with_the_order_that_is_expected():
+    older = [True, True, 20, 4, 4, 0.4, 0.95, 2, 2, 0.4, 0.5, False, 1, False, True, 0.3, 0.075]
+    with pytest.raises(SettingError, match=r"sd-webui-agentattention.*expected were enabled, ratio, agent_ratio"):
+        from_args(older)
+    assert from_args([False, *older[1:]]) == DEFAULTS, "while it is off nothing is checked"
+    with pytest.raises(SettingError, match=r"^ratio must be a number"):
+        from_args([{"ratio": True}])
 
 
 # The core's config
-
-
-def on(**values):
-    return check({"enabled": True, **values})
 
 
 def test_panel_defaults():
     config = to_config(on())
     assert (config.method, config.ratio, config.agent_ratio, config.max_downsample) == ("corrected", 0.0, 0.95, "auto")
     assert config.stages == to_config(on(), hires=True).stages == ()
+    assert to_config(check({})) is None
 
 
 def test_an_end_is_that_of_its_pass():
@@ -223,31 +247,30 @@ def test_an_end_is_that_of_its_pass():
     assert to_config(on(until=0.6), hires=True).stages == ()
 
 
-def test_off_leaves_the_pass_alone():
-    assert to_config(check({})) is None
-
-
 @pytest.mark.parametrize(("passes", "first", "hires"), [("both", 1, 1), ("first", 1, 0), ("hires", 0, 1)])
 def test_passes(passes, first, hires):
     found = [to_config(on(passes=passes), hires=h) is not None for h in (False, True)]
     assert found == [bool(first), bool(hires)]
 
 
-def test_auto_is_the_cores_own_value():
-    assert to_config(on()).max_downsample == "auto"
-    assert to_config(on(max_downsample="4")).max_downsample == 4
-
-
-@pytest.mark.parametrize("text", RULES)
-def test_rules_reach_the_core(text):
-    assert to_config(on(rules=text)).rules == parse_rules(text)
+@pytest.mark.parametrize(
+    ("values", "core"),
+    [
+        ({}, {"max_downsample": "auto", "attn_precision": None, "max_agents": None}),
+        ({"max_downsample": "4", "fp32": True, "max_agents": 64}, {"attn_precision": "fp32", "max_agents": 64}),
+        ({"max_downsample": "4"}, {"max_downsample": 4}),
+        *[({"rules": text}, {"rules": parse_rules(text)}) for text in RULES],
+    ],
+)
+def test_what_has_another_form_in_the_core(values, core):
+    assert {name: getattr(to_config(on(**values)), name) for name in core} == core
 
 
 def test_rules_may_be_text_or_a_list_of_mappings():
     written = [{"settings": {"method": "pool"}, "downsample": 2, "until": 0.5}, {"settings": None, "blocks": "mid*"}]
-    assert check({"rules": written})["rules"] == "downsample=2 until=0.5 method=pool | blocks=mid* full"
-    assert from_args([{"rules": written}])["rules"] == check({"rules": written})["rules"]
-    assert format_rules(to_config(on(rules=written)).rules) == check({"rules": written})["rules"]
+    text = "downsample=2 until=0.5 method=pool | blocks=mid* full"
+    assert check({"rules": written})["rules"] == from_args([{"rules": written}])["rules"] == text
+    assert format_rules(to_config(on(rules=written)).rules) == text
 
 
 @pytest.mark.parametrize(
@@ -257,6 +280,7 @@ def test_rules_may_be_text_or_a_list_of_mappings():
         ("rato=0.2", "unknown setting rato"),
         ([{"levels": 2}], "unknown setting levels"),
         (7, "rules must be"),
+        (" | ".join(["downsample=1 full"] * 100), f"rules must be a text of at most {LONGEST_RULES} characters"),
     ],
 )
 def test_bad_rules_are_named(value, said):
@@ -271,19 +295,10 @@ def test_a_tuning_may_be_text_or_a_dictionary_or_several():
     assert check({"tuning": " auto "})["tuning"] == "auto"
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("tuning", "first tuning 1 64x64", "tuning must be .* damaged"),
-        ("tuning", {"size": [64, 64]}, "tuning must be .* damaged"),
-        ("tuning", 7, "tuning must be .* got '7'"),
-        ("tune", 1.5, "tune must be a number from 0 to 1, got 1.5"),
-        ("how_close", 0.3, "how_close must be one of"),
-    ],
-)
-def test_a_bad_tuning_is_named(name, value, said):
-    with pytest.raises(SettingError, match=said):
-        check({name: value})
+@pytest.mark.parametrize("value", ["first tuning 1 64x64", {"size": [64, 64]}])
+def test_a_damaged_tuning_is_named(value):
+    with pytest.raises(SettingError, match=r"tuning must be .* damaged"):
+        check({"tuning": value})
 
 
 def test_a_pass_takes_its_own_plan_before_the_first_passs():
@@ -295,44 +310,22 @@ def test_a_pass_takes_its_own_plan_before_the_first_passs():
     assert tunings.matching(plans, "first", (64, 128)) == []
 
 
-def test_the_record_is_asked_for_after_the_settings():
-    assert wants_record([True] + [None] * 22 + [True])
-    assert not wants_record([True] + [None] * 22)
-    assert not wants_record([True] + [None] * 22 + [False, "ratio=0.2"])
-    assert from_args([True] + [None] * 22 + [True, "ratio=0.2"])["rules"] == "ratio=0.2"
-
-
-def test_fp32_and_no_limit():
-    assert to_config(on(fp32=True)).attn_precision == "fp32"
-    assert to_config(on()).attn_precision is None
-    assert to_config(on()).max_agents is None
-    assert to_config(on(max_agents=64)).max_agents == 64
-
-
 def test_from_until_and_afterwards():
     config = to_config(on(since=0.2, until=0.5, after="token merging"))
+    plain = {name: getattr(config, name) for name in FIELDS}
     assert config.at(0.1) is None
     assert config.at(0.3).agent_source == "grid"
-    assert config.at(0.7) == AgentConfig(**{**plain(config), **TOKEN_MERGING})
-
-
-def plain(config):
-    return {name: getattr(config, name) for name in LIMITS if name != "stages"}
-
-
-@pytest.mark.parametrize(("hires", "name"), [(False, "until"), (True, "hires_until")])
-def test_until_must_be_above_from(hires, name):
-    with pytest.raises(SettingError, match=rf"^{name} must be above since \(0\.5\), got 0\.5"):
-        to_config(on(**{"since": 0.5, name: 0.5}), hires=hires)
+    assert config.at(0.7) == AgentConfig(**{**plain, **TOKEN_MERGING})
 
 
 @given(settings_of(enabled=True), st.booleans())
 def test_the_table_allows_what_the_core_allows(values, hires):
     """A config comes of all values that the controls can have; only from and until can exclude each other."""
+    end = "hires_until" if hires else "until"
     try:
         config = to_config(values, hires=hires)
     except SettingError:
-        assert values["since"] >= values["hires_until" if hires else "until"]
+        assert values["since"] >= values[end]
         return
     assert (config is None) == (values["passes"] == ("first" if hires else "hires"))
 
@@ -340,11 +333,14 @@ def test_the_table_allows_what_the_core_allows(values, hires):
 # Infotext
 
 
+def controls(parsed):
+    return {row.name: infotext.reader(row.name)(parsed) for row in SETTINGS}
+
+
 @given(settings_of(enabled=True))
 def test_infotext_round_trip(values):
     text = f"a cat\nSteps: 4, Sampler: Euler a, {infotext.KEY}: {infotext.write(values)}, Version: v1.10.1"
-    parsed = dict(PAIR.findall(text.splitlines()[-1]))
-    found = {row.name: infotext.reader(row.name)(parsed) for row in SETTINGS}
+    found = controls(dict(PAIR.findall(text.splitlines()[-1])))
     assert found == {row.name: None if row.local else values[row.name] for row in SETTINGS}
 
 
@@ -355,138 +351,187 @@ def test_infotext_names_the_main_settings_even_at_their_defaults():
     )
 
 
-def test_an_infotext_that_names_no_minimum_means_none_as_before():
-    """The panel's default changed; the images of existing infotexts do not."""
+# As 1.0.0 wrote them, with the settings that differ from what it stood for
+OLD = {
+    "ratio=0.0; agent_ratio=0.95; k_scale2=0.3; k_shortcut=0.075; agent_source=grid; until=0.6": {},
+    "ratio=0.4; agent_ratio=0.95; k_scale2=0.3; k_shortcut=0.075; agent_source=similarity; until=0.4; hires_until=0.7; "
+    "after=token merging": {
+        "ratio": 0.4, "agent_source": "similarity", "until": 0.4, "hires_until": 0.7, "after": "token merging",
+    },
+    "ratio=0.0; agent_ratio=0.9; k_scale2=1.0; k_shortcut=0.0; fp32=on; agent_source=grid; method=corrected; "
+    "since=0.2; until=1.0; passes=hires; max_downsample=4; min_tokens=1024; max_agents=256; sx=2; sy=3; use_rand=off; "
+    "merge_attn=on; merge_crossattn=on; merge_mlp=on; seed=9007199254740991": {
+        "agent_ratio": 0.9, "k_scale2": 1.0, "k_shortcut": 0.0, "fp32": True, "method": "corrected", "since": 0.2,
+        "until": 1.0, "passes": "hires", "max_downsample": "4", "min_tokens": 1024, "max_agents": 256, "sx": 2, "sy": 3,
+        "use_rand": False, "merge_crossattn": True, "merge_mlp": True, "seed": 2**53 - 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("entry", "values"), OLD.items(), ids=["defaults", "paper", "everything"])
+def test_what_1_0_0_wrote_reads_on(entry, values):
+    """The panel's defaults changed; the images of existing infotexts do not."""
+    old = {"agent_source": "grid", "method": "agent", "until": 0.6, "min_tokens": 0, "ratio": 0.0}
+    expected = {**DEFAULTS, **old, "enabled": True, **values}
+    assert infotext.read(entry) == expected
     assert DEFAULTS["min_tokens"] == SMALL
-    before = infotext.read("ratio=0.0; agent_ratio=0.95; until=0.6")
-    assert before["min_tokens"] == 0
-    assert "min_tokens" not in infotext.write(before)
-    assert infotext.read(infotext.write(on())) == on()
+    assert infotext.read(infotext.write(expected)) == expected
 
 
-@pytest.mark.parametrize("entry", ["xyz", "", "xyz=1; ; foo", "=", "True"])
-def test_what_names_no_setting_is_no_entry_of_ours(entry):
-    assert infotext.read(entry) is None
-    assert infotext.reader("enabled")({infotext.KEY: entry}) is False
-    assert infotext.reader("ratio")({infotext.KEY: entry}) is None
+GOOD = infotext.write(on())
+DAMAGED = {
+    "commas": ("method=agent, agent_ratio=0.9", "method must be one of"),
+    "a plan cut off": (
+        f"{GOOD}; tuning=first tuning 1 48x48 0.05 10f083bd | method=agent agent_r",
+        "tuning is cut off",
+    ),
+    "a plan's part cut off": (f"{GOOD}; tuning=first {PLAN.rpartition(' |')[0]}", "tuning is cut off"),
+    "a plan that makes no sense": (f"{GOOD}; tuning=first {PLAN[:-1]} &", "tuning must be"),
+    "rules cut off": (f"{GOOD}; rules=downsample=2 agent_ratio=0.9", "rules is cut off"),
+    "a number out of range": (GOOD.replace("0.95", "9"), r"agent_ratio must be a number from 0\.0 to 0\.99; got 9"),
+    "no number": (GOOD.replace("0.95", "much"), "agent_ratio must be a number"),
+    "an unknown name": (f"{GOOD}; brand_new=7", "unknown setting brand_new"),
+    "an unknown choice": (GOOD.replace("corrected", "magic"), "method must be one of"),
+    "a pair cut off": (GOOD[:-9], "unknown setting min"),
+    "a name without a value": (f"{GOOD}; sx", "sx must be a whole number"),
+    "another's": ("True", "unknown setting True"),
+    "nothing": ("", "unknown setting"),
+    "a local one": (f"{GOOD}; tune=0.5", "unknown setting tune"),
+}
 
 
-def test_infotext_keys_have_no_full_stop():
-    assert "." not in infotext.KEY + infotext.NOTE
+@pytest.mark.parametrize(("entry", "said"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_entry_is_refused_whole_and_named(entry, said):
+    found = controls({infotext.KEY: entry})
+    assert {name: value for name, value in found.items() if value is not None}.keys() == {"enabled", "rules"}
+    with pytest.raises(SettingError, match=rf"damaged infotext - .*{said}") as error:
+        from_args([found[name] if name != RECORD else None for name in ARGUMENTS])
+    assert "clear Rules" in labelled(str(error.value))
+    assert set(infotext.note([str(error.value)])) <= ALPHABET
 
 
 def test_infotext_without_us_switches_off_and_changes_nothing_else():
-    found = {name: infotext.reader(name)({"Steps": "4"}) for name in NAMES}
-    assert found == {**dict.fromkeys(NAMES), "enabled": False}
-
-
-def test_infotext_of_another_version_is_read_as_far_as_it_goes():
-    found = infotext.read("ratio=0.4; brand_new=7; sx=99; ; nonsense")
-    assert found == {**IMPLIED, "enabled": True, "ratio": 0.4}
+    assert controls({"Steps": "4"}) == {**dict.fromkeys(NAMES), "enabled": False}
 
 
 def test_readers_are_shared_by_both_tabs():
     assert infotext.reader("ratio") is infotext.reader("ratio")
 
 
-# XYZ axes
+def test_a_dictionary_beside_an_infotext_changes_what_it_names():
+    """The host puts the infotext's values into the arguments, and the dictionary into the first of them."""
+    read = controls({infotext.KEY: "ratio=0.3; method=pool; until=0.9"})
+    args = [{"ratio": 0.1}, *(read.get(name) for name in ARGUMENTS[1:])]
+    assert from_args(args) == {**IMPLIED, "enabled": True, "ratio": 0.1, "method": "pool", "until": 0.9}
 
 
-def grid():
-    def option(label, type, apply, confirm=None, choices=None):
-        return SimpleNamespace(label=label, type=type, apply=apply, confirm=confirm, choices=choices)
+# The alphabet of what goes into metadata
 
-    return SimpleNamespace(axis_options=[], AxisOption=option)
+ALPHABET = {chr(c) for c in range(32, 127)} - set(",:\"'(){}<>")
 
 
-def test_an_axis_for_every_setting_once():
-    plot = grid()
-    xyz.register([plot])
-    xyz.register([plot])
-    labels = [option.label for option in plot.axis_options]
-    assert len(labels) == len(set(labels)) == len(SETTINGS) - 1
-    assert not any("Tune to" in label for label in labels), "an order, not a setting of an image"
+def is_plain(text: str) -> bool:
+    depths = [text[:i].count("[") - text[:i].count("]") for i in range(len(text) + 1)]
+    alone = re.fullmatch(r"\d+x\d+|[\d.+-]+|true|false|none", text, re.IGNORECASE)
+    return set(text) <= ALPHABET and min(depths) >= 0 == depths[-1] and not alone and len(text) < infotext.LONGEST
 
 
 @given(settings_of(enabled=True))
-def test_axes_set_values_from_the_plots_text(values):
-    plot = grid()
-    xyz.register([plot])
-    p = SimpleNamespace()
-    rows = [row for row in SETTINGS if row.axis]
-    for option, row in zip(plot.axis_options, rows, strict=True):
-        typed = str(values[row.name])
-        option.apply(p, option.type(typed), [])
-    assert from_args([False], getattr(p, XYZ)) == {**values, "tune": 0.0}
+def test_every_entry_keeps_to_the_alphabet(values):
+    assert is_plain(infotext.write(values))
 
 
-def test_the_axis_of_how_close_is_over_one_tuning():
-    plot = grid()
-    xyz.register([plot])
-    option = next(option for option in plot.axis_options if option.label.endswith("How close"))
+@pytest.mark.parametrize("row", SETTINGS, ids=NAMES)
+def test_every_value_of_a_setting_keeps_to_the_alphabet(row):
+    values = {"flag": (True, False), "choice": row.choices, "text": (*RULES, *TUNINGS)}.get(
+        row.kind, (row.low, row.high)
+    )
+    for value in values:
+        assert set(row.format(value)) <= ALPHABET
+    assert set(row.name) <= ALPHABET
+
+
+def test_the_longest_entry_fits():
+    longest = {row.name: max((row.choices), key=len) if row.choices else row.default for row in SETTINGS}
+    longest |= {row.name: row.high - 1e-9 if row.kind == "number" else row.high for row in SETTINGS if row.numeric}
+    longest |= {"rules": "x" * LONGEST_RULES, "tuning": "x" * LONGEST_TUNING}
+    assert len(infotext.write(longest)) < infotext.LONGEST
+
+
+@given(st.text(max_size=6000))
+def test_any_note_keeps_to_the_alphabet(text):
+    assert is_plain(infotext.note([text]))
+
+
+@given(settings_of(enabled=True), st.integers(1, 160), st.integers(1, 160))
+def test_what_plans_and_checks_say_keeps_to_the_alphabet(values, height, width):
+    """Reasons, errors and words of all methods, as a note holds them."""
+    said = [method.summary for method in selectable()]
+    said += list(idle(values).values())
+    config = to_config(values) if values["since"] < values["until"] and values["passes"] != "hires" else None
+    if config is not None:
+        plan = plan_layer(config, height, width, 1)
+        said += [plan.reason, plan.shortfall, plan.note]
+    for row in SETTINGS:
+        with pytest.raises(SettingError) as error:
+            row.check(object())
+        said.append(str(error.value))
+    assert all(is_plain(infotext.note([text])) for text in said)
+    assert infotext.note(["4096 tokens → 256 agents", "cells of 4×4"]) == (
+        "not applied; 4096 tokens to 256 agents and cells of 4x4"
+    )
+
+
+# X/Y/Z axes
+
+
+@pytest.fixture
+def plot():
+    def option(label, type, apply, confirm=None, choices=None):
+        return SimpleNamespace(label=label, type=type, apply=apply, confirm=confirm, choices=choices)
+
+    grid = SimpleNamespace(axis_options=[], AxisOption=option)
+    xyz.register([grid])
+    xyz.register([grid])
+    return {option.label.removeprefix(xyz.PREFIX): option for option in grid.axis_options}
+
+
+def test_an_axis_for_every_setting_once(plot):
+    assert len(plot) == len(SETTINGS) - 1
+    assert "Tune to" not in plot, "an order, not a setting of an image"
+
+
+def test_axes_set_values_from_the_plots_text(plot):
+    @given(settings_of(enabled=True))
+    def set_values(values):
+        p = SimpleNamespace()
+        for row in SETTINGS:
+            if row.axis:
+                option = plot["Enabled" if row.name == "enabled" else row.label]
+                option.apply(p, option.type(str(values[row.name])), [])
+        assert from_args([False], getattr(p, XYZ)) == {**values, "tune": 0.0}
+
+    set_values()
+
+
+def test_the_axis_of_how_close_is_over_one_tuning(plot):
     for typed in ("0.5%", "0.5 %"):
         p = SimpleNamespace()
-        option.apply(p, typed, [])
+        plot["How close"].apply(p, typed, [])
         assert from_args([True], getattr(p, XYZ)).items() >= {"how_close": "0.5%", "tuning": "auto"}.items()
 
 
-def test_an_axis_switches_on_and_cells_are_separate():
-    plot = grid()
-    xyz.register([plot])
-    axes = {option.label: option for option in plot.axis_options}
+def test_an_axis_switches_on_and_cells_are_separate(plot):
     p = SimpleNamespace(**{XYZ: {}})
     cell = SimpleNamespace(**vars(p))
-    axes["[Agent Attention] Ratio"].apply(cell, 0.4, [])
+    plot["Ratio"].apply(cell, 0.4, [])
     assert from_args([False], getattr(cell, XYZ))["enabled"] is True
     assert getattr(p, XYZ) == {}
-
-
-def test_the_switchs_axis_can_switch_off():
-    plot = grid()
-    xyz.register([plot])
-    p = SimpleNamespace()
-    for option in plot.axis_options[1:2] + plot.axis_options[:1]:
-        option.apply(p, "False" if option.type is str else 0.4, [])
-    assert from_args([True], getattr(p, XYZ))["enabled"] is False
+    plot["Enabled"].apply(cell, "False", [])
+    assert from_args([True], getattr(cell, XYZ))["enabled"] is False
 
 
 @pytest.mark.parametrize(("label", "value"), [("Ratio", 1.2), ("Agent source", "tokens"), ("Random partition", "no")])
-def test_a_bad_value_is_refused_before_the_plot_starts(label, value):
-    plot = grid()
-    xyz.register([plot])
-    option = next(o for o in plot.axis_options if o.label.endswith(label))
+def test_a_bad_value_is_refused_before_the_plot_starts(plot, label, value):
     with pytest.raises(SettingError):
-        option.confirm(None, [value])
-
-
-# Messages
-
-
-@pytest.mark.parametrize("value", ["x" * 200_000, ["y"] * 50_000], ids=["text", "list"])
-def test_messages_repeat_values_shortened(value):
-    with pytest.raises(SettingError, match=r"^ratio must be a number") as raised:
-        check({"ratio": value})
-    assert len(str(raised.value)) < 200
-    with pytest.raises(SettingError) as raised:
-        check({"x" * 200_000: value})
-    assert len(str(raised.value)) < 800
-
-
-def test_messages_name_controls_by_their_labels():
-    with pytest.raises(SettingError) as raised:
-        to_config(on(since=0.7, until=0.6))
-    assert labelled(str(raised.value)) == "Until must be above From (0.7), got 0.6"
-    with pytest.raises(SettingError) as raised:
-        check({"max_agents": 10**11})
-    assert labelled(str(raised.value)).startswith("Maximum agents must be a whole number from 0 to")
-    assert labelled("unknown setting rato=1") == "unknown setting rato=1"
-
-
-def test_a_list_in_the_older_extensions_order_is_refused_with_the_order_that_is_expected():
-    older = [True, True, 20, 4, 4, 0.4, 0.95, 2, 2, 0.4, 0.5, False, 1, False, True, 0.3, 0.075]
-    with pytest.raises(SettingError, match=r"expected were enabled, ratio, agent_ratio, k_scale2") as raised:
-        from_args(older)
-    assert "sd-webui-agentattention" in str(raised.value)
-    assert from_args([False, *older[1:]]) == DEFAULTS, "while it is off nothing is checked"
-    with pytest.raises(SettingError, match=r"^ratio must be a number"):
-        from_args([{"ratio": True}])
+        plot[label].confirm(None, [value])

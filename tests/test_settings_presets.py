@@ -6,37 +6,37 @@ import pytest
 
 from agentsd import AgentConfig, paper_stages
 from agentsd.app.pace import Pace, StepClock
-from agentsd.settings import infotext, legacy, table
+from agentsd.settings import infotext, legacy, schema
 from agentsd.settings.presets import CUSTOM, KEPT, PRESETS, preset_of
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_valid_and_is_told_from_the_others(name):
-    values = table.check({**PRESETS[name], "enabled": True, "passes": "both"})
+    values = schema.check({**PRESETS[name], "enabled": True, "passes": "both"})
     for hires in (False, True):
-        assert table.to_config(values, hires=hires) is not None
-    assert preset_of({**table.DEFAULTS, **PRESETS[name]}) == name
+        assert schema.to_config(values, hires=hires) is not None
+    assert preset_of({**schema.DEFAULTS, **PRESETS[name]}) == name
 
 
 def test_a_preset_leaves_the_users_own_affairs_alone():
     own = {"enabled": True, "fp32": True, "min_tokens": 4096, "seed": 5, "how_close": "5%", "tune": 0.01}
     assert set(own) == set(KEPT)
-    assert preset_of({**table.DEFAULTS, **own}) == preset_of(table.DEFAULTS)
+    assert preset_of({**schema.DEFAULTS, **own}) == preset_of(schema.DEFAULTS)
     assert not any(name in preset for preset in PRESETS.values() for name in KEPT)
 
 
 def test_a_touched_control_makes_it_custom():
     for name, value in PRESETS["Paper"].items():
-        other = table.BY_NAME[name]
+        other = schema.BY_NAME[name]
         text = {"choice": "x", "text": "auto" if name == "tuning" else "ratio=0.2"}
         changed = not value if other.kind == "flag" else text[other.kind] if other.kind in text else value + 1
-        assert preset_of({**table.DEFAULTS, **PRESETS["Paper"], name: changed}) in (CUSTOM, *PRESETS)
-        assert preset_of({**table.DEFAULTS, **PRESETS["Paper"], name: changed}) != "Paper"
+        assert preset_of({**schema.DEFAULTS, **PRESETS["Paper"], name: changed}) in (CUSTOM, *PRESETS)
+        assert preset_of({**schema.DEFAULTS, **PRESETS["Paper"], name: changed}) != "Paper"
 
 
 def test_the_papers_preset_is_the_papers_config():
-    values = table.check({**PRESETS["Paper"], "enabled": True, "min_tokens": 0})
-    assert table.to_config(values) == AgentConfig(stages=paper_stages(), max_downsample="auto")
+    values = schema.check({**PRESETS["Paper"], "enabled": True, "min_tokens": 0})
+    assert schema.to_config(values) == AgentConfig(stages=paper_stages(), max_downsample="auto")
 
 
 # The older extension, with its keys as the host's parser reads them
@@ -60,16 +60,16 @@ OLD = {
 }
 
 
-LOCAL = {row.name: row.default for row in table.SETTINGS if row.local}
+LOCAL = {row.name: row.default for row in schema.SETTINGS if row.local}
 
 
 def read(params: dict) -> dict:
-    return {row.name: infotext.reader(row.name)(params) for row in table.SETTINGS if not row.local}
+    return {row.name: infotext.reader(row.name)(params) for row in schema.SETTINGS if not row.local}
 
 
 def test_an_image_of_the_older_extension_fills_our_controls():
     expected = {
-        **table.IMPLIED,
+        **schema.IMPLIED,
         "enabled": True,
         "agent_source": "similarity",
         "ratio": 0.35,
@@ -83,25 +83,25 @@ def test_an_image_of_the_older_extension_fills_our_controls():
         "passes": "first",
     }
     assert {**LOCAL, **read(OLD)} == expected
-    assert table.to_config(table.check(expected)) is not None
+    assert schema.to_config(schema.check(expected)) is not None
 
 
 def test_its_hires_only_images_too():
     hires = {**OLD, "Fix Only": "True", "Hires steps": "20", "Denoising strength": "0.5"}
     found = read(hires)
-    assert (found["passes"], found["hires_until"], found["until"]) == ("hires", 0.8, table.IMPLIED["until"])
+    assert (found["passes"], found["hires_until"], found["until"]) == ("hires", 0.8, schema.IMPLIED["until"])
 
 
 def test_its_second_step_may_never_come():
     assert read({**OLD, "AgAt Second Pass Step": "40"})["until"] == 1.0
-    assert read({**OLD, "AgAt Second Pass Step": "0"})["until"] == table.BY_NAME["until"].low
+    assert read({**OLD, "AgAt Second Pass Step": "0"})["until"] == schema.BY_NAME["until"].low
 
 
 @pytest.mark.parametrize("broken", [{"AgAt First Pass sx": "0"}, {"Steps": "many"}, {"AgAt First Pass Ratio": "1.0"}])
 def test_what_cannot_be_read_is_at_our_default(broken):
     found = read({**OLD, **broken})
     assert found["enabled"] is True
-    assert table.check(found) == {**LOCAL, **found}
+    assert schema.check(found) == {**LOCAL, **found}
 
 
 def test_our_own_entry_counts_more_and_other_images_are_not_its():

@@ -16,7 +16,7 @@ from fake_webui import _forget_ours as forget_ours
 from fake_webui import state
 
 from agentsd.settings import infotext
-from agentsd.settings.table import SETTINGS
+from agentsd.settings.schema import SETTINGS
 
 ON = {"until": 1.0, "min_tokens": 0}
 

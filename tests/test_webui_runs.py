@@ -12,7 +12,7 @@ from fake_webui import ON, Processing, fake_host, fake_unet, generate  # noqa: F
 from test_webui_session import SIMILARITY
 
 from agentsd.app import token_map as tokenmap
-from agentsd.settings import infotext, table
+from agentsd.settings import infotext, schema
 
 
 def test_a_run_is_told_to_whom_it_belongs(host):
@@ -75,7 +75,7 @@ def test_blocks_that_call_their_own_forward_again_are_nobodys(host, unet):
 def test_another_extension_with_a_package_of_our_name_is_told(host, tmp_path):
     sys.modules["modules.sd_models"].model_data = SimpleNamespace(sd_model=host.shared.sd_model)
     advice = host.session.compat.HOST.advice
-    values = table.check({})
+    values = schema.check({})
     assert advice(values) == []
     host.extensions.active = lambda: [SimpleNamespace(name="sd-webui-agentattention", path=str(tmp_path))]
     assert advice(values) == [], "it has no such package"

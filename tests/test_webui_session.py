@@ -203,7 +203,7 @@ def test_leftovers_of_another_thread_are_cleaned(host, unet):
     before, held = state(unet), []
 
     def lose():
-        generation = host.session.Generation(host.session.table.check({"enabled": True, **ON}), 0)
+        generation = host.session.Generation(host.session.schema.check({"enabled": True, **ON}), 0)
         held.append(host.session.sampling_pass(Processing(), generation, False))
         held[0].__enter__()
 

@@ -19,7 +19,7 @@ from ..methods import selectable
 from ..patching.layer import KVContext
 from ..settings import tunings
 from ..settings.presets import PRESETS, TUNED
-from ..settings.table import DEFAULTS, fraction_of, to_config
+from ..settings.schema import DEFAULTS, fraction_of, to_config
 from ..tuning.record import RecordedCall, progress_of
 from ..tuning.replay import Progress, compare, comparing_takes
 from ..tuning.result import Tuning, TuningError

@@ -13,12 +13,13 @@ from weakref import WeakKeyDictionary
 
 from ..attention.grid import Grid
 from ..checks import SettingError
-from ..config import AgentConfig
+from ..config import SMALL, AgentConfig
 from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
-from ..methods import method_named, method_of
+from ..methods import method_of
 from ..settings import tunings
+from ..settings.idle import idle
 from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.table import BY_NAME, DEFAULTS, FIRST, HIRES, SETTINGS, SMALL, check, labelled
+from ..settings.schema import BY_NAME, DEFAULTS, SETTINGS, check, labelled
 from ..tuning.result import Tuning, TuningError
 from ..words import percent
 from .host import Hint, PanelHost
@@ -97,7 +98,7 @@ def page_data() -> dict[str, Any]:
         "defaults": dict(DEFAULTS),
         "presets": {name: dict(values) for name, values in PRESETS.items()},
         "custom": CUSTOM,
-        "help": {**{row.name: row.help for row in SETTINGS}, **_HELP},
+        "help": {**{row.name: row.tooltip for row in SETTINGS}, **_HELP},
         "min_tokens_label": BY_NAME["min_tokens"].label,
     }
 
@@ -161,28 +162,11 @@ def preview(
         lines.append(Line(f"No model is loaded yet: figures are those of {USUAL}"))
     else:
         lines += [Line("", hint) for hint in host.advice(checked)]
-    return _answer(lines, preset_of(checked), unet, without_effect(checked))
+    return _answer(lines, preset_of(checked), unet, idle(checked))
 
 
 def _answer(lines: Sequence[Line], preset: str, unet: nn.Module | None, idle: Mapping[str, str]) -> dict[str, Any]:
     return {"lines": [line.to_dict() for line in lines], "preset": preset, "model": unet is not None, "idle": idle}
-
-
-def without_effect(values: Mapping[str, Any]) -> dict[str, str]:
-    """Say which settings have no effect beside the others, and why: {name: sentence}."""
-    if values["rules"]:
-        return {}  # a rule may change any of the others
-    label = {name: BY_NAME[name].label for name in ("method", "ratio", "passes")}
-    method = method_named(values["method"])
-    reasons = dict.fromkeys(method.unused, f"No effect with {label['method']} “{method.name}”.")
-    if not values["ratio"]:
-        reasons |= dict.fromkeys(("merge_mlp", "merge_crossattn"), f"No effect while {label['ratio']} is 0.")
-    elif not (method.merges or values["merge_mlp"] or values["merge_crossattn"]):
-        reasons["ratio"] = f"No effect with {label['method']} “{method.name}”, which merges no tokens."
-    left_out = {FIRST: "hires_until", HIRES: "until"}.get(values["passes"])
-    if left_out:
-        reasons[left_out] = f"No effect while {label['passes']} is “{values['passes']}”."
-    return reasons
 
 
 def layout_of_unet(unet: nn.Module) -> Layout:

@@ -167,7 +167,7 @@ def _flat(cells: list[list[Cell]]) -> list[Cell]:
 
 
 def _where(cell: Cell, x: str, y: str) -> list[str]:
-    return [AXES[name].text(cell.values[name]) for name in (x, y) if name]
+    return [AXES[name].format(cell.values[name]) for name in (x, y) if name]
 
 
 def _save(path: Path, model: Model, request: Request, values: Any, run: Run, metrics: Distance | None = None) -> None:
@@ -209,8 +209,8 @@ def _save_grid(
     ]
     page = sheet(
         pictures,
-        columns=["without", *(f"{x} = {AXES[x].text(value)}" for value in columns)],
-        labels=[f"{y} = {AXES[y].text(value)}" for value in lines] if y else (),
+        columns=["without", *(f"{x} = {AXES[x].format(value)}" for value in columns)],
+        labels=[f"{y} = {AXES[y].format(value)}" for value in lines] if y else (),
         captions=captions,
         title=f"{request.prompt}, seed {request.seed}, {request.steps} steps, {model.name}{what}",
     )

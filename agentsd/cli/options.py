@@ -1,82 +1,45 @@
-"""Values of command-line options. Those of the settings are built from the panel's table of settings."""
+"""Values of command-line options. Those of the settings are built from the table of settings."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from inspect import cleandoc
 from typing import Any
 
-from ..checks import SettingError
-from ..config import LIMITS, AgentConfig
-from ..settings.table import BY_NAME, Row, check, to_config
+from ..checks import Setting, SettingError
+from ..config import AgentConfig
+from ..settings import SETTINGS, check, to_config
 
-# The panel's switch is the command itself, a command line has no hires pass, and `--tuning` names a file.
-_NOT_HERE = ("enabled", "hires_until", "passes", "tuning", "tune", "how_close")
-# Settings of the core that the panel has under other names
-_RENAMED = ("attn_precision", "stages")
-_KINDS = {"bool": "flag", "int": "number", "float": "slider", "choice": "choice"}
-
-
-def _row_of(name: str) -> Row:
-    """Make a row for a setting of the core that the panel does not show."""
-    limits, default = LIMITS[name], getattr(_CORE, name)
-    entry = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", cleandoc(AgentConfig.__doc__ or ""), re.MULTILINE)
-    info = " ".join(entry[1].split()) if entry else ""
-    ends = {end: limits[end] for end in ("low", "high") if end in limits}
-    choices = tuple(str(choice) for choice in limits.get("choices", ()))
-    step = 0.01 if limits["kind"] == "float" else 1
-    return Row(
-        name,
-        name,
-        info[:1].upper() + info[1:],
-        str(default) if choices else default,
-        _KINDS[limits["kind"]],
-        step=step,
-        choices=choices,
-        **ends,
-    )
-
-
-_CORE = AgentConfig()
-_BEYOND = {name: _row_of(name) for name in LIMITS if name not in BY_NAME and name not in _RENAMED}
-ROWS: Mapping[str, Row] = {**{name: row for name, row in BY_NAME.items() if name not in _NOT_HERE}, **_BEYOND}
+ROWS: Mapping[str, Setting] = {row.name: row for row in SETTINGS if row.option}
 # What a sweep with a tuning may vary instead
-TOLERANCE = Row("tolerance", "Tolerance", "Limit on the deviation", 0.02, "slider", step=0.001)
-AXES: Mapping[str, Row] = {**ROWS, TOLERANCE.name: TOLERANCE}
+TOLERANCE = Setting("tolerance", "number", 0.02, help="Limit on the deviation.")
+AXES: Mapping[str, Setting] = {**ROWS, TOLERANCE.name: TOLERANCE}
 _OPTION = {"seed": "partition-seed"}  # --seed is the seed of the picture
 LARGEST = 8192
 
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """Complete the given settings with the defaults of the others."""
-    beyond = {name: row.checked(given.get(name)) for name, row in _BEYOND.items()}
-    panel = {name: value for name, value in given.items() if name not in _BEYOND}
-    return {**check({"enabled": True, **panel}), **beyond}
+    return check({"enabled": True, **given})
 
 
 def config_of(values: Mapping[str, Any]) -> AgentConfig:
     """Make the config from the settings."""
-    config = to_config({name: values[name] for name in BY_NAME})
+    config = to_config(values)
     assert config is not None  # the panel's switch is on
-    return replace(config, **{name: _core_value(name, values[name]) for name in _BEYOND})
+    return config
 
 
-def _core_value(name: str, value: Any) -> Any:
-    return next((choice for choice in LIMITS[name].get("choices", ()) if str(choice) == value), value)
-
-
-def option_name(row: Row) -> str:
+def option_name(row: Setting) -> str:
     return _OPTION.get(row.name, row.name.replace("_", "-"))
 
 
-def reader(row: Row) -> Callable[[str], Any]:
+def reader(row: Setting) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         spaced = text.replace("-", " ")
         try:
-            return row.parsed(spaced if spaced in row.choices else text)
+            return row.parse(spaced if spaced in row.choices else text)
         except SettingError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -186,7 +186,7 @@ def _settings(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("agent attention", "the settings of the WebUI's panel, with its defaults")
     for row in ROWS.values():
         flag, dest = f"--{option_name(row)}", f"setting_{row.name}"
-        text = f"{row.help} (default: {row.text(row.default)})".replace("%", "%%")
+        text = f"{row.tooltip} (default: {row.format(row.default)})".replace("%", "%%")
         if row.kind == "flag":
             group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:

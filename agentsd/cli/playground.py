@@ -39,7 +39,7 @@ from ..checks import SettingError
 from ..config import AgentConfig
 from ..panel import controls
 from ..panel.routes import Routes
-from ..settings import table
+from ..settings import schema
 from ..settings.tunings import AUTO, FIRST
 from ..tuning.record import RecordedCall, record_calls
 from ..tuning.result import TuningCancelled, TuningError, headline
@@ -107,7 +107,7 @@ class Playground:
         try:
             size = (int(height) // SCALE, int(width) // SCALE)
             request = self.model.complete(Request(prompt.strip(), int(seed or 0), int(steps), size=size))
-            settings = table.from_args([dict(zip(table.NAMES, values, strict=True))])
+            settings = schema.from_args([dict(zip(schema.NAMES, values, strict=True))])
             with self.in_use:
                 return self._draw_both(request, settings, progress or (lambda *arguments, **options: None))
         except (Stopped, TuningCancelled):
@@ -118,7 +118,7 @@ class Playground:
     def _draw_both(
         self, request: Request, values: Mapping[str, Any], progress: Any
     ) -> tuple[tuple[Image, Image], str, str]:
-        config = table.to_config(values)  # before anything is drawn: settings may contradict each other
+        config = schema.to_config(values)  # before anything is drawn: settings may contradict each other
         STATUS.begin(config is not None)
         report = PassReport(hires=False, models=1)
         since = 0.0
@@ -184,7 +184,7 @@ class Playground:
         return self.model.unet
 
     def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
-        return table.to_config(values, hires=hires)
+        return schema.to_config(values, hires=hires)
 
     def kept(self, of: str, size: tuple[int, int]) -> Kept | None:
         return self._store.find(self.model.name, of, size)

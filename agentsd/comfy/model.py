@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,10 +49,11 @@ class Slot:
 
     Attributes:
         patch: the patch in force.
+        hints: what its node has to say about its inputs.
     """
 
-    def __init__(self, patch: ClonePatch) -> None:
-        self.patch = patch
+    def __init__(self, patch: ClonePatch, hints: Sequence[str] = ()) -> None:
+        self.patch, self.hints = patch, hints
 
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a sampling of the host; by then it has loaded the model, with what other nodes do to its weights."""
@@ -69,16 +70,17 @@ class Slot:
         if report is None:
             return "Agent Attention is on. Nothing was sampled with this model yet."
         notes = [f"left to the host: {reason} ({n} calls)" for reason, n in report.notes.items()]
-        return "\n".join([report.sentence(), *notes])
+        return "\n".join([report.sentence(), *notes, *self.hints])
 
 
-def attach(model: Any, config: AgentConfig, since: float = 0.0) -> Any:
+def attach(model: Any, config: AgentConfig, since: float = 0.0, hints: Sequence[str] = ()) -> Any:
     """Put agent attention on a clone of a model, instead of what an earlier node has put on it.
 
     Args:
         model: a ModelPatcher of ComfyUI.
         config: the settings.
         since: where the agents begin, for the report.
+        hints: what else to say in reports.
 
     Returns:
         The clone.
@@ -86,7 +88,7 @@ def attach(model: Any, config: AgentConfig, since: float = 0.0) -> Any:
     Raises:
         UnsupportedModelError: the model is no U-Net with transformer blocks.
     """
-    return attach_slot(model, lambda unet: Slot(ClonePatch(unet, config, since)))
+    return attach_slot(model, lambda unet: Slot(ClonePatch(unet, config, since), hints))
 
 
 def attach_slot(model: Any, make: Callable[[nn.Module], Slot]) -> Any:

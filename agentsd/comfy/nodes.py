@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..settings.table import BY_NAME, DEFAULTS, Row, check, to_config
+from ..checks import Setting, SettingError
+from ..settings import SETTINGS, check, to_config
+from ..settings.idle import idle
 
 if TYPE_CHECKING:
     from ..config import AgentConfig
@@ -14,51 +17,64 @@ CATEGORY = "model_patches/unet"
 CUSTOM = "custom: agent_ratio"
 # Side in tokens of a square cell
 CELLS: Mapping[str, int | None] = {"2×2, closest": 2, "4×4": 4, "8×8, fastest": 8, CUSTOM: None}
-
-# The inputs of the node, each with its row in the table of settings. Graphs keep the values by position: append only.
-_ROWS: Mapping[str, str] = {
-    "method": "method",
-    "from": "since",
-    "until": "until",
-    "layers": "max_downsample",
-    "ratio": "ratio",
-    "agent_ratio": "agent_ratio",
-    "k_scale2": "k_scale2",
-    "k_shortcut": "k_shortcut",
-    "fp32": "fp32",
-    "agent_source": "agent_source",
-    "rules": "rules",
-    "landmarks": "landmarks",
-}
-_OPTIONAL = ("agent_source", "rules", "landmarks")
-# Corrected agents in every step, as the preset Faithful of the WebUI's panel
-_DEFAULTS = {**DEFAULTS, "method": "corrected", "until": 1.0}
+_OF_CELLS = ("agent_ratio", "sx", "sy")
 _CELLS_HELP = "Size of the cells of tokens that one agent stands for. Smaller is closer to the original, larger faster."
+_REQUIRED = ("method", "cells")
+
+# The settings by the names of their inputs. Graphs keep the values by position: new ones come last.
+_ROWS: Mapping[str, Setting] = {row.node or row.name: row for row in SETTINGS if row.node is not None}
+_INPUTS = ("method", "cells", "from", "until", "layers")
+INPUTS = (*_INPUTS, *(name for name in _ROWS if name not in _INPUTS))
 
 
-def _widget(row: Row) -> tuple[Any, dict[str, Any]]:
+def _widget(name: str) -> tuple[Any, dict[str, Any]]:
     """Describe a setting as an input of a node."""
-    options: dict[str, Any] = {"default": _DEFAULTS[row.name], "tooltip": row.help}
-    if row.kind in ("slider", "number"):
-        kind = "INT" if row.whole else "FLOAT"
+    if name == "cells":
+        return list(CELLS), {"default": "4×4", "tooltip": _CELLS_HELP}
+    row = _ROWS[name]
+    options: dict[str, Any] = {"default": row.default, "tooltip": row.tooltip}
+    if row.numeric:
+        kind = "INT" if row.kind == "whole" else "FLOAT"
         return kind, {**options, "min": row.low, "max": row.high, "step": row.step}
     if row.kind == "choice":
         return list(row.choices), options
-    return {"flag": "BOOLEAN", "text": "STRING"}[row.kind], options
+    return ("STRING", {**options, "multiline": True}) if row.kind == "text" else ("BOOLEAN", options)
+
+
+def values_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a node's inputs stand for, in canonical form.
+
+    Raises:
+        SettingError: a value is outside its range, or from is not below until.
+    """
+    values = {row.name: inputs[name] for name, row in _ROWS.items() if name in inputs}
+    side = CELLS.get(inputs.get("cells", CUSTOM))
+    if side is not None:
+        values.update(agent_ratio=1 - 1 / side**2, sx=side, sy=side)
+    try:
+        checked = check({**values, "enabled": True})
+        to_config(checked)
+        return checked
+    except SettingError as error:  # which knows the inputs by the names of their settings
+        names = {row.name: name for name, row in _ROWS.items()}
+        raise SettingError(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(error))) from None
 
 
 def config_of(inputs: Mapping[str, Any]) -> tuple[AgentConfig, float]:
-    """Make the core's config from a node's inputs, and say where its agents begin.
+    """Make the core's config from a node's inputs, and say where its agents begin; raises as `values_of` does."""
+    values = values_of(inputs)
+    return to_config(values), values["since"]
 
-    Raises:
-        SettingError: a value is outside its range, or From is not below Until.
-    """
-    values = {row: inputs[name] for name, row in _ROWS.items() if name in inputs}
-    side = CELLS[inputs.get("cells", CUSTOM)]
-    if side is not None:
-        values.update(agent_ratio=1 - 1 / side**2, sx=side, sy=side)
-    checked = check({**_DEFAULTS, **values, "enabled": True})
-    return to_config(checked), checked["since"]
+
+def idle_inputs(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Say which inputs have no effect beside the others, and why: {name: sentence}."""
+    reasons = idle(values_of(inputs))
+    found = {name: reasons[row.name] for name, row in _ROWS.items() if row.name in reasons}
+    if CELLS.get(inputs.get("cells", CUSTOM)) is not None:
+        found.setdefault("agent_ratio", f"No effect while cells is {inputs['cells']}.")
+    if all(name in reasons for name in _OF_CELLS):
+        found["cells"] = reasons[_OF_CELLS[0]]
+    return found
 
 
 class _OnModel:
@@ -79,18 +95,25 @@ class AgentAttention(_OnModel):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        widgets = {name: _widget(BY_NAME[row]) for name, row in _ROWS.items()}
-        optional = {name: widgets.pop(name) for name in _OPTIONAL}
-        cells = list(CELLS), {"default": "4×4", "tooltip": _CELLS_HELP}
         return {
-            "required": {"model": ("MODEL",), "method": widgets.pop("method"), "cells": cells, **widgets},
-            "optional": optional,
+            "required": {"model": ("MODEL",), **{name: _widget(name) for name in _REQUIRED}},
+            "optional": {name: _widget(name) for name in INPUTS if name not in _REQUIRED},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
+        try:
+            values_of({name: value for name, value in inputs.items() if value is not None})  # None comes by a link
+        except SettingError as error:
+            return str(error)
+        return True
 
     def apply(self, model: Any, **inputs: Any) -> tuple[Any]:
         from .model import attach
 
-        return (attach(model, *config_of(inputs)),)
+        unused = {name: reason for name, reason in idle_inputs(inputs).items() if name in inputs}
+        hints = [f"{name} is set: {why}" for name, why in unused.items() if inputs[name] != _widget(name)[1]["default"]]
+        return (attach(model, *config_of(inputs), hints),)
 
 
 class AgentAttentionTuned(_OnModel):
@@ -105,7 +128,11 @@ class AgentAttentionTuned(_OnModel):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         tolerance = {"default": 0.02, "min": 0.001, "max": 0.5, "step": 0.001, "round": 0.001}
         tolerance["tooltip"] = "Upper limit on the relative deviation of the U-Net's output: 0.02 is 2%."
-        plan = {"default": "", "tooltip": "A plan that a report has shown, to use instead of tuning."}
+        plan = {
+            "default": "",
+            "multiline": True,
+            "tooltip": "A plan that a report has shown, to use instead of tuning.",
+        }
         return {
             "required": {"model": ("MODEL",), "tolerance": ("FLOAT", tolerance)},
             "optional": {"plan": ("STRING", plan)},
@@ -114,7 +141,7 @@ class AgentAttentionTuned(_OnModel):
     def apply(self, model: Any, tolerance: float, plan: str = "") -> tuple[Any]:
         from .tuned import attach_tuned
 
-        return (attach_tuned(model, tolerance, plan),)
+        return (attach_tuned(model, tolerance, plan.strip().removeprefix("plan:")),)
 
 
 class AgentAttentionReport:

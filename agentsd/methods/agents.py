@@ -23,7 +23,7 @@ class Agents(Method):
     summary = "agent attention"
     phrase = "with agents"
     merges = True
-    unused = ("landmarks",)
+    reads = ("agent_ratio", "agent_source", "k_scale2", "k_shortcut", "max_agents", "attn_precision")
     candidates = ({"agent_ratio": 0.95},)
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
@@ -37,6 +37,9 @@ class Agents(Method):
             return untouched(N, reason, *remedy)
         # with agent_ratio 0, merging alone is what the settings ask for: no shortfall
         return plan_merge(height, width, r, reason, remedy) if settings.agent_ratio else plan_merge(height, width, r)
+
+    def clusters(self, settings: Settings) -> bool:
+        return settings.agent_source != "grid"
 
     def attend(self, attention: SelfAttention) -> Tensor:
         k_scale2, k_shortcut = attention.settings.k_scale2, attention.settings.k_shortcut

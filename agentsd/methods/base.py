@@ -12,29 +12,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..attention.merging import Clusters, Matching
+    from ..config import AgentConfig as Settings
+else:
+    Settings = Any  # the config is a floor above
 
 UNTOUCHED = "untouched"
-
-
-class Settings(Protocol):
-    """The settings that methods read; `agentsd.AgentConfig` documents them."""
-
-    ratio: float
-    sx: int
-    sy: int
-    agent_ratio: float
-    k_scale2: float
-    k_shortcut: float
-    agent_source: str
-    max_agents: int | None
-    attn_precision: str | None
-    landmarks: str
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ class Method(ABC):
         phrase: description of its calls after their number: "40 `phrase`".
         selectable: whether the setting `method` can select it.
         merges: whether its self-attention works on the `r` merged tokens.
-        unused: names of the settings of agents that have no effect on it.
+        reads: names of the settings that `plan` and `attend` read, beside those of merging tokens; None for any.
         candidates: settings that are worth trying when a model is tuned, beside `method` itself.
         tuned_from: number of agents below which tuning doesn't try it, for what a few recorded calls would not show.
     """
@@ -179,7 +167,7 @@ class Method(ABC):
     phrase: str = ""
     selectable: bool = True
     merges: bool = False
-    unused: tuple[str, ...] = ()
+    reads: tuple[str, ...] | None = None
     candidates: tuple[Mapping[str, Any], ...] = ()
     tuned_from: int = 0
 
@@ -190,6 +178,10 @@ class Method(ABC):
     @abstractmethod
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         """Plan a grid of `height` × `width` tokens, of which `r` may be merged away."""
+
+    def clusters(self, settings: Settings) -> bool:
+        """Whether its agents are clusters of tokens, as the partition of `sx` × `sy` cells makes them."""
+        return False
 
     @abstractmethod
     def attend(self, attention: SelfAttention) -> Tensor:

@@ -23,7 +23,7 @@ class Corrected(Method):
         "k_scale2 nor k_shortcut"
     )
     noun = "corrected agents"
-    unused = ("k_scale2", "k_shortcut", "agent_source")
+    reads = ("agent_ratio", "max_agents", "landmarks", "attn_precision")
     tuned_from = SURE
     candidates = (  # cells of 8×8, 4×4 and 2×2
         {"agent_ratio": 0.98},

@@ -53,7 +53,7 @@ class Local(Method):
         "it has no k_scale2 and no k_shortcut"
     )
     noun = "landmarks"
-    unused = ("k_scale2", "k_shortcut", "agent_source")
+    reads = ("agent_ratio", "max_agents", "landmarks", "attn_precision")
     tuned_from = SURE
     candidates = ({"agent_ratio": 0.98}, {"agent_ratio": 0.95}, {"agent_ratio": 0.95, "landmarks": HEAVY})
 

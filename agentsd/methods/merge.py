@@ -27,7 +27,7 @@ class Merge(Method):
     summary = "token merging by Ratio, without agents"
     phrase = "merged"
     merges = True
-    unused = ("agent_ratio", "k_scale2", "k_shortcut", "agent_source", "max_agents", "landmarks")
+    reads = ()
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         if r:

@@ -21,7 +21,7 @@ class Pool(Method):
     noun = "pooled keys"
     candidates = ({"sx": 2, "sy": 2},)
     phrase = "pooled"
-    unused = ("agent_ratio", "k_scale2", "agent_source", "max_agents", "landmarks")
+    reads = ("sx", "sy", "k_shortcut", "attn_precision")
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         N = height * width

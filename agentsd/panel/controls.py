@@ -13,29 +13,14 @@ from typing import Any
 import gradio as gr
 
 from ..app.token_map import RECORD, View
+from ..checks import Setting
 from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.table import ARGUMENTS, BY_NAME, DEFAULTS, SETTINGS, Row
-from ..settings.table import RECORD as RECORD_NAME
+from ..settings.schema import ARGUMENTS, BY_NAME, DEFAULTS, SETTINGS
+from ..settings.schema import RECORD as RECORD_NAME
 from .tune_section import Section, Tunings
 
-# Controls that share a line: of one kind, since their heights differ and labels would not be level
-_LINES = (
-    ("ratio", "agent_ratio"),
-    ("k_scale2", "k_shortcut"),
-    ("since", "until"),
-    ("method", "passes", "fp32"),
-    ("agent_source", "landmarks"),
-    ("max_downsample", "after"),
-    ("min_tokens", "max_agents", "seed"),
-    ("hires_until", "sx", "sy"),
-    ("use_rand", "merge_attn"),
-    ("merge_crossattn", "merge_mlp"),
-    ("rules",),
-    ("tuning",),
-)
-# (line, place in it); settings without a place come last
-_PLACE = {name: (i, j) for i, line in enumerate(_LINES) for j, name in enumerate(line)}
-_LAST_LINE = (len(_LINES), 0)
+# Lines from this one on are under "More settings"
+_FOLDED = 5
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class Panel:
         for name, control in self.controls.items():
             row = BY_NAME[name]
             try:
-                control.value = row.checked(control.value)
+                control.value = row.check(control.value)
             except ValueError:
                 control.value = row.default
 
@@ -100,9 +85,9 @@ def build(
             controls.update(section.order())
         summary = gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
         others = [row for row in SETTINGS if row.name not in controls]
-        controls.update(_lines(tab, [row for row in others if not row.folded]))
+        controls.update(_lines(tab, [row for row in others if row.place < (_FOLDED,)]))
         with gr.Accordion("More settings", open=False, elem_id=element_id(tab, "more")):
-            controls.update(_lines(tab, [row for row in others if row.folded]))
+            controls.update(_lines(tab, [row for row in others if row.place >= (_FOLDED,)]))
         section.results()
         record = None if token_map is None else _token_map(tab, token_map)
         # the style sheet moves it to the top where it says that nothing was applied
@@ -184,19 +169,15 @@ def _map_updates(view: View) -> list[Any]:
     ]
 
 
-def _lines(tab: str, rows: list[Row]) -> dict[str, Any]:
+def _lines(tab: str, rows: list[Setting]) -> dict[str, Any]:
     controls = {}
-
-    def place(row: Row) -> tuple[int, int]:
-        return _PLACE.get(row.name, _LAST_LINE)
-
-    for _, line in groupby(sorted(rows, key=place), lambda row: place(row)[0]):
+    for _, line in groupby(sorted(rows, key=lambda row: row.place), lambda row: row.place[0]):
         with gr.Row(elem_classes=["agent-attention-line"]):
             controls.update({row.name: _control(tab, row) for row in line})
     return controls
 
 
-def _control(tab: str, row: Row) -> Any:
+def _control(tab: str, row: Setting) -> Any:
     # its help is a tooltip, which the page's script sets: see `preview.page_data`
     common = {"value": row.default, "label": row.label, "elem_id": element_id(tab, row.name)}
     if row.kind == "flag":
@@ -205,7 +186,7 @@ def _control(tab: str, row: Row) -> Any:
         return gr.Dropdown(choices=list(row.choices), **common)
     if row.kind == "text":
         return gr.Textbox(max_lines=4, **common)
-    if row.kind == "number":
-        # without limits: gradio would refuse the whole generation and name no control, even while we are off
-        return gr.Number(**common)
-    return gr.Slider(minimum=row.low, maximum=row.high, step=row.step, **common)
+    if row.slider:
+        return gr.Slider(minimum=row.low, maximum=row.high, step=row.step, **common)
+    # without limits: gradio would refuse the whole generation and name no control, even while we are off
+    return gr.Number(**common)

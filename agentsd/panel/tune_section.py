@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import gradio as gr
 
-from ..settings.table import BY_NAME, fraction_of
+from ..settings.schema import BY_NAME, fraction_of
 
 TUNE, DONT_TUNE = "Tune with the next image", "Don't tune with the next image"
 FORGET = "Forget this checkpoint's tunings"

@@ -1,6 +1,6 @@
-"""User-facing settings: the table, the presets, the infotext. Imports neither torch, gradio nor a WebUI."""
+"""User-facing settings: the schema, the presets, the infotext. Imports neither torch, gradio nor a WebUI."""
 
-from .table import ARGUMENTS, BY_NAME, DEFAULTS, NAMES, SETTINGS, Row, check, from_args, to_config, wants_record
+from .schema import ARGUMENTS, BY_NAME, DEFAULTS, NAMES, SETTINGS, check, from_args, to_config, wants_record
 
 __all__ = [
     "ARGUMENTS",
@@ -8,7 +8,6 @@ __all__ = [
     "DEFAULTS",
     "NAMES",
     "SETTINGS",
-    "Row",
     "check",
     "from_args",
     "to_config",

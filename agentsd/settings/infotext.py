@@ -1,51 +1,88 @@
 """Settings in an image's infotext: one compact entry, written while the extension is on and read back exactly.
 
-Imports neither gradio nor the WebUI.
+Everything that we write into images keeps to one alphabet, since some thirty programs read it. Imports neither gradio
+nor the WebUI.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from ..checks import SettingError
 from . import legacy
-from .table import BY_NAME, IMPLIED, SETTINGS
+from .schema import BY_NAME, DAMAGED, IMPLIED, SETTINGS
 
 KEY = "Agent Attention"
 NOTE = "Agent Attention note"
 # What a generation that tuned has found: not of its own images, which were made without us
 TUNED = "Agent Attention tuning"
 ENTRIES = (KEY, NOTE, TUNED)
+# Characters of an entry
+LONGEST = 4000
+# Ends a text, so that one that was cut off is noticed
+_END = " &"
+# What readers of infotexts take for the end of a value, a quotation, a network or a weight
+_REPLACED = str.maketrans(
+    {",": ";", ":": " -", "(": "[", ")": "]", "{": "[", "}": "]", "×": "x", "→": "to", "–": "-", "−": "-", "…": "...",
+     "<": "", ">": "", '"': "", "'": "", "“": "", "”": "", "‘": "", "’": ""}
+)  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Rewrite text in the alphabet of what we write into images.
+
+    That is printable ASCII without , : " ' ( ) { } < >, with balanced brackets, of less than `LONGEST` characters.
+    """
+    text = unicodedata.normalize("NFKD", text.translate(_REPLACED)).encode("ascii", "ignore").decode()
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[: LONGEST - 1]
+    return text if _balanced(text) else re.sub(r"[\[\]]", "", text)
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for c in text:
+        depth += (c == "[") - (c == "]")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def note(reasons: Iterable[str]) -> str:
+    """Write why an image, or a part of it, was made without us: the entry under NOTE."""
+    return plain(f"not applied, {' and '.join(reasons)}")
 
 
 def write(values: Mapping[str, Any]) -> str:
     """Write the entry under KEY, such as "agent_ratio=0.95; until=0.6".
 
-    It needs no quotes, having no comma, colon or line break. The main settings are always named, others only if they
-    differ from what an entry without them stands for.
+    The main settings are always named, others only if they differ from what an entry without them stands for.
     """
     rows = [row for row in SETTINGS if row.name != "enabled" and not row.local]
     named = [row for row in rows if row.written or values[row.name] != IMPLIED[row.name]]
-    return "; ".join(f"{row.name}={row.text(values[row.name])}" for row in named)
+    return "; ".join(f"{row.name}={row.format(values[row.name])}{_END * (row.kind == 'text')}" for row in named)
 
 
-def read(entry: str) -> dict[str, Any] | None:
-    """Read all settings from an entry; None if it names none of them, and so is not ours.
+def read(entry: str) -> dict[str, Any]:
+    """Read all settings from an entry.
 
-    Those that cannot be read (a later version's, say) get the value that an entry without them stands for.
+    Raises:
+        SettingError: the entry is damaged, or of a later version; nothing of it is to be used then.
     """
     values = {**IMPLIED, "enabled": True}
-    pairs = dict(pair.strip().partition("=")[::2] for pair in entry.split(";"))
-    if not pairs.keys() & BY_NAME.keys():
-        return None
-    for name, text in pairs.items():
-        if name in BY_NAME:
-            try:
-                values[name] = BY_NAME[name].parsed(text)
-            except SettingError:
-                continue
+    for pair in entry.split(";"):
+        name, _, text = pair.strip().partition("=")
+        row = BY_NAME.get(name)
+        if row is None or row.local or name == "enabled":
+            raise SettingError(f"unknown setting {name[:40]!r}")
+        if row.kind == "text":
+            if not text.endswith(_END):
+                raise SettingError(f"{name} is cut off")
+            text = text.removesuffix(_END)
+        values[name] = row.parse(text)
     return values
 
 
@@ -54,12 +91,17 @@ def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
     """Return a function from the host's parsed infotext to the control's value; None leaves the control as it is.
 
     Images of the older extension are read too. An image made with neither extension switches the extension off and
-    changes nothing else. Each name has exactly one function, so that the host can match the controls of two tabs by it.
+    changes nothing else. A damaged entry is refused as a whole: it switches the extension on and puts the reason in the
+    place of the rules, where preview and run find it and tell it. Each name has exactly one function, so that the host
+    can match the controls of two tabs by it.
     """
 
     def value(params: Mapping[str, Any]) -> Any:
         entry = params.get(KEY)
-        values = legacy.read(params) if entry is None else read(str(entry))
+        try:
+            values = legacy.read(params) if entry is None else read(str(entry))
+        except SettingError as error:
+            values = {**dict.fromkeys(BY_NAME), "enabled": True, "rules": plain(f"{DAMAGED} {error}")}
         if values is None:
             return False if name == "enabled" else None
         return None if BY_NAME[name].local else values[name]

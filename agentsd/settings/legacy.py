@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checks import SettingError
-from .table import BY_NAME, FIRST, HIRES, IMPLIED, MERGING, NOTHING
+from .schema import BY_NAME, FIRST, HIRES, IMPLIED, MERGING, NOTHING
 
 SWITCH = "AgAt Active"
 # The older extension's key is "AgAt Apply to Hires. Fix Only"; the host's parser can't see past the full stop.
@@ -46,7 +46,7 @@ def _take(values: dict[str, Any], name: str, text: Any) -> None:
     if text is None:
         return
     try:
-        values[name] = BY_NAME[name].parsed(str(text))
+        values[name] = BY_NAME[name].parse(str(text))
     except SettingError:
         return
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .table import BY_NAME, DEFAULTS, HIRES, MERGING, NAMES, SETTINGS
+from .schema import BY_NAME, DEFAULTS, HIRES, MERGING, NAMES, SETTINGS
 from .tunings import AUTO
 
 CUSTOM = "Custom"
@@ -43,7 +43,7 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
 
 
 def _complete(differences: Mapping[str, Any]) -> Mapping[str, Any]:
-    values = {**DEFAULTS, **{name: BY_NAME[name].checked(value) for name, value in differences.items()}}
+    values = {**DEFAULTS, **{name: BY_NAME[name].check(value) for name, value in differences.items()}}
     return MappingProxyType({name: values[name] for name in NAMES if name not in KEPT})
 
 

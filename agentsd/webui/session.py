@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from ..apply import patch_unet
 from ..checks import SettingError
 from ..patching.layer import Answer
 from ..patching.patch import Patch
-from ..settings import infotext, table, tunings
+from ..settings import infotext, schema, tunings
 from ..tuning.result import TuningError
 from . import compat
 from .tuning import Plans, Recording, pass_of, size_of
@@ -70,21 +70,17 @@ class Generation:
         result = {infotext.KEY: infotext.write({**self.values, "tuning": tunings.write(self.plans)})}
         obstacles = dict.fromkeys(reason for report in self.reports for reason in report.obstacles)
         if obstacles:
-            result[infotext.NOTE] = _not_applied(obstacles)
+            result[infotext.NOTE] = infotext.note(obstacles)
         return result
 
     def answer(self) -> dict[str, str]:
         """Make what an API request is told and no image is: what was tuned, or why nothing was patched."""
         if self.tunes:
             refusals = dict.fromkeys(report.tuned for report in self.reports if report.refused)
-            told = {infotext.NOTE: _not_applied(["the image was made to tune on it", *refusals])}
+            told = {infotext.NOTE: infotext.note(["the image was made to tune on it", *refusals])}
             return {**told, infotext.TUNED: tunings.write(self.plans)} if self.plans else told
         reasons = dict.fromkeys(reason for report in self.reports for reason in (*report.obstacles, *report.notes))
-        return {infotext.NOTE: _not_applied(reasons)} if reasons and not self.patched else {}
-
-
-def _not_applied(reasons: Iterable[str]) -> str:
-    return f"not applied, {' and '.join(reasons)}"
+        return {infotext.NOTE: infotext.note(reasons)} if reasons and not self.patched else {}
 
 
 # The script's callbacks, in calling order
@@ -101,12 +97,12 @@ def before_process(p: Any) -> None:
 def process(p: Any, args: Sequence[Any]) -> None:
     """Read the settings. With an invalid value, generate unpatched and say why."""
     try:
-        values = table.from_args(args, getattr(p, XYZ, None))
+        values = schema.from_args(args, getattr(p, XYZ, None))
         for hires in (False, True):
-            table.to_config(values, hires=hires)
+            schema.to_config(values, hires=hires)
     except SettingError as error:
         by_name = bool(args) and isinstance(args[0], Mapping)  # an API call, which knows no labels
-        message = str(error) if by_name else table.labelled(str(error))
+        message = str(error) if by_name else schema.labelled(str(error))
         STATUS.begin(False, message, compat.HOST.task())
         setattr(p, _ERROR, message)
         p.comment(f"Agent Attention was not applied: {message}")
@@ -115,7 +111,7 @@ def process(p: Any, args: Sequence[Any]) -> None:
     if STATUS.order_done:
         values = {**values, "tune": 0.0}  # a plot or another script makes many images from one order
     if values["enabled"]:
-        generation = Generation(values, STATUS.run, tokenmap.Recording() if table.wants_record(args) else None)
+        generation = Generation(values, STATUS.run, tokenmap.Recording() if schema.wants_record(args) else None)
         STATUS.recording = generation.recording
         setattr(p, _GENERATION, generation)
 
@@ -159,7 +155,7 @@ def finish(p: Any) -> None:
 def _answer(p: Any) -> dict[str, str]:
     error, generation = getattr(p, _ERROR, ""), generation_of(p)
     if error:
-        return {infotext.NOTE: _not_applied([error])}
+        return {infotext.NOTE: infotext.note([error])}
     return {} if generation is None else generation.answer()
 
 
@@ -179,7 +175,7 @@ def wants_pass(p: Any, hires: bool) -> bool:
     if generation is None:
         return False
     generation.announced = True
-    return table.to_config(generation.values, hires=hires) is not None
+    return schema.to_config(generation.values, hires=hires) is not None
 
 
 def _observer(

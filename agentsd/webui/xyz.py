@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..settings.table import SETTINGS, Row
+from ..checks import Setting
+from ..settings.schema import SETTINGS
 
 PREFIX = "[Agent Attention] "
 # Attribute of the host's processing object that holds the settings changed by a cell of the plot, by name
@@ -19,18 +20,19 @@ def register(grids: Iterable[Any]) -> None:
         grid.axis_options.extend(axis(grid, row) for row in SETTINGS if row.axis and _label(row) not in labels)
 
 
-def axis(grid: Any, row: Row) -> Any:
+def axis(grid: Any, row: Setting) -> Any:
     """Make the axis of one setting. It switches the extension on, unless the setting is the switch itself."""
-    choices = {"flag": ("True", "False"), "choice": row.choices}.get(row.kind)
-    more = {} if choices is None else {"choices": lambda: list(choices)}
-    return grid.AxisOption(_label(row), row.xyz_type, _apply(row), confirm=_confirm(row), **more)
+    choices = ("True", "False") if row.kind == "flag" else row.choices
+    more = {"choices": lambda: list(choices)} if choices else {}
+    kind = {"number": float, "whole": int}.get(row.kind, str)
+    return grid.AxisOption(_label(row), kind, _apply(row), confirm=_confirm(row), **more)
 
 
-def _label(row: Row) -> str:
+def _label(row: Setting) -> str:
     return PREFIX + ("Enabled" if row.name == "enabled" else row.label)
 
 
-def _apply(row: Row) -> Callable[[Any, Any, Any], None]:
+def _apply(row: Setting) -> Callable[[Any, Any, Any], None]:
     def apply(p: Any, value: Any, values: Any) -> None:
         # make a new dictionary each time, since a cell's p is a shallow copy
         setattr(p, XYZ, {"enabled": True, **row.implies, **getattr(p, XYZ, {}), row.name: _value(row, value)})
@@ -38,7 +40,7 @@ def _apply(row: Row) -> Callable[[Any, Any, Any], None]:
     return apply
 
 
-def _confirm(row: Row) -> Callable[[Any, Any], None]:
+def _confirm(row: Setting) -> Callable[[Any, Any], None]:
     def confirm(p: Any, values: Any) -> None:
         for value in values:
             _value(row, value)
@@ -46,5 +48,5 @@ def _confirm(row: Row) -> Callable[[Any, Any], None]:
     return confirm
 
 
-def _value(row: Row, value: Any) -> Any:
-    return row.parsed(value.strip()) if isinstance(value, str) else row.checked(value)
+def _value(row: Setting, value: Any) -> Any:
+    return row.parse(value) if isinstance(value, str) else row.check(value)

@@ -9,7 +9,7 @@ import pytest
 from comfyui_host import Graph, GraphError
 
 from agentsd.methods import METHODS
-from agentsd.settings.table import BY_NAME
+from agentsd.settings.schema import BY_NAME
 
 CHANGED = 1e-3
 # SDXL's largest layers have a quarter of the tokens

@@ -21,8 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-from agentsd.settings.table import ARGUMENTS, RECORD
-from agentsd.settings.table import DEFAULTS as DEFAULT_SETTINGS
+from agentsd.settings.schema import ARGUMENTS, RECORD
+from agentsd.settings.schema import DEFAULTS as DEFAULT_SETTINGS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRODUCT = ("agentsd", "scripts", "javascript", "install.py", "metadata.ini", "style.css")

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from agentsd.panel.controls import element_id
-from agentsd.settings.table import BY_NAME, NAMES
+from agentsd.settings.schema import BY_NAME, NAMES
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 SECONDS = 1000
@@ -95,8 +95,8 @@ class Panel:
         if row.kind == "flag":
             return self._at(name, "input[type=checkbox]").is_checked()
         if row.kind == "choice":
-            return row.checked(self._at(name, "input").input_value())
-        return row.parsed(self._field(name).input_value())
+            return row.check(self._at(name, "input").input_value())
+        return row.parse(self._field(name).input_value())
 
     def values(self) -> dict[str, Any]:
         return {name: self.get(name) for name in NAMES}

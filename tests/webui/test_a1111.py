@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from agentsd.methods import selectable
 from agentsd.settings import infotext
-from agentsd.settings.table import ARGUMENTS, BY_NAME, DEFAULTS, IMPLIED, RECORD, SETTINGS, check
+from agentsd.settings.schema import ARGUMENTS, BY_NAME, DEFAULTS, IMPLIED, RECORD, SETTINGS, check
 
 HIRES = {
     "enable_hr": True,
@@ -311,7 +311,7 @@ def other_value(row):
         return not row.default
     if row.kind == "choice":
         return next(choice for choice in row.choices if choice != row.default)
-    if row.kind == "number":
+    if row.numeric and not row.slider:
         return 1234
     if row.kind == "text":
         return RULES

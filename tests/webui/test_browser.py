@@ -9,7 +9,7 @@ from host import USER_DEFAULTS, Host
 from page import Panel, generate, number, paste, reload, send
 
 from agentsd.settings import infotext
-from agentsd.settings.table import BY_NAME, DEFAULTS, IMPLIED, SETTINGS
+from agentsd.settings.schema import BY_NAME, DEFAULTS, IMPLIED, SETTINGS
 
 CHANGED: dict[str, Any] = {
     "enabled": True,
@@ -45,7 +45,7 @@ ALL = {**IMPLIED, **CHANGED}
 def test_starts_with_the_users_own_defaults(panel: Panel):
     panel.open()
     own = {key.split("/")[3]: value for key, value in USER_DEFAULTS.items()}
-    wanted = {row.name: row.checked(own.get(row.label, row.default)) for row in SETTINGS}
+    wanted = {row.name: row.check(own.get(row.label, row.default)) for row in SETTINGS}
     assert panel.values() == {**wanted, "enabled": True}
 
 

@@ -10,7 +10,7 @@ from test_states import bad_value_stops_nothing
 from agentsd.app.token_map import FOREIGN, SMALLEST
 from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
-from agentsd.settings.table import DEFAULTS, IMPLIED, SETTINGS
+from agentsd.settings.schema import DEFAULTS, IMPLIED, SETTINGS
 
 HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
 

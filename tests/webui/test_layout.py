@@ -12,7 +12,7 @@ from host import Host, with_record
 from page import SECONDS, Panel, reload, wait_for_panel
 
 from agentsd.panel.controls import element_id
-from agentsd.settings.table import BY_NAME, DEFAULTS, NAMES
+from agentsd.settings.schema import BY_NAME, DEFAULTS, NAMES
 
 PANEL = element_id("txt2img")
 SETTINGS = "settings_agent_attention"

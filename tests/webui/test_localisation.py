@@ -12,7 +12,7 @@ from test_browser import ALL, CHANGED
 
 from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
-from agentsd.settings.table import SETTINGS
+from agentsd.settings.schema import SETTINGS
 
 NAME = "agent-attention-tests"
 # letters of their own for every label, as a file for another language has
@@ -24,7 +24,7 @@ BESIDES = {"Preset": "«Preset»", "More settings": "«More»", "Token map": "«
 def localised(a1111: Host) -> Iterator[Host]:
     """The same checkout under a localisation file, which it reads when its page is built."""
     file = a1111.root / "localizations" / f"{NAME}.json"
-    help_text = {row.info: f"«{row.name}»" for row in SETTINGS}
+    help_text = {row.help: f"«{row.name}»" for row in SETTINGS}
     file.write_text(json.dumps({**WORDS, **BESIDES, **help_text}))
     try:
         with a1111.options(localization=NAME):

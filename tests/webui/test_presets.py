@@ -7,7 +7,7 @@ from host import Host
 from page import SECONDS, Panel, paste, reload
 
 from agentsd.settings.presets import CUSTOM, KEPT, PRESETS
-from agentsd.settings.table import BY_NAME, IMPLIED
+from agentsd.settings.schema import BY_NAME, IMPLIED
 
 OLDER = (
     "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, AgAt Active: True, AgAt Use Second Pass: "

@@ -10,7 +10,7 @@ from PIL import Image
 from agentsd.app.pace import changed
 from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
-from agentsd.settings.table import IMPLIED, SETTINGS
+from agentsd.settings.schema import IMPLIED, SETTINGS
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
 from agentsd.words import percent
 

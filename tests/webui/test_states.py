@@ -12,7 +12,7 @@ from page import SECONDS, Panel, generate, go_to, number, paste, reload, send, s
 
 from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
-from agentsd.settings.table import BY_NAME
+from agentsd.settings.schema import BY_NAME
 
 RANGE = f"must be a whole number from 0 to {BY_NAME['min_tokens'].high}"
 
@@ -141,6 +141,6 @@ def test_a_control_without_effect_is_greyed_with_the_reason(page, panel: Panel):
     panel.set("method", "corrected")
     control = page.locator(f"#{element_id('txt2img', 'k_scale2')}.agent-attention-idle").first
     control.wait_for(timeout=30 * SECONDS)
-    assert control.get_attribute("title").startswith("No effect with Method “corrected”.")
+    assert control.get_attribute("title").startswith("No effect while Method is corrected.")
     panel.set("method", "agent")
     control.wait_for(state="detached", timeout=30 * SECONDS)

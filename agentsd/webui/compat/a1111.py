@@ -18,7 +18,7 @@ from ...app.host import Hint
 from ...app.kept_tunings import Kept, Store
 from ...config import AgentConfig
 from ...hosts import UnsupportedModelError, find_sites, find_unet
-from ...settings import table
+from ...settings import schema
 from ..settings_page import CLOSENESS
 
 TOKEN_MERGING = "the WebUI's own token merging is on"
@@ -122,7 +122,7 @@ class WebUI:
 
     def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
         """Make the config of a pass, respecting the host's own options; None if the pass is to be left alone."""
-        config = table.to_config(values, hires=hires)
+        config = schema.to_config(values, hires=hires)
         if config is None or not self.upcasts():
             return config
         return replace(config, attn_precision="fp32")
