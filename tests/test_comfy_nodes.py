@@ -17,7 +17,7 @@ import agentsd
 from agentsd import AgentConfig, SettingError, TuningError, UnsupportedModelError
 from agentsd.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from agentsd.comfy.model import attach, patch_of, report_on
-from agentsd.comfy.nodes import CELLS, CUSTOM, AgentAttention, AgentAttentionReport, config_of
+from agentsd.comfy.nodes import CELLS, CUSTOM, AgentAttention, AgentAttentionReport, config_of, idle_inputs
 from agentsd.comfy.tuned import attach_tuned
 from agentsd.methods import METHODS
 
@@ -359,7 +359,8 @@ class TestNodes:
     @pytest.mark.parametrize(
         ("inputs", "said"),
         [
-            ({"from": 0.5, "until": 0.4}, "must be above since"),
+            ({"from": 0.5, "until": 0.4}, r"until must be above from \(0.5\)"),
+            ({"layers": "3"}, "layers must be one of"),
             ({"ratio": 1.5}, "ratio must be a number from 0.0 to 0.99, got 1.5"),
             ({"rules": "nonsense"}, "nonsense"),
         ],
@@ -367,6 +368,30 @@ class TestNodes:
     def test_a_bad_value_is_named_before_anything_is_done(self, model, inputs, said):
         with pytest.raises(SettingError, match=said):
             AgentAttention().apply(model, **inputs)
+        assert said.replace("\\", "") in AgentAttention.VALIDATE_INPUTS(**inputs)
+
+    def test_inputs_without_effect_are_told(self, model, host):
+        """As the methods read them; a linked input is None while it is validated."""
+        given = {
+            "method": "corrected",
+            "cells": "4×4",
+            "k_scale2": 0.9,
+            "agent_ratio": 0.5,
+            "ratio": 0.0,
+            "until": None,
+        }
+        assert AgentAttention.VALIDATE_INPUTS(**given) is True
+        del given["until"]
+        assert idle_inputs(given).keys() >= {"k_scale2", "agent_ratio", "ratio"}
+        assert "cells" in idle_inputs({"method": "merge", "cells": "4×4"})
+        assert not {"cells", "k_scale2"} & idle_inputs({"method": "agent", "cells": CUSTOM}).keys()
+        (patched,) = AgentAttention().apply(model, **given)
+        run(patched, host)
+        *_, one, other = report_on(patched).splitlines()
+        assert {one, other} == {
+            "k_scale2 is set: No effect while Method is corrected.",
+            "agent_ratio is set: No effect while cells is 4×4.",
+        }
 
     def test_apply_and_report(self, model, host):
         (patched,) = AgentAttention().apply(model, method="agent", cells="2×2, closest")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attention.grid import Grid
-from ..checks import SettingError, checked_number, shown
+from ..checks import Setting, SettingError, shown
 from ..config import AgentConfig
 from ..rules import format_rules, parse_rules
 from ..schedule import Rule
@@ -39,7 +39,7 @@ Candidate = Mapping[str, Any]
 class TunedConfig(AgentConfig):
     """Settings of a tuning. At another size than its own, the planner says what becomes of them."""
 
-    tuned_for: tuple[int, int] | None = field(default=None, metadata={"kind": "size"})
+    tuned_for: tuple[int, int] | None = None
 
 
 class TuningError(ValueError):
@@ -390,7 +390,7 @@ class Tuning:
         try:
             for name, value, high in numbers:
                 optional = name in ("time", "seconds", "deviation")
-                checked_number(name, value, {"kind": "float", "low": 0.0, "high": high, "optional": optional})
+                Setting(name, "number", None, high=high, optional=optional).check(value)
             for candidate in self.candidates:
                 AgentConfig(**BASE, rules=(Rule(candidate),))
         except SettingError as error:
