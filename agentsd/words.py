@@ -26,3 +26,10 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     table = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def ascii_of(text: str) -> str:
+    """Write a text in ASCII, for consoles that know few other letters."""
+    for sign, plain in (("→", "->"), ("×", "x"), ("–", "-"), ("\u00a0", " ")):
+        text = text.replace(sign, plain)
+    return text.encode("ascii", "replace").decode()

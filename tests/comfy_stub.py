@@ -56,10 +56,12 @@ class ModelPatcher:
     def __init__(self, unet: nn.Module) -> None:
         self.model = SimpleNamespace(diffusion_model=unet)
         self.model_options: dict[str, Any] = {"transformer_options": {}}
+        self.patches: dict[str, list[Any]] = {}  # of the weights
 
     def clone(self) -> ModelPatcher:
         new = copy.copy(self)
         new.model_options = copy.deepcopy(self.model_options)
+        new.patches = {key: [*added] for key, added in self.patches.items()}
         return new
 
     def set_model_attn1_replace(self, patch: Any, block_name: str, number: int, transformer_index: Any = None) -> None:
@@ -146,15 +148,26 @@ def _block(block: nn.Module, state: Any, at: Any, index: int, x: Tensor, context
 
 
 @torch.no_grad()
-def sample(model: ModelPatcher, attention: Attention, x: Tensor, timesteps: Any, context: Tensor) -> Tensor:
-    """Call the U-Net at each timestep, inside the wrappers of a sampling; return the last output."""
+def sample(
+    model: ModelPatcher, attention: Attention, x: Tensor, timesteps: Any, context: Tensor, tile: int = 0
+) -> Tensor:
+    """Call the U-Net at each timestep, inside the wrappers of a sampling; return the last output.
+
+    With a `tile`, call it on squares of that side, as Tiled Diffusion does.
+    """
     options = copy.deepcopy(model.model_options)["transformer_options"]
     unet = model.model.diffusion_model
     unet.comfy_state["attention"] = attention
 
     def steps(guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Tensor, *rest: Any) -> Tensor:
+        out = noise
         for t in timesteps:
-            out = unet(noise, torch.full((len(x),), float(t)), context=context, transformer_options=dict(options))
+            parts = noise.split(tile or noise.shape[-1], dim=-1)
+            given = {"context": context, "transformer_options": dict(options)}
+            outs = [unet(part[..., : tile or None, :], torch.full((len(x),), float(t)), **given) for part in parts]
+            out = torch.cat(outs, dim=-1)
         return out
 
-    return wrapped("sampler_sample", options, steps)(None, None, {}, None, x, None, None, False)
+    return wrapped("sampler_sample", options, steps)(
+        SimpleNamespace(model_patcher=model), None, {}, None, x, None, None, False
+    )

@@ -18,8 +18,11 @@ from agentsd import AgentConfig, SettingError, TuningError, UnsupportedModelErro
 from agentsd.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from agentsd.comfy.model import attach, patch_of, report_on
 from agentsd.comfy.nodes import CELLS, CUSTOM, AgentAttention, AgentAttentionReport, config_of, idle_inputs
-from agentsd.comfy.tuned import attach_tuned
+from agentsd.comfy.tuned import NOT_CALLED, attach_tuned
 from agentsd.methods import METHODS
+from agentsd.tuning.fingerprint import ordered_sites, structure_of
+from agentsd.tuning.record import progress_of
+from agentsd.tuning.result import TunedBlock, TunedPlan, Tuning
 
 X, T, CONTEXT = inputs(2, 32, 32)
 GRID = {"ratio": 0.0, "agent_ratio": 0.75, "agent_source": "grid", "sx": 2, "sy": 2}
@@ -273,6 +276,24 @@ class TestTuned:
     def forgotten(self, monkeypatch):
         monkeypatch.setattr("agentsd.comfy.tuned._TUNINGS", {})
 
+    @pytest.fixture
+    def tunes(self, monkeypatch):
+        """The calls that each tuning was made on; the tuning itself is pooling, and takes no time."""
+        made = []
+
+        def tune(unet, calls, tolerance, progress, conditions):
+            made.append(calls)
+            sites, start = ordered_sites(unet), min(progress_of(call) for call in calls)
+            plan = TunedPlan(tolerance, ("a" * len(sites),), time=0.5, timed=True)
+            size = tuple(calls[0][0][0].shape[-2:])
+            pool = {"method": "pool", "sx": 2, "sy": 2}
+            blocks = tuple(TunedBlock(site.name, site.downsample) for site in sites)
+            kept = {"blocks": blocks, "covers": (start, 1.0), "conditions": conditions}
+            return Tuning(size, (pool,), (0.0,), plan, structure_of(sites), **kept)
+
+        monkeypatch.setattr("agentsd.comfy.tuned.tune", tune)
+        return made
+
     def test_the_first_sampling_is_without_and_the_next_ones_keep_the_tolerance(self, model, host, every_gain_counts):
         plain, patched = run(model, host, self.STEPS), attach_tuned(model, 0.2)
         assert torch.equal(run(patched, host, self.STEPS), plain)
@@ -280,49 +301,89 @@ class TestTuned:
         tuned = run(patched, host, self.STEPS)
         assert difference(tuned, plain) > 1e-3
         assert (tuned - plain).norm() / plain.norm() < 0.2
-        assert torch.equal(run(patched, host, self.STEPS), tuned)
-        # kept for the model and the size, not for the node
-        assert torch.equal(run(attach_tuned(model, 0.2), host, self.STEPS), tuned)
-        # another branch is as it was
-        assert torch.equal(run(model, host, self.STEPS), plain)
 
-    def test_a_plan_out_of_a_report_is_used_at_once(self, model, host, every_gain_counts):
+    def test_it_is_kept_for_the_model_and_the_size_and_not_for_the_node(self, model, host, tunes):
+        plain, patched = run(model, host, self.STEPS), attach_tuned(model, 0.2)
+        run(patched, host, self.STEPS)
+        tuned = run(patched, host, self.STEPS)
+        assert torch.equal(run(attach_tuned(model, 0.2), host, self.STEPS), tuned)
+        assert torch.equal(run(model, host, self.STEPS), plain), "another branch is as it was"
+        assert len(tunes) == 1
+        run(attach_tuned(model, 0.1), host, self.STEPS)
+        run(patched, host, self.STEPS, x=X[..., :16, :16])
+        assert len(tunes) == 3
+
+    @pytest.mark.parametrize("steps", [(200, 100), (500, 300, 100)], ids=["denoise 0.2", "denoise 0.5"])
+    def test_it_is_tuned_anew_for_an_earlier_part_of_the_diffusion(self, model, host, tunes, steps):
+        patched = attach_tuned(model, 0.2)
+        for timesteps in (steps, self.STEPS, steps):
+            run(patched, host, timesteps)
+        assert [len(calls) for calls in tunes] == [len(steps), 3]
+
+    def test_it_is_tuned_anew_for_another_lora_or_another_neighbour(self, model, host, tunes):
+        patched = attach_tuned(model, 0.2)
+        run(patched, host, self.STEPS)
+        with_lora = patched.clone()
+        with_lora.patches = {"to_q.weight": [(0.8, ("diff", (torch.ones(4),)), 1.0)]}
+        weaker = patched.clone()
+        weaker.patches = {"to_q.weight": [(0.4, ("diff", (torch.ones(4),)), 1.0)]}
+        beside = patched.clone()
+        beside.set_model_attn1_patch(lambda n, k, v, extra: (n, k, v))
+        for number, other in enumerate((with_lora, weaker, beside), 2):
+            for _ in range(2):
+                run(other, host, self.STEPS)
+            assert len(tunes) == number
+        run(patched, host, self.STEPS)
+        assert len(tunes) == 4
+
+    def test_tiles_are_tuned_for_the_tile(self, model, host, tunes):
+        x, _, context = inputs(2, 16, 32)
+        patched = attach_tuned(model, 0.2)
+        for _ in range(2):
+            sample(patched, host, x, self.STEPS, context, tile=16)
+        (calls,) = tunes
+        assert calls[0][0][0].shape[-2:] == (16, 16)
+        assert report_on(patched).splitlines()[0].startswith("sampling, 128×128")
+
+    @pytest.mark.parametrize("prefix", ["", "plan: ", " plan: "])
+    def test_a_plan_out_of_a_report_is_used_at_once(self, model, host, tunes, prefix):
         patched = attach_tuned(model, 0.2)
         run(patched, host, self.STEPS)
         tuned = run(patched, host, self.STEPS)
         plan = report_on(patched).rsplit("plan: ", 1)[1]
-        assert torch.equal(run(attach_tuned(model, 0.2, plan), host, self.STEPS), tuned)
-
-    def test_a_damaged_plan_or_another_model_s_is_an_error_before_anything_is_done(
-        self, model, host, every_gain_counts
-    ):
-        with pytest.raises(TuningError):
-            attach_tuned(model, 0.2, "nonsense")
-        patched = attach_tuned(model, 0.2)
-        run(patched, host, self.STEPS)
-        plan = report_on(patched).rsplit("plan: ", 1)[1]
+        assert torch.equal(run(attach_tuned(model, 0.2, prefix + plan), host, self.STEPS), tuned)
+        assert len(tunes) == 1
         with pytest.raises(TuningError):
             attach_tuned(ModelPatcher(comfy_unet(sdxl_like_unet())), 0.2, plan)
 
-    def test_a_failing_tuning_costs_nothing(self, model, host, monkeypatch):
-        plain, patched = run(model, host, self.STEPS), attach_tuned(model, 0.2)
-        monkeypatch.setattr("agentsd.comfy.tuned.tune", lambda *args, **kwargs: 1 / 0)
-        assert torch.equal(run(patched, host, self.STEPS), plain)
-        assert "not tuned: ZeroDivisionError" in report_on(patched)
+    def test_a_damaged_plan_is_an_error_before_anything_is_done(self, model):
+        with pytest.raises(TuningError):
+            attach_tuned(model, 0.2, "nonsense")
 
-    def test_an_interrupt_while_tuning_is_the_host_s(self, model, host, monkeypatch, every_gain_counts):
+    def test_a_u_net_that_is_not_called_is_told(self, model, host, tunes):
+        """A node that caches steps calls the blocks itself."""
+        patched = attach_tuned(model, 0.2)
+        sample(patched, host, X, [], CONTEXT)
+        assert report_on(patched).startswith(f"not tuned: {NOT_CALLED}")
+        assert not tunes
+
+    @pytest.mark.parametrize("what", ["fails", "is interrupted"])
+    def test_a_tuning_that_ends_early_costs_no_image(self, model, host, monkeypatch, what, caplog):
         import comfy.model_management as management
 
-        def interrupted():
-            raise management.InterruptProcessingException
+        error = ZeroDivisionError("÷") if what == "fails" else management.InterruptProcessingException()
 
-        patched = attach_tuned(model, 0.2)
+        def tune(*args, **kwargs):
+            raise error
+
+        plain, patched = run(model, host, self.STEPS), attach_tuned(model, 0.2)
         before = tree(model.model.diffusion_model)
-        monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
-        with pytest.raises(management.InterruptProcessingException):
-            run(patched, host, self.STEPS)
+        monkeypatch.setattr("agentsd.comfy.tuned.tune", tune)
+        with caplog.at_level(logging.INFO, "agentsd"):
+            assert torch.equal(run(patched, host, self.STEPS), plain)
+        assert ("not tuned: interrupted" if what == "is interrupted" else "not tuned: ZeroDiv") in report_on(patched)
         assert tree(model.model.diffusion_model).keys() == before.keys()
-        monkeypatch.undo()
+        assert all(record.getMessage().isascii() for record in caplog.records if record.name == "agentsd.comfy")
 
 
 class TestNodes:

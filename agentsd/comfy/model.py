@@ -25,6 +25,7 @@ from ..methods import LayerPlan, SelfAttention
 from ..patching.layer import Image, Layer
 from ..patching.patch import Patch
 from ..plan import plan_block
+from ..words import ascii_of
 
 log = logging.getLogger("agentsd.comfy")
 
@@ -57,12 +58,15 @@ class Slot:
 
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a sampling of the host; by then it has loaded the model, with what other nodes do to its weights."""
-        patch = self.patch
-        patch.begin_sampling()
+        self.patch.begin_sampling()
         try:
             return executor(*args, **kwargs)
         finally:
-            patch.end_sampling()
+            self.patch.end_sampling()  # which may be another one by then
+
+    def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Prepare for a call of the U-Net."""
+        self.patch.begin_call(unet, args, kwargs)
 
     def describe(self) -> str:
         """Describe the last sampling."""
@@ -102,10 +106,9 @@ def attach_slot(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
         return slot.patch.answer(q, k, v, options)
 
     def unet_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        patch = slot.patch
-        patch.begin_call(unet, args, kwargs)
+        slot.begin_call(unet, args, kwargs)
         output = executor(*args, **kwargs)
-        patch.end_call()
+        slot.patch.end_call()
         return output
 
     def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +197,7 @@ class ClonePatch(Patch):
         """Make the report."""
         self.last = SamplingReport(hires=False)
         self.last.add(self, self.since)
-        log.info("Agent Attention: %s", self.last.sentence())
+        log.info("Agent Attention: %s", ascii_of(self.last.sentence()))
         # a call without a latent: whoever asks outside of a sampling gets full attention
         self.begin_call(self._unet(), (), {})
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.tensors import attention_by
 from ..config import AgentConfig
-from ..tuning.fingerprint import ordered_sites, structure_of, weights_of
-from ..tuning.record import RecordedCall, record_calls
+from ..hosts import read_size
+from ..tuning.fingerprint import adapters_of, ordered_sites, structure_of, weights_of
+from ..tuning.record import RecordedCall, progress_of, record_calls
 from ..tuning.result import Tuning, headline
 from ..tuning.tuner import tune
+from ..words import ascii_of
 from .model import ClonePatch, Slot, attach_slot, is_ours, kernel_of
 
 log = logging.getLogger("agentsd.comfy")
 
 MOMENTS = 4
 FULL = AgentConfig(merge_attn=False)
-_NOISE = 4  # where the host's samplers take the noise: behind guider, sigmas, extra arguments and callback
-# By model, size and tolerance. A plan that should outlive the program goes into the node's field.
+NOT_CALLED = "another node calls the U-Net's blocks itself, or skips the U-Net"
+# By model, LoRA, other nodes' patches, size and tolerance. What should outlive the program goes into the node's field.
 _TUNINGS: dict[Any, Tuning] = {}
 
 
@@ -37,64 +41,123 @@ def attach_tuned(model: Any, tolerance: float, plan: str = "") -> Any:
         TuningError: the plan is damaged, or for another model.
         UnsupportedModelError: the model is no U-Net with transformer blocks.
     """
-    given = Tuning.from_text(plan.strip()) if plan.strip() else None
+    given = Tuning.from_text(plan) if plan.strip() else None
     return attach_slot(model, lambda unet: TunedSlot(unet, tolerance, given))
 
 
 class TunedSlot(Slot):
-    """Full attention until there is a tuning, and then its plan."""
+    """Full attention until there is a tuning, and then its plan.
+
+    Which tuning that is turns out at the first call of the U-Net: a node may have it called on tiles.
+    """
 
     def __init__(self, unet: nn.Module, tolerance: float, given: Tuning | None) -> None:
         super().__init__(ClonePatch(unet, FULL))
         self.unet, self.tolerance, self.given = unet, tolerance, given
         self.tuning: Tuning | None = None
         self.said = ""
-        if given is not None:
-            self._use(given)
-
-    def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        noise = kwargs["noise"] if "noise" in kwargs else args[_NOISE]
-        size = tuple(noise.shape[-2:])
-        key = (structure_of(ordered_sites(self.unet)), weights_of(self.unet), size, self.tolerance)
-        tuning = self.given or _TUNINGS.get(key)
-        if tuning is None:
-            return self._tune(key, executor, args, kwargs)
-        self._use(tuning)
-        self.said = tuning.advice(*size)
-        return super().sample(executor, args, kwargs)
+        self._use(given)
 
     def describe(self) -> str:
         plan = [] if self.tuning is None else [f"plan: {self.tuning.text}"]
         return "\n".join(filter(None, [self.said, super().describe(), *plan]))
 
-    def _use(self, tuning: Tuning) -> None:
-        if tuning is not self.tuning:
-            self.patch = ClonePatch(self.unet, tuning.config_for(self.unet))
+    def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.said, self._key, self._patcher = "", None, getattr(args[0] if args else None, "model_patcher", None)
+        self._use(self.given)
+        with ExitStack() as self._recording:
+            calls = [] if self.given else self._recording.enter_context(record_calls(self.unet, MOMENTS))
+            output = super().sample(executor, args, kwargs)
+        if self.tuning is None:
+            self._tune(calls)
+        return output
+
+    def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Choose the tuning at the first call of a sampling."""
+        if self._key is None:
+            size, options = read_size(args, kwargs), _options_of(args, kwargs)
+            lora, patches = _lora_of(self._patcher), _patches_of(options)
+            model = structure_of(ordered_sites(unet)), weights_of(unet), adapters_of(unet)
+            self._key = (*model, lora, patches, size, self.tolerance)
+            self._conditions = {"lora": lora, "patches": patches}
+            self._choose(size, progress_of((args, kwargs)) or 0.0)
+        super().begin_call(unet, args, kwargs)
+
+    def _choose(self, size: tuple[int, int] | None, start: float) -> None:
+        kept = _TUNINGS.get(self._key)
+        if self.given is None and kept is not None and not kept.doubts(start=start):
+            self._recording.close()
+            self._use(kept)
+            self.patch.begin_sampling()
+        if self.tuning is not None and size is not None:
+            self.said = self.tuning.advice(*size)
+
+    def _use(self, tuning: Tuning | None) -> None:
+        if tuning is None or tuning is not self.tuning:
+            self.patch = ClonePatch(self.unet, FULL if tuning is None else tuning.config_for(self.unet))
             self.tuning = tuning
 
-    def _tune(self, key: Any, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Sample with full attention, and tune on the calls that were made."""
+    def _tune(self, calls: list[RecordedCall]) -> None:
+        """Tune on the calls of the sampling that has ended: its image is made, and nothing here may cost it."""
         from comfy.model_management import InterruptProcessingException
 
-        self.patch, self.tuning = ClonePatch(self.unet, FULL), None
-        with record_calls(self.unet, MOMENTS) as calls:
-            output = super().sample(executor, args, kwargs)
         try:
+            if not calls:
+                self.said = f"not tuned: {NOT_CALLED}"
+                return
             bare = [_bare(call) for call in calls]
-            with attention_by(kernel_of(bare[0][1]["transformer_options"])):
-                tuning = tune(self.unet, bare, self.tolerance, progress=_progress())
+            with attention_by(kernel_of(_options_of(*bare[0]))):
+                tuning = tune(self.unet, bare, self.tolerance, progress=_progress(), conditions=self._conditions)
         except InterruptProcessingException:
-            raise
-        except Exception as error:  # the image is made already
+            self.said = "not tuned: interrupted"
+        except Exception as error:
             self.said = f"not tuned: {type(error).__name__}: {error}"
-            log.warning("Agent Attention: %s", self.said)
-            return output
-        _TUNINGS[key], report = tuning, self.patch.last
-        self._use(tuning)
-        self.patch.last = report  # what was sampled, until something is sampled again
-        self.said = f"tuned on this sampling, used from the next one on: {headline(tuning)}"
-        log.info("Agent Attention: %s", self.said)
-        return output
+        else:
+            _TUNINGS[self._key], report = tuning, self.patch.last
+            self._use(tuning)
+            self.patch.last = report  # what was sampled, until something is sampled again
+            self.said = f"tuned on this sampling, used from the next one on: {headline(tuning)}"
+            self.said += "".join(f"\n{note}" for note in tuning.notes)
+        finally:
+            log.info("Agent Attention: %s", ascii_of(self.said))
+
+
+def _options_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The host's options: an argument by name of the U-Net, by place of what its wrappers wrap."""
+    options = kwargs.get("transformer_options")
+    return next((arg for arg in args if isinstance(arg, dict)), {}) if options is None else options
+
+
+def _lora_of(patcher: Any) -> str:
+    """What nodes add to the weights: how many of them, how strongly, and a checksum of what is added."""
+    patches: Mapping[str, Any] = getattr(patcher, "patches", None) or {}
+    digest, strengths = hashlib.sha256(), set()
+    for key in sorted(map(str, patches)):
+        for strength, value, *_ in patches[key]:
+            strengths.add(f"{strength:g}")
+            first = next(_tensors(getattr(value, "weights", value)), None)
+            sample = "" if first is None else first.detach().flatten()[:4].float().tolist()
+            digest.update(f"{key} {strength} {sample}".encode())
+    strength = "+".join(sorted(strengths))
+    return f"{len(patches)} weights at {strength} ({digest.hexdigest()[:6]})" if patches else ""
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _patches_of(options: Mapping[str, Any]) -> str:
+    """Name what other nodes have put on the model."""
+    replaced = {
+        kind
+        for kind, functions in options.get("patches_replace", {}).items()
+        if not all(map(is_ours, functions.values()))
+    }
+    return " ".join(sorted({*options.get("patches", {}), *replaced}))
 
 
 def _bare(call: RecordedCall) -> RecordedCall:
@@ -106,7 +169,9 @@ def _bare(call: RecordedCall) -> RecordedCall:
         for kind, functions in options.get("patches_replace", {}).items()
     }
     kept = {name: value for name, value in options.items() if name not in ("wrappers", "callbacks")}
-    return args, {**kwargs, "transformer_options": {**kept, "patches_replace": replaced}}
+    bare = RecordedCall((args, {**kwargs, "transformer_options": {**kept, "patches_replace": replaced}}))
+    bare.output = call.output
+    return bare
 
 
 def _progress() -> Callable[[int, int, str], None]:
