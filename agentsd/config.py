@@ -105,6 +105,10 @@ class AgentConfig:
         "closest where attention is smooth. superpixel: means over cells that follow the content, closer where "
         "attention is sharp. heavy: the sample, and the keys between that most attention goes to, closest where "
         "attention is sharp.", choices=LANDMARKS, place=(5, 2))
+    exact_ratio: float = _number(
+        0.0, "Exact ratio", "With the method corrected: share of the keys that each window of tokens attends to "
+        "exactly, those of the cells that matter to it. 0 is the fastest, higher is more faithful.",
+        step=0.01, place=(1, 2))
     # fmt: on
     stages: tuple[Rule, ...] = ()
     rules: tuple[Rule, ...] = ()

@@ -31,6 +31,7 @@ OTHER = {
     "max_agents": 33,
     "seed": 7,
     "landmarks": "superpixel",
+    "exact_ratio": 0.3,
 }
 # They change nothing where nothing is done in any case
 VETOES = {"max_downsample", "min_tokens", "merge_attn"}
