@@ -20,7 +20,6 @@ from .schedule import ANYWHERE, DOWNSAMPLES, Block, Rule
 AUTO = "auto"
 AGENT_SOURCES = ("similarity", "grid")
 PRECISIONS = (None, "fp32")
-LANDMARKS = ("sample", "superpixel", "heavy")
 # Layers of fewer tokens gain nothing: the speed-up of SD 1's U-Net is 1.01× at 128×128 pixels (256 tokens) and 1.07× at
 # 256×256 pixels.
 SMALL = 512
@@ -95,20 +94,15 @@ class AgentConfig:
         "tokens in SD 1's largest layers.", high=2**24, place=(7, 1), panel=SMALL, implied=0, node=None)
     max_agents: int | None = _whole(
         None, "Maximum agents", "Upper limit on the number of agent tokens in a layer; 0 sets none, except for 640 "
-        "with the methods corrected and local. Similarity agents are never fewer than the partition's cells.",
+        "with the method corrected. Similarity agents are never fewer than the partition's cells.",
         low=1, high=2**24, optional=True, place=(7, 2), node=None)
     seed: int = _whole(
         0, "Partition seed", "Seed of the random partition, independent of the image's seed.",
         high=2**63 - 1, place=(7, 3), node=None)
-    landmarks: str = _choice(
-        "sample", "Landmarks", "Which keys the methods corrected and local attend to. sample: one token of each cell, "
-        "closest where attention is smooth. superpixel: means over cells that follow the content, closer where "
-        "attention is sharp. heavy: the sample, and the keys between that most attention goes to, closest where "
-        "attention is sharp.", choices=LANDMARKS, place=(5, 2))
     exact_ratio: float = _number(
         0.0, "Exact ratio", "With the method corrected: share of the keys that each window of tokens attends to "
-        "exactly, those of the cells that matter to it. 0 is the fastest, higher is more faithful.",
-        step=0.01, place=(1, 2))
+        "exactly, those of the cells that matter to it. 0 is the fastest, 1 is full attention; 0.14 costs about "
+        "twice as much as 0.", step=0.01, place=(1, 2))
     # fmt: on
     stages: tuple[Rule, ...] = ()
     rules: tuple[Rule, ...] = ()

@@ -20,7 +20,7 @@ from typing import Any
 
 from .attention.grid import Grid, destinations
 from .config import AgentConfig
-from .methods import LayerPlan, method_of, untouched
+from .methods import LayerPlan, untouched
 from .plan import merged_tokens, plan_block
 from .schedule import Block
 
@@ -159,7 +159,7 @@ def block_flops(channels: int, size: tuple[int, int], plan: LayerPlan, config: A
     r = 0 if config is None else merged_tokens(config, plan)
     cross = N - r if config is not None and config.merge_crossattn else N
     feed = N - r if config is not None and config.merge_mlp else N
-    total = method_of(plan.action).flops(plan, C)
+    total = plan.method.flops(plan, C)
     total += 4 * cross * C * C + 4 * PROMPT_TOKENS * cross * C
     total += 24 * feed * C * C
     if config is not None and (plan.agent_r or r):

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from .attention.grid import Grid, destinations
 from .config import AUTO, FIELDS, AgentConfig
-from .methods import LayerPlan, method_named, method_of, untouched
+from .methods import LayerPlan, method_named, untouched
 from .schedule import Block
 
 __all__ = [
@@ -134,5 +134,5 @@ def may_match(config: AgentConfig) -> bool:
 
 def merged_tokens(config: AgentConfig, plan: LayerPlan) -> int:
     """Count the tokens actually merged away in a block: none unless a part of it works on merged tokens."""
-    merges = config.merge_crossattn or config.merge_mlp or method_of(plan.action).merges
+    merges = config.merge_crossattn or config.merge_mlp or plan.method.merges
     return plan.r if merges else 0

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from agentsd.attention.merging import Matching, match, partition
 from agentsd.attention.tensors import join_heads, pool_tokens, split_heads
 from agentsd.config import AgentConfig
-from agentsd.methods import LayerPlan, SelfAttention, method_of
+from agentsd.methods import LayerPlan, SelfAttention
 from agentsd.plan import plan_layer
 
 from .attentions import Attention
@@ -84,7 +84,7 @@ def _answer(at: Attention, config: AgentConfig, plan: LayerPlan) -> Tensor:
         project_out=lambda x: x,
         proceed=proceed,
     )
-    return split_heads(method_of(plan.action).attend(call), at.heads)
+    return split_heads(plan.method.attend(call), at.heads)
 
 
 def _matching(at: Attention, config: AgentConfig, plan: LayerPlan) -> Matching | None:
@@ -208,25 +208,14 @@ FULL = "full"
 CANDIDATES: dict[str, Candidate] = {
     FULL: Candidate("SDPA", "full attention", full),
     **{
-        f"corrected{s}": Candidate(
-            f"corrected {s}×{s}", "corrected", product(method="corrected", agent_ratio=_share(s)), ours=True
-        )
-        for s in (8, 4, 2)
-    },
-    **{
-        f"local{s}": Candidate(f"local {s}×{s}", "local", product(method="local", agent_ratio=_share(s)), ours=True)
-        for s in (8, 4)
-    },
-    **{
-        f"{method}{s}{landmarks[0]}": Candidate(
-            f"{method} {s}×{s}, {words}",
-            f"{method}, {words}",
-            product(method=method, agent_ratio=_share(s), landmarks=landmarks),
+        f"corrected{s}-{exact:g}": Candidate(
+            f"corrected {s}×{s}, {exact:.0%} exact",
+            f"corrected {s}×{s}",
+            product(method="corrected", agent_ratio=_share(s), exact_ratio=exact),
             ours=True,
         )
-        for landmarks, words in (("superpixel", "superpixels"), ("heavy", "heavy hitters"))
-        for method in ("corrected", "local")
         for s in (8, 4)
+        for exact in (0.0, 0.04, 0.08, 0.14, 0.25, 0.4)
     },
     "agents": Candidate("grid agents 4×4", "agents", product(agent_source="grid", agent_ratio=_share(4))),
     "agentsd": Candidate("AgentSD 0.4/0.95", "agents", product(ratio=0.4, agent_ratio=0.95)),

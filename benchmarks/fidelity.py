@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +131,10 @@ def _corrected(ratio: float, **settings: Any) -> AgentConfig:
     return AgentConfig(**{"method": "corrected", "ratio": 0.0, "agent_ratio": ratio, **settings})
 
 
-def _local(ratio: float, **settings: Any) -> AgentConfig:
-    return _corrected(ratio, **{"method": "local", **settings})
-
-
 def methods() -> list[Method]:
     """All methods that are compared, the unpatched model first."""
     grid = _agents("grid", 1 - 1 / 16)
     second, deeper = {"max_downsample": 2}, {"max_downsample": 8}
-    superpixels, heavy = (_corrected(1 - 1 / 16, landmarks=which) for which in ("superpixel", "heavy"))
-    superpixels_deeper = replace(superpixels, **second)
     until_40 = {"stages": early(0.4)}
     finer = {"stages": early(0.4, after={"agent_ratio": 1 - 1 / 16})}
     return [
@@ -171,19 +165,15 @@ def methods() -> list[Method]:
         Method("corrected 2×2", "corrected agents", _corrected(0.75)),
         Method("corrected 4×4", "corrected agents", _corrected(1 - 1 / 16), pictures=True, sizes=True),
         Method("corrected 8×8", "corrected agents", _corrected(1 - 1 / 64), pictures=True, sizes=True),
-        Method("local 4×4", "local attention", _local(1 - 1 / 16), pictures=True, sizes=True),
-        Method("local 8×8", "local attention", _local(1 - 1 / 64), sizes=True),
-        Method("corrected 4×4, superpixels", "corrected, superpixels", superpixels, pictures=True, sizes=True),
-        Method("local 4×4, superpixels", "local, superpixels", replace(superpixels, method="local")),
-        Method("corrected 4×4, heavy hitters", "corrected, heavy hitters", heavy, pictures=True, sizes=True),
-        Method("local 4×4, heavy hitters", "local, heavy hitters", replace(heavy, method="local"), pictures=True),
+        *(
+            Method(f"corrected {side}×{side}, {exact:.0%} exact", "corrected agents, open cells", config, sizes=True)
+            for side in (4, 8)
+            for exact in (0.04, 0.14)
+            for config in (_corrected(1 - 1 / side**2, exact_ratio=exact),)
+        ),
         Method("corrected 8×8, then 4×4", "corrected agents, schedules", _corrected(1 - 1 / 64, **finer)),
         Method("corrected 4×4, first 60%", "corrected agents, schedules", _corrected(1 - 1 / 16, stages=early(0.6))),
         Method("corrected 4×4, two levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **second), sizes=True),
-        Method("local 4×4, two levels", "local attention, deeper", _local(1 - 1 / 16, **second), sizes=True),
-        Method(
-            "corrected 4×4, superpixels, two levels", "corrected, superpixels, deeper", superpixels_deeper, sizes=True
-        ),
         Method(
             "corrected 4×4, all levels", "corrected agents, deeper", _corrected(1 - 1 / 16, **deeper), pictures=True
         ),

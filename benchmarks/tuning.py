@@ -69,7 +69,7 @@ FIXED: Mapping[str, AgentConfig] = {
     "preset Faithful: corrected 4×4": _grid(method="corrected"),
     "preset Fast: corrected 8×8": _grid(method="corrected", agent_ratio=0.98),
     "corrected 4×4, levels 0 and 1": _grid(method="corrected", max_downsample=2),
-    "local 4×4": _grid(method="local"),
+    "corrected 4×4, 14 % exact": _grid(method="corrected", exact_ratio=0.14),
     "K/V 2×2": AgentConfig(method="pool", ratio=0.0, sx=2, sy=2),
 }
 

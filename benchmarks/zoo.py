@@ -8,7 +8,7 @@ machine that does nothing else.
     python -m benchmarks.zoo errors                 # errors only; `seconds` and `report` likewise
     python -m benchmarks.zoo seconds --minutes 5    # stop after five minutes; the next call goes on
     python -m benchmarks.zoo --quick                # small sizes, a minute and a half, into out/zoo
-    python -m benchmarks.zoo --again local4         # measure a method anew
+    python -m benchmarks.zoo --again corrected4-0.14# measure a method anew
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from patching import SELF_ATTENTION, diffusers_unet, kinds
 import agentsd
 from agentsd.patching import closeness
 
-WATCHED = {**SELF_ATTENTION, "local": {"method": "local", "agent_ratio": 0.95, "ratio": 0.0}}
+WATCHED = {**SELF_ATTENTION, "exact": {"method": "corrected", "agent_ratio": 0.95, "ratio": 0.0, "exact_ratio": 0.1}}
 
 
 @kinds(WATCHED)

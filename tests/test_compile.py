@@ -26,7 +26,7 @@ FOLLOWED = {
     "grid agents": GRID,
     "corrected agents": {**GRID, "method": "corrected", "agent_ratio": 0.75},
     "pooled keys and values": {**GRID, "method": "pool", "sx": 2, "sy": 2},
-    "local attention": {**GRID, "method": "local", "agent_ratio": 0.9},
+    "open cells": {**GRID, "method": "corrected", "agent_ratio": 0.9, "exact_ratio": 0.1},
 }
 SIDES = {"local attention": 40}
 # What it is kept out of: random partitions need the timestep, and clusters are sorted.

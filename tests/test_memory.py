@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import agentsd
 import agentsd.attention.merging
 from agentsd import AgentConfig, plan_layer
-from agentsd.methods import SelfAttention, method_of
+from agentsd.methods import SelfAttention
 
 MIB = 2**20
 NINE = {"agent_ratio": 0.9375, "ratio": 0.0}
@@ -21,11 +21,8 @@ METHODS = {
     "grid agents": {**NINE, "agent_source": "grid"},
     "pooled keys and values": {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0},
     "corrected agents": {**NINE, "method": "corrected"},
-    "corrected agents, superpixels": {**NINE, "method": "corrected", "landmarks": "superpixel"},
-    "corrected agents, heavy hitters": {**NINE, "method": "corrected", "landmarks": "heavy"},
-    "local attention": {**NINE, "method": "local"},
-    "local attention, superpixels": {**NINE, "method": "local", "landmarks": "superpixel"},
-    "local attention, heavy hitters": {**NINE, "method": "local", "landmarks": "heavy"},
+    "corrected agents, open cells": {**NINE, "method": "corrected", "exact_ratio": 0.14},
+    "corrected agents, as many as may be": {**NINE, "method": "corrected", "exact_ratio": 0.4, "max_agents": 2000},
 }
 
 
@@ -75,7 +72,7 @@ def peak(settings, size, dtype, monkeypatch) -> int:
         proceed=lambda: None,
     )
     with torch.no_grad(), Live(q, k, v) as live:
-        method_of(attention.plan.action).attend(attention)
+        attention.plan.method.attend(attention)
     return live.peak
 
 
@@ -123,7 +120,7 @@ def peak_with_projections(settings, size, dtype, monkeypatch) -> int:
             project_out=torch.clone,
             proceed=full,
         )
-        method_of(plan.action).attend(attention)
+        plan.method.attend(attention)
     return live.peak
 
 

@@ -33,7 +33,7 @@ def _mean():
             N = height * width
             if settings.sx * settings.sy > N:
                 return untouched(N, f"{N} tokens are not worth a mean", "sx", "sy")
-            return LayerPlan(self.action, N, N, 1, (height, width))
+            return LayerPlan(self, N, N, 1, (height, width))
 
         def attend(self, attention):
             _, _, v = attention.project(attention.x)
@@ -80,13 +80,13 @@ def test_rules_choose_it(unet):
 
 
 def test_plans_and_explanations_have_it(unet):
-    assert plan_layer(AgentConfig(method="mean"), 12, 10, 1) == LayerPlan("mean", 120, 120, 1, (12, 10))
+    assert plan_layer(AgentConfig(method="mean"), 12, 10, 1) == LayerPlan(method_named("mean"), 120, 120, 1, (12, 10))
     small = plan_layer(AgentConfig(method="mean"), 3, 5, 1)
     assert (small.reason, small.remedy) == ("15 tokens are not worth a mean", ("sx", "sy"))
     patch = patch_unet(unet, AgentConfig(method="mean", max_downsample=8))
     assert {plan for _, plan in patch.explain(16, 24)} == {
-        LayerPlan("mean", 384, 384, 1, (16, 24)),
-        LayerPlan("mean", 96, 96, 1, (8, 12)),
+        LayerPlan(method_named("mean"), 384, 384, 1, (16, 24)),
+        LayerPlan(method_named("mean"), 96, 96, 1, (8, 12)),
     }
 
 

@@ -30,17 +30,12 @@ OTHER = {
     "min_tokens": 5000,
     "max_agents": 33,
     "seed": 7,
-    "landmarks": "superpixel",
-    "exact_ratio": 0.3,
+    "exact_ratio": 0.2,
 }
 # They change nothing where nothing is done in any case
 VETOES = {"max_downsample", "min_tokens", "merge_attn"}
 CASES = [
-    *[
-        {"method": method.name, "ratio": ratio}
-        for method, ratio in product(selectable(), (0.0, 0.4))
-        if method.name != "local"
-    ],
+    *[{"method": method.name, "ratio": ratio} for method, ratio in product(selectable(), (0.0, 0.4))],
     {"method": "agent", "agent_source": "similarity", "ratio": 0.0},
     {"method": "agent", "ratio": 0.4, "use_rand": False},
     {"method": "corrected", "ratio": 0.4, "merge_mlp": True},

@@ -13,7 +13,8 @@ from PIL import Image
 from agentsd import AgentConfig, LayerPlan, patch_unet
 from agentsd.app import token_map as tokenmap
 from agentsd.app.token_map import Layer, Recording, draw, view
-from agentsd.attention.tensors import sample_tokens
+from agentsd.attention.grid import landmark_places
+from agentsd.methods import method_named
 
 SIMILARITY = {"agent_source": "similarity", "agent_ratio": 0.9, "ratio": 0.0}
 PAPER = {"agent_source": "similarity", "agent_ratio": 0.95, "ratio": 0.4}
@@ -128,7 +129,7 @@ def test_of_tiles_there_is_no_map():
 
 
 def hand_made(index, size, **plan) -> Layer:
-    given = {"action": "merge", "tokens": size[0] * size[1], "queries": len(set(index)), **plan}
+    given = {"method": method_named("merge"), "tokens": size[0] * size[1], "queries": len(set(index)), **plan}
     return Layer("block", size, LayerPlan(**given), merged=np.array(index, dtype=np.uint16))
 
 
@@ -185,12 +186,11 @@ def test_grid_agents_are_dots_in_the_middle_of_their_cells(size):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (10, 13)])
-def test_corrected_agents_are_dots_on_the_tokens_that_are_sampled(size):
+def test_corrected_agents_are_dots_on_the_landmarks(size):
     layer = recorded(flat_unet(), *size, method="corrected", agent_ratio=0.95).calls[0].layers[0]
     drawn = draw(Image.new("RGB", (8 * size[1], 8 * size[0]), GREY), layer, size)
     scale = drawn.width / size[1]
-    tokens = torch.arange(size[0] * size[1]).view(1, -1, 1)
-    taken = sample_tokens(tokens, *size, layer.plan.cell).flatten().tolist()
+    taken = [y * size[1] + x for y, x in landmark_places(size, layer.plan.cell)]
     assert len(taken) == layer.plan.agents
     for token in range(size[0] * size[1]):
         y, x = ((place + 0.5) * scale for place in divmod(token, size[1]))

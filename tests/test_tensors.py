@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from blocks import HALVES, inputs
@@ -10,13 +12,13 @@ from hypothesis import strategies as st
 from oracle import cells, heads
 from patching import patched_output
 
+from agentsd.attention.grid import landmark_places
 from agentsd.attention.tensors import (
     add_scaled,
     attention_by,
     join_heads,
     lost_by_pooling,
     pool_tokens,
-    sample_tokens,
     scaled_dot_product_attention,
     split_heads,
 )
@@ -121,14 +123,14 @@ class TestPooling:
         torch.testing.assert_close(pooled.float(), pool_tokens(x, h, 8, (4, 4)), rtol=0.02, atol=0.02)
 
 
-class TestSample:
+class TestLandmarks:
     @pytest.mark.parametrize(("height", "width", "cell"), [(8, 8, 4), (9, 7, 4), (3, 10, 4), (1, 5, 2), (6, 6, 1)])
-    def test_every_token_is_one_of_its_cell(self, height, width, cell):
-        x = torch.arange(height * width).view(1, -1, 1)
-        taken = sample_tokens(x, height, width, (cell, cell)).flatten()
-        cells = [(int(i) // width // cell, int(i) % width // cell) for i in taken]
-        assert len(set(cells)) == len(cells) >= 1
+    def test_every_cell_has_one_of_its_tokens(self, height, width, cell):
+        places = landmark_places((height, width), (cell, cell))
+        found = [(y // cell, x // cell) for y, x in places if 0 <= y < height and 0 <= x < width]
+        assert found == [(y, x) for y in range(-(-height // cell)) for x in range(-(-width // cell))]
 
-    def test_whole_cells_give_the_middle(self):
-        taken = sample_tokens(torch.arange(64).view(1, -1, 1), 8, 8, (4, 4)).flatten()
-        assert taken.tolist() == [9, 13, 41, 45]
+    def test_each_place_in_a_cell_is_taken_equally_often(self):
+        taken = Counter((y % 4, x % 4) for y, x in landmark_places((32, 32), (4, 4)))
+        assert set(taken.values()) == {4}
+        assert len(taken) == 16

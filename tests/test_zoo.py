@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (requirements/dev.txt)")
 
-from agentsd.attention.tensors import pool_tokens, sample_tokens, split_heads
-from agentsd.methods.corrected import corrected_attention
+from agentsd.attention.corrected import corrected_attention
+from agentsd.attention.tensors import pool_tokens, split_heads
 from benchmarks import candidates, zoo, zoo_report
 from benchmarks.attentions import KINDS, Attention, positions
 from benchmarks.candidates import CANDIDATES, full
@@ -80,7 +80,7 @@ def test_candidates_answer_in_the_shape_of_the_queries_or_not_at_all(name):
     at = attention("inverse square")
     out = CANDIDATES[name].attend(at)
     if out is None:
-        assert name.startswith("local")  # the product leaves so small a layer alone
+        assert name.startswith("corrected")  # the product leaves so small a layer alone
     else:
         assert out.shape == at.q.shape
         assert out.isfinite().all()
@@ -100,9 +100,9 @@ def test_what_has_all_keys_is_exact(exact):
 
 def test_the_product_s_methods_run_as_the_product_runs_them():
     at = attention("segments", (32, 28))
-    few = [split_heads(sample_tokens(t, 32, 28, (4, 4)), 3) for t in at.tokens]
-    expected = corrected_attention(*(split_heads(t, 3) for t in at.tokens), *few)
-    torch.testing.assert_close(CANDIDATES["corrected4"].attend(at), expected)
+    qkv = [split_heads(t, 3) for t in at.tokens]
+    expected = corrected_attention(*qkv, size=(32, 28), cell=(4, 4), opened=8)
+    torch.testing.assert_close(CANDIDATES["corrected4-0.14"].attend(at), expected)
     pooled = [split_heads(pool_tokens(t, 32, 28, (2, 2)), 3) for t in at.tokens[1:]]
     expected = torch.nn.functional.scaled_dot_product_attention(at.q, *pooled)
     torch.testing.assert_close(CANDIDATES["pool2"].attend(at), expected)
@@ -139,7 +139,7 @@ def test_errors_are_those_of_heads_and_tokens():
 
 @pytest.fixture
 def few():
-    return {name: CANDIDATES[name] for name in ("full", "local4", "corrected4", "pool2", "top")}
+    return {name: CANDIDATES[name] for name in ("full", "corrected4-0.4", "corrected4-0", "pool2", "top")}
 
 
 def read(folder, name: str) -> list[dict[str, str]]:
@@ -158,7 +158,7 @@ def test_a_miniature_is_kept_and_goes_on_where_it_stopped(tmp_path, few):
     assert whole[: len(rows)] == rows
     assert len(whole) == 4 * len(few)
     assert all(float(row["worst"]) == 0 for row in whole if row["method"] == "full")
-    assert {row["median"] for row in whole if row["method"] == "local4"} == {""}  # left alone
+    assert {row["median"] for row in whole if row["method"] == "corrected4-0.4"} == {""}  # left alone
     seconds = read(tmp_path, "seconds.csv")
     assert {row["method"] for row in seconds} == set(few) - {"top"}
     assert {row["relative"] for row in seconds if row["method"] == "full"} == {"1.0000"}

@@ -108,7 +108,7 @@ class PassReport:
             return f"{self.name}{size}: {self.tuned}"
         size += f", {self.plan}" if self.plan else ""
         if self.changed():
-            what = ", ".join(f"{method_of(plan.action).words(plan)} {in_layers(n)}" for plan, n in self.layers)
+            what = ", ".join(f"{plan.method.words(plan)} {in_layers(n)}" for plan, n in self.layers)
             parts = (what, self._calls_in_words(), self.pace.words(), str(self.closeness or ""))
             return f"{self.name}{size}: {'; '.join(part for part in parts if part)}"
         why = "; ".join(self.idle) or "the U-Net was not called"

@@ -15,7 +15,6 @@ from ..attention.grid import Grid
 from ..checks import SettingError
 from ..config import SMALL, AgentConfig
 from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
-from ..methods import method_of
 from ..settings import tunings
 from ..settings.idle import idle
 from ..settings.presets import CUSTOM, PRESETS, preset_of
@@ -374,7 +373,7 @@ def _advice(acting: _Part, own: _Part | None, sampling: SamplingPass) -> Hint | 
 
 
 def _describe(cost: Estimate) -> str:
-    words = [f"{method_of(level.plan.action).words(level.plan)} {in_layers(level.count)}" for level in cost.changed]
+    words = [f"{level.plan.method.words(level.plan)} {in_layers(level.count)}" for level in cost.changed]
     return ", ".join(words) or "tokens merged outside self-attention"
 
 

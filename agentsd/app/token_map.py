@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from ..attention.grid import Grid
 from ..attention.merging import Clusters
-from ..methods import LayerPlan, method_of
+from ..methods import LayerPlan
 from ..patching.layer import Answer
 from ..schedule import MAX_TIMESTEP
 from .preview import fraction
@@ -264,7 +264,7 @@ def _dots(picture: Image.Image, layer: Layer, raster: _Raster) -> None:
 
 def _agent_places(layer: Layer, raster: _Raster) -> list[tuple[float, float]]:
     """Locate each agent on the map: (y, x) in pixels."""
-    marks = method_of(layer.plan.action).marks(layer.plan, *layer.size, layer.agent_tokens())
+    marks = layer.plan.method.marks(layer.plan, *layer.size, layer.agent_tokens())
     return [(raster.middle(0, top, bottom), raster.middle(1, left, right)) for top, left, bottom, right in marks]
 
 
@@ -311,7 +311,7 @@ def _explained(layer: Layer) -> Iterator[str]:
             f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left grey "
             f"stayed by themselves."
         )
-    yield method_of(plan.action).caption(plan)
+    yield plan.method.caption(plan)
     if layer.merged is None and layer.agents is not None:
         yield "Tokens of one colour were averaged into one agent; a token left grey is one itself."
     if layer.merged is None:

@@ -1,89 +1,51 @@
-"""The fit of values by Tikhonov's regularisation, for methods that attend to a few keys. No method itself."""
+"""The fit of landmarks' values to full attention at the agents, by Tikhonov's regularisation."""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
+from torch.linalg import cholesky_ex, vector_norm
 
-# Weight of the penalty, as a share of the mean of WᵀW's diagonal, and how it grows as attention gets sharper:
-# docs/zoo.md has the figures.
-MU, GROWTH = 0.03, 4.0
-# With fewer agents, fitted values overshoot between them: see docs/fidelity.md for figures.
-FEWEST = 32
-# With fewer than these, a rare call deviates forty times as much as most: see there as well.
-SURE = 64
-# With more than these, the fit, which grows with the cube of their number, costs more than they gain: docs/zoo.md.
-MOST = 640
+# Penalty λ = MU · m · (1 + GROWTH · m), m the mean of WWᵀ's diagonal: 1 for attention to one key, 1 / n for even ones.
+# Where weights are sharp, values between the agents are known less well, and a light penalty would fit noise.
+MU, GROWTH = 0.001, 300.0
 # Number of conjugate steps where a device has no Cholesky factorisation.
 FIT_STEPS = 3
 # Largest ratio of what those steps add to what is left to be fitted, beyond which they are rejected.
 FIT_GROWTH = 16.0
 
 
-def fit_tikhonov(w: Tensor, v_a: Tensor, v_bar: Tensor, mu: float = MU) -> Tensor:
-    """Fit values to full attention at the agents: argmin ‖W Y − V_A‖² + λ ‖Y − V̄‖².
+def value_correction(w: Tensor, z: Tensor, r: Tensor, others: Tensor | float = 0.0) -> Tensor:
+    """Compute W̄ᵀ (W̄ W̄ᵀ + λ I)⁻¹ R, which makes up for R at the agents, without waiting for the device.
 
-        Y = V̄ + (WᵀW + λ I)⁻¹ Wᵀ (V_A − W V̄)
-        λ = μ m (1 + 4 m),  m: the mean of WᵀW's diagonal, from 1 / n for even weights to 1 for sharp ones
-
-    Where weights are sharp, values between the agents are known less well, and noise is what a light penalty would fit.
+    It is the smallest change of values that does so, as far as the penalty lets it: its norm is at most ‖R‖ / 2√λ.
+    Where R is 0 it is 0, whatever is rounded.
 
     Args:
-        w: weights of the few keys at the agents (..., m, n), float32.
-        v_a: full attention at the agents (..., m, d), of any dtype.
-        v_bar: values of the few keys (..., n, d), float32.
-        mu: weight of the penalty, above 0. Below 0.001 it does not hold sharp attention.
+        w: weights of the landmarks at the agents before they are normalised, W̄ z (…, m, n), float32.
+        z: sums of all weights (…, m, 1), positive.
+        r: what the values still miss (…, m, d), float32.
+        others: squared norms of the rows of the weights of other keys (…, m, 1).
 
     Returns:
-        (..., n, d), float32; V̄ where the fit is not finite.
+        (…, n, d), float32; 0 where it is not finite. On devices without a Cholesky factorisation, a few conjugate
+        steps take its place.
     """
-    from torch.linalg import vector_norm
-
-    n = w.shape[-1]
-    square = vector_norm(w, dim=(-2, -1))[..., None].square()
-    # μ m (1 + 4 m) = 4 μ / n² · ‖W‖² (‖W‖² + n / 4)
-    penalty = square, square + n / GROWTH
-    delta = solve_tikhonov(w, (w @ v_bar).sub_(v_a), penalty, mu * GROWTH / n**2)
-    return v_bar - delta.nan_to_num(0.0, 0.0, 0.0)
-
-
-def solve_tikhonov(w: Tensor, r: Tensor, penalty: tuple[Tensor, Tensor], weight: float) -> Tensor:
-    """Solve (WᵀW + λ I)⁻¹ Wᵀ R, without waiting for the device.
-
-    R is what the values still miss: where that is nothing, no rounding of the solution shows, and the products may be
-    as coarse as TF32's. Whatever W is, the solution's norm is at most ‖R‖ / 2√λ.
-
-    Args:
-        w: weights of the few keys at the agents (..., m, n), float32.
-        r: (..., m, d), float32.
-        penalty: two factors of λ, positive (..., 1), float32.
-        weight: the third, above 0.
-
-    Returns:
-        (..., n, d): finite where W and R are. On devices without a Cholesky factorisation, a few conjugate steps take
-        its place.
-    """
-    from torch.linalg import cholesky_ex
-
     if not has_cholesky(w.device.type):
-        return _bounded(fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
-    # (WᵀW + λ I)⁻¹ Wᵀ = Wᵀ (W Wᵀ + λ I)⁻¹: the smaller of the two
-    wide = w.shape[-1] > w.shape[-2]
-    gram = w @ w.mT if wide else w.mT @ w
-    gram.diagonal(dim1=-2, dim2=-1).addcmul_(*penalty, value=weight)
-    factor, _ = cholesky_ex(gram)
+        return _bounded(fit_values(w / z, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
+    gram = w @ w.mT / z / z.mT
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    m = (diagonal[..., None] + others / z.square()).mean(-2)
+    diagonal.add_(MU * m * (1 + GROWTH * m))
     # this succeeds: factors that are rounded, as TF32's, leave products of a matrix with itself no negative eigenvalues
-    return w.mT @ r.cholesky_solve(factor) if wide else (w.mT @ r).cholesky_solve(factor)
+    factor, _ = cholesky_ex(gram)
+    return (w.mT @ (r.cholesky_solve(factor) / z)).nan_to_num(0.0, 0.0, 0.0)
 
 
-def fitted_to(dtype: torch.dtype, y: Tensor) -> Tensor:
+def cast_within_range(dtype: torch.dtype, y: Tensor) -> Tensor:
     """Convert fitted values to `dtype`. Float16 ends at 65504: what would be beyond stays there."""
-    import torch
-
     y = y.to(dtype)
     return y.nan_to_num() if dtype == torch.float16 else y
 
@@ -130,9 +92,6 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _bounded(delta: Tensor, r: Tensor) -> Tensor:
     """δ where none of its values is out of proportion to the norm of R, and 0 elsewhere; decided on the device."""
-    import torch
-    from torch.linalg import vector_norm
-
     largest = vector_norm(delta, torch.inf, dim=(-2, -1), keepdim=True)
     # a comparison with NaN is false
     return delta.where(largest <= FIT_GROWTH * vector_norm(r, dim=(-2, -1), keepdim=True), 0)
@@ -147,11 +106,9 @@ def has_cholesky(device_type: str) -> bool:
 @cache
 def _factorises(device_type: str) -> bool:
     """Try it, once, so that no generation has to fail to find out."""
-    import torch
-
     try:
         eye = torch.eye(2, device=device_type)[None]
-        eye.cholesky_solve(torch.linalg.cholesky_ex(eye)[0])
+        eye.cholesky_solve(cholesky_ex(eye)[0])
     except (RuntimeError, NotImplementedError):
         return False
     return True

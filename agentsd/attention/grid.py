@@ -70,7 +70,7 @@ def landmark_cell(agent_ratio: float, height: int, width: int, fewest: int, most
     """
 
     def samples() -> int:
-        return len(sampled(height, sy)) * len(sampled(width, sx))
+        return cells(height, sy) * cells(width, sx)
 
     sy = sx = cell_side(agent_ratio, height, width)
     while sy > 1 and samples() < fewest:
@@ -80,9 +80,18 @@ def landmark_cell(agent_ratio: float, height: int, width: int, fewest: int, most
     return (sy, sx), samples()
 
 
-def sampled(length: int, side: int) -> range:
-    """Return the positions sampled along one axis: the middle of each cell, unless the cell is cut short before it."""
-    return range((min(side, length) - 1) // 2, length, side)
+def landmark_places(size: tuple[int, int], cell: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return (row, column) of one token of each cell, in row-major order of the cells.
+
+    Its row in the cell moves on from one column of cells to the next, and its column from one row to the next, as in a
+    Latin square: each place in a cell is taken equally often, so that a texture cannot hide between them.
+    """
+    (height, width), (sy, sx) = size, cell
+    return [
+        (min(sy * row + (column + 1) % sy, height - 1), min(sx * column + (row + 1) % sx, width - 1))
+        for row in range(cells(height, sy))
+        for column in range(cells(width, sx))
+    ]
 
 
 def destinations(sx: int, sy: int, height: int, width: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grid import cells, sampled
+from .grid import cells
 
 # Computes attention of q, k, v (B, H, N, d) without a mask at the scale d^-½, as (B, H, N, d)
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,6 +39,11 @@ def scaled_dot_product_attention(
     if _kernel is None or attn_mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
     return _kernel(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
+
+
+def compiling() -> bool:
+    """Whether torch.compile is tracing the caller; PyTorch 2.1 cannot tell, and is not."""
+    return hasattr(torch.compiler, "is_compiling") and torch.compiler.is_compiling()
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -83,24 +88,6 @@ def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Te
     image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     pooled = F.avg_pool2d(image, cell, ceil_mode=True, count_include_pad=False)
     return pooled.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def sample_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
-    """Take the token nearest the middle of each cell of the grid; shapes as in `pool_tokens`.
-
-    A cell that the edge cuts short before its middle gives none.
-    """
-    return _sampled_grid(x, (height, width), cell).flatten(1, 2)
-
-
-def sample_each(xs: Sequence[Tensor], size: tuple[int, int], cell: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Take `sample_tokens` of several tensors of one shape, in one kernel."""
-    return torch.cat([_sampled_grid(x, size, cell) for x in xs]).flatten(1, 2).chunk(len(xs))
-
-
-def _sampled_grid(x: Tensor, size: tuple[int, int], cell: tuple[int, int]) -> Tensor:
-    rows, columns = (sampled(*axis) for axis in zip(size, cell, strict=True))
-    return x.unflatten(1, size)[:, rows.start :: rows.step, columns.start :: columns.step]
 
 
 def lost_by_pooling(x: Tensor, pooled: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from ..config import AgentConfig
 from ..costs import Estimate, Layout, LevelEstimate, estimate, share_of_run
 from ..hosts import find_unet
 from ..hosts.layout import layout_of
-from ..methods import LayerPlan, method_of
+from ..methods import LayerPlan
 from ..patching.patch import Patch
 from .commands import print_table
 from .options import config_of
@@ -70,7 +70,7 @@ def _what(plan: LayerPlan) -> str:
     if not plan.acts:
         return f"untouched: {plan.reason}"
     cells = f", cells of {plan.cell[1]}×{plan.cell[0]}" if plan.cell else ""
-    return method_of(plan.action).phrase + cells + (f" ({plan.note})" if plan.note else "")
+    return plan.method.phrase + cells + (f" ({plan.note})" if plan.note else "")
 
 
 def _print_layers(patch: Patch, config: AgentConfig, size: tuple[int, int], factor: int) -> None:

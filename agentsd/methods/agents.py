@@ -31,7 +31,7 @@ class Agents(Method):
         N = height * width
         n, cell, agent_r = _count(settings, height, width)
         if 2 * n < N - r:
-            return LayerPlan(self.action, N, N - r, n, cell, r, agent_r)
+            return LayerPlan(self, N, N - r, n, cell, r, agent_r)
         reason, remedy = too_many_agents(n, N - r), _remedy(settings, height, width, n, r)
         if not r:
             return untouched(N, reason, *remedy)
@@ -58,16 +58,6 @@ class Agents(Method):
         C, M, n = channels, plan.queries, plan.agents
         # agents are pooled from the queries, or projected separately where the queries are merged
         return 8 * M * C * C + (2 * n * C * C if plan.r else 0) + 8 * n * M * C
-
-    def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
-        return ((plan.agents, plan.queries), (plan.queries, plan.agents))
-
-    def kernels(self, plan: LayerPlan) -> int:
-        return 3 if plan.cell is not None else 40
-
-    def traffic(self, plan: LayerPlan) -> float:
-        # pooled from the queries, and the shortcut; or matched and merged
-        return 4.0 if plan.cell is not None else 20.0
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
         if plan.cell is not None:

@@ -30,7 +30,7 @@ class LayerPlan:
     """Plan of one transformer block.
 
     Attributes:
-        action: what happens in self-attention: "agents", "merge", "pool", "corrected" … or "untouched".
+        method: what computes self-attention.
         tokens: N, the number of tokens of the layer.
         queries: number of queries that attention is computed for.
         agents: n, the number of agent tokens, or of pooled or sampled keys; 0 if there are none.
@@ -40,11 +40,11 @@ class LayerPlan:
         reason: why self-attention is untouched; empty if it is changed.
         shortfall: why less is done than requested, such as merging without agents; empty if nothing falls short.
         remedy: names of the settings that would change the reason or the shortfall.
-        heavy: number of heavy hitters, keys that are attended to besides those of the agents.
+        opened: number of cells that each window of queries attends to in full.
         note: what to know of it all the same, such as that it was tuned for another size; empty if nothing.
     """
 
-    action: str
+    method: Method
     tokens: int
     queries: int
     agents: int = 0
@@ -52,11 +52,16 @@ class LayerPlan:
     r: int = 0
     agent_r: int = 0
     reason: str = ""
-    heavy: int = 0
+    opened: int = 0
     # not compared: plans that do the same are equal, however they are explained
     shortfall: str = field(default="", compare=False)
     remedy: tuple[str, ...] = field(default=(), compare=False)
     note: str = field(default="", compare=False)
+
+    @property
+    def action(self) -> str:
+        """What happens in self-attention: "agents", "merge", "pool", "corrected" … or "untouched"."""
+        return self.method.action
 
     @property
     def acts(self) -> bool:
@@ -66,7 +71,7 @@ class LayerPlan:
 
 def untouched(tokens: int, reason: str, *remedy: str, r: int = 0) -> LayerPlan:
     """Plan a layer whose self-attention is left alone; `r` as in `LayerPlan`."""
-    return LayerPlan(UNTOUCHED, tokens, tokens, r=r, reason=reason, remedy=remedy)
+    return LayerPlan(_BY_ACTION[UNTOUCHED], tokens, tokens, r=r, reason=reason, remedy=remedy)
 
 
 def too_many_agents(agents: int, queries: int) -> str:
@@ -191,17 +196,8 @@ class Method(ABC):
     def flops(self, plan: LayerPlan, channels: int) -> int:
         """Count the FLOPs of self-attention and its projections under `plan`: one row of the batch, C = `channels`."""
 
-    def steps(self, plan: LayerPlan) -> tuple[tuple[int, int], ...]:
-        """List the calls of fused attention, each by its number of queries and of keys, for the prediction of speed."""
-        return ((plan.queries, plan.agents or plan.queries),)
-
-    def kernels(self, plan: LayerPlan) -> int:
-        """Count the kernels launched beyond those of full attention, for the prediction of speed."""
-        return 20
-
-    def traffic(self, plan: LayerPlan) -> float:
-        """Count the N × C tensors that pass through memory beyond full attention's, for the prediction of speed."""
-        return 20.0
+    def __repr__(self) -> str:
+        return self.action
 
     def words(self, plan: LayerPlan) -> str:
         """Describe what it does to a layer, such as "4096 tokens → 256 agents"."""

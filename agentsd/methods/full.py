@@ -27,11 +27,5 @@ class Full(Method):
         C, N = channels, plan.tokens
         return 8 * N * C * C + 4 * N * N * C
 
-    def kernels(self, plan: LayerPlan) -> int:
-        return 0
-
-    def traffic(self, plan: LayerPlan) -> float:
-        return 0.0
-
     def words(self, plan: LayerPlan) -> str:
         return f"{plan.tokens} tokens, full attention"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .base import LayerPlan, Method, SelfAttention, Settings, register, untouched
+from .base import LayerPlan, Method, SelfAttention, Settings, method_named, register, untouched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ _ACTION = "merge"
 def plan_merge(height: int, width: int, r: int, shortfall: str = "", remedy: tuple[str, ...] = ()) -> LayerPlan:
     """Plan to merge `r` tokens away; `shortfall` and `remedy` as in `LayerPlan`."""
     N = height * width
-    return LayerPlan(_ACTION, N, N - r, r=r, shortfall=shortfall, remedy=remedy)
+    return LayerPlan(method_named(_ACTION), N, N - r, r=r, shortfall=shortfall, remedy=remedy)
 
 
 @register

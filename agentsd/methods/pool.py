@@ -27,7 +27,7 @@ class Pool(Method):
         N = height * width
         n = cells(height, settings.sy) * cells(width, settings.sx)
         if n < N:
-            return LayerPlan(self.action, N, N, n, (settings.sy, settings.sx), r)
+            return LayerPlan(self, N, N, n, (settings.sy, settings.sx), r)
         return untouched(N, "cells of 1×1 pool nothing", "sx", "sy", r=r)
 
     def attend(self, attention: SelfAttention) -> Tensor:
@@ -44,9 +44,3 @@ class Pool(Method):
     def flops(self, plan: LayerPlan, channels: int) -> int:
         C, N, n = channels, plan.tokens, plan.agents
         return 8 * N * C * C + 4 * N * n * C
-
-    def kernels(self, plan: LayerPlan) -> int:
-        return 5
-
-    def traffic(self, plan: LayerPlan) -> float:
-        return 10.5

@@ -9,7 +9,6 @@ import pytest
 from comfyui_host import Graph, GraphError
 
 from agentsd.methods import METHODS
-from agentsd.settings.schema import BY_NAME
 
 CHANGED = 1e-3
 # SDXL's largest layers have a quarter of the tokens
@@ -41,13 +40,13 @@ class TestOnAndOff:
         assert "left to the host" not in outputs.text()
         assert difference(outputs.latent(), plain(**given)) > CHANGED
 
-    def test_a_graph_saved_before_there_were_landmarks_has_the_sample(self, comfyui):
+    def test_a_graph_saved_before_there_was_an_exact_ratio_has_none(self, comfyui):
         def latent(**inputs):
             return comfyui.run(Graph(steps=1).agents(method="corrected", **inputs).sampled().nodes).latent()
 
-        made = {choice: latent(landmarks=choice) for choice in BY_NAME["landmarks"].choices}
-        assert np.array_equal(latent(), made["sample"])
-        assert len({one.tobytes() for one in made.values()}) == len(made) > 2
+        made = {exact: latent(exact_ratio=exact) for exact in (0.0, 0.2)}
+        assert np.array_equal(latent(), made[0.0])
+        assert not np.array_equal(made[0.0], made[0.2])
 
     def test_the_same_seed_gives_the_same_latent(self, comfyui):
         nodes = Graph().agents(ratio=0.4, agent_source="similarity").sampled().nodes

@@ -36,7 +36,7 @@ CHANGED: dict[str, Any] = {
     "merge_mlp": True,
     "seed": 12,
     "rules": "downsample=2 method=pool | blocks=middle_block.* full",
-    "landmarks": "superpixel",
+    "exact_ratio": 0.14,
 }
 # with those of a tuning, which tests/webui/test_tune.py changes
 ALL = {**IMPLIED, **CHANGED}

@@ -1,0 +1,362 @@
+"""Corrected attention: exact for the cells that matter to a window of queries, a fitted landmark for each other cell.
+
+With no cell opened these are corrected agents; with all of them opened it is full attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from .fit import cast_within_range, value_correction
+from .grid import cells, landmark_places
+from .tensors import compiling, no_autocast
+
+# Side of a window of queries in tokens, and the ring of cells around it whose agents take part in its fit and choice.
+WINDOW, HALO = 16, 1
+# Weight of an agent of the ring beside one of the window, where cells are chosen.
+AROUND = 1 / 3
+# Bytes of the agents' weights P at a time: what the CPU's cache holds, and what other devices spare.
+_CACHED, _SPARED = 4 * 2**20, 64 * 2**20
+
+
+def corrected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: tuple[int, int],
+    cell: tuple[int, int],
+    opened: int = 0,
+    text: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attend to the keys of `opened` cells, and to one landmark of each other cell, with values fitted at the agents.
+
+    Each cell of the grid has a landmark: one token j, which stands for the c tokens of its cell. Their queries are the
+    agents A. Queries are taken in windows of about 16×16 tokens; what follows holds for each window.
+
+        P   = σ(A Kᵀ · d^-½)                              once for all windows
+        V_A = P V                                         full attention at the agents
+        𝒪   = cells of largest mass + |mass − c p|        mass: P over the cell, p: P at j, both summed over agents
+        W   = [P_𝒪, c P_j∉𝒪] / sum                        what the approximation does at the agents
+        Y   = V̄ + W̄ᵀ (W̄ W̄ᵀ + λ I)⁻¹ (V_A − W [V_𝒪, V̄])    W̄: W's columns of landmarks
+        O   = σ(Q [K_𝒪, K̄]ᵀ · d^-½ + [0, log c]) [V_𝒪, Y]
+
+    The agents of a window are those of its cells and of the ring of cells around it. Landmarks sit at another place in
+    each cell, as in a Latin square, so that no texture hides between them. log c is a channel of the keys: fused
+    kernels need no mask.
+
+    Without the fit this is block-sparse attention with a pooled remainder. With one window and nothing opened it is the
+    Nyström approximation (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902), regularised.
+
+    Args:
+        q: queries (B, H, N, d), N = height · width, in row-major order.
+        k: keys (B, H, N, d).
+        v: values (B, H, N, d).
+        size: (height, width) of the grid of tokens; any.
+        cell: (height, width) of a cell in tokens.
+        opened: number of cells that each window opens, from 0 to the number of cells.
+        text: further keys and values (B, H, T, d) that every query attends to in full.
+
+    Returns:
+        (B, H, N, d). Only P exists as a matrix, some heads at a time; the fit is float32 whatever the tensors are.
+    """
+    at, given = _layout(q, size, cell), (q, k, v, *(text or ()))
+    rows, heads = _at_once(q, at)
+    with no_autocast(q.device.type):
+        room = _Room(given)
+        out = [
+            _joined([_attend(at, opened, room, *piece) for piece in _pieces(row, heads, 1)], 2)
+            for row in _pieces(given, rows, 0)
+        ]
+    return _joined(out, 0).transpose(1, 2)
+
+
+def _attend(at: _Layout, opened: int, room: _Room, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
+    """(B, N, H, d): the equations, for some heads. G = B · H; t: cells that text fills; D = d + channels of log c."""
+    d, n, s, windows = q.shape[-1], at.n, at.s, at.windows
+    scale, G = d**-0.5, len(q) * q.shape[1]
+    kv = _by_cells(k, v, at, room, *text)  # (G, n + t, s, 2 D): keys and log c, values and ones; landmarks first
+    total, D = kv.shape[1], kv.shape[-1] // 2
+    keys, v_bar = kv.flatten(1, 2), kv[:, None, :n, 0, D:]
+
+    a = q.index_select(2, at.tokens).flatten(0, 1).float()
+    p = _weights(a, keys, at, bool(text), room)
+    v_a = p @ keys[..., D : D + d]
+    mass, p_j = (at.sums @ p.view(-1, s).mT).view(2, G, n, total)[..., :n]
+    p_j = p_j * at.sizes
+
+    w = p_j.index_select(1, at.agents.flatten()).view(G, windows, -1, n)
+    bias = at.log_c.expand(G, windows, -1, -1)
+    first = torch.arange(G, device=q.device)[:, None, None]
+    seen = (s * total * first + at.landmarks).expand(-1, windows, -1)
+    near = 0
+    if near := opened * s + (total - n) * s:
+        score = at.near @ mass
+        score = score + (score - at.near @ p_j).abs()
+        chosen = score.topk(opened, dim=-1, sorted=False).indices
+        is_open = torch.zeros_like(score, dtype=torch.bool).scatter(-1, chosen, True)
+        always = torch.arange(n, total, device=q.device).expand(G, windows, -1)
+        chosen = torch.cat([chosen, always], dim=-1)
+        w = w.masked_fill(is_open[:, :, None], 0)
+        bias = bias.masked_fill(is_open[..., None], -math.inf)
+        index = s * (chosen + total * first)[..., None] + torch.arange(s, device=q.device)
+        seen = torch.cat([index.flatten(2), seen], dim=-1)
+        index = (at.agents + n * first)[..., None] * total + chosen[:, :, None]
+        w_near = p.view(-1, s).index_select(0, index.flatten()).view(G, windows, -1, near)
+    seen = room.taken(keys.flatten(0, 1), seen)  # (G, windows, near + n, 2 D)
+    did, square = w @ v_bar, 0
+    if near:
+        did = did + w_near @ seen[..., :near, D:]
+        square = torch.linalg.vector_norm(w_near, dim=-1, keepdim=True).square()
+    z = did[..., d : d + 1].clamp(min=1e-30)
+    r = v_a.index_select(1, at.agents.flatten()).view(*z.shape[:3], d) - did[..., :d] / z
+    y = v_bar[..., :d] + value_correction(w, z, r, square)
+
+    if room.graded:  # the product of above needs it as it was
+        seen = seen.clone()
+    seen[..., near:, d:D] = bias
+    seen[..., near:, D : D + d] = cast_within_range(v.dtype, y)
+    seen = seen.to(v.dtype)
+    out = sdpa(_by_windows(q, at, room), seen[..., :D], seen[..., D:], scale=scale)[..., :d]
+    return _by_tokens(out.unflatten(0, q.shape[:2]), at)
+
+
+def _weights(a: Tensor, keys: Tensor, at: _Layout, masked: bool, room: _Room) -> Tensor:
+    """P = σ(A Kᵀ · d^-½) (G, n, keys)."""
+    d = a.shape[-1]
+    scale, out = d**-0.5, room.memory("p", (len(a), at.n, keys.shape[1]))
+    bias = scale * keys[:, None, :, d] if masked or at.ragged else a.new_zeros(())
+    scores = torch.baddbmm(bias, a, keys[..., :d].mT, beta=float(bias.dim() > 0), alpha=scale, out=out)
+    return torch.softmax(scores, -1) if out is None else torch.softmax(scores, -1, out=out)
+
+
+def _by_cells(k: Tensor, v: Tensor, at: _Layout, room: _Room, *text: Tensor) -> Tensor:
+    """Keys, log c, values and ones (G, n + t, s, 2 D), float32, c = 1; −∞ where a cell lacks a token."""
+    (R, C), (sy, sx), d, e, lead = at.grid, at.cell, k.shape[-1], at.log_c.shape[-1], k.shape[:2]
+    words = cells(text[0].shape[2], at.s) if text else 0
+    kv, fresh = room.filled("kv", (*lead, at.n + words, at.s, 2, d + e))
+    image = kv[:, :, : at.n].unflatten(3, (sy, sx)).unflatten(2, (R, C))
+    if fresh:
+        kv[..., 1, d:] = 1
+        kv[..., 0, d:] = 0
+        if at.ragged:
+            image[..., 0, d:] = at.held
+    for i, t in enumerate((k, v)):
+        image[..., i, :d] = _cut(_padded(t, at.size, (R * sy, C * sx)), (R, C))
+    if text:
+        more = kv[:, :, at.n :].flatten(2, 3)
+        more[..., : text[0].shape[2], :, :d] = torch.stack(text, dim=-2)
+        if fresh:
+            more[..., text[0].shape[2] :, :, :] = 0
+            more[..., text[0].shape[2] :, 0, d:] = -math.inf
+    kv = kv.flatten(0, 1).flatten(3)
+    rows = kv.flatten(1, 2)
+    landmarks = rows.index_select(1, at.places)
+    rows.index_copy_(1, at.places, kv[:, : at.n, 0].clone())
+    kv[:, : at.n, 0] = landmarks
+    return kv
+
+
+def _by_windows(q: Tensor, at: _Layout, room: _Room) -> Tensor:
+    """Queries by windows, and ones (G, windows, tokens, D)."""
+    (Y, X), (my, mx), d = at.tiling, at.tile, q.shape[-1]
+    tiles, fresh = room.filled("q", (*q.shape[:2], Y, X, my, mx, d + at.log_c.shape[-1]), q.dtype)
+    if fresh:
+        tiles[..., d:] = 1
+    tiles[..., :d] = _cut(_padded(q, at.size, (Y * my, X * mx)), (Y, X))
+    return tiles.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+
+
+def _by_tokens(x: Tensor, at: _Layout) -> Tensor:
+    """(B, H, windows, tokens, d) → (B, N, H, d)."""
+    (Y, X), (my, mx), (height, width) = at.tiling, at.tile, at.size
+    image = x.unflatten(3, (my, mx)).unflatten(2, (Y, X)).permute(0, 2, 4, 3, 5, 1, 6)
+    image = image.flatten(3, 4).flatten(1, 2)
+    return image[:, :height, :width].flatten(1, 2)
+
+
+def _padded(x: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """(…, N, d) → (…, height, width, d), with zeros to the size `to`."""
+    image = x.unflatten(2, size)
+    return image if to == size else pad(image, (0, 0, 0, to[1] - size[1], 0, to[0] - size[0]))
+
+
+def _cut(image: Tensor, tiling: tuple[int, int]) -> Tensor:
+    """(…, rows · sy, columns · sx, d) → (…, rows, columns, sy, sx, d)."""
+    return image.unflatten(3, (tiling[1], -1)).unflatten(2, (tiling[0], -1)).transpose(3, 4)
+
+
+class _Room:
+    """Memory for pieces: on the CPU, which would map new pages for each, the same for all of them."""
+
+    def __init__(self, given: tuple[Tensor, ...]) -> None:
+        q = given[0]
+        self.device, self.graded = q.device, torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        self.kept: dict[Any, Tensor] | None = None
+        if q.device.type == "cpu" and not compiling() and not self.graded:
+            self.kept = {}
+
+    def filled(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, bool]:
+        """Memory of this name and shape, and whether it is new."""
+        if self.kept is None:
+            return torch.empty(shape, dtype=dtype, device=self.device), True
+        key = name, shape
+        fresh = key not in self.kept
+        if fresh:
+            self.kept[key] = torch.empty(shape, dtype=dtype, device=self.device)
+        return self.kept[key], fresh
+
+    def memory(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return None if self.kept is None else self.filled(name, shape)[0]
+
+    def taken(self, rows: Tensor, index: Tensor) -> Tensor:
+        """rows (M, c) at an index of any shape (…) → (…, c)."""
+        out = self.memory("taken", (index.numel(), rows.shape[-1]))
+        return torch.index_select(rows, 0, index.flatten(), out=out).view(*index.shape, -1)
+
+
+def _pieces(tensors: tuple[Tensor, ...], length: int, dim: int) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(length, dim) for t in tensors), strict=True)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _at_once(q: Tensor, at: _Layout) -> tuple[int, int]:
+    """(rows, heads) that are taken at a time."""
+    B, H, N, _ = q.shape
+    most = _CACHED if q.device.type == "cpu" and not compiling() else _SPARED
+    pairs = max(1, most // (4 * N * at.n))
+    return (min(B, pairs // H), H) if pairs >= H else (1, pairs)
+
+
+class _Axis(NamedTuple):
+    """One axis of a grid: `length` tokens in cells of `cell`."""
+
+    length: int
+    cell: int
+
+    @property
+    def cells(self) -> int:
+        return cells(self.length, self.cell)
+
+    @property
+    def windows(self) -> int:
+        return cells(self.cells, max(1, WINDOW // self.cell))
+
+    @property
+    def side(self) -> int:
+        """Cells of a window; all windows are alike, and the last one may reach beyond the edge."""
+        return cells(self.cells, self.windows)
+
+    @property
+    def agents(self) -> Tensor:
+        """The cells of each window's agents (windows, cells); at the edges the ring reaches further inwards."""
+        count = min(self.cells, self.side + 2 * HALO)
+        first = (self.side * torch.arange(self.windows) - HALO).clamp(0, self.cells - count)
+        return first[:, None] + torch.arange(count)
+
+
+class _Layout(NamedTuple):
+    """What is where.
+
+    Attributes:
+        size: (height, width) in tokens.
+        cell: that of a cell.
+        grid: (rows, columns) of cells.
+        tiling: (rows, columns) of windows.
+        tile: (height, width) of a window in tokens.
+        ragged: whether the edge cuts cells.
+        tokens: the landmarks (n,) among the tokens.
+        places: the landmarks (n,) among the tokens laid out by cells.
+        landmarks: where they are after they changed places with the first token of their cell (n,).
+        sums: what sums over a cell, and what takes its landmark (2, s), float32.
+        sizes: c (n,), float32.
+        held: log 1 = 0 for each token of a cell, −∞ where it lacks one (rows, columns, sy, sx, 1).
+        log_c: log c in units of the scale, in channels of which the second holds what the first rounds off (n, D − d).
+        agents: the cells of each window's agents (windows, a).
+        near: their weight in the choice of cells (windows, n).
+    """
+
+    size: tuple[int, int]
+    cell: tuple[int, int]
+    grid: tuple[int, int]
+    tiling: tuple[int, int]
+    tile: tuple[int, int]
+    ragged: bool
+    tokens: Tensor
+    places: Tensor
+    landmarks: Tensor
+    sums: Tensor
+    sizes: Tensor
+    held: Tensor
+    log_c: Tensor
+    agents: Tensor
+    near: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def s(self) -> int:
+        return self.cell[0] * self.cell[1]
+
+    @property
+    def windows(self) -> int:
+        return self.tiling[0] * self.tiling[1]
+
+
+def _layout(q: Tensor, size: tuple[int, int], cell: tuple[int, int]) -> _Layout:
+    # tensors without values, as counters of FLOPs use them, must not be kept
+    make = _kept_layout if type(q) is Tensor else _make_layout
+    return make(tuple(size), tuple(cell), q.shape[-1], q.device, q.dtype)
+
+
+def _make_layout(size: tuple[int, int], cell: tuple[int, int], d: int, device: Any, dtype: Any) -> _Layout:
+    y, x = (_Axis(*axis) for axis in zip(size, cell, strict=True))
+    (R, C), (sy, sx) = (y.cells, x.cells), cell
+    channels = 8 - d % 8 if device.type != "cpu" else 1 if dtype == torch.float32 else 2
+    with torch.inference_mode(False), torch.no_grad():
+        row, column = torch.arange(R)[:, None], torch.arange(C)
+        rows, columns = (size[0] - sy * row).clamp(max=sy), (size[1] - sx * column).clamp(max=sx)
+        at_y, at_x = torch.tensor(landmark_places(size, cell)).mT.unflatten(1, (R, C))
+        sizes = (rows * columns).flatten().float()
+        log_c = sizes[:, None].log() * d**0.5
+        coarse = log_c.to(dtype).float()
+        log_c = pad(torch.cat([coarse, log_c - coarse], dim=-1), (0, max(0, channels - 2)))[:, :channels]
+        inside = (torch.arange(sy)[:, None] < rows[..., None, None]) & (torch.arange(sx) < columns[..., None, None])
+        held = torch.zeros(R, C, sy, sx).masked_fill(~inside, -math.inf)[..., None]
+        agents = (y.agents[:, None, :, None] * C + x.agents[None, :, None, :]).flatten(2).flatten(0, 1)
+        window = (row // y.side * x.windows + column // x.side).flatten()
+        near = torch.zeros(y.windows * x.windows, R * C).scatter(1, agents, AROUND)
+        near = near.scatter(0, window[None], 1.0)
+        return _Layout(
+            size,
+            cell,
+            (R, C),
+            (y.windows, x.windows),
+            (y.side * sy, x.side * sx),
+            (R * sy, C * sx) != size,
+            (at_y * size[1] + at_x).flatten().to(device),
+            ((row * C + column) * sy * sx + at_y % sy * sx + at_x % sx).flatten().to(device),
+            (torch.arange(R * C) * sy * sx).to(device),
+            torch.stack([torch.ones(sy * sx), torch.eye(sy * sx)[0]]).to(device),
+            sizes.to(device),
+            held.to(device),
+            log_c.to(device),
+            agents.to(device),
+            near.to(device),
+        )
+
+
+_kept_layout = lru_cache(maxsize=32)(_make_layout)
