@@ -3,9 +3,9 @@
 #
 # Expected: a type that gguf.quants reads it also writes, and a U-Net can be stored in Q4_K as language models are.
 #   gguf/quants.py has `quantize` beside `dequantize`, both given the type.
-# Seen: no K type can be written: quantize raises NotImplementedError with an empty message, while dequantize works. Half
-#   of SD 1.5's layers could not be held by one at all: rows of 320 and 640 are no multiple of the block of 256, and
-#   that is another error. Q8_0, Q5_1 and Q4_0 (blocks of 32) take both.
+# Seen: no K type can be written: quantize raises NotImplementedError with an empty message, while dequantize
+#   works. The layers of SD 1.5's two largest resolutions could not be held by one at all: rows of 320 and 640 are no
+#   multiple of the block of 256, and that is another error. Q8_0, Q5_1 and Q4_0 (blocks of 32) take both.
 # Why: gguf/quants.py, class Q4_K and its like have dequantize_blocks alone; gguf/constants.py, GGML_QUANT_SIZES.
 # Output:
 #   Q4_K, rows of 320: QuantError; of 1280: NotImplementedError()
