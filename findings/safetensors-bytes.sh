@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # safetensors 0.8.0
 #
-# Expected: the same tensors and the same metadata make the same file. The format's page has a fixed layout, "No
-#   duplicate keys", sorted and without holes; model sites and the WebUI name a LoRA by the file's SHA-256.
+# Expected: the same tensors and the same metadata make the same file. The README's notes on the format are strict
+#   ("Duplicate keys are disallowed", "cannot contain holes"), tensors are written in a fixed order, and model sites and
+#   the WebUI know a file by its SHA-256.
 # Seen: with two or more metadata keys the bytes differ from process to process, so the hash does too; with none or one
 #   they do not. Loaded, the files are equal.
 # Why: the header's __metadata__ is written from a Rust HashMap (safetensors/src/tensor.rs,
