@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,13 +29,7 @@ COSTS_FILE = Path(__file__).with_name("costs.json")
 
 @dataclass(frozen=True)
 class CountedBlock:
-    """What the cost model needs to know of one transformer block.
-
-    Attributes:
-        name: the block's name in the U-Net.
-        downsample: its level in the U-Net: 1, 2, 4 or 8.
-        channels: C, the width of a token.
-    """
+    """A transformer block: its name, its level in the U-Net (1, 2, 4 or 8), and C, the width of a token."""
 
     name: str
     downsample: int
@@ -50,7 +43,7 @@ class Layout:
     Attributes:
         name: the U-Net's common name.
         blocks: its transformer blocks, in order.
-        rest: (downsample, FLOPs per position of that level) of everything outside the transformer blocks.
+        rest: (level, FLOPs per position of that level) of everything outside the transformer blocks.
         constant: FLOPs that do not depend on the image size: timestep embedding, keys and values of the prompt.
     """
 
@@ -58,18 +51,6 @@ class Layout:
     blocks: tuple[CountedBlock, ...]
     rest: tuple[tuple[int, int], ...]
     constant: int
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Layout:
-        """Read the layout that `to_dict` wrote."""
-        blocks = tuple(CountedBlock(*block) for block in data["blocks"])
-        rest = tuple((level, flops) for level, flops in data["rest"])
-        return cls(data["name"], blocks, rest, data["constant"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to plain lists, numbers and strings, for JSON."""
-        blocks = [[block.name, block.downsample, block.channels] for block in self.blocks]
-        return {"name": self.name, "blocks": blocks, "rest": [list(r) for r in self.rest], "constant": self.constant}
 
     @property
     def layers(self) -> int:
@@ -79,15 +60,23 @@ class Layout:
     @cached_property
     def places(self) -> tuple[Block, ...]:
         """Position of each block, for `agentsd.plan`."""
-        first = min((block.downsample for block in self.blocks), default=1)
-        return tuple(Block(block.name, block.downsample, first) for block in self.blocks)
+        largest_level = min((block.downsample for block in self.blocks), default=1)
+        return tuple(Block(block.name, block.downsample, largest_level) for block in self.blocks)
 
 
 @cache
 def layouts() -> dict[str, Layout]:
     """Return the layouts that are known without a model: "SD 1", "SD 2" and "SDXL"."""
     data = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
-    return {entry["name"]: Layout.from_dict(entry) for entry in data["layouts"]}
+    return {
+        each["name"]: Layout(
+            each["name"],
+            tuple(CountedBlock(*block) for block in each["blocks"]),
+            tuple((level, flops) for level, flops in each["rest"]),
+            each["constant"],
+        )
+        for each in data["layouts"]
+    }
 
 
 @dataclass(frozen=True)
@@ -182,26 +171,22 @@ def estimate(
     """
     kinds: Counter[tuple[Any, ...]] = Counter()
     for block, place in zip(layout.blocks, layout.places, strict=True):
-        settings_and_plan = None if config is None else plan_block(config, place, (height, width), progress)
-        kinds[block.downsample, block.channels, settings_and_plan] += 1
-    levels = tuple(_level(*kind, count, (height, width)) for kind, count in kinds.items())
-    levels = tuple(sorted(levels, key=lambda level: (level.downsample, level.channels)))
+        planned = None if config is None else plan_block(config, place, (height, width), progress)
+        kinds[block.downsample, block.channels, planned] += 1
+    levels = [_level(*kind, count, (height, width)) for kind, count in kinds.items()]
+    levels.sort(key=lambda level: (level.downsample, level.channels))
     rest = layout.constant + sum(flops * Grid(height, width).at(level).tokens for level, flops in layout.rest)
     flops = rest + sum(level.count * level.flops for level in levels)
     left = rest + sum(level.count * level.flops_left for level in levels)
-    return Estimate(levels, flops, left)
+    return Estimate(tuple(levels), flops, left)
 
 
 def _level(
-    downsample: int,
-    channels: int,
-    settings_and_plan: tuple[AgentConfig, LayerPlan] | None,
-    count: int,
-    latent: tuple[int, int],
+    downsample: int, channels: int, planned: tuple[AgentConfig, LayerPlan] | None, count: int, latent: tuple[int, int]
 ) -> LevelEstimate:
     size = Grid(*latent).at(downsample)
     full = untouched(size.tokens, "full attention was asked for", "rules")
-    config, plan = (None, full) if settings_and_plan is None else settings_and_plan
+    config, plan = planned or (None, full)
     unpatched = block_flops(channels, size, full, None)
     return LevelEstimate(downsample, channels, count, size, plan, unpatched, block_flops(channels, size, plan, config))
 

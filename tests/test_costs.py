@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import pytest
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
 from agentsd import AgentConfig, Rule, Stage
-from agentsd.costs import Layout, estimate, layouts, share_of_run
+from agentsd.costs import estimate, layouts, share_of_run
 from agentsd.hosts.layout import layout_of
 
 diffusers = pytest.importorskip("diffusers", reason="the U-Nets to count are diffusers'")
@@ -90,11 +89,6 @@ def test_sdxl_s_stored_names_are_those_of_its_depths():
         "middle_block.1.transformer_blocks": 10,
         **{deep.format(i): depth for i, depth in ((0, 10), (1, 10), (2, 10), (3, 2), (4, 2), (5, 2))},
     }
-
-
-def test_a_layout_is_written_and_read_back():
-    for layout in layouts().values():
-        assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
 
 
 @pytest.mark.parametrize(
