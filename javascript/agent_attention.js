@@ -197,6 +197,14 @@
             else show(tab, given instanceof Refused ? [{text: "", hint: given.message, state: "wrong"}] : given.lines);
         };
 
+        // Of several tunings, the chart of the size that is set.
+        const unfoldChart = (tab, {width, height}) => {
+            const charts = [...(findOurs(tab.name, "tuned")?.querySelectorAll("details[data-size]") || [])];
+            const passes = ["first", tab.name], size = `${width}×${height}`;
+            const fitting = charts.filter(({dataset}) => dataset.size === size && passes.includes(dataset.pass));
+            if (fitting.length) charts.forEach((chart) => { chart.open = fitting.includes(chart); });
+        };
+
         const look = (tab) => {
             if (!isShown(findOurs(tab.name, "summary"))) return;
             learn();
@@ -205,8 +213,10 @@
             const body = data && bodyOf(tab);
             if (!body) return;
             const decisive = Object.entries(options()).filter(([name]) => DECISIVE.test(name));
-            const key = JSON.stringify([body, decisive, version]);
+            // what is tuned counts as well: a tuning may have been made, imported or forgotten
+            const key = JSON.stringify([body, decisive, version, findOurs(tab.name, "tuned")?.textContent]);
             if (key !== tab.key) {
+                unfoldChart(tab, body);
                 Object.assign(tab, {key, body, preset: undefined});
                 clearTimeout(tab.timer);
                 tab.timer = setTimeout(preview, DEBOUNCE_MS, tab);

@@ -32,7 +32,7 @@ class AgentAttentionScript(scripts.Script):
 
     def ui(self, is_img2img):
         panel = controls.build(
-            "img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map, tuning.Tunings()
+            "img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map, tuning.panel_tunings()
         )
         _panels.append(panel)
         self.infotext_fields = [(panel.controls[name], compat.HOST.pasted(infotext.reader(name))) for name in NAMES]

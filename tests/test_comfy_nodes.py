@@ -12,6 +12,7 @@ import torch
 from blocks import initialised, inputs, sdxl_like_unet
 from comfy_stub import ModelPatcher, comfy_unet, install, sample
 from patching import CHANGED, GOLDEN, difference, tree
+from tuned_models import quick_tune
 
 import agentsd
 from agentsd import AgentConfig, SettingError, TuningError, UnsupportedModelError
@@ -20,9 +21,6 @@ from agentsd.comfy.model import attach, patch_of, report_on
 from agentsd.comfy.nodes import CELLS, CUSTOM, AgentAttention, AgentAttentionReport, config_of, idle_inputs
 from agentsd.comfy.tuned import NOT_CALLED, attach_tuned
 from agentsd.methods import METHODS
-from agentsd.tuning.fingerprint import ordered_sites, structure_of
-from agentsd.tuning.record import progress_of
-from agentsd.tuning.result import TunedBlock, TunedPlan, Tuning
 
 X, T, CONTEXT = inputs(2, 32, 32)
 GRID = {"ratio": 0.0, "agent_ratio": 0.75, "agent_source": "grid", "sx": 2, "sy": 2}
@@ -281,15 +279,9 @@ class TestTuned:
         """The calls that each tuning was made on; the tuning itself is pooling, and takes no time."""
         made = []
 
-        def tune(unet, calls, tolerance, progress, conditions):
+        def tune(unet, calls, tolerance, **given):
             made.append(calls)
-            sites, start = ordered_sites(unet), min(progress_of(call) for call in calls)
-            plan = TunedPlan(tolerance, ("a" * len(sites),), time=0.5, timed=True)
-            size = tuple(calls[0][0][0].shape[-2:])
-            pool = {"method": "pool", "sx": 2, "sy": 2}
-            blocks = tuple(TunedBlock(site.name, site.downsample) for site in sites)
-            kept = {"blocks": blocks, "covers": (start, 1.0), "conditions": conditions}
-            return Tuning(size, (pool,), (0.0,), plan, structure_of(sites), **kept)
+            return quick_tune(unet, calls, tolerance, **given)
 
         monkeypatch.setattr("agentsd.comfy.tuned.tune", tune)
         return made

@@ -298,7 +298,7 @@ def test_it_is_not_tuned_on_and_says_so(host, unet):
     assert f"not tuned, {tuning.NO_END}" in host.session.STATUS.text()
     assert tuning.NO_END in p.processed.extra_generation_params[infotext.NOTE]
     assert p.extra_generation_params == {"Other extension": "here"}
-    assert tuning.Tunings().refusal == tuning.NO_END, "as the panel says"
+    assert tuning.panel_tunings().refusal == tuning.NO_END, "as the panel says"
 
 
 def test_what_was_tuned_elsewhere_is_used(host, unet):

@@ -10,35 +10,36 @@ import pytest
 import torch
 from blocks import as_model, golden_unet, inputs, run
 from fake_webui import ON, Processing, fake_host, fake_unet, generate, state  # noqa: F401 (fixtures)
+from tuned_models import make_every_gain_count, quick_tune
 
 from agentsd import TuningCancelled
 from agentsd.app import kept_tunings as tuned
 from agentsd.methods import method_named
 from agentsd.settings import infotext, tunings
 from agentsd.settings.presets import PRESETS
-from agentsd.tuning import probe, record, tuner
+from agentsd.tuning import record
+from agentsd.tuning.replay import Compared, compare
 from agentsd.tuning.result import Tuning
+from agentsd.tuning.tuner import tune
 
 SECTION = tuned.SECTION
 STEPS = (900, 500, 100)
 
 
 @pytest.fixture(autouse=True)
-def every_gain_counts(monkeypatch):
-    """As on a machine on which every method is faster than full attention; the blocks of the tests are too small."""
-    monkeypatch.setattr(
-        probe.Probe,
-        "seconds",
-        lambda self, name: {
-            0: 1.0,
-            **{k: 0.5 - 0.01 * k for of, k in self.times if k and of == self.trials[name].kind},
-        },
-    )
-    monkeypatch.setattr(probe, "_HOPELESS", float("inf"))
-    monkeypatch.setattr(tuner, "_NOTABLE", 0.0)
-    # a few of the many, to save time
-    monkeypatch.setattr(tuned, "selectable", lambda: [method_named("pool"), method_named("corrected")])
-    monkeypatch.setattr(tuned, "PRESETS", {name: PRESETS[name] for name in ("Fast", "Faithful")})
+def quick(monkeypatch):
+    """Tuning takes no time here: tests/test_tuning.py looks at what it finds."""
+    monkeypatch.setattr(tuned, "tune", quick_tune)
+    monkeypatch.setattr(tuned, "compare", lambda *args, **kwargs: {"Fast": Compared(0.1, 0.7)})
+    monkeypatch.setattr(tuned, "selectable", lambda: [method_named("pool")])
+
+
+def real(monkeypatch):
+    """A tuning as it is, of a few candidates and one preset."""
+    monkeypatch.setattr(tuned, "tune", tune)
+    monkeypatch.setattr(tuned, "compare", compare)
+    monkeypatch.setattr(tuned, "PRESETS", {"Fast": PRESETS["Fast"]})
+    make_every_gain_count(monkeypatch)
 
 
 def make(host, settings, p=None, passes=(False,), between=lambda t: None):
@@ -226,7 +227,7 @@ def test_a_tuning_that_fails_costs_no_image_and_nothing_that_was_kept(host, unet
     monkeypatch.setattr(owner, where, lambda *args, **kwargs: 1 / 0)
     made, entries, _ = make(host, {"tune": 0.1})
     assert torch.equal(made, make(host, None)[0])
-    assert "an error of ours: ZeroDivisionError" in entries[infotext.NOTE]
+    assert "an error of ours - ZeroDivisionError" in entries[infotext.NOTE]
     assert host.cache[SECTION] == kept
     assert state(unet) == before
 
@@ -236,7 +237,7 @@ def test_calls_that_cannot_be_recorded_cost_no_image(host, unet, monkeypatch):
     monkeypatch.setattr(record, "copied", lambda value: 1 / 0)
     made, entries, _ = make(host, {"tune": 0.3})
     assert torch.equal(made, plain)
-    assert "not tuned, the U-Net was not called" in entries[infotext.NOTE]
+    assert "not tuned; the U-Net was not called" in entries[infotext.NOTE]
     assert state(unet) == before
 
 
@@ -302,25 +303,45 @@ def test_upcasting_is_tuned_for(host):
     assert {settings["attn_precision"] for settings in found.tuning.candidates} == {"fp32"}
 
 
-def test_forgetting_forgets_this_checkpoints_only(host, plan):
+def test_the_panel_has_the_tunings_of_this_checkpoint(host, plan):
     other = tuned.Kept("other.safetensors", "first", tunings.read(plan)[0].tuning)
     host.cache[SECTION][other.key] = other.to_dict()
-    tunings_here = import_module("agentsd.webui.tuning").Tunings()
-    assert "small.safetensors" in tunings_here.results()
-    assert "other.safetensors" not in tunings_here.results()
-    assert "1 tuning of small.safetensors forgotten" in tunings_here.forget()
+    panel = import_module("agentsd.webui.tuning").panel_tunings()
+    assert "small.safetensors" in panel.results()
+    assert "other.safetensors" not in panel.results()
+    assert "1 tuning of small.safetensors forgotten" in panel.forget()
     assert keys(host) == [other.key]
+
+
+def test_a_tuning_knows_the_lora_and_the_guidance(host):
+    p = Processing()
+    p.cfg_scale = 7.0
+    network = SimpleNamespace(items=["detail", "0.8"])
+    p.extra_network_data = {"lora": [network], "hypernet": []}
+    make(host, {"tune": 0.3}, p)
+    (kept,) = host.cache[SECTION].values()
+    assert kept["tuning"]["conditions"] == {"pass": "first", "lora": "detail 0.8", "cfg": "7"}
+
+
+def test_the_time_left_is_told(unet, monkeypatch):
+    real(monkeypatch)
+    calls, said = [(inputs(t=[t, t])[:2], {"context": inputs()[2]}) for t in STEPS], []
+    tuned.make(unet, calls, 0.3, checkpoint="x", of="first", progress=lambda *given: said.append(given))
+    assert all(" left" in text for done, _, text in said if done)
+    assert {total for _, total, _ in said} == {said[0][1]}
+    assert said[-1][0] <= said[-1][1]
 
 
 def test_what_is_damaged_in_the_cache_counts_as_absent(host, plan):
     (key,) = keys(host)
-    for damaged in ({"of": "first"}, {**host.cache[SECTION][key], "tuning": {}}, "text", None):
+    for damaged in ({**host.cache[SECTION][key], "tuning": {}}, "text"):
         host.cache[SECTION][key] = damaged
         make(host, {"tuning": "auto"})
         assert "no tuning for this checkpoint and size" in host.session.STATUS.text()
 
 
-def test_cancelling_while_the_presets_are_tried_leaves_the_model(unet):
+def test_cancelling_while_the_presets_are_tried_leaves_the_model(unet, monkeypatch):
+    real(monkeypatch)
     before, calls = state(unet), [(inputs(t=[t, t])[:2], {"context": inputs()[2]}) for t in STEPS]
 
     def progress(done, total, text):
@@ -337,5 +358,5 @@ def test_kept_tunings_survive_the_cache(host, plan):
     kept = tuned.Kept.from_dict(data)
     assert kept.to_dict() == data
     assert isinstance(kept.tuning, Tuning)
-    assert {"Fast", "Faithful"} == {point.name for point in kept.presets}
+    assert {"Fast"} == {point.name for point in kept.presets}
     assert all(point.deviation >= 0 and point.speed_up > 0 for point in kept.presets)

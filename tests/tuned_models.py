@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from agentsd import Tuning
+from agentsd import Tuning, TuningCancelled
 from agentsd.app.kept_tunings import Kept, PresetPoint
 from agentsd.tuning import probe, replay, tuner
-from agentsd.tuning.result import Deviation, TunedPlan
+from agentsd.tuning.fingerprint import ordered_sites, structure_of, weights_of
+from agentsd.tuning.record import progress_of
+from agentsd.tuning.result import Deviation, TunedBlock, TunedPlan
 
 TRY = ({"method": "corrected", "agent_ratio": 0.75}, {"method": "pool", "sx": 2, "sy": 2})
 
@@ -24,6 +26,33 @@ TUNING = replace(
     conditions={"pass": "first", "lora": "detail 0.8"},
 )
 KEPT = Kept("a checkpoint", "first", TUNING, (PresetPoint("Fast", 0.2, 1.4), PresetPoint("Paper", 0.05, 0.9)), 1.0)
+
+
+def quick_tune(unet, calls, tolerance, *, methods=None, progress=None, kv_context=None, conditions=None):
+    """A tuning that takes no time: the first of `methods`, in more blocks the larger the tolerance."""
+    if progress is not None and progress(1, 10, "Trying the methods in every block") is False:
+        raise TuningCancelled("cancelled after 1 U-Net calls")
+    sites = ordered_sites(unet)
+
+    def plan(number: int, within: float) -> TunedPlan:
+        choices = "a" * (number + 1) + "." * (len(sites) - number - 1)
+        deviation = Deviation(0.5, 0.9 * within, 0.8 * within if within == tolerance else None)
+        return TunedPlan(within, (choices,), (deviation,), 0.9 - 0.1 * number, within == tolerance)
+
+    frontier = tuple(plan(number, each) for number, each in enumerate(sorted({0.005, 0.05, tolerance})))
+    return Tuning(
+        size=tuple(calls[0][0][0].shape[-2:]),
+        candidates=tuple(methods or ({"method": "pool", "sx": 2, "sy": 2},))[:1],
+        since=(0.0,),
+        plan=next(each for each in frontier if each.tolerance == tolerance),
+        structure=structure_of(sites),
+        weights=weights_of(unet),
+        blocks=tuple(TunedBlock(site.name, site.downsample) for site in sites),
+        frontier=frontier,
+        seconds_full=1.0,
+        covers=(min(map(progress_of, calls)), 1.0),
+        conditions=conditions or {},
+    )
 
 
 def make_every_gain_count(monkeypatch: pytest.MonkeyPatch) -> None:

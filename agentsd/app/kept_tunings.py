@@ -6,9 +6,11 @@ Imports neither gradio nor a WebUI: the host's cache is passed in.
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,6 +27,7 @@ from ..tuning.replay import Progress, compare, comparing_takes
 from ..tuning.result import Tuning, TuningError
 from ..tuning.tuner import tune
 from ..words import duration
+from .tuning_chart import html, title
 
 # Name of our section in the host's cache
 SECTION = "agent-attention-tunings"
@@ -165,26 +168,71 @@ def config_of(plan: Tuning, unet: nn.Module, precision: str | None) -> AgentConf
     return replace(plan.config_for(unet), attn_precision=precision)
 
 
-# As files: those of `Tuning.save`, which tell the pass among the conditions
+# For the panel
 
 
-def file_name(kept: Kept, checkpoint_hash: str) -> str:
-    """Name the file of a tuning, such as "6ce0161689-first-512x512.tuning.json"."""
-    height, width = Grid(*kept.tuning.size).pixels
-    name = checkpoint_hash or re.sub(r"\W+", "-", kept.checkpoint)
-    return f"{name}-{kept.of}-{width}x{height}.tuning.json"
+class PanelTunings:
+    """The tunings of the current checkpoint, as the panel shows them.
 
-
-def from_file(text: str, checkpoint: str, unet: nn.Module) -> Kept:
-    """Read a tuning for a checkpoint from the text of a file.
-
-    Raises:
-        TuningError: it is damaged, or for another model.
+    Args:
+        program: has `tunings` (a `Store`), `checkpoint()` (a name, empty if none is loaded), `checkpoint_hash()` and
+            `unet()`.
+        refusal: why this program can't make any; empty if it can.
     """
-    tuning = Tuning.from_json(text)
-    tuning.config_for(unet)
-    of = tuning.conditions.get("pass", tunings.FIRST)
-    return Kept(checkpoint, of if of in tunings.PASSES else tunings.FIRST, tuning, (), time.time())
+
+    def __init__(self, program: Any, refusal: str = "") -> None:
+        self._program, self.refusal = program, refusal
+
+    def _kept(self) -> dict[str, Kept]:
+        """The tunings by what the panel calls them."""
+        found = self._program.tunings.of_checkpoint(self._program.checkpoint())
+        return {title(kept): kept for kept in found}
+
+    def titles(self) -> list[str]:
+        """List them by what they are for, such as "First pass, 512×512", the newest first."""
+        return list(self._kept())
+
+    def results(self) -> str:
+        """Show them as HTML; empty if no model is loaded."""
+        return html(list(self._kept().values())) if self._program.checkpoint() else ""
+
+    def forget(self, which: str = "") -> str:
+        """Forget one of them, or all of the checkpoint, and say so."""
+        checkpoint, kept = self._program.checkpoint(), self._kept().get(which)
+        if which and kept is None:
+            return "There is no such tuning any more."
+        count = self._program.tunings.forget(checkpoint, kept.key if kept else "") if checkpoint else 0
+        return f"{count} tuning{'' if count == 1 else 's'} of {checkpoint or 'no checkpoint'} forgotten."
+
+    def export(self, which: str) -> str | None:
+        """Write one to a file of its own, and return its path; None if it is gone.
+
+        The file is that of `Tuning.save`, which tells its pass among the conditions. It is named by the checkpoint's
+        hash, the pass and the size, such as "6ce0161689-first-512x512.tuning.json".
+        """
+        kept = self._kept().get(which)
+        if kept is None:
+            return None
+        height, width = Grid(*kept.tuning.size).pixels
+        name = self._program.checkpoint_hash() or re.sub(r"\W+", "-", kept.checkpoint)
+        path = Path(tempfile.mkdtemp()) / f"{name}-{kept.of}-{width}x{height}.tuning.json"
+        kept.tuning.save(path)
+        return str(path)
+
+    def load(self, path: str) -> str:
+        """Keep the tuning of a file for the checkpoint, and say so, or why not."""
+        unet, checkpoint = self._program.unet(), self._program.checkpoint()
+        if unet is None:
+            return "No model is loaded yet."
+        try:
+            tuning = Tuning.load(path)
+            tuning.config_for(unet)
+        except (TuningError, OSError) as error:
+            return f"Not imported: {error}."
+        of = tuning.conditions.get("pass", tunings.FIRST)
+        kept = Kept(checkpoint, of if of in tunings.PASSES else tunings.FIRST, tuning, (), time.time())
+        self._program.tunings.put(kept)
+        return f"Imported for {checkpoint}: {title(kept)}."
 
 
 # Tune

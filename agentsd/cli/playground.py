@@ -31,9 +31,8 @@ except ImportError as error:
 
 from torch import nn
 
-from ..app import tuning_chart as chart
 from ..app.host import Hint
-from ..app.kept_tunings import Kept, Store, config_of, make, plans
+from ..app.kept_tunings import Kept, PanelTunings, Store, config_of, make, plans
 from ..app.last_run import STATUS, PassReport
 from ..checks import SettingError
 from ..config import AgentConfig
@@ -77,7 +76,7 @@ class Playground:
     def __init__(self, model: Model) -> None:
         self.model = model
         kept: dict[str, Any] = {}  # while the page is served
-        self._store = Store(lambda section: kept)
+        self.tunings = Store(lambda section: kept)
         self.in_use = threading.Lock()
         self._stop = threading.Event()
 
@@ -156,7 +155,7 @@ class Playground:
             return not self._stop.is_set()
 
         kept = make(self.model.unet, calls, tolerance, checkpoint=self.model.name, of=FIRST, progress=show)
-        self._store.put(kept)
+        self.tunings.put(kept)
         return headline(kept.tuning)
 
     def _tuned(self, values: Mapping[str, Any], request: Request, report: PassReport) -> AgentConfig | None:
@@ -167,16 +166,12 @@ class Playground:
             return config_of(plan, self.model.unet, None)
         return None
 
-    # The tunings of the panel: see `agentsd.panel.tune_section.Tunings`
+    def checkpoint(self) -> str:
+        return self.model.name
 
-    refusal = ""
-
-    def results(self) -> str:
-        return chart.html(self._store.of_checkpoint(self.model.name))
-
-    def forget(self) -> str:
-        count = self._store.forget(self.model.name)
-        return f"{count} tuning{'' if count == 1 else 's'} forgotten."
+    def checkpoint_hash(self) -> str:
+        """No file has one here."""
+        return ""
 
     # The host of the panel: see `agentsd.app.host.PanelHost`
 
@@ -187,7 +182,7 @@ class Playground:
         return schema.to_config(values, hires=hires)
 
     def kept(self, of: str, size: tuple[int, int]) -> Kept | None:
-        return self._store.find(self.model.name, of, size)
+        return self.tunings.find(self.model.name, of, size)
 
     def obstacle(self, hires: bool, img2img: bool) -> None:
         """Nothing else acts on the model here."""
@@ -258,7 +253,7 @@ def build(playground: Playground) -> gr.Blocks:
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id=f"{TAB}_generate")
                     stop = gr.Button("Stop", elem_id="playground_stop")
-                panel = controls.build(TAB, _accordion, tunings=playground)
+                panel = controls.build(TAB, _accordion, tunings=PanelTunings(playground))
             with gr.Column(scale=3, min_width=420):
                 pictures = gr.ImageSlider(
                     type="pil",

@@ -13,7 +13,8 @@ import gradio as gr
 from ..settings.schema import BY_NAME, fraction_of
 
 TUNE, DONT_TUNE = "Tune with the next image", "Don't tune with the next image"
-FORGET = "Forget this checkpoint's tunings"
+FORGET, FORGET_ALL = "Forget this tuning", "Forget all of this checkpoint"
+SURE = "Really forget all of this checkpoint?"
 REFUSED = (
     "Nothing can be tuned here: {}. What was tuned elsewhere works: paste the infotext of its image, or fill in Tuning "
     "(More settings)."
@@ -21,19 +22,19 @@ REFUSED = (
 
 
 class Tunings(Protocol):
-    """The tunings of the current checkpoint, as the program that shows the panel keeps them.
-
-    Attributes:
-        refusal: why this program can't make any; empty if it can.
-    """
+    """The tunings of the current checkpoint: see `agentsd.app.kept_tunings.PanelTunings`."""
 
     refusal: str
 
-    def results(self) -> str:
-        """Show them as HTML; empty if no model is loaded."""
+    def titles(self) -> list[str]: ...
 
-    def forget(self) -> str:
-        """Forget them, and say so."""
+    def results(self) -> str: ...
+
+    def forget(self, which: str = "") -> str: ...
+
+    def export(self, which: str) -> str | None: ...
+
+    def load(self, path: str) -> str: ...
 
 
 class Section:
@@ -86,16 +87,41 @@ class Section:
         # a function: asked for whenever the page loads
         results = gr.HTML(tunings.results, elem_id=self._id("tuned"), elem_classes=["agent-attention-tuned"])
         with gr.Row():
+            which = gr.Dropdown(tunings.titles(), label="Tuning", elem_id=self._id("tune_which"))
             forget = gr.Button(FORGET, elem_id=self._id("tune_forget"))
+            export = gr.Button("Export this tuning", elem_id=self._id("tune_export"))
+        with gr.Row():
+            upload = gr.UploadButton("Import a tuning", file_types=[".json"], elem_id=self._id("tune_import"))
+            forget_all = gr.Button(FORGET_ALL, elem_id=self._id("tune_forget_all"))
+        file = gr.File(visible=False, label="Exported", elem_id=self._id("tune_file"))
         done = gr.Button("", elem_id=self._id("tune_done"), elem_classes=["agent-attention-hidden"])
-        forget.click(lambda: f"<p>{escape(tunings.forget())}</p>", None, results, show_progress="hidden")
-        done.click(
-            lambda: (tunings.results(), 0.0, gr.update(value=TUNE)),
-            None,
-            [results, self.value, self.button],
-            show_progress="hidden",
-        )
-        forget.do_not_save_to_config = done.do_not_save_to_config = True
+
+        def shown(said: str = "") -> tuple[str, Any]:
+            """Show the tunings anew, below what was done."""
+            titles = tunings.titles()
+            return _said(said) + tunings.results(), gr.update(choices=titles, value=next(iter(titles), None))
+
+        def really(label: str) -> tuple[Any, ...]:
+            """Ask once, then forget."""
+            sure = label == SURE
+            return (*shown(tunings.forget() if sure else ""), gr.update(value=FORGET_ALL if sure else SURE))
+
+        def exported(title: str) -> Any:
+            path = tunings.export(title or "")
+            return gr.update(value=path, visible=path is not None)
+
+        seen, quiet = [results, which], {"show_progress": "hidden"}
+        forget.click(lambda title: shown(tunings.forget(title) if title else ""), which, seen, **quiet)
+        forget_all.click(really, forget_all, [*seen, forget_all], **quiet)
+        export.click(exported, which, file, **quiet)
+        upload.upload(lambda given: shown(tunings.load(given.name)), upload, seen, **quiet)
+        done.click(lambda: (*shown(), 0.0, gr.update(value=TUNE)), None, [*seen, self.value, self.button], **quiet)
+        for control in (which, forget, export, upload, forget_all, file, done):
+            control.do_not_save_to_config = True
+
+
+def _said(text: str) -> str:
+    return f"<p>{escape(text)}</p>" if text else ""
 
 
 def _ordered(how_close: str, value: float) -> tuple[float, Any]:

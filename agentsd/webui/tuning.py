@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..app.kept_tunings import Kept, config_of, make, plans
+from ..app.kept_tunings import Kept, PanelTunings, config_of, make, plans
 from ..app.last_run import PassReport
-from ..app.tuning_chart import html
 from ..attention.grid import Grid
 from ..config import AgentConfig
 from ..settings import tunings
@@ -112,7 +111,7 @@ class Recording:
         self.values, self.of, self.report = values, of, report
         self.kept: Kept | None = None
         self._model = compat.HOST.current_unet(), compat.HOST.checkpoint()
-        self._stack = ExitStack()
+        self._stack, self._conditions = ExitStack(), conditions_of(p)
         self._obstacle = next(iter(compat.HOST.obstacles(p, report.hires)), "")
 
     def __enter__(self) -> Recording:
@@ -163,26 +162,24 @@ class Recording:
                 precision=precision_of(self.values),
                 progress=lambda done, total, text: progress(done, total, f"Tuning Agent Attention: {text}"),
                 kv_context=compat.HOST.kv_context(),
+                conditions=self._conditions,
             )
         compat.HOST.tunings.put(kept)
         self.kept = kept
         return ""
 
 
-class Tunings:
-    """The tunings of the current checkpoint, for the panel: see `agentsd.panel.tune_section.Tunings`."""
+def panel_tunings() -> PanelTunings:
+    """The tunings of the current checkpoint, for the panel."""
+    return PanelTunings(compat.HOST, "" if compat.HOST.announces_passes else NO_END)
 
-    def __init__(self) -> None:
-        self.refusal = "" if compat.HOST.announces_passes else NO_END
 
-    def results(self) -> str:
-        checkpoint = compat.HOST.checkpoint()
-        return html(compat.HOST.tunings.of_checkpoint(checkpoint)) if checkpoint else ""
-
-    def forget(self) -> str:
-        checkpoint = compat.HOST.checkpoint()
-        count = compat.HOST.tunings.forget(checkpoint) if checkpoint else 0
-        return f"{count} tuning{'' if count == 1 else 's'} of {checkpoint or 'no checkpoint'} forgotten."
+def conditions_of(p: Any) -> dict[str, str]:
+    """Say what a tuning of a pass holds for: its LoRA, with their weights, and its guidance."""
+    networks = getattr(p, "extra_network_data", None) or {}
+    names = sorted(" ".join(map(str, network.items[:2])) for each in networks.values() for network in each)
+    cfg = getattr(p, "cfg_scale", None)
+    return {"lora": " + ".join(names), "cfg": "" if cfg is None else f"{cfg:g}"}
 
 
 def sentence(kept: Kept) -> str:

@@ -90,6 +90,11 @@ class WebUI:
         model = getattr(sd_models.model_data, "sd_model", None)
         return str(getattr(getattr(model, "sd_checkpoint_info", None), "name", ""))
 
+    def checkpoint_hash(self) -> str:
+        """Return the short hash of the current checkpoint; empty if none is loaded or it is not known."""
+        model = getattr(sd_models.model_data, "sd_model", None)
+        return str(getattr(getattr(model, "sd_checkpoint_info", None), "shorthash", None) or "")
+
     def kv_context(self) -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None:
         """Return AUTOMATIC1111's hypernetworks as a `kv_context`; None if none are loaded."""
         if not getattr(shared, "loaded_hypernetworks", None):
