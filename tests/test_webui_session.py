@@ -13,7 +13,7 @@ from fake_webui import ON, Processing, Sampler, fake_host, fake_unet, generate, 
 
 from agentsd import get_patch
 from agentsd.app import token_map as tokenmap
-from agentsd.settings import infotext
+from agentsd.settings import NAMES, infotext
 
 
 def test_patched_during_the_pass_and_not_a_moment_longer(host, unet):
@@ -51,12 +51,21 @@ def test_whatever_ends_the_pass(host, unet, error):
     assert vars(p.sampler) == {}
 
 
-def test_bad_value_is_told_and_the_image_made_without_us(host, unet):
+# What a damaged entry of an infotext puts into the controls
+DAMAGED = {
+    name: value
+    for name in NAMES
+    if (value := infotext.reader(name)({infotext.KEY: "ratio=7; agent_ratio=0.9"})) is not None
+}
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 7}, DAMAGED], ids=["a value", "a damaged infotext"])
+def test_bad_value_is_told_and_the_image_made_without_us(host, unet, settings):
     p = Processing()
-    (made,) = generate(host, {"ratio": 7}, p)
+    (made,) = generate(host, settings, p)
     assert torch.equal(made, run(unet, inputs()))
-    assert "ratio must be a number from 0.0 to 0.99, got 7" in p.processed.extra_generation_params[infotext.NOTE]
-    assert "ratio" in p.comments[0]
+    assert "ratio must be a number from 0.0 to 0.99; got 7" in p.processed.extra_generation_params[infotext.NOTE]
+    assert "ratio must be" in p.comments[0]
     assert p.extra_generation_params == {"Other extension": "here"}
 
 

@@ -21,7 +21,7 @@ from . import compat
 
 log = logging.getLogger("agentsd.panel")
 
-NO_END = "this WebUI doesn't tell where a pass ends"
+NO_END = "this WebUI does not tell where a pass ends"
 
 
 def pass_of(p: Any, hires: bool) -> str:

@@ -119,7 +119,7 @@ def test_skip_and_interrupt_end_the_tuning_and_keep_the_image(a1111: Host, butto
     a1111.call(f"/sdapi/v1/{button}", {})
     making.join()
     assert made[0].pixels == plain.pixels
-    assert "not tuned, cancelled" in made[0].info["extra_generation_params"][infotext.NOTE]
+    assert "not tuned; cancelled" in made[0].info["extra_generation_params"][infotext.NOTE]
     assert a1111.state()["hooks"] == 0
     assert a1111.txt2img([{"tuning": "auto"}], **SMALL).infotext == before
 
