@@ -145,7 +145,7 @@ def test_a_picture_carries_its_settings(stand_in):
     assert made["agent_attention"].items() >= {**DEFAULTS, "enabled": True, "agent_ratio": 0.8}.items()
     assert made["seconds"] > 0
     assert text["parameters"].startswith(
-        "a red apple\nSteps: 2, CFG scale: 3.0, Seed: 3, Size: 16x16, Agent Attention: "
+        "a red apple\nSteps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 3, Size: 16x16, Agent Attention: "
     )
     assert "agent_ratio=0.8" in text["parameters"]
 

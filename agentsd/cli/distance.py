@@ -18,20 +18,28 @@ class Distance:
 
     Attributes:
         rmse: root mean square difference of the RGB values, 0–255.
-        psnr: peak signal-to-noise ratio in dB; infinite for equal pictures.
         ssim: structural similarity (Wang et al., IEEE TIP 2004), −1–1, 1 for equal pictures; None if scikit-image is
             not installed.
     """
 
     rmse: float
-    psnr: float
     ssim: float | None
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
+        return 20 * math.log10(255 / self.rmse) if self.rmse else math.inf
 
     def __str__(self) -> str:
         if self.rmse == 0:
             return "no difference"
-        ssim = "" if self.ssim is None else f", SSIM {self.ssim:.3f}"
-        return f"PSNR {self.psnr:.1f} dB{ssim}"
+        return f"PSNR {self.psnr:.1f} dB" + ("" if self.ssim is None else f", SSIM {self.ssim:.3f}")
+
+    def record(self) -> dict[str, float | None]:
+        """The figures for JSON and CSV, which have no infinity: equal pictures get no PSNR."""
+        psnr = round(self.psnr, 3) if self.rmse else None
+        ssim = None if self.ssim is None else round(self.ssim, 5)
+        return {"rmse": round(self.rmse, 4), "psnr": psnr, "ssim": ssim}
 
 
 def distance(a: Image, b: Image) -> Distance:
@@ -43,8 +51,7 @@ def distance(a: Image, b: Image) -> Distance:
     x, y = pixels(a), pixels(b)
     if x.shape != y.shape:
         raise ValueError(f"pictures must have the same size, got {a.size} and {b.size}")
-    rmse = float(np.sqrt(np.mean((x - y) ** 2)))
-    return Distance(rmse, 20 * math.log10(255 / rmse) if rmse else math.inf, _ssim(x, y))
+    return Distance(float(np.sqrt(np.mean((x - y) ** 2))), _ssim(x, y))
 
 
 def pixels(picture: Image) -> np.ndarray:

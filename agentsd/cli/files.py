@@ -1,4 +1,4 @@
-"""Write files atomically, and pictures that carry their settings."""
+"""Write files atomically, pictures that carry their settings, and tables."""
 
 from __future__ import annotations
 
@@ -28,26 +28,14 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # gone after Ctrl-C, too
+            unfinished = Path(folder, path.name)
+            with unfinished.open("wb") as file:
+                write(file)
+            os.replace(unfinished, path)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(unfinished, 0o666 & ~_umask())
-        os.replace(unfinished, path)
-    except BaseException as error:  # Ctrl-C included
-        os.unlink(unfinished)
-        if isinstance(error, OSError):
-            raise CommandError(f"cannot write {path}: {error.strerror}") from error
-        raise
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_picture(path: Path, picture: Image.Image, record: Mapping[str, Any], infotext: str = "") -> Path:
@@ -62,28 +50,31 @@ def save_picture(path: Path, picture: Image.Image, record: Mapping[str, Any], in
 def read_record(path: Path) -> dict[str, Any]:
     """Read the settings that `save_picture` wrote."""
     with Image.open(path) as picture:
-        return json.loads(picture.text["agentsd"])
+        return json.loads(picture.info["agentsd"])
 
 
 def save_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
-    """Save a CSV file, UTF-8."""
+    """Save a CSV file, UTF-8; None is an empty field."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    return write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
-    def write(file: IO[bytes]) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        csv.writer(text).writerows([header, *rows])
-        text.flush()
-        text.detach()
 
-    return write_whole(path, write)
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with aligned columns, numbers to the right."""
+    table = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    right = [all(text[:1].isdigit() or text in ("", "–") for text in column) for column in zip(*rows, strict=True)]
+    for row in table:
+        cells = zip(row, widths, right, strict=True)
+        print("  ".join(text.rjust(width) if number else text.ljust(width) for text, width, number in cells).rstrip())
 
 
 def fresh(stem: str, suffix: str = ".png") -> Path:
     """Return an unused path in the output folder."""
-    path = OUTPUTS / f"{stem}{suffix}"
-    number = 2
+    path, number = OUTPUTS / f"{stem}{suffix}", 2
     while path.exists():
-        path = OUTPUTS / f"{stem}-{number}{suffix}"
-        number += 1
+        path, number = OUTPUTS / f"{stem}-{number}{suffix}", number + 1
     return path
 
 

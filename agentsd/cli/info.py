@@ -7,17 +7,18 @@ import json
 from typing import Any
 
 from ..config import AgentConfig
-from ..costs import Estimate, Layout, LevelEstimate, estimate, share_of_run
+from ..costs import Layout, LevelEstimate, estimate, share_of_run
 from ..hosts import find_unet
 from ..hosts.layout import layout_of
 from ..methods import LayerPlan
 from ..patching.patch import Patch
-from .commands import print_table
+from .files import print_table
 from .options import config_of
 from .structure import bare_unet
 from .tuned import loaded
 
 GIGA = 1e9
+HEAD = ("", "down", "blocks", "channels", "tokens", "queries", "agents", "GFLOPs", "left", "self-attention")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -28,9 +29,8 @@ def info(args: argparse.Namespace) -> None:
     config = loaded(args.tuning, unet).config_for(unet) if args.tuning else config_of(args.settings)
     sizes = args.size or [(side * factor, side * factor)]
     if args.json:
-        print(
-            json.dumps({"model": args.model, "sizes": [_as_record(layout, config, s, factor) for s in sizes]}, indent=1)
-        )
+        found = [_as_record(layout, config, size, factor) for size in sizes]
+        print(json.dumps({"model": args.model, "sizes": found}, indent=1))
         return
     print(f"{args.model}: {layout.layers} transformer blocks")
     for size in sizes:
@@ -46,17 +46,10 @@ def _print_size(layout: Layout, config: AgentConfig, size: tuple[int, int], fact
         cost = estimate(layout, config, height, width, since)
         changed = cost.flops_left != cost.flops or cost.layers
         print(f"\n  {since:.0%} to {until:.0%} of the diffusion:", "" if changed else "nothing is changed")
-        _print_levels(cost)
+        print_table(HEAD, [_row(level) for level in cost.levels])
+        print(f"  U-Net: {cost.flops / GIGA:.4g} GFLOPs, {cost.flops_left / GIGA:.4g} are left ({cost.share:.1%})")
     share = share_of_run(layout, config, height, width)
     print(f"\n  the whole diffusion: {share:.1%} of the unpatched U-Net's FLOPs")
-
-
-def _print_levels(cost: Estimate) -> None:
-    rows = [_row(level) for level in cost.levels]
-    print_table(
-        ["", "down", "blocks", "channels", "tokens", "queries", "agents", "GFLOPs", "left", "self-attention"], rows
-    )
-    print(f"  U-Net: {cost.flops / GIGA:.4g} GFLOPs, {cost.flops_left / GIGA:.4g} are left ({cost.share:.1%})")
 
 
 def _row(level: LevelEstimate) -> list[str]:
@@ -87,25 +80,14 @@ def _as_record(layout: Layout, config: AgentConfig, size: tuple[int, int], facto
     for since, until in config.parts():
         cost = estimate(layout, config, height, width, since)
         levels = [_level_record(level) for level in cost.levels]
-        parts.append(
-            {"since": since, "until": until, "flops": cost.flops, "flops_left": cost.flops_left, "levels": levels}
-        )
+        flops = {"flops": cost.flops, "flops_left": cost.flops_left}
+        parts.append({"since": since, "until": until, **flops, "levels": levels})
     share = share_of_run(layout, config, height, width)
     return {"width": size[1], "height": size[0], "latent": [height, width], "share": share, "parts": parts}
 
 
 def _level_record(level: LevelEstimate) -> dict[str, Any]:
-    plan = level.plan
-    return {
-        "downsample": level.downsample,
-        "blocks": level.count,
-        "channels": level.channels,
-        "action": plan.action,
-        "tokens": plan.tokens,
-        "queries": plan.queries,
-        "agents": plan.agents,
-        "reason": plan.reason,
-        "note": plan.note,
-        "flops": level.flops,
-        "flops_left": level.flops_left,
-    }
+    names = ("action", "tokens", "queries", "agents", "reason", "note")
+    about = {"downsample": level.downsample, "blocks": level.count, "channels": level.channels}
+    plan = {name: getattr(level.plan, name) for name in names}
+    return {**about, **plan, "flops": level.flops, "flops_left": level.flops_left}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,13 +15,15 @@ from ..hosts import find_unet
 from .errors import CommandError
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from PIL.Image import Image
-
-    from ..embedded import EmbeddedPipeline
 
 EMBEDDED = "embedded"
 SINGLE_FILES = (".safetensors", ".ckpt")
+# diffusers' schedulers, by the names that WebUIs have for them; others keep their own
+SAMPLERS = {"PNDM": "PLMS", "EulerDiscrete": "Euler", "EulerAncestralDiscrete": "Euler a", "HeunDiscrete": "Heun"}
+SAMPLERS |= {"DPMSolverMultistep": "DPM++ 2M", "LMSDiscrete": "LMS", "UniPCMultistep": "UniPC"}
+NOT_CACHED = "{} is no folder and not in the local cache of the hub; --download fetches it"
+NO_CONFIG = "a single file needs a configuration: --config names a diffusers folder of its kind, --download fetches one"
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Request:
     Attributes:
         prompt: the text.
         seed: seed of the initial noise.
-        steps: sampling steps; None for the model's default.
-        guidance: scale of classifier-free guidance; None for the model's default.
+        steps: sampling steps; None for the model's default, as in the fields below.
+        guidance: scale of classifier-free guidance.
         negative: the negative prompt.
-        size: (height, width) in pixels; None for the model's default.
+        size: (height, width) in pixels.
     """
 
     prompt: str
@@ -47,37 +47,42 @@ class Request:
     size: tuple[int, int] | None = None
 
 
-class Model(Protocol):
+class Model:
     """A text-to-image model with a U-Net.
 
     Attributes:
         name: name given by the user.
+        pipe: the pipeline.
         unet: the U-Net.
         factor: pixels per position of the latent, along one side.
+        sampler: the sampler's name, as a WebUI calls it.
+        defaults: steps, guidance and size of a request that names none.
     """
 
-    name: str
-    unet: nn.Module
     factor: int
+    sampler: str
+    defaults: dict[str, Any]
+
+    def __init__(self, name: str, pipe: Any) -> None:
+        self.name, self.pipe = name, pipe
+        self.unet: nn.Module = find_unet(pipe)
 
     def complete(self, request: Request) -> Request:
         """Fill in the model's defaults where the request is None."""
+        return replace(request, **{k: v for k, v in self.defaults.items() if getattr(request, k) is None})
 
     def draw(self, request: Request, step: Callable[[], Any]) -> Image:
         """Draw a complete request; `step` is called after each sampling step."""
+        raise NotImplementedError
 
 
-class EmbeddedModel:
+class EmbeddedModel(Model):
     """The model that ships with the library."""
 
-    factor = 1
-    name = EMBEDDED
+    factor, sampler, defaults = 1, "DDIM", {"steps": 20, "guidance": 3.0, "size": (64, 64)}
 
-    def __init__(self, pipe: EmbeddedPipeline) -> None:
-        self.pipe, self.unet = pipe, pipe.unet
-
-    def complete(self, request: Request) -> Request:
-        return _filled(request, steps=20, guidance=3.0, size=(64, 64))
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(EMBEDDED, pipe)
 
     def draw(self, request: Request, step: Callable[[], Any]) -> Image:
         if request.negative:
@@ -91,18 +96,16 @@ class EmbeddedModel:
             raise CommandError(str(error)) from error
 
 
-class DiffusersModel:
+class DiffusersModel(Model):
     """A diffusers pipeline."""
 
-    def __init__(self, name: str, pipe: DiffusionPipeline) -> None:
-        self.name, self.pipe = name, pipe
-        self.unet = find_unet(pipe)
+    def __init__(self, name: str, pipe: Any) -> None:
+        super().__init__(name, pipe)
         self.factor = getattr(pipe, "vae_scale_factor", 8)
+        scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+        self.sampler = SAMPLERS.get(scheduler, scheduler)
+        self.defaults = {"steps": 20, "guidance": 7.0, "size": (self.unet.config.sample_size * self.factor,) * 2}
         pipe.set_progress_bar_config(disable=True)
-
-    def complete(self, request: Request) -> Request:
-        side = self.unet.config.sample_size * self.factor
-        return _filled(request, steps=20, guidance=7.0, size=(side, side))
 
     def draw(self, request: Request, step: Callable[[], Any]) -> Image:
         def after_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -122,10 +125,6 @@ class DiffusersModel:
         ).images[0]
 
 
-def _filled(request: Request, **defaults: Any) -> Request:
-    return replace(request, **{name: value for name, value in defaults.items() if getattr(request, name) is None})
-
-
 def open_model(
     name: str, *, download: bool = False, config: str | None = None, device: str = "auto", dtype: str = "auto"
 ) -> Model:
@@ -141,71 +140,56 @@ def open_model(
     Raises:
         CommandError: the model does not exist, or it cannot be loaded.
     """
-    torch_device = _device(device)
-    torch_dtype = _dtype(dtype, torch_device)
-    if name == EMBEDDED:
-        return EmbeddedModel(_load_embedded(torch_device, torch_dtype))
-    with _libraries():
+    where = _device(device)
+    kind = getattr(torch, ("float32" if where.type == "cpu" else "float16") if dtype == "auto" else dtype)
+    try:
+        if name == EMBEDDED:
+            from .. import embedded
+
+            return EmbeddedModel(embedded.load(where, kind))
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()
         # old versions support only torch_dtype, about which new ones warn
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         if Path(name).suffix in SINGLE_FILES:
-            pipe = _load_single_file(Path(name), torch_dtype, config, download)
+            pipe = _load_single_file(Path(name), kind, config, download)
         else:
-            pipe = _load_pretrained(name, torch_dtype, download)
-    return DiffusersModel(name, pipe.to(torch_device))
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise CommandError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    return getattr(torch, ("float32" if device.type == "cpu" else "float16") if name == "auto" else name)
-
-
-@contextmanager
-def _libraries() -> Iterator[None]:
-    """Report a missing library and how to install it."""
-    try:
-        yield
+            pipe = _load_pretrained(folder_or_hub_id(name), kind, download)
+        return DiffusersModel(name, pipe.to(where))
     except ImportError as error:
         raise CommandError(f"this needs {error.name}: pip install 'agentsd[diffusers]'") from error
-
-
-def _load_embedded(device: torch.device, dtype: torch.dtype) -> EmbeddedPipeline:
-    from .. import embedded
-
-    try:
-        return embedded.load(device, dtype)
-    except (ImportError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
         raise CommandError(str(error)) from error
 
 
-def _load_pretrained(name: str, dtype: torch.dtype, download: bool) -> DiffusionPipeline:
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+        return torch.device(found[0] if found else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+
+
+def _load_pretrained(name: str, dtype: torch.dtype, download: bool) -> Any:
     from diffusers import AutoPipelineForText2Image
 
-    source = folder_or_hub_id(name)
     options = {"torch_dtype": dtype, "local_files_only": not download}
     try:
-        return AutoPipelineForText2Image.from_pretrained(source, **options)
+        return AutoPipelineForText2Image.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         try:  # many models on the hub have weights in half precision only
-            return AutoPipelineForText2Image.from_pretrained(source, variant="fp16", **options)
+            return AutoPipelineForText2Image.from_pretrained(name, variant="fp16", **options)
         except (OSError, ValueError):
-            raise CommandError(_not_loaded(name, error, download)) from error
+            missing = not Path(name).exists() and not download
+            told = NOT_CACHED.format(name) if missing else f"{name} cannot be loaded: {_first_line(error)}"
+            raise CommandError(told) from error
 
 
 def folder_or_hub_id(name: str) -> str:
+    """The name, if it is a diffusers folder or can be a hub id."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -217,52 +201,23 @@ def folder_or_hub_id(name: str) -> str:
     return name
 
 
-def _not_loaded(name: str, error: Exception, download: bool) -> str:
-    if not Path(name).exists() and not download:
-        return f"{name} is no folder and not in the local cache of the hub; --download fetches it"
-    return f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}"
-
-
-def _load_single_file(path: Path, dtype: torch.dtype, config: str | None, download: bool) -> DiffusionPipeline:
+def _load_single_file(path: Path, dtype: torch.dtype, config: str | None, download: bool) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from huggingface_hub import snapshot_download
 
-    folder = Path(config_folder(path, config, download))
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    cls = StableDiffusionXLPipeline if "XL" in index["_class_name"] else StableDiffusionPipeline
+    xl = any(name.startswith("conditioner.embedders.1.") for name in shapes_of(path))
+    cls = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     try:
-        return cls.from_single_file(str(path), config=str(folder), torch_dtype=dtype, local_files_only=True)
+        if config is not None and not Path(config).is_dir():
+            patterns = ["**/*.json", "*.json", "**/*.txt"]
+            config = snapshot_download(config, local_files_only=not download, allow_patterns=patterns)
+        return cls.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=not download)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CommandError(f"{path} cannot be loaded with the configuration {folder}: {_first_line(error)}") from error
+        raise CommandError(f"{path} cannot be loaded: {_first_line(error)} ({NO_CONFIG})") from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def config_folder(path: Path, config: str | None, download: bool) -> str:
-    """Find a folder with a single file's configuration and tokenizer: `config`, or one of its kind in the cache."""
-    if not path.is_file():
-        raise CommandError(f"there is no file {path}")
-    if config is not None and Path(config).is_dir():
-        return config
-    from huggingface_hub import snapshot_download
-
-    source = config or _usual_config(path)
-    try:
-        return snapshot_download(
-            source, local_files_only=not download, allow_patterns=["**/*.json", "*.json", "**/*.txt"]
-        )
-    except (OSError, ValueError) as error:
-        raise CommandError(
-            f"{path} is a single file, and the configuration for it, {source}, is not in the local cache of the hub; "
-            "--config names a diffusers folder of the same architecture, --download fetches it"
-        ) from error
-
-
-def _usual_config(path: Path) -> str:
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
-    return fetch_diffusers_config(shapes_of(path))["pretrained_model_name_or_path"]
 
 
 def shapes_of(path: Path) -> dict[str, torch.Tensor]:

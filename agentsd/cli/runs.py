@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..apply import get_patch, patch_unet, remove_patch
 from ..config import AgentConfig
+from ..methods import UNTOUCHED, method_of
 from ..patching.closeness import Closeness
 from ..patching.patch import Patch
 from ..settings import infotext
@@ -34,7 +35,7 @@ class Run:
         seconds: total time: text encoder, U-Net, sampler and decoder.
         unet_seconds: time in the U-Net.
         calls: number of U-Net calls.
-        actions: number of self-attention calls by action: "agents", "merge", "pool", "untouched".
+        actions: number of self-attention calls by action, such as "agents" or "untouched".
         notes: reasons for leaving self-attention to the model, each with its number of calls.
         closeness: how close attention was to full attention; None if nothing was patched.
     """
@@ -50,30 +51,36 @@ class Run:
     def timings(self) -> str:
         return f"{self.seconds:.2f} s, {self.unet_seconds:.2f} s of it in {self.calls} calls of the U-Net"
 
+    def faster(self, plain: Run) -> str:
+        """Format the speed-up of the whole run over the unpatched one."""
+        return f"{plain.seconds / self.seconds:.2f}x"
 
-class Stopwatch:
-    """Timer of a module's calls during a `with` block."""
+    def say_what_was_done(self) -> None:
+        """Print what agent attention did, and why it left layers to the model."""
+        changed = {action: count for action, count in self.actions.items() if action != UNTOUCHED and count}
+        what = ", ".join(f"{count} {method_of(action).phrase}" for action, count in changed.items()) or "none changed"
+        print(f"agent attention: of {sum(self.actions.values())} self-attentions {what}")
+        if self.closeness is not None:
+            print(f"  {self.closeness}")
+        for reason, count in self.notes.items():
+            print(f"  left to the model {count} times: {reason}")
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.seconds, self.calls = module, 0.0, 0
 
-    def __enter__(self) -> Stopwatch:
-        self._handles = [
-            self.module.register_forward_pre_hook(self._start),
-            self.module.register_forward_hook(self._stop),
-        ]
-        return self
+@contextmanager
+def stopwatch(module: nn.Module) -> Iterator[list[float]]:
+    """Time a module's calls in a `with` block; yields their seconds."""
+    seconds: list[float] = []
+    begin = module.register_forward_pre_hook(lambda *_: seconds.append(-_now()))
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
+    def end(*_: Any) -> None:
+        seconds[-1] += _now()
+
+    handles = (begin, module.register_forward_hook(end))
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def _start(self, module: nn.Module, args: Any) -> None:
-        self._began = _now()
-
-    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.seconds += _now() - self._began
-        self.calls += 1
 
 
 def _now() -> float:
@@ -105,7 +112,8 @@ def draw(
         step: called after each sampling step; raising stops the drawing.
         before_removal: called with the patch, if there is one, when the picture is done.
     """
-    with _patch(model.unet, config), _bar(label, request.steps, quiet) as bar, Stopwatch(model.unet) as watch:
+    bar = tqdm(total=request.steps, desc=label, unit="step", leave=False, disable=quiet)
+    with _patch(model.unet, config), bar, stopwatch(model.unet) as calls:
         patch = get_patch(model.unet)
         if patch:
             patch.observe_closeness = True
@@ -119,7 +127,7 @@ def draw(
         if patch and before_removal:
             before_removal(patch)
         closeness = patch.closeness() if patch else None
-    return Run(picture, seconds, watch.seconds, watch.calls, dict(actions), notes, closeness)
+    return Run(picture, seconds, sum(calls), len(calls), dict(actions), notes, closeness)
 
 
 @contextmanager
@@ -130,15 +138,6 @@ def _patch(unet: nn.Module, config: AgentConfig | None) -> Iterator[None]:
         yield
     finally:
         remove_patch(unet)
-
-
-def _bar(label: str, steps: int, quiet: bool) -> Any:
-    return nullcontext(_Silent()) if quiet else tqdm(total=steps, desc=label, unit="step", leave=False)
-
-
-class _Silent:
-    def update(self) -> None:
-        """Show nothing."""
 
 
 def warm_up(model: Model, request: Request, configs: list[AgentConfig | None], quiet: bool = False) -> None:
@@ -157,6 +156,7 @@ def record(model: Model, request: Request, values: Mapping[str, Any] | None, **m
         "negative_prompt": request.negative,
         "seed": request.seed,
         "steps": request.steps,
+        "sampler": model.sampler,
         "guidance": request.guidance,
         "width": width,
         "height": height,
@@ -172,6 +172,7 @@ def infotext_of(made: Mapping[str, Any]) -> str:
         lines.append(f"Negative prompt: {made['negative_prompt']}")
     parts = {
         "Steps": made["steps"],
+        "Sampler": made["sampler"],
         "CFG scale": made["guidance"],
         "Seed": made["seed"],
         "Size": f"{made['width']}x{made['height']}",

@@ -37,15 +37,15 @@ def sheet(
         title: a line at the top.
     """
     font = ImageFont.load_default(FONT_SIZE)
+    lines = [line for row in captions for text in row for line in text.split("\n")]
     width, height = max((p.size for row in rows for p in row if p is not None), default=(1, 1))
     left = GAP + max((int(font.getlength(label)) + GAP for label in labels), default=0)
     below = LINE * max((text.count("\n") + 1 for row in captions for text in row if text), default=0)
-    widest = max((int(font.getlength(t)) for t in _texts(columns, captions)), default=0)
-    step_x, step_y = max(width, widest) + GAP, height + below + GAP
+    step_x = GAP + max(width, *(int(font.getlength(text)) for text in (*columns, *lines)))
+    step_y = height + below + GAP
     top = GAP + LINE * bool(title) + LINE * bool(columns)
-    across = max(len(row) for row in rows)
-    total = max(left + across * step_x, 2 * GAP + int(font.getlength(title)))
-    page = Image.new("RGB", (total, top + len(rows) * step_y), PAPER)
+    across = max(left + max(map(len, rows)) * step_x, 2 * GAP + int(font.getlength(title)))
+    page = Image.new("RGB", (across, top + len(rows) * step_y), PAPER)
     draw = ImageDraw.Draw(page)
 
     def put(x: int, y: int, text: str) -> None:
@@ -54,20 +54,16 @@ def sheet(
     put(GAP, GAP // 2, title)
     for j, heading in enumerate(columns):
         put(left + j * step_x, top - LINE, heading)
+    for i, label in enumerate(labels):
+        put(GAP, top + i * step_y + height // 2 - LINE // 2, label)
     for i, row in enumerate(rows):
-        y = top + i * step_y
-        if i < len(labels):
-            put(GAP, y + height // 2 - LINE // 2, labels[i])
         for j, picture in enumerate(row):
             if picture is not None:
-                page.paste(picture.convert("RGB"), (left + j * step_x, y))
-            if i < len(captions) and j < len(captions[i]):
-                put(left + j * step_x, y + height + 2, captions[i][j])
+                page.paste(picture.convert("RGB"), (left + j * step_x, top + i * step_y))
+    for i, row in enumerate(captions):
+        for j, text in enumerate(row):
+            put(left + j * step_x, top + i * step_y + height + 2, text)
     return page
-
-
-def _texts(columns: Sequence[str], captions: Sequence[Sequence[str]]) -> list[str]:
-    return [*columns, *(line for row in captions for text in row for line in text.split("\n"))]
 
 
 def enlarged(picture: Image.Image, side: int) -> Image.Image:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CommandError
-from .models import EMBEDDED, SINGLE_FILES, folder_or_hub_id, shapes_of
+from .models import EMBEDDED, NOT_CACHED, SINGLE_FILES, folder_or_hub_id, shapes_of
 
 _PREFIX = "model.diffusion_model."
 
@@ -27,25 +27,21 @@ def bare_unet(name: str, download: bool = False) -> tuple[nn.Module, int, int]:
     Raises:
         CommandError: the model does not exist, or it has no U-Net that diffusers knows.
     """
+    from diffusers import UNet2DConditionModel
+
     if name == EMBEDDED:
         from ..embedded.model import SIZE, read_json
 
-        return _built(name, read_json("config.json")["unet"]), SIZE, 1
-    if Path(name).suffix in SINGLE_FILES:
-        config = config_of_checkpoint(shapes_of(Path(name)))
+        config, size, factor = read_json("config.json")["unet"], SIZE, 1
+    else:
+        single = Path(name).suffix in SINGLE_FILES
+        config = config_of_checkpoint(shapes_of(Path(name))) if single else _read_config(name, download)
         if config is None:
             raise CommandError(f"{name} has no U-Net of Stable Diffusion's layout")
-    else:
-        config = _read_config(name, download)
-    return _built(name, config), config.get("sample_size") or 64, 8
-
-
-def _built(name: str, config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
+        size, factor = config.get("sample_size") or 64, 8
     try:
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(dict(config))
+            return UNet2DConditionModel.from_config(dict(config)), size, factor
     except Exception as error:  # an invalid configuration can raise all kinds of errors
         raise CommandError(f"the U-Net of {name} cannot be built: {error}") from error
 
@@ -58,9 +54,7 @@ def _read_config(name: str, download: bool) -> dict[str, Any]:
         try:
             folder = Path(snapshot_download(name, local_files_only=not download, allow_patterns=["unet/config.json"]))
         except (OSError, ValueError) as error:
-            raise CommandError(
-                f"{name} is no folder and not in the local cache of the hub; --download fetches it"
-            ) from error
+            raise CommandError(NOT_CACHED.format(name)) from error
     file = folder / "unet" / "config.json"
     if not file.is_file():
         raise CommandError(f"{name} has no U-Net: there is no unet/config.json")
@@ -74,15 +68,12 @@ def config_of_checkpoint(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     of 64 channels) if the projections are linear. Return None if there is no such U-Net.
     """
     unet = {name.removeprefix(_PREFIX): x.shape for name, x in state.items() if name.startswith(_PREFIX)}
-    if "input_blocks.0.0.weight" not in unet:
+    context = next((s[1] for name, s in unet.items() if name.endswith("attn2.to_k.weight")), None)
+    if "input_blocks.0.0.weight" not in unet or context is None:
         return None
     levels = _levels(unet)
-    context = next((s[1] for name, s in unet.items() if name.endswith("attn2.to_k.weight")), None)
-    if context is None:
-        return None
     linear = any(name.endswith("proj_in.weight") and len(s) == 2 for name, s in unet.items())
-    channels = [level["channels"] for level in levels]
-    depths = [level["depth"] for level in levels]
+    channels, depths = ([level[key] for level in levels] for key in ("channels", "depth"))
     config = {
         "in_channels": unet["input_blocks.0.0.weight"][1],
         "out_channels": unet["out.2.weight"][0],
@@ -94,14 +85,11 @@ def config_of_checkpoint(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         "cross_attention_dim": context,
         "attention_head_dim": [max(1, c // 64) for c in channels] if linear else 8,
         "use_linear_projection": linear,
-        "sample_size": 128 if "label_emb.0.0.weight" in unet else 64,
+        "sample_size": 64,
     }
     if "label_emb.0.0.weight" in unet:
-        config |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": unet["label_emb.0.0.weight"][1],
-        }
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "sample_size": 128}
+        config |= {**added, "projection_class_embeddings_input_dim": unet["label_emb.0.0.weight"][1]}
     return config
 
 
@@ -114,8 +102,7 @@ def _levels(unet: Mapping[str, torch.Size]) -> list[dict[str, int]]:
         if f"{stage}0.op.weight" in unet:
             levels.append({"channels": 0, "resnets": 0, "depth": 0})
             continue
-        levels[-1]["channels"] = unet[f"{stage}0.in_layers.2.weight"][0]
-        levels[-1]["resnets"] += 1
         blocks = {m[1] for name in unet if (m := re.match(rf"{re.escape(stage)}1\.transformer_blocks\.(\d+)\.", name))}
-        levels[-1]["depth"] = len(blocks)
+        channels = unet[f"{stage}0.in_layers.2.weight"][0]
+        levels[-1] = {"channels": channels, "resnets": levels[-1]["resnets"] + 1, "depth": len(blocks)}
     return levels
