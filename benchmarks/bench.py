@@ -30,7 +30,9 @@ from .pages import fill
 from .results import Results, ResumeError, machine_line, measured, table, times
 
 MODULE = "benchmarks.bench"
-PAGE, DATA = ROOT / "docs/measurements.md", ROOT / "docs/measurements"
+PAGE, FRONT, DATA = ROOT / "docs/measurements.md", ROOT / "README.md", ROOT / "docs/measurements"
+# Rows of the README's table
+SHOWN = ("limit", "corrected8", "corrected4", "tomesd.4", "tomesd.5")
 GRID = ("sdpa", "limit", "grid8", "grid4")
 MAIN = (*GRID, "corrected8", "corrected4", "pool2", "paper", "tomesd.4")
 ALL = tuple(name for name in methods() if name not in ("idle", "panel", "tiles", "merge.5"))
@@ -91,7 +93,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def publish(out: dict[str, Any], data: Path) -> None:
-    """Write the CSV and the section "speed" of the page: SD 1.5's methods over the sizes with a limit."""
+    """Write the CSV, the section "speed" of the page (SD 1.5's methods by size), and a few rows into the README."""
     DATA.mkdir(exist_ok=True)
     (DATA / "speed.csv").write_text(data.read_text(encoding="utf-8"), encoding="utf-8")
     cases = [c for c in out["cases"] if c["layout"] == "sd15" and c["dtype"] == "bfloat16" and "limit" in measured(c)]
@@ -106,6 +108,10 @@ def publish(out: dict[str, Any], data: Path) -> None:
     rounds = sorted({r["rounds"] for c in cases for r in measured(c).values()})
     text = f"SD 1.5, bfloat16, batch 2, {rounds[0]} to {rounds[-1]} rounds. {machine_line(out)}"
     fill(PAGE, MODULE, {"speed": "\n".join([text, "", *table(head, rows)])})
+    few = [[names[n], *(times(measured(c).get(n, {}).get("speedup")) for c in cases)] for n in SHOWN if n in names]
+    text = f"One forward of SD 1.5's U-Net over PyTorch's fused attention, bfloat16. {machine_line(out)}"
+    sides = [f"{c['size'][0]}×{c['size'][1]}" for c in cases]
+    fill(FRONT, MODULE, {"readme": "\n".join([text, "", *table(("", *sides), few)])})
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,6 @@ import base64
 import io
 import json
 import math
-import platform
 import sys
 import time
 import urllib.request
@@ -33,6 +32,15 @@ import numpy as np
 from PIL import Image as Picture
 from tqdm import tqdm
 
+from agentsd import __version__
+from agentsd.settings.presets import PRESETS
+
+from .machine import ROOT, processor
+from .pages import fill
+from .results import table
+from .results import times as as_times
+
+MODULE, PAGE = "benchmarks.webui", ROOT / "docs/measurements.md"
 SCRIPT = "Agent Attention"
 OPTIMIZATION = "cross_attention_optimization"
 FUSED = "sdp-no-mem - scaled dot product without memory efficient attention"
@@ -56,12 +64,17 @@ class Way:
     merging: float = 0.0
 
 
+COMPARED = [name for name in PRESETS if name in ("Fast", "Balanced", "Faithful")]
 WAYS = {
     "off": Way("off"),
     "host": Way("the host's token merging, .5", merging=0.5),
-    "defaults": Way("agent attention, the panel's defaults", {}),
-    "all": Way("grid agents on all steps", {"method": "agent"}),
-    "all8": Way("grid agents, 8×8 cells on all steps", {"method": "agent", "agent_ratio": 0.984}),
+    "defaults": Way("the panel's defaults", {}),
+    **{
+        name.lower(): Way(f"preset {name}", dict(PRESETS[name]))
+        for name in ("Fast", "Balanced", "Faithful")
+        if name in PRESETS
+    },
+    "grid": Way("grid agents, 4×4 cells", {"method": "agent", "agent_ratio": 0.9375}),
 }
 
 
@@ -126,9 +139,10 @@ class Image:
         for way in filter(set().union(*self.rounds).__contains__, WAYS):
             times = [seconds[way] for seconds in self.rounds if way in seconds]
             pairs = [(seconds["off"], seconds[way]) for seconds in self.rounds if {"off", way} <= set(seconds)]
-            speedup = median(off / t for off, t in pairs) if pairs else None
-            row = {"image": self.name, "way": WAYS[way].label, "rounds": len(times), "seconds": median(times)}
+            ratios = [off / t for off, t in pairs]
+            row = {"image": self.name, "way": WAYS[way].label, "seconds": median(times), "ratios": ratios}
             more = {"deviation": self.deviations.get(way), "latent": self.latents.get(way)}
+            speedup = median(ratios) if ratios else None
             rows.append({**row, "speedup": speedup, "passes": self.passes.get(way), **more})
         return rows
 
@@ -234,55 +248,59 @@ class ResultFile:
     """
 
     def __init__(self, stem: Path, about: dict[str, Any], images: list[Image], resume: bool) -> None:
-        self.json, self.markdown = (stem.with_name(stem.name + ending) for ending in (".json", ".md"))
-        self.about, self.images, self.runs, self.one_step = about, images, [], math.nan
-        if resume and self.json.exists():
-            self._resume(json.loads(self.json.read_text(encoding="utf-8")))
+        self.stem, self.about, self.images, self.one_step = stem, about, images, math.nan
+        file = stem.with_suffix(".json")
+        if resume and file.exists():
+            self._resume(json.loads(file.read_text(encoding="utf-8")))
         stem.parent.mkdir(parents=True, exist_ok=True)
 
     def _resume(self, before: dict[str, Any]) -> None:
         for name, value in self.about.items():
             if before["about"].get(name) != value:
-                raise ValueError(f"{self.json} was measured with {name} {before['about'].get(name)}, this is {value}")
-        self.runs = before["runs"]
-        self.one_step = self.runs[-1]["one_step"]
-        # earlier results have spaces in their sizes
-        measured = {(name := image["name"].replace(" × ", "×")): {**image, "name": name} for image in before["images"]}
+                raise ValueError(f"the results are of {name} {before['about'].get(name)}, this is {value}")
+        self.one_step = before["one_step"]
+        measured = {image["name"]: Image(**image) for image in before["images"]}
         for image in self.images:
-            image.rounds = measured.get(image.name, {}).get("rounds", [])
-            image.passes = measured.get(image.name, {}).get("passes", {})
-            image.deviations = measured.get(image.name, {}).get("deviations", {})
-            image.latents = measured.get(image.name, {}).get("latents", {})
-        names = {image.name for image in self.images}
-        self.images += [Image(**image) for name, image in measured.items() if name not in names]
+            if image.name in measured:
+                found = measured.pop(image.name)
+                image.rounds, image.passes = found.rounds, found.passes
+                image.deviations, image.latents = found.deviations, found.latents
+        self.images += measured.values()
 
     def write(self, one_step: float | None = None) -> None:
         """Write both files; `one_step`: seconds of an image of one step, if they were measured."""
         self.one_step = self.one_step if one_step is None else one_step
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        run = {"date": now, "one_step": self.one_step}
-        out = {"about": self.about, "runs": [*self.runs, run], "images": [vars(image) for image in self.images]}
-        self.json.write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.markdown.write_text(self.table(), encoding="utf-8")
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        out = {"about": self.about, "date": date, "one_step": self.one_step, "images": [vars(i) for i in self.images]}
+        self.stem.with_suffix(".json").write_text(
+            json.dumps(out, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        self.stem.with_suffix(".md").write_text(self.table() + "\n", encoding="utf-8")
 
     def table(self) -> str:
         """The results as Markdown."""
-        rows = [row for image in self.images for row in image.rows()]
         about = ", ".join(f"{name} {value}" for name, value in self.about.items())
-        lines = [f"{about}. An image of one step takes {self.one_step:.3g} s.", ""]
-        lines += ["| image | way | s | speed-up | rounds | s per step | deviation | of the latent |", "|---" * 8 + "|"]
-        return "\n".join([*lines, *map(_row, rows), ""])
+        head = ("image", "way", "s", "speed-up", "each round", "s per step", "deviation", "of the latent")
+        rows = [_row(row) for image in self.images for row in image.rows()]
+        return "\n".join([f"{about}. An image of one step takes {self.one_step:.3g} s.", "", *table(head, rows)])
 
 
-def _row(row: dict[str, Any]) -> str:
-    speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2f}×"
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
     paces = [report["pace"] for report in row["passes"] or []]
     steps = "; ".join(
         ", ".join(f"{pace[kind]:.3g} {kind}" for kind in ("patched", "untouched") if pace.get(kind)) for pace in paces
     )
+    each = ", ".join(f"{ratio:.2f}" for ratio in row["ratios"]) or "–"
     deviations = ["–" if row[name] is None else f"{row[name]:.3g}" for name in ("deviation", "latent")]
-    cells = (row["image"], row["way"], f"{row['seconds']:.3g}", speedup, str(row["rounds"]), steps or "–", *deviations)
-    return "| " + " | ".join(cells) + " |"
+    return (
+        row["image"],
+        row["way"],
+        f"{row['seconds']:.3g}",
+        as_times(row["speedup"]),
+        each,
+        steps or "–",
+        *deviations,
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -301,20 +319,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--hires", type=int, default=5, help="steps of its second pass; 0 skips the image (default 5)")
     add("--denoising", type=float, default=0.6, help="denoising strength of the second pass (default 0.6)")
     listed = ", ".join(f"{name} ({way.label})" for name, way in WAYS.items())
-    add(
-        "--ways",
-        **ways,
-        default=["off", "host", "defaults", "all"],
-        help=f"one or more of {listed} (default all but all8)",
-    )
-    add(
-        "--hires-ways",
-        **ways,
-        default=["off", "host", "defaults"],
-        help="the same for the hires image (default off host defaults)",
-    )
+    few = ["off", "host", "defaults"]
+    add("--ways", **ways, default=few, help=f"one or more of {listed} (default {' '.join(few)})")
+    add("--hires-ways", **ways, default=few, help="the same for the hires image")
     add("--latents", action="store_true", help="compare final latents too: one image more of each way")
     add("--resume", action="store_true", help="make only the images that are missing in the file")
+    add("--publish", action="store_true", help="write the table into docs/measurements.md, too")
     add("--out", type=Path, default=Path("out/bench/webui"), help="stem of the result files (default out/bench/webui)")
     return parser
 
@@ -329,15 +339,17 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = webui.call("/sdapi/v1/options")["sd_model_checkpoint"]
     images = plan_images(options)
     try:
-        about = {"checkpoint": checkpoint, "system": platform.system()}
-        file = ResultFile(options.out, about, list(images), options.resume)
+        about = {"agentsd": __version__, "checkpoint": checkpoint, "processor": processor()}
+        file = ResultFile(options.out, about, images[:], options.resume)
     except ValueError as error:
         parser.error(f"--resume: {error}")
     with webui.options(**{OPTIMIZATION: FUSED}):
         measure(webui, images, options.rounds, file.write)
         if options.latents:
             measure_latents(webui, images, file.write)
-    print(file.markdown.read_text(encoding="utf-8"))
+    print(file.table())
+    if options.publish:
+        fill(PAGE, MODULE, {"webui": file.table()})
     return 0
 
 

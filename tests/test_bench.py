@@ -147,8 +147,10 @@ def test_sections_replace_what_was_there():
 
 
 def test_the_page_of_figures_has_a_place_for_each_program(tmp_path, monkeypatch):
-    page = tmp_path / "measurements.md"
-    page.write_text(bench.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    page, front = tmp_path / "measurements.md", tmp_path / "README.md"
+    for copy, original in ((page, bench.PAGE), (front, bench.FRONT)):
+        copy.write_text(original.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(bench, "FRONT", front)
     for module in (bench, gpu):
         monkeypatch.setattr(module, "PAGE", page)
         monkeypatch.setattr(module, "DATA", tmp_path)
@@ -161,6 +163,7 @@ def test_the_page_of_figures_has_a_place_for_each_program(tmp_path, monkeypatch)
     text = page.read_text(encoding="utf-8")
     assert "| limit | 5 | 2.00× |" in text
     assert "SDXL: 30.0% (SDPA 20.0%)" in text
+    assert "| limit | 2.00× |" in front.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def run(monkeypatch, stub: Stub, *words: str) -> int:
 
 def test_each_way_is_made_in_each_round(monkeypatch, tmp_path):
     stub = Stub()
-    words = ["--steps", "3", "--hires", "0", "--ways", "off", "host", "all", "--out", str(tmp_path / "webui")]
+    words = ["--steps", "3", "--hires", "0", "--ways", "off", "host", "grid", "--out", str(tmp_path / "webui")]
     run(monkeypatch, stub, *words, "--rounds", "2")
     made = stub.images[2:]  # the first two warm up
     agents = [body["alwayson_scripts"][webui.SCRIPT]["args"][0] for body, _ in made]
@@ -61,21 +61,25 @@ def test_each_way_is_made_in_each_round(monkeypatch, tmp_path):
     assert {options[webui.OPTIMIZATION] for _, options in made} == {webui.FUSED}
     assert stub.set[webui.OPTIMIZATION] == "Automatic"
     deviations = json.loads((tmp_path / "webui.json").read_text())["images"][0]["deviations"]
-    assert deviations == pytest.approx({"off": 0.0, "host": 0.0, "all": 0.1})
+    assert deviations == pytest.approx({"off": 0.0, "host": 0.0, "grid": 0.1})
 
 
 def test_latents_are_compared_by_one_image_more(monkeypatch, tmp_path):
     stub = Stub()
     stub.set[webui.DECODER] = "Full"
-    words = ["--steps", "3", "--hires", "0", "--rounds", "1", "--out", str(tmp_path / "webui"), "--ways", "off", "all"]
+    words = ["--steps", "3", "--hires", "0", "--rounds", "1", "--out", str(tmp_path / "webui"), "--ways", "off", "grid"]
     run(monkeypatch, stub, *words, "--latents")
     assert [options[webui.DECODER] for _, options in stub.images] == 4 * ["Full"] + 2 * [webui.LINEAR]
     assert stub.set[webui.DECODER] == "Full"
     latents = json.loads((tmp_path / "webui.json").read_text())["images"][0]["latents"]
     # of 100 and 90 in 0…255, which is −1…1
-    assert latents == pytest.approx({"off": 0.0, "all": 10 / 27.5})
-    run(monkeypatch, stub, *words, "--latents", "--resume")
+    assert latents == pytest.approx({"off": 0.0, "grid": 10 / 27.5})
+    page = tmp_path / "page.md"
+    page.write_text("<!-- webui: written by benchmarks.webui -->\n<!-- end of webui -->\n")
+    monkeypatch.setattr(webui, "PAGE", page)
+    run(monkeypatch, stub, *words, "--latents", "--resume", "--publish")
     assert len(stub.images) == 6
+    assert "grid agents, 4×4 cells" in page.read_text()
     assert len({line.count("|") for line in (tmp_path / "webui.md").read_text().splitlines() if "|" in line}) == 1
 
 
@@ -83,22 +87,11 @@ def test_only_what_is_missing_is_made(monkeypatch, tmp_path):
     words = ["--steps", "3", "--hires", "0", "--out", str(tmp_path / "webui"), "--ways", "off"]
     run(monkeypatch, Stub(), *words, "host", "--rounds", "1")
     stub = Stub()
-    run(monkeypatch, stub, *words, "all", "--rounds", "2", "--resume")
+    run(monkeypatch, stub, *words, "grid", "--rounds", "2", "--resume")
     assert len(stub.images) == 2 + 3
     rounds = json.loads((tmp_path / "webui.json").read_text())["images"][0]["rounds"]
-    assert [set(seconds) for seconds in rounds] == [{"off", "host", "all"}, {"off", "all"}]
+    assert [set(seconds) for seconds in rounds] == [{"off", "host", "grid"}, {"off", "grid"}]
     assert "the host's token merging" in (tmp_path / "webui.md").read_text()
-
-
-def test_results_whose_sizes_have_spaces_are_resumed(monkeypatch, tmp_path):
-    words = ["--steps", "3", "--hires", "0", "--rounds", "1", "--out", str(tmp_path / "webui"), "--ways", "off"]
-    run(monkeypatch, Stub(), *words)
-    file = tmp_path / "webui.json"
-    file.write_text(file.read_text().replace("512×512", "512 × 512"))
-    stub = Stub()
-    run(monkeypatch, stub, *words, "host", "--resume")
-    assert len(stub.images) == 2 + 1
-    assert [image["name"] for image in json.loads(file.read_text())["images"]] == ["512×512, 3 steps"]
 
 
 @pytest.mark.parametrize(
