@@ -32,9 +32,9 @@ from .results import Results, ResumeError, machine_line, measured, table, times
 MODULE = "benchmarks.bench"
 PAGE, FRONT, DATA = ROOT / "docs/measurements.md", ROOT / "README.md", ROOT / "docs/measurements"
 # Rows of the README's table
-SHOWN = ("limit", "corrected8", "corrected4", "tomesd.4", "tomesd.5")
+SHOWN = ("limit", "corrected8", "corrected4", "opened4", "tomesd.4", "tomesd.5")
 GRID = ("sdpa", "limit", "grid8", "grid4")
-MAIN = (*GRID, "corrected8", "corrected4", "pool2", "paper", "tomesd.4")
+MAIN = (*GRID, "corrected8", "corrected4", "opened4", "pool2", "paper", "tomesd.4")
 ALL = tuple(name for name in methods() if name not in ("idle", "panel", "tiles", "merge.5"))
 
 

@@ -35,7 +35,7 @@ from .pages import fill
 from .results import Results, ResumeError, machine_line, short
 
 MODULE = "benchmarks.gpu"
-FEW = ("sdpa", "limit", "grid4", "corrected4", "pool2", "tomesd.5")
+FEW = ("sdpa", "limit", "grid4", "corrected4", "opened4", "pool2", "tomesd.5")
 MAIN = (*FEW, "corrected8", "paper", "merge.5", "tiles")
 ALL = (*MAIN, "grid8", "similarity", "idle")
 # The tests of other parts than the core say nothing of a device.
@@ -54,7 +54,7 @@ def plan(layouts: tuple[str, ...], sides: tuple[int, ...] = (), dtype: str = "",
         return [case(layout, side, mode, FEW) for layout in layouts for side in sides for mode in both]
     first = [case("sd15", side, mode, ALL if side == 512 else MAIN) for side in (512, 1024) for mode in both]
     first += [case("sdxl", side, mode) for side in (1024, 2048) for mode in both]
-    first += [case("sd15", side, COMPILED, ("sdpa", "grid4", "corrected4")) for side in (512, 1024)]
+    first += [case("sd15", side, COMPILED, ("sdpa", "grid4", "corrected4", "opened4")) for side in (512, 1024)]
     rest = [case("sd15", side, mode) for side in (2048, 768, 1536, 640) for mode in both]
     rest += [case("sdxl", 1536, mode) for mode in both]
     rest += [case("sdxl", 1024, COMPILED, ("sdpa", "grid4"))]

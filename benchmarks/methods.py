@@ -167,6 +167,7 @@ def methods(deepest: int = 1) -> dict[str, Method]:
         """Merging no tokens: no partition is drawn."""
         return ours(ratio=0.0, use_rand=False, **settings)
 
+    cells_4 = {"method": "corrected", "agent_ratio": CELL_4}
     rows = {
         "sdpa": Method("SDPA, unpatched", _unpatched),
         "limit": Method("limit: nothing between the projections", _by_handler(_limit, deepest)),
@@ -176,7 +177,8 @@ def methods(deepest: int = 1) -> dict[str, Method]:
         "grid8": Method("grid agents, 8×8 cells", whole(agent_source="grid", agent_ratio=CELL_8)),
         "grid4": Method("grid agents, 4×4 cells", whole(agent_source="grid", agent_ratio=CELL_4)),
         "corrected8": Method("corrected agents, 8×8 cells", whole(method="corrected", agent_ratio=CELL_8)),
-        "corrected4": Method("corrected agents, 4×4 cells", whole(method="corrected", agent_ratio=CELL_4)),
+        "corrected4": Method("corrected agents, 4×4 cells", whole(**cells_4)),
+        "opened4": Method("corrected, 4×4, 14 % exact", whole(**cells_4, exact_ratio=0.14)),
         "pool2": Method("keys and values pooled 2×2", whole(method="pool", sx=2, sy=2)),
         "similarity": Method("similarity agents, queries kept", ours(ratio=0.0)),
         "paper": Method("AgentSD's settings (similarity, .4, .95, 4×4)", ours()),

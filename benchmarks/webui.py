@@ -3,8 +3,8 @@
     python -m benchmarks.webui --url http://127.0.0.1:7860
 
 Install the extension and start the WebUI with --api. While it is measured it uses the fused kernel
-(cross_attention_optimization "sdp-no-mem"); its own options are restored afterwards. Rounds are interleaved. Seconds are
-those of the whole request: text encoder, steps, VAE and response. The deviation is that of the image's pixels,
+(cross_attention_optimization "sdp-no-mem"); its own options are restored afterwards. Rounds are interleaved. Seconds
+are those of the whole request: text encoder, steps, VAE and response. The deviation is that of the image's pixels,
 ‖image − off‖ / ‖off‖; with a checkpoint of random weights it says nothing about pictures.
 """
 

@@ -4,7 +4,7 @@ Errors and seconds are measured apart. Errors depend on the kind, the size and t
 else runs on the machine. Seconds depend on the size and the width only; they are interleaved with SDPA's and want a
 machine that does nothing else.
 
-    python -m benchmarks.zoo                        # all that is missing in docs/zoo, then tables, plot and docs/zoo.md
+    python -m benchmarks.zoo                        # all that is missing in docs/zoo, then tables and plot
     python -m benchmarks.zoo errors                 # errors only; `seconds` and `report` likewise
     python -m benchmarks.zoo seconds --minutes 5    # stop after five minutes; the next call goes on
     python -m benchmarks.zoo --quick                # small sizes, a minute and a half, into out/zoo

@@ -20,7 +20,7 @@ SHOWN = (
 )
 # Prices that differ by less are taken for the same: seconds vary by as much from run to run.
 NOISE = 0.03
-PAGE = Path("docs/zoo.md")
+PAGE, DATA = Path("docs/measurements.md"), Path("docs/zoo")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def write(out: Path, errors: Sequence[Mapping[str, str]], seconds: Sequence[Mapp
     (out / "table.md").write_text("\n".join(text), encoding="utf-8")
     main = MAIN if MAIN in shapes else shapes[0]
     draw({case: found for case, found in points.items() if case.shape == main}, concentration, out / "zoo.png")
-    if out == PAGE.with_suffix(""):
+    if out == DATA:
         sections = {"verdict": verdict(points), "closeness": table(points, concentration, main, SHOWN)}
         fill(PAGE, "benchmarks.zoo", sections)
 

@@ -222,7 +222,7 @@ def test_the_verdict_counts_what_the_comparison_found():
 
 
 def test_the_page_says_what_the_results_say():
-    folder = zoo_report.PAGE.with_suffix("")
+    folder = zoo_report.DATA
     found = zoo_report.join(read(folder, "errors.csv"), read(folder, "seconds.csv"))
     assert zoo_report.verdict(found) in zoo_report.PAGE.read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, reg
 if TYPE_CHECKING:
     from torch import Tensor
 
-# With fewer agents, fitted values overshoot between them: see docs/fidelity.md for figures.
+# With fewer agents, fitted values overshoot between them: see docs/measurements.md for figures.
 MIN_AGENTS = 32
 # With fewer than these, a rare call deviates forty times as much as most: see there as well.
 MIN_AGENTS_TUNED = 64

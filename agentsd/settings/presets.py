@@ -18,7 +18,7 @@ KEPT = ("enabled", "fp32", "min_tokens", "seed", *(row.name for row in SETTINGS 
 TUNED = "Tuned"
 
 # Values of the presets, as differences from the panel's defaults, chosen by the deviation of the U-Net's output and the
-# time of a forward pass: see docs/fidelity.md and docs/performance.md.
+# time of a forward pass: see docs/measurements.md.
 _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
     # Corrected agents over 4×4 cells: the smallest deviation at every timestep
     "Faithful": {},
