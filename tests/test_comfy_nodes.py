@@ -414,6 +414,8 @@ class TestNodes:
         [
             ({"from": 0.5, "until": 0.4}, r"until must be above from \(0.5\)"),
             ({"layers": "3"}, "layers must be one of"),
+            ({"cells": "4×4", "agent_ratio": 1.5}, "agent_ratio must be a number"),
+            ({"cells": "9×9"}, "cells must be one of"),
             ({"ratio": 1.5}, "ratio must be a number from 0.0 to 0.99, got 1.5"),
             ({"rules": "nonsense"}, "nonsense"),
         ],

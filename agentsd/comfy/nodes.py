@@ -18,7 +18,13 @@ CUSTOM = "custom: agent_ratio"
 # Side in tokens of a square cell
 CELLS: Mapping[str, int | None] = {"2×2, closest": 2, "4×4": 4, "8×8, fastest": 8, CUSTOM: None}
 _OF_CELLS = ("agent_ratio", "sx", "sy")
-_CELLS_HELP = "Size of the cells of tokens that one agent stands for. Smaller is closer to the original, larger faster."
+_CELLS = Setting(
+    "cells",
+    "choice",
+    "4×4",
+    help="Size of the cells of tokens that one agent stands for. Smaller is closer to the original, larger faster.",
+    choices=tuple(CELLS),
+)
 _REQUIRED = ("method", "cells")
 
 # The settings by the names of their inputs. Graphs keep the values by position: new ones come last.
@@ -29,9 +35,7 @@ INPUTS = (*_INPUTS, *(name for name in _ROWS if name not in _INPUTS))
 
 def _widget(name: str) -> tuple[Any, dict[str, Any]]:
     """Describe a setting as an input of a node."""
-    if name == "cells":
-        return list(CELLS), {"default": "4×4", "tooltip": _CELLS_HELP}
-    row = _ROWS[name]
+    row = _CELLS if name == "cells" else _ROWS[name]
     options: dict[str, Any] = {"default": row.default, "tooltip": row.tooltip}
     if row.numeric:
         kind = "INT" if row.kind == "whole" else "FLOAT"
@@ -41,6 +45,10 @@ def _widget(name: str) -> tuple[Any, dict[str, Any]]:
     return ("STRING", {**options, "multiline": True}) if row.kind == "text" else ("BOOLEAN", options)
 
 
+def _side(inputs: Mapping[str, Any]) -> int | None:
+    return CELLS[_CELLS.check(inputs.get("cells", CUSTOM))]
+
+
 def values_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a node's inputs stand for, in canonical form.
 
@@ -48,13 +56,12 @@ def values_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
         SettingError: a value is outside its range, or from is not below until.
     """
     values = {row.name: inputs[name] for name, row in _ROWS.items() if name in inputs}
-    side = CELLS.get(inputs.get("cells", CUSTOM))
-    if side is not None:
-        values.update(agent_ratio=1 - 1 / side**2, sx=side, sy=side)
     try:
-        checked = check({**values, "enabled": True})
-        to_config(checked)
-        return checked
+        values = check({**values, "enabled": True})
+        if (side := _side(inputs)) is not None:
+            values.update(agent_ratio=1 - 1 / side**2, sx=side, sy=side)
+        to_config(values)
+        return values
     except SettingError as error:  # which knows the inputs by the names of their settings
         names = {row.name: name for name, row in _ROWS.items()}
         raise SettingError(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(error))) from None
@@ -70,7 +77,7 @@ def idle_inputs(inputs: Mapping[str, Any]) -> dict[str, str]:
     """Say which inputs have no effect beside the others, and why: {name: sentence}."""
     reasons = idle(values_of(inputs))
     found = {name: reasons[row.name] for name, row in _ROWS.items() if row.name in reasons}
-    if CELLS.get(inputs.get("cells", CUSTOM)) is not None:
+    if _side(inputs) is not None:
         found.setdefault("agent_ratio", f"No effect while cells is {inputs['cells']}.")
     if all(name in reasons for name in _OF_CELLS):
         found["cells"] = reasons[_OF_CELLS[0]]
