@@ -492,3 +492,22 @@ class TestExamples:
             names = [name for name in widgets if name not in ("model", "after")]
             for name, value in zip(names, node.get("widgets_values", []), strict=bool(names)):
                 assert given.get(name, value) == value
+
+    @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+    def test_no_field_is_null_but_links(self, file):
+        """Newer frontends refuse a graph with others."""
+
+        def nulls(value):
+            if isinstance(value, dict):
+                return {key for key, entry in value.items() if entry is None}.union(*map(nulls, value.values()))
+            return set().union(*map(nulls, value)) if isinstance(value, list) else set()
+
+        assert nulls(json.loads(file.read_text(encoding="utf-8"))) <= {"link", "links"}
+
+    @pytest.mark.parametrize("file", ["agent-attention.json", "tuned.json"])
+    def test_the_inputs_of_our_nodes_are_those_that_they_have(self, file):
+        for node in json.loads((self.FOLDER / file).read_text(encoding="utf-8"))["nodes"]:
+            cls = NODE_CLASS_MAPPINGS.get(node["type"])
+            if cls is not None:
+                names = [name for kind in cls.INPUT_TYPES().values() for name in kind]
+                assert [given["name"] for given in node["inputs"]] == names

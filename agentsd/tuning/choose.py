@@ -46,13 +46,22 @@ def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float], wort
         worth: seconds that using up a tolerance has to save. Deviation that saves less in proportion is not chosen.
     """
     limits = [tolerance**2 for tolerance in tolerances]
-    priced = [[_Priced(option, limits, worth) for option in options] for options in blocks]
+    priced = [[_Priced(option, limits, worth) for option in _undominated(options)] for options in blocks]
     return [each.option for each in _chosen(priced, limits)]
 
 
 def deviation(chosen: Sequence[Option], constraint: int) -> float:
     """Predict the deviation of the U-Net's output under one constraint."""
     return math.sqrt(sum(option.squares[constraint] for option in chosen))
+
+
+def _undominated(options: Sequence[Option]) -> list[Option]:
+    """Leave out options beside which another takes no more time and deviates no more under any constraint."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.seconds, o.squares)):
+        if not any(all(a <= b for a, b in zip(one.squares, option.squares, strict=True)) for one in kept):
+            kept.append(option)
+    return kept
 
 
 class _Priced:

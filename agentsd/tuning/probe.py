@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -96,9 +96,13 @@ class _ProbedLayer(Layer):
         return next((plan for _, plan in self._plans(moment, size)), None)
 
     def _plans(self, moment: Any, size: tuple[int, int]) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
+        seen = set()
         for k, config in self.patch.candidates.items():
             found = plan_block(config, self.site.place, moment.latent, None, size)
-            if found is not None and _tried(found[1]):
+            # in small layers, different cells and shares come to the same
+            same = found and (found[1], replace(found[0], agent_ratio=0.0, exact_ratio=0.0))
+            if found is not None and _tried(found[1]) and same not in seen:
+                seen.add(same)
                 yield k, found
 
     def _unmatched(self, call: Call) -> str:
