@@ -8,7 +8,7 @@
     const TABS = ["txt2img", "img2img"];
     const ROUTE = "./agent-attention";
     const PASTING = "#paste, #txt2img_tab, #img2img_tab, #inpaint_tab"; // the host's buttons that bring an infotext
-    const FOLDS = ["more", "tuner", "map"];
+    const FOLDS = ["", "more", "tuner", "map"];
     const POLL_MS = 250; // sliders that the host moves by itself (paste, swap, presets) fire no event
     const DEBOUNCE_MS = 150; // a slider on its way is not worth a question
     const RETRY_MS = 5000;
@@ -17,7 +17,7 @@
     const PATIENCE = 40; // ticks to wait for the panel where the host's own page is drawn
     const PRESET_OPTION = "agent_attention_preset", STATUS_OPTION = "agent_attention_status_line";
     // The host's options that the answer depends on
-    const DECISIVE = /^(sd_model_checkpoint|upcast_attn|hypertile|token_merging|tome_ratio|todo_ratio)/;
+    const DECISIVE = /^(sd_model_checkpoint|upcast_attn|hypertile|token_merging|tome_ratio|todo_ratio|img2img_fix|agent_att)/;
 
     const find = (selector) => gradioApp().querySelector(selector);
     const panelId = (tab, name = "") => `${tab}_agent_attention${name && "_" + name}`;
@@ -26,6 +26,7 @@
         .filter(({props}) => props && props.elem_id && "value" in props).map(({props}) => [props.elem_id, props.value]));
     const findOurs = (tab, name, inner = "") => find(`#${panelId(tab, name)} ${inner}`.trim());
     const numberIn = (id) => parseFloat(find(`#${id} input[type=number]`)?.value);
+    const textIn = (id) => find(`#${id} input`)?.value ?? "";
     const isChecked = (id) => Boolean(find(`#${id} input[type=checkbox]`)?.checked);
     const isShown = (element) => Boolean(element && element.offsetParent);
     const options = () => (typeof opts === "undefined" ? {} : opts);
@@ -91,14 +92,31 @@
     // The host's controls that decide on the passes; null while a size is being typed.
     const readPasses = (tab) => {
         const [width, height] = tab === "img2img" ? img2imgSize() : sizeOf(tab);
-        const strength = numberIn(`${tab}_denoising_strength`);
         const hires = tab !== "txt2img" || !isChecked("txt2img_hr-checkbox") ? null : {
             scale: numberIn("txt2img_hr_scale"),
             resize_x: numberIn("txt2img_hr_resize_x") || 0,
             resize_y: numberIn("txt2img_hr_resize_y") || 0,
+            steps: numberIn("txt2img_hires_steps") || 0,
+            checkpoint: /^(Use same checkpoint)?$/.test(textIn("hr_checkpoint")) ? "" : textIn("hr_checkpoint"),
         };
+        // as the host shows them: a token for each, such as "Token merging ratio: 0.5"
+        const overrides = [...gradioApp().querySelectorAll(`#${tab}_override_settings .token`)];
         if (!(width > 0 && height > 0 && (!hires || hires.scale > 0))) return null;
-        return {width, height, denoising: Number.isNaN(strength) ? 1 : strength, hires};
+        const orElse = (name, usual) => {
+            const value = numberIn(`${tab}_${name}`);
+            return Number.isNaN(value) ? usual : value;
+        };
+        return {
+            width,
+            height,
+            steps: orElse("steps", 20),
+            batch_size: orElse("batch_size", 1),
+            denoising: orElse("denoising_strength", 1),
+            sampler: textIn(`${tab}_sampling`),
+            scheduler: textIn(`${tab}_scheduler`),
+            hires,
+            overrides: overrides.map((token) => token.textContent.trim()),
+        };
     };
 
     // ---- What is shown ----
@@ -297,10 +315,12 @@
         // session lasts. Hosts without ids have one user.
         const taskKey = (tab) => `agent_attention_task_${tab.name}`;
         const taskOf = (tab) => tab.task ?? stored(() => sessionStorage.getItem(taskKey(tab))) ?? "";
+        // Taken once, when this page begins to generate: afterwards another page may have put its own there.
         const noteTask = (tab) => {
             const task = stored(() => localStorage.getItem(`${tab.name}_task_id`));
             if (!task || task === tab.task) return;
             tab.task = task;
+            tab.noted = true;
             stored(() => sessionStorage.setItem(taskKey(tab), task));
         };
 
@@ -308,11 +328,11 @@
             const status = await ask(`status?task=${encodeURIComponent(taskOf(tab))}`).catch(() => null);
             const element = findOurs(tab.name, "status");
             if (!status || !element || stopped.signal.aborted) return null;
-            const wanted = status.text && options()[STATUS_OPTION] !== false;
+            const lines = options()[STATUS_OPTION] === false ? [] : status.lines;
             const when = new Date(1000 * status.at).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
-            fill(element, wanted ? [{text: `${when} – ${status.text}`, state: status.state}] : []);
+            fill(element, lines.map((line, i) => (i ? line : {...line, text: `Last run, ${when}: ${line.text}`})));
             // the style sheet puts it above everything else
-            element.classList.toggle("agent-attention-alert", Boolean(wanted) && status.state === "wrong");
+            element.classList.toggle("agent-attention-alert", lines.length > 0 && status.state === "wrong");
             return status;
         };
 
@@ -338,7 +358,8 @@
 
         const watchGeneration = (tab) => {
             const now = isGenerating(tab);
-            if (now) noteTask(tab);
+            if (now && !tab.noted) noteTask(tab);
+            if (!now) tab.noted = false;
             if (tab.generating && !now) {
                 version += 1; // another model may have been loaded for it
                 showStatus(tab).then((status) => showTuned(tab, status));
@@ -376,7 +397,8 @@
         const pressKey = (event) => {
             const label = event.target.closest(".label-wrap[role=button]");
             const ids = TABS.flatMap((tab) => FOLDS.map((name) => panelId(tab, name)));
-            if (!label || !ids.includes(label.parentElement.id) || !["Enter", " "].includes(event.key)) return;
+            if (label !== event.target || !["Enter", " "].includes(event.key)) return;
+            if (!label || !ids.includes(label.parentElement.id)) return;
             event.preventDefault();
             label.click();
         };

@@ -49,10 +49,12 @@ class AgentAttentionScript(scripts.Script):
         session.before_sampling(p, kwargs.get("x"))
 
     def process_batch(self, p, *args, **kwargs):
+        session.before_batch(p)
         batch.begin(p)
 
     def postprocess_batch(self, p, *args, **kwargs):
         batch.end(p)
+        session.after_batch(p)
 
     def postprocess(self, p, processed, *args):
         session.postprocess(p, processed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +10,13 @@ from blocks import actions, attention_calls, blocks_of, run
 from patching import CHANGED, EXAMPLE, GRID, difference, undisturbed
 
 from agentsd import AgentConfig, LayerPlan, Rule, SettingError, get_patch, parse_rules, patch_unet, patched, plan_layer
-from agentsd.app.preview import SamplingPass, preview
+from agentsd.app.decision import Program, SamplingPass
+from agentsd.app.preview import preview
 from agentsd.cli import parser
 from agentsd.config import FIELDS
 from agentsd.costs import estimate, layouts
 from agentsd.methods import METHODS, Method, method_named, method_of, register, selectable, unregister, untouched
-from agentsd.settings import BY_NAME, check, infotext, schema, to_config
+from agentsd.settings import BY_NAME, check, infotext, to_config
 from agentsd.webui import xyz
 
 
@@ -113,16 +113,11 @@ def test_the_infotext_carries_it():
 
 
 def test_the_preview_describes_it():
-    host = SimpleNamespace(
-        unet=lambda: None,
-        config=lambda values, hires: schema.to_config(values, hires=hires),
-        obstacle=lambda hires, img2img: None,
-        advice=lambda values: [],
-        at_rest=lambda: nullcontext((None, None)),
-    )
-    first, *_ = preview({"method": "mean"}, [SamplingPass(512, 512)], host)["lines"]
+    first, *_ = preview({"method": "mean"}, [SamplingPass((64, 64))], 2, Program())["lines"]
     assert "4096 tokens → 1 mean in 5 layers" in first["text"]
-    first, *_ = preview({"method": "mean", "min_tokens": 0, "sx": 16, "sy": 16}, [SamplingPass(64, 64)], host)["lines"]
+    first, *_ = preview({"method": "mean", "min_tokens": 0, "sx": 16, "sy": 16}, [SamplingPass((8, 8))], 2, Program())[
+        "lines"
+    ]
     assert "64 tokens are not worth a mean" in first["hint"].lower()
     assert BY_NAME["sx"].label in first["hint"]
 

@@ -10,27 +10,27 @@ from blocks import golden_unet, sdxl_like_unet
 from tuned_models import KEPT, TEXT
 
 from agentsd import costs
-from agentsd.app.host import Hint
-from agentsd.app.preview import (
-    ACTS,
-    NOTE,
-    NOTHING,
-    WRONG,
-    SamplingPass,
-    fraction,
-    hires_size,
-    page_data,
-    preview,
-    sentence,
-)
+from agentsd.app.decision import Hint, Program, SamplingPass, fraction
+from agentsd.app.preview import ACTS, NOTE, NOTHING, WRONG, hires_size, page_data, preview, sentence
 from agentsd.settings import schema
 from agentsd.settings.presets import CUSTOM, PRESETS
 
-HERE = SamplingPass(512, 512)
-HIRES = SamplingPass(1024, 1024, 0.5, hires=True)
+EVERY = Program().moments
 
 
-class Host:
+def first(side=512, steps=20):
+    return SamplingPass((side // 8, side // 8), "first", EVERY("first", steps))
+
+
+def img2img(strength, steps=20, side=512):
+    return SamplingPass((side // 8, side // 8), "img2img", EVERY("img2img", steps, 0, strength))
+
+
+HERE = first()
+HIRES = SamplingPass((128, 128), "hires", EVERY("hires", 20, 0, 0.5))
+
+
+class Host(Program):
     """A program that shows the panel."""
 
     def __init__(self, unet=None, obstacle=None, advice=(), kept=()):
@@ -39,22 +39,20 @@ class Host:
     def unet(self):
         return self._unet
 
-    def config(self, values, hires):
-        return schema.to_config(values, hires=hires)
+    def kept(self, sampling):
+        wanted = sampling.of, sampling.latent
+        return next((kept for kept in self._kept if (kept.of, kept.tuning.size) == wanted), None)
 
-    def kept(self, of, size):
-        return next((kept for kept in self._kept if (kept.of, kept.tuning.size) == (of, size)), None)
-
-    def obstacle(self, hires, img2img):
-        return self._obstacle if not hires else None
+    def obstacle(self, sampling):
+        return self._obstacle if not sampling.hires else None
 
     def advice(self, values):
         return self._advice
 
 
-def said(values=None, *passes, host=None, **more):
+def said(values=None, *passes, host=None):
     """(text, hint) of each line; the last line of all, that no model is loaded, is left out."""
-    lines = preview(values or {}, passes or (HERE,), host or Host(), **more)["lines"]
+    lines = preview(values or {}, passes or (HERE,), 2, host or Host())["lines"]
     return [(line["text"], line["hint"]) for line in lines if "No model is loaded" not in line["text"]]
 
 
@@ -62,10 +60,10 @@ def test_the_defaults_at_512():
     [(text, hint)] = said()
     layout, config = costs.layouts()["SD 1"], schema.to_config(schema.check({"enabled": True}))
     gain = 1 / costs.share_of_run(layout, config, 64, 64)
-    expected = f"Expected: about {gain:.2f}× faster, by FLOPs over the whole pass."
-    assert text == f"512×512: 4096 tokens → 256 corrected agents in 5 layers. {expected}"
+    expected = rf"Expected: about {gain:.2f}× faster by FLOPs, at most (1\.\d\d)×\."
+    told = re.fullmatch(rf"512×512: 4096 tokens → 256 corrected agents in 5 layers, in all 20 steps\. {expected}", text)
+    assert float(told[1]) > gain > 1
     assert hint == ""
-    assert gain > 1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +87,7 @@ def test_the_defaults_at_512():
 )
 def test_what_is_done_in_words(values, words):
     [(text, _)] = said(values)
-    assert text.startswith(f"512×512: {words}.")
+    assert text.startswith(f"512×512: {words}, in all 20 steps.")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,7 @@ def test_what_is_done_in_words(values, words):
             {"method": "agent", "agent_ratio": 0.1},
             "4096 agents are too many for 4096 queries (fewer than half are needed). Change “Agent ratio”.",
         ),
-        ({"since": 0.7, "until": 0.6}, "Agents begin at 0.7 and end at 0.6. Change “From” or “Until”."),
+        ({"since": 0.7, "until": 0.6}, "Until must be above From (0.7), got 0.6."),
         ({"passes": "hires"}, "Only the hires pass is chosen, and there is none. Change “Passes”."),
         ({"method": "pool", "sx": 1, "sy": 1}, "Cells of 1×1 pool nothing. Change “Cell width” or “Cell height”."),
         ({"method": "merge"}, "No token is merged. Change “Ratio”."),
@@ -115,6 +113,35 @@ def test_what_is_done_in_words(values, words):
 )
 def test_where_nothing_happens_it_says_why(values, hint):
     assert said(values) == [("512×512: nothing happens.", hint)]
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "words"),
+    [
+        (0.5, 20, ", in 3 of 11 steps."),
+        (0.75, 4, ", in 2 of 4 steps."),
+        (0.3, 2, None),
+        (1.0, 1, ", in 1 of 1 steps."),
+    ],
+)
+def test_img2img_makes_a_step_more_than_its_strength_times_the_steps(strength, steps, words):
+    [(text, hint)] = said({"until": 0.6}, img2img(strength, steps))
+    if words is None:
+        assert "of the diffusion is done when this pass begins" in hint
+    else:
+        assert words in text
+
+
+def test_no_step_between_from_and_until_is_said():
+    [line] = preview({"since": 0.1, "until": 0.2}, [first(steps=4)], 2, Host(golden_unet()))["lines"]
+    assert "in 0 of 4 steps" in line["text"]
+    assert line["hint"].startswith("No step lies between From and Until")
+
+
+def test_another_checkpoint_is_said():
+    lines = preview({}, [replace(HIRES, checkpoint="other.safetensors")], 2, Host(golden_unet()))["lines"]
+    text = "Hires 1024×1024: made with other.safetensors, so figures are those of the loaded checkpoint."
+    assert lines[1]["text"] == text
 
 
 def test_layers_that_the_model_does_not_have():
@@ -142,10 +169,10 @@ def test_both_passes():
 
 
 def test_a_late_pass():
-    [(text, hint)] = said({"until": 0.6}, SamplingPass(512, 512, 0.75))
+    [(text, hint)] = said({"until": 0.6}, img2img(0.25))
     assert text == "512×512: nothing happens."
-    assert hint == "0.75 of the diffusion is done when this pass begins, and agents end at 0.6. Change “Until”."
-    [(text, hint)] = said({"until": 0.6, "after": "token merging"}, SamplingPass(512, 512, 0.75))
+    assert hint == "0.74 of the diffusion is done when this pass begins, and agents end at 0.6. Change “Until”."
+    [(text, hint)] = said({"until": 0.6, "after": "token merging"}, img2img(0.25))
     assert "2458 merged" in text
     assert hint == "Agents end before this pass begins, so only what comes afterwards is done. Change “Until”."
 
@@ -158,7 +185,7 @@ def test_what_keeps_a_pass_from_us_is_said():
 
 
 def test_a_bad_value_is_named_and_nothing_raises():
-    told = preview({"min_tokens": -5}, [HERE], Host())
+    told = preview({"min_tokens": -5}, [HERE], 2, Host())
     assert told["preset"] == CUSTOM
     hint = f"Minimum tokens must be a whole number from 0 to {2**24}, got -5."
     assert told["lines"] == [{"text": "", "hint": hint, "state": WRONG}]
@@ -169,23 +196,23 @@ def test_a_cleared_field_is_the_default():
 
 
 def test_no_model_is_said_and_a_model_is_read():
-    unloaded = preview({}, [HERE], Host())
+    unloaded = preview({}, [HERE], 2, Host())
     assert unloaded["lines"][-1]["text"] == "No model is loaded yet: figures are those of SD 1."
     assert unloaded["model"] is False, "so the page asks again"
-    assert preview({}, [HERE], Host(golden_unet()))["model"] is True
+    assert preview({}, [HERE], 2, Host(golden_unet()))["model"] is True
     host = Host(golden_unet(), advice=[Hint("32 bits are advised", ("fp32",))])
-    lines = preview({}, [HERE], host)["lines"]
+    lines = preview({}, [HERE], 2, host)["lines"]
     assert "4096 tokens → 256 corrected agents in 3 layers" in lines[0]["text"]
     assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”.", "state": NOTE}
 
 
 @pytest.mark.parametrize(("side", "tokens"), [(64, 64), (128, 256)])
 def test_where_nothing_is_gained_it_says_so(side, tokens):
-    [(text, hint)] = said({"method": "agent", "min_tokens": 0}, SamplingPass(side, side))
-    words = rf".*{tokens} tokens → .*\. No gain in time is expected(, by FLOPs over the whole pass)?\."
+    [(text, hint)] = said({"method": "agent", "min_tokens": 0}, first(side))
+    words = rf".*{tokens} tokens → .*\. No gain in time is expected( by FLOPs)?\."
     assert re.fullmatch(words, text)
     assert hint == f"Nothing is gained from layers of {tokens} tokens. Change “Minimum tokens”."
-    assert said({"min_tokens": 512}, SamplingPass(side, side)) == [
+    assert said({"min_tokens": 512}, first(side)) == [
         (f"{side}×{side}: nothing happens.", f"Nothing is to be gained from layers of {tokens} tokens.")
     ]
 
@@ -193,7 +220,7 @@ def test_where_nothing_is_gained_it_says_so(side, tokens):
 def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():
     values = {"method": "corrected", "max_agents": 9, "merge_mlp": True, "ratio": 0.4}
     [(text, hint)] = said(values)
-    assert text.startswith("512×512: tokens merged outside self-attention.")
+    assert text.startswith("512×512: tokens merged outside self-attention, in all 20 steps.")
     assert hint == (
         "Self-attention is left alone: at most 9 agents would be too few to correct. Change “Maximum agents”."
     )
@@ -203,16 +230,16 @@ def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():
     ("values", "state"), [({}, ACTS), ({"passes": "hires"}, NOTHING), ({"since": 0.7, "until": 0.6}, NOTHING)]
 )
 def test_each_line_tells_its_state(values, state):
-    assert preview(values, [HERE], Host())["lines"][0]["state"] == state
+    assert preview(values, [HERE], 2, Host())["lines"][0]["state"] == state
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_preset_is_named(name):
-    assert preview(dict(PRESETS[name]), [HERE], Host())["preset"] == name
+    assert preview(dict(PRESETS[name]), [HERE], 2, Host())["preset"] == name
 
 
 def test_settings_of_no_preset_are_custom():
-    assert preview({"ratio": 0.33}, [HERE], Host())["preset"] == CUSTOM
+    assert preview({"ratio": 0.33}, [HERE], 2, Host())["preset"] == CUSTOM
 
 
 def test_the_page_is_told_of_every_control():
@@ -249,35 +276,34 @@ def test_a_hint_without_words_is_none():
 
 def test_a_tuning_says_what_was_reached():
     tuned = {**PRESETS["Tuned"], "how_close": "2%"}
-    (line,) = preview(tuned, [HERE], Host(kept=[KEPT]))["lines"][:1]
-    assert line["text"] == "512×512: tuned to within 2%, deviation 1.7% measured. 1.60× measured."
+    (line,) = preview(tuned, [HERE], 2, Host(kept=[KEPT]))["lines"][:1]
+    assert line["text"] == "512×512: tuned, U-Net output within 2% (deviation 1.7% measured). 1.60× measured."
     assert line["state"] == ACTS
     none = replace(KEPT, tuning=replace(KEPT.tuning, frontier=KEPT.tuning.frontier[1:]))
-    (line,) = preview({**tuned, "how_close": "0.5%"}, [HERE], Host(kept=[none]))["lines"][:1]
-    assert line["text"] == "512×512: nothing is faster within 0.5%, so full attention stays."
+    (line,) = preview({**tuned, "how_close": "0.5%"}, [HERE], 2, Host(kept=[none]))["lines"][:1]
+    assert line["text"] == "512×512: nothing happens."
+    assert line["hint"] == "Nothing is faster within 0.5%, so full attention stays. Change “How close”."
     assert line["state"] == NOTHING
 
 
 def test_a_pass_without_a_tuning_says_which_preset_applies():
-    lines = preview(PRESETS["Tuned"], [HERE, HIRES], Host(kept=[KEPT]))["lines"]
-    assert "Hires 1024×1024: not tuned on this checkpoint at this size, so Faithful applies." in [
-        x["text"] for x in lines
-    ]
-    assert any(line["text"].startswith("512×512: tuned") for line in lines)
-    assert any("16384 tokens → 512 corrected agents" in line["text"] for line in lines)
-    lines = preview({"tuning": "auto", "method": "pool"}, [HERE], Host())["lines"]
+    lines = preview(PRESETS["Tuned"], [HERE, HIRES], 2, Host(kept=[KEPT]))["lines"]
+    assert lines[0]["text"].startswith("512×512: tuned")
+    instead = "Hires 1024×1024: not tuned on this checkpoint at this size, so Faithful applies: 16384 tokens → 512"
+    assert lines[1]["text"].startswith(instead)
+    lines = preview({"tuning": "auto", "method": "pool"}, [HERE], 2, Host())["lines"]
     assert "so Custom applies" in lines[0]["text"]
 
 
 def test_a_plan_for_another_model_does_not_apply():
-    lines = preview({"tuning": TEXT}, [HERE], Host(golden_unet()))["lines"]
-    assert "not tuned on this checkpoint" in lines[0]["text"]
-    lines = preview({"tuning": TEXT}, [HERE], Host())["lines"]  # as long as no model is loaded, it may
-    assert lines[0]["text"] == "512×512: tuned to within 2%."
+    lines = preview({"tuning": TEXT}, [HERE], 2, Host(golden_unet()))["lines"]
+    assert "for another model" in lines[0]["hint"], "as the run says"
+    lines = preview({"tuning": TEXT}, [HERE], 2, Host())["lines"]  # as long as no model is loaded, it may
+    assert lines[0]["text"] == "512×512: tuned, U-Net output within 2%."
 
 
 def test_an_order_to_tune_is_said():
-    told = preview({"tune": 0.005}, [HERE, HIRES], Host())
+    told = preview({"tune": 0.005}, [HERE, HIRES], 2, Host())
     assert [line["text"] for line in told["lines"]] == [
-        "The next image is made without Agent Attention, and tuned on: to within 0.5%."
+        "The next image is made without Agent Attention and used for tuning, to within 0.5%."
     ]

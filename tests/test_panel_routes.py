@@ -34,7 +34,7 @@ def test_the_preview_is_of_the_passes_that_would_be_made():
     lines = ask({**STATE, "hires": HIRES}).json()["lines"]
     assert [line["text"].split(":")[0] for line in lines] == ["512×512", "Hires 1024×1024"]
     lines = ask({**STATE, "tab": "img2img", "values": {"until": 0.4}}).json()["lines"]
-    assert "0.5 of the diffusion is done when this pass begins" in lines[0]["hint"]
+    assert "0.47 of the diffusion is done when this pass begins" in lines[0]["hint"]
 
 
 BAD = {
@@ -44,6 +44,8 @@ BAD = {
     "not a number": ({"height": "tall"}, "height"),
     "no size": ({"width": None}, "width"),
     "too much noise": ({"denoising": 1.5}, "denoising"),
+    "no step": ({"steps": 0}, "steps"),
+    "an endless batch": ({"batch_size": 10**9}, "batch_size"),
     "unknown field": ({"passes": [{"width": 64}]}, "passes"),
     "unknown hires slider": ({"hires": {**HIRES, "widht": 5}}, "widht"),
     "hires too large": ({"hires": {**HIRES, "scale": 16}}, f"from {SMALLEST} to {LARGEST}"),

@@ -15,6 +15,7 @@ from blocks import golden_unet, inputs, run
 from fake_webui import _forget_ours as forget_ours
 from fake_webui import state
 
+from agentsd.app.decision import SamplingPass
 from agentsd.settings import infotext
 from agentsd.settings.schema import SETTINGS
 
@@ -156,7 +157,7 @@ def test_an_axis_for_every_setting_once(host):
 def test_models_without_a_u_net(host, model):
     host.load(model)
     assert host.host.unet() is None
-    assert host.host.obstacle(False, False) is None
+    assert host.host.obstacle(SamplingPass((16, 16))) is None
     p = Processing()
     generate(host, p, golden_unet())
     assert host.session.NO_UNET in host.session.STATUS.text()

@@ -38,12 +38,11 @@ def test_somebody_elses_map_is_shown_with_a_word(host):
 
 def test_from_the_page_messages_name_labels(host):
     p = Processing()
-    host.session.before_process(p)
-    host.session.process(p, [True, 0.4, 0.9, 0.3, 0.1, False, "grid", "agent", 0.7, 0.6])
-    assert host.session.STATUS.text() == "Not applied: Until must be above From (0.7), got 0.6"
+    generate(host, {"since": 0.7, "until": 0.6}, p)
+    assert host.session.STATUS.text().endswith(": nothing happened. Until must be above From (0.7), got 0.6.")
     assert "Until must be above From" in p.comments[0]
-    host.session.postprocess(p, processed := SimpleNamespace())
-    assert len(processed.extra_generation_params[infotext.NOTE]) < 100
+    note = infotext.note(["until must be above since (0.7), got 0.6"])
+    assert p.processed.extra_generation_params[infotext.NOTE] == note
     assert p.extra_generation_params == {"Other extension": "here"}
 
 

@@ -18,6 +18,7 @@ from fake_webui import state
 from tiny_pipelines import tiny_unet
 
 from agentsd import get_patch
+from agentsd.app.decision import SamplingPass
 from agentsd.settings import infotext
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
 from agentsd.words import percent
@@ -185,7 +186,7 @@ def test_an_interrupted_image_has_its_settings(host, unet):
     for callback in host.ended:
         callback(p)
     assert get_patch(unet) is None
-    assert host.session.STATUS.passes[0].changed() > 0
+    assert host.session.STATUS.passes[0].patched
 
 
 OBSTACLES = {
@@ -202,7 +203,7 @@ def test_stands_down_beside_its_own(host, unet, reason):
     (made, _) = generate(host, p=p)
     assert torch.equal(made, call(unet))
     assert reason in host.session.STATUS.text()
-    assert reason in host.host.obstacle(False, False).text
+    assert reason in host.host.obstacle(SamplingPass((16, 16))).text
     assert p.extra_generation_params == {"Other extension": "here"}
 
 
@@ -212,7 +213,7 @@ def test_an_unused_ratio_is_no_obstacle(host, unet):
     made = generate(host, passes=((False, 16), (True, 24)))
     assert not torch.equal(made[0], call(unet, 16))
     assert torch.equal(made[2], call(unet, 24))
-    assert host.host.obstacle(False, False) is None
+    assert host.host.obstacle(SamplingPass((16, 16))) is None
 
 
 def test_a_model_without_a_u_net(host):
@@ -279,7 +280,7 @@ def test_a_batch_that_a_thread_has_lost(host, unet):
 
 
 def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):
-    monkeypatch.setattr(host.batch.compat.HOST, "obstacles", lambda *args: 1 / 0)
+    monkeypatch.setattr(type(host.batch.compat.HOST), "obstacle", lambda *args: 1 / 0)
     p = Processing()
     (made, _) = generate(host, p=p)
     assert torch.equal(made, call(unet))
@@ -307,5 +308,5 @@ def test_what_was_tuned_elsewhere_is_used(host, unet):
     p = Processing()
     (made, _) = generate(host, {**ON, "tuning": plan}, p)
     assert not torch.equal(made, call(unet))
-    assert f"tuned to within {percent(0.05)}" in host.session.STATUS.text()
+    assert f"the U-Net's output within {percent(0.05)}" in host.session.STATUS.text()
     assert infotext.read(p.extra_generation_params[infotext.KEY])["tuning"] == plan

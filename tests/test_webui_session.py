@@ -13,6 +13,7 @@ from fake_webui import ON, Processing, Sampler, fake_host, fake_unet, generate, 
 
 from agentsd import get_patch
 from agentsd.app import token_map as tokenmap
+from agentsd.app.decision import SamplingPass
 from agentsd.settings import NAMES, infotext
 
 
@@ -213,7 +214,7 @@ def test_leftovers_of_another_thread_are_cleaned(host, unet):
 
     def lose():
         generation = host.session.Generation(host.session.schema.check({"enabled": True, **ON}), 0)
-        held.append(host.session.sampling_pass(Processing(), generation, False))
+        held.append(host.session.sampling_pass(Processing(), generation, SamplingPass((16, 16))))
         held[0].__enter__()
 
     thread = threading.Thread(target=lose)

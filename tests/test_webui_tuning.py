@@ -75,7 +75,7 @@ def test_the_picture_is_made_without_us_and_tuned_on(host, unet):
     assert state(unet) == before
     assert vars(p.sampler) == {}
     assert keys(host) == ["small.safetensors|first|16x16"], entries
-    assert "tune on it" in entries[infotext.NOTE]
+    assert "used for tuning" in entries[infotext.NOTE]
     assert infotext.KEY not in entries
     assert p.extra_generation_params == {"Other extension": "here"}, "nothing is written into an image without us"
     (found,) = tunings.read(entries[infotext.TUNED])
@@ -83,7 +83,7 @@ def test_the_picture_is_made_without_us_and_tuned_on(host, unet):
     assert found.tuning.acts
     status = host.session.STATUS.as_dict()
     assert status["preset"] == "Tuned"
-    assert "first pass, 128×128: tuned to within 30%" in status["text"]
+    assert "128×128: tuned to within 30%" in status["text"]
 
 
 def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host, plan):
@@ -91,7 +91,7 @@ def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host,
     made, entries, _ = make(host, {"tuning": "auto", "how_close": "5%"})
     named, more, _ = make(host, {"tuning": plan})
     assert not torch.equal(named, plain)
-    assert "tuned to within 30%" in host.session.STATUS.text()
+    assert "the U-Net's output within 30%" in host.session.STATUS.text()
     host.cache.clear()
     for wanted, written in ((made, entries[infotext.KEY]), (named, more[infotext.KEY])):
         assert "auto" not in written
@@ -102,16 +102,16 @@ def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host,
 
 def test_a_run_says_how_close_it_was(host):
     make(host, {"until": 1.0, "min_tokens": 0})
-    assert re.search(r"attention within [\d.]+% of full \(worst block [\d.]+%\)", host.session.STATUS.text())
+    assert re.search(r"Attention within [\d.]+% of full \(worst block [\d.]+%\)", host.session.STATUS.text())
     (told,) = host.session.STATUS.as_dict()["passes"]
     assert 0 < told["closeness"]["mean"] <= told["closeness"]["worst"]
     make(host, {"until": 1.0, "min_tokens": 9999})
-    assert "attention within" not in host.session.STATUS.text()
+    assert "Attention within" not in host.session.STATUS.text()
     host.shared.opts.agent_attention_closeness = False
     make(host, {"until": 1.0, "min_tokens": 0})
     (told,) = host.session.STATUS.as_dict()["passes"]
     assert told["closeness"] is None
-    assert "attention within" not in host.session.STATUS.text()
+    assert "Attention within" not in host.session.STATUS.text()
 
 
 def test_how_close_chooses_among_the_plans_found(host, plan):
@@ -146,7 +146,7 @@ def test_a_plot_is_tuned_on_once_with_its_first_image(host, monkeypatch, ends):
     host.progress.current_task = "task(plot)"
     cells = [make(host, {"tune": 0.3, **ON}) for _ in range(3)]
     assert torch.equal(cells[0][0], plain)
-    assert "tune on it" in cells[0][1][infotext.NOTE]
+    assert "used for tuning" in cells[0][1][infotext.NOTE]
     for made, entries, _ in cells[1:]:
         assert not torch.equal(made, plain)
         assert infotext.TUNED not in entries
@@ -166,12 +166,12 @@ def test_what_is_not_tuned_has_the_other_settings_and_says_so(host, plan, elsewh
         host.shared.sd_model.sd_checkpoint_info.name = "other.safetensors"
     else:
         torch.nn.init.normal_(next(host.shared.sd_model.model.diffusion_model.parameters()))
-    made, entries, _ = make(host, {"tuning": "auto"})
+    made, entries, _ = make(host, {"tuning": "auto", **ON})
     text = host.session.STATUS.text()
-    usual, _, _ = make(host, {})
+    usual, _, _ = make(host, ON)
     assert torch.equal(made, usual)
-    assert "so the other settings are used" in text
-    assert "tuning" not in entries[infotext.KEY]
+    assert "so the other settings were used" in text
+    assert "tuning=" not in entries[infotext.KEY]
 
 
 def test_a_given_plan_for_another_model_is_refused_and_the_image_made_without_us(host, unet):
@@ -337,7 +337,7 @@ def test_what_is_damaged_in_the_cache_counts_as_absent(host, plan):
     for damaged in ({**host.cache[SECTION][key], "tuning": {}}, "text"):
         host.cache[SECTION][key] = damaged
         make(host, {"tuning": "auto"})
-        assert "no tuning for this checkpoint and size" in host.session.STATUS.text()
+        assert "not tuned on this checkpoint at this size" in host.session.STATUS.text()
 
 
 def test_cancelling_while_the_presets_are_tried_leaves_the_model(unet, monkeypatch):

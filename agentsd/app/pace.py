@@ -1,4 +1,4 @@
-"""Speed of the steps of a pass, patched and untouched.
+"""Speed of the U-Net calls of a pass, patched and untouched.
 
 Imports neither gradio nor the WebUI.
 """
@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..methods import UNTOUCHED
-
-_CLEARLY = 1.05  # what is less is noise
+from .timings import CLEARLY
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,13 @@ class Pace:
     @property
     def slower(self) -> bool:
         """Whether patched calls took clearly longer than the others."""
-        return None not in (self.patched, self.untouched) and self.patched > _CLEARLY * self.untouched
+        return None not in (self.patched, self.untouched) and self.patched > CLEARLY * self.untouched
 
     def words(self) -> str:
-        """Describe the pace, as in "0.41 s/it patched, 0.52 s/it untouched"; empty if nothing was timed."""
-        named = (("patched", self.patched), ("untouched", self.untouched))
-        return ", ".join(f"{_digits(seconds)} s/it {name}" for name, seconds in named if seconds is not None)
+        """Describe the pace, as in "0.41 s with, 0.52 s without per U-Net call"; empty if nothing was timed."""
+        named = (("with", self.patched), ("without", self.untouched))
+        told = ", ".join(f"{_digits(seconds)} s {name}" for name, seconds in named if seconds is not None)
+        return told and f"{told} per U-Net call"
 
 
 def _digits(seconds: float) -> str:
@@ -60,13 +60,14 @@ class StepClock:
         self._count = 0
         self._laps: dict[bool, list[float]] = {True: [], False: []}
 
-    def lap(self, count: int) -> None:
+    def lap(self, count: int = 0) -> None:
         """Mark the start of a call or the end of the pass, with `count` changed self-attention calls so far."""
         now = self._now()
         if self._begun is not None:
             self._laps[count > self._count].append(now - self._begun)
         self._begun, self._count = now, count
 
-    def pace(self) -> Pace:
-        """Return the pace of the pass so far."""
-        return Pace(*(statistics.median(self._laps[key]) if self._laps[key] else None for key in (True, False)))
+    def pace(self, skip: int = 0) -> Pace:
+        """Return the pace so far, without the first `skip` calls of each kind, which load what they need."""
+        laps = (self._laps[key][skip:] for key in (True, False))
+        return Pace(*(statistics.median(of_kind) if of_kind else None for of_kind in laps))

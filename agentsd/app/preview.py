@@ -1,67 +1,23 @@
 """The preview: what the settings will do at the current size, in a sentence for each sampling pass.
 
-The page's script reads the controls and asks; all wording is here. Imports neither gradio nor a WebUI.
+The page's script reads the controls and asks; all wording is here, and the last run's is the same. Imports neither
+gradio nor a WebUI.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
-from ..attention.grid import Grid
 from ..checks import SettingError
-from ..config import SMALL, AgentConfig
-from ..costs import Estimate, Layout, LevelEstimate, estimate, layouts, share_of_run
-from ..settings import tunings
+from ..methods import LayerPlan
 from ..settings.idle import idle
-from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.schema import BY_NAME, DEFAULTS, SETTINGS, check, labelled
-from ..tuning.result import Tuning, TuningError
+from ..settings.presets import CUSTOM, KEPT, PRESETS, preset_of
+from ..settings.schema import BY_NAME, DEFAULTS, HIRES, SETTINGS, check, labelled
+from ..tuning.result import Tuning
 from ..words import percent
-from .host import Hint, PanelHost
-from .kept_tunings import plans
-
-if TYPE_CHECKING:
-    from torch import nn
-
-# Layout used while no model is loaded
-USUAL = "SD 1"
-
-# Layouts read so far: reading one walks over every module of the U-Net.
-_LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class SamplingPass:
-    """One sampling pass of the image that the page would generate now.
-
-    Attributes:
-        width: width of the image in pixels.
-        height: height of the image in pixels.
-        start: progress at which the pass begins, 0–1.
-        hires: whether it is the hires pass.
-    """
-
-    width: int
-    height: int
-    start: float = 0.0
-    hires: bool = False
-
-    @property
-    def latent(self) -> tuple[int, int]:
-        """(height, width) of the latent."""
-        return Grid.of_pixels(self.height, self.width)
-
-    @property
-    def end(self) -> str:
-        """Name of the setting for when agents end in this pass."""
-        return "hires_until" if self.hires else "until"
-
-    def __str__(self) -> str:
-        return f"{'Hires ' if self.hires else ''}{self.width}×{self.height}"
+from .decision import USUAL, Decision, Hint, Program, SamplingPass, decide
 
 
 def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: int) -> tuple[int, int]:
@@ -98,7 +54,6 @@ def page_data() -> dict[str, Any]:
         "presets": {name: dict(values) for name, values in PRESETS.items()},
         "custom": CUSTOM,
         "help": {**{row.name: row.tooltip for row in SETTINGS}, **_HELP},
-        "min_tokens_label": BY_NAME["min_tokens"].label,
     }
 
 
@@ -108,73 +63,84 @@ ACTS, SLOWER, NOTHING, WRONG, NOTE = "acts", "slower", "nothing", "wrong", "note
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the preview.
+    """One line of the preview or of the last run.
 
     Attributes:
-        text: what happens.
+        text: what happens, in clauses without full stops.
         hint: advice; where nothing happens, the reason and its remedy.
         state: ACTS if anything is changed, SLOWER if that costs time, NOTHING, WRONG for a bad value, or NOTE.
-        gain: the expected gain in time; empty where nothing is changed.
     """
 
-    text: str
+    text: Sequence[str] | str = ""
     hint: Hint | None = None
     state: str = NOTE
-    gain: str = ""
+
+    def __str__(self) -> str:
+        told = self.to_dict()
+        return f"{told['text']} {told['hint']}".strip()
 
     def to_dict(self) -> dict[str, str]:
         """Convert the line to full sentences for the page."""
-        text = " ".join(f"{part}." for part in (self.text, self.gain) if part)
+        clauses = (self.text,) if isinstance(self.text, str) else self.text
+        text = " ".join(f"{clause[0].upper()}{clause[1:]}." for clause in clauses if clause)
         return {"text": text, "hint": "" if self.hint is None else sentence(self.hint), "state": self.state}
 
 
-def preview(
-    values: Mapping[str, Any],
-    passes: Sequence[SamplingPass],
-    host: PanelHost,
-    *,
-    img2img: bool = False,
-) -> dict[str, Any]:
+def preview(values: Mapping[str, Any], passes: Sequence[SamplingPass], rows: int, program: Program) -> dict[str, Any]:
     """Make the preview of the settings.
 
     Args:
         values: settings by name; missing ones and None give the default.
         passes: the sampling passes that the page would make.
-        host: the program that shows the panel.
-        img2img: whether it is the img2img tab.
+        rows: rows of the U-Net's batch.
+        program: the program that shows the panel.
 
     Returns:
         {"lines": [{"text", "hint", "state"}, …], "preset": name, "model": whether one is loaded, "idle": why controls
-        have no effect, by setting}.
+        have no effect, by setting, "passes": [{"of", "latent", "patched", "calls"}, …]}.
     """
-    unet = host.unet()
+    model = program.unet() is not None
     try:
         checked = check({**values, "enabled": True})
     except SettingError as error:
-        return _answer([Line("", Hint(labelled(str(error))), WRONG)], CUSTOM, unet, {})
-    layout = layouts()[USUAL] if unet is None else layout_of_unet(unet)
+        return _answer([Line("", Hint(str(error)), WRONG)], CUSTOM, model)
     if checked["tune"]:
-        return _answer([_order_to_tune(checked["tune"])], preset_of(checked), unet, {})
-    lines = _chosen([_line(checked, sampling, layout, host, img2img) for sampling in passes], checked)
-    lines = [*_not_tuned(checked, passes, host, img2img), *lines]
-    if unet is None:
-        lines.append(Line(f"No model is loaded yet: figures are those of {USUAL}"))
+        return _answer([_order_to_tune(checked["tune"])], preset_of(checked), model)
+    decisions = [decide(checked, sampling, rows, program) for sampling in passes]
+    lines = _chosen([line_of(decision, checked) for decision in decisions], checked)
+    lines += [
+        Line(f"{made.sampling}: made with {made.sampling.checkpoint}, so figures are those of the loaded checkpoint")
+        for made in decisions
+        if made.patches and made.sampling.checkpoint
+    ]
+    if model:
+        lines += [Line("", hint) for hint in program.advice(checked)]
     else:
-        lines += [Line("", hint) for hint in host.advice(checked)]
-    return _answer(lines, preset_of(checked), unet, idle(checked))
+        lines.append(Line(f"No model is loaded yet: figures are those of {USUAL}"))
+    return _answer(lines, preset_of(checked), model, _idle(checked, decisions), decisions)
 
 
-def _answer(lines: Sequence[Line], preset: str, unet: nn.Module | None, idle: Mapping[str, str]) -> dict[str, Any]:
-    return {"lines": [line.to_dict() for line in lines], "preset": preset, "model": unet is not None, "idle": idle}
+def _answer(
+    lines: Iterable[Line],
+    preset: str,
+    model: bool,
+    reasons: Mapping[str, str] | None = None,
+    decisions: Iterable[Decision] = (),
+) -> dict[str, Any]:
+    passes = [
+        {"of": d.sampling.of, "latent": list(d.sampling.latent), "patched": d.patches, "calls": dict(d.calls)}
+        for d in decisions
+    ]
+    shown = [line.to_dict() for line in lines]
+    return {"lines": shown, "preset": preset, "model": model, "idle": dict(reasons or {}), "passes": passes}
 
 
-def layout_of_unet(unet: nn.Module) -> Layout:
-    """Return the layout of a U-Net, reading it only once."""
-    from ..hosts.layout import layout_of
-
-    if unet not in _LAYOUTS:
-        _LAYOUTS[unet] = layout_of(unet)
-    return _LAYOUTS[unet]
+def _idle(values: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, str]:
+    """Say which controls have no effect, and why: {name: sentence}."""
+    if decisions and all(decision.tuning is not None for decision in decisions):
+        others = (name for name in BY_NAME if name not in KEPT and name not in ("tuning", "passes"))
+        return dict.fromkeys(others, "No effect beside the tuning that is used.")
+    return idle(values)
 
 
 def sentence(hint: Hint) -> str:
@@ -183,7 +149,8 @@ def sentence(hint: Hint) -> str:
         return ""
     labels = [f"“{BY_NAME[name].label if name in BY_NAME else name}”" for name in hint.remedy]
     change = f" Change {' or '.join(labels)}." if labels else ""
-    return f"{hint.text[0].upper()}{hint.text[1:]}.{change}"
+    text = labelled(hint.text)
+    return f"{text[0].upper()}{text[1:]}.{change}"
 
 
 def _chosen(lines: list[Line], values: Mapping[str, Any]) -> list[Line]:
@@ -191,190 +158,51 @@ def _chosen(lines: list[Line], values: Mapping[str, Any]) -> list[Line]:
     left_out = [line for line in lines if line.hint is not None and line.hint.remedy == ("passes",)]
     if len(left_out) < len(lines) or not lines:
         return [line for line in lines if line not in left_out]
-    only_hires = "only the hires pass is chosen, and there is none"
-    hint = Hint(only_hires, ("passes",)) if values["passes"] == "hires" else lines[0].hint
-    return [Line(lines[0].text, hint, NOTHING)]
-
-
-def _line(
-    values: Mapping[str, Any],
-    sampling: SamplingPass,
-    layout: Layout,
-    host: PanelHost,
-    img2img: bool,
-) -> Line:
-    def nothing(text: str, *remedy: str) -> Line:
-        return Line(f"{sampling}: nothing happens", Hint(text, remedy), NOTHING)
-
-    obstacle = host.obstacle(sampling.hires, img2img)
-    if obstacle is not None:
-        return nothing(obstacle.text, *obstacle.remedy)
-    if values["since"] >= values[sampling.end]:
-        return nothing(
-            f"agents begin at {fraction(values['since'])} and end at {fraction(values[sampling.end])}",
-            "since",
-            sampling.end,
-        )
-    config = host.config(values, sampling.hires)
-    if config is None:
-        return nothing("this pass is left out", "passes")
-    plan = _plan(values, sampling, host, img2img)
-    if plan is not None:
-        return _tuned_line(sampling, plan)
-    parts = _parts(config, values, sampling, layout)
-    acting = next((part for part in parts if part.acts), None)
-    own = next((part for part in parts if part.own), None)
-    if acting is None and own is not None:
-        hint = _why_nothing(own.cost)
-        return nothing(hint.text, *hint.remedy)
-    if acting is None:
-        begins = f"{fraction(sampling.start)} of the diffusion is done when this pass begins"
-        return nothing(f"{begins}, and agents end at {fraction(values[sampling.end])}", sampling.end)
-    gain, state = _by_flops(share_of_run(layout, config, *sampling.latent, sampling.start))
-    return _acting_line(f"{sampling}: {_describe(acting.cost)}", _advice(acting, own, sampling), state, gain)
-
-
-def _acting_line(text: str, advice: Hint | None, state: str, gain: str) -> Line:
-    """Make the line of a pass in which something is changed. Small layers gain nothing."""
-    if advice is not None and advice.remedy == ("min_tokens",) and state == ACTS:
-        gain, state = _speed(1.0), NOTHING
-    return Line(text, advice, state, gain)
+    if values["passes"] == HIRES:
+        return [Line(lines[0].text, Hint("only the hires pass is chosen, and there is none", ("passes",)), NOTHING)]
+    return lines[:1]
 
 
 def _order_to_tune(tolerance: float) -> Line:
-    text = f"The next image is made without Agent Attention, and tuned on: to within {percent(tolerance)}"
+    text = f"The next image is made without Agent Attention and used for tuning, to within {percent(tolerance)}"
     return Line(text, Hint("that takes as long as some dozens of steps; Skip ends it"))
 
 
-def _plan(values: Mapping[str, Any], sampling: SamplingPass, host: PanelHost, img2img: bool) -> Tuning | None:
-    """Return the tuning that a pass would use; None where the other settings apply."""
-    if not values["tuning"]:
-        return None
-    of = tunings.HIRES if sampling.hires else tunings.IMG2IMG if img2img else tunings.FIRST
-    unet = host.unet()
-    for plan in plans(values, of, sampling.latent, host.kept(of, sampling.latent)):
-        with suppress(TuningError):
-            if unet is not None:
-                plan.config_for(unet)
-            return plan
-    return None
+# Words of a pass, for the last run as well
 
 
-def _not_tuned(values: Mapping[str, Any], passes: Sequence[SamplingPass], host: PanelHost, img2img: bool) -> list[Line]:
-    """Say of each pass for which a tuning was asked, and there is none, what applies instead."""
-    if not values["tuning"]:
-        return []
-    instead = preset_of({**values, "tuning": ""})
-    return [
-        Line(f"{sampling}: not tuned on this checkpoint at this size, so {instead} applies", Hint("", ()))
-        for sampling in passes
-        if host.config(values, sampling.hires) is not None and _plan(values, sampling, host, img2img) is None
-    ]
+def line_of(made: Decision, values: Mapping[str, Any]) -> Line:
+    """Say what happens in a pass."""
+    name, total = str(made.sampling), len(made.sampling.moments or ())
+    head = f"{name}: {made.instead}, so {preset_of({**values, 'tuning': ''})} applies" if made.instead else name
+    if not made.patches:
+        return Line(f"{head}: nothing happens", made.reason, NOTHING)
+    gain, state = _gain(made, total)
+    if made.tuning is not None:
+        return Line((f"{head}: {tuned_in_words(made.tuning)}", gain), made.reason, state)
+    what = f"{layers_in_words(made.layers)}{steps_in_words(made.steps, total, 'steps')}"
+    if state == ACTS and made.reason is not None and made.reason.remedy == ("min_tokens",) and made.timing is None:
+        gain, state = _speed(1.0)
+    return Line((f"{head}: {what}", gain), made.reason, state)
 
 
-def _tuned_line(sampling: SamplingPass, tuning: Tuning) -> Line:
-    plan, within = tuning.plan, f"tuned to within {percent(tuning.tolerance)}"
-    if not plan.acts:
-        return Line(f"{sampling}: {plan.gain}, so full attention stays", Hint("", ("how_close",)), NOTHING)
-    reached = f", deviation {plan.reached}" if plan.reached else ""
-    state = ACTS if plan.speed_up is None else _state(plan.speed_up)
-    return Line(f"{sampling}: {within}{reached}", None, state, plan.gain)
+def tuned_in_words(tuning: Tuning) -> str:
+    """Say what a tuning keeps to, as in "tuned, U-Net output within 2% (deviation 1.7% measured)"."""
+    reached = f" (deviation {tuning.plan.reached})" if tuning.plan.reached else ""
+    return f"tuned, U-Net output within {percent(tuning.tolerance)}{reached}"
 
 
-def _by_flops(share: float) -> tuple[str, str]:
-    """Word the gain in time that the share of FLOPs left suggests, and tell the line's state."""
-    gain = 1 / share
-    return f"{_speed(gain, 'about ')}, by FLOPs over the whole pass", _state(gain)
-
-
-def _state(gain: float) -> str:
-    """Tell the state of a line whose pass runs `gain` times as fast, to the digits that are shown."""
-    shown = round(gain, 2)
-    return SLOWER if shown < 1 else ACTS if shown > 1 else NOTHING
-
-
-def _speed(gain: float, about: str = "") -> str:
-    words = {
-        ACTS: f"Expected: {about}{gain:.2f}× faster",
-        SLOWER: f"Slower than without: {about}{gain:.2f}× the speed",
-        NOTHING: "No gain in time is expected",
-    }
-    return words[_state(gain)]
-
-
-def milliseconds(before: float, after: float) -> str:
-    """Format a timing, as in "410 → 330 ms a U-Net call"."""
-    return f"{before:.0f} → {after:.0f}\u00a0ms a U-Net call"
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part of the diffusion: its cost and length, and whether the panel's own settings apply in it."""
-
-    cost: Estimate
-    length: float
-    own: bool
-
-    @property
-    def acts(self) -> bool:
-        return self.cost.layers > 0 or self.cost.flops_left != self.cost.flops
-
-
-def _parts(config: AgentConfig, values: Mapping[str, Any], sampling: SamplingPass, layout: Layout) -> list[_Part]:
-    """List the parts of the diffusion that the pass reaches."""
-    return [
-        _Part(
-            estimate(layout, config, *sampling.latent, since),
-            until - max(since, sampling.start),
-            values["since"] <= since < values[sampling.end],
-        )
-        for since, until in config.parts()
-        if until > sampling.start
-    ]
-
-
-# Settings that veto a layer before its method is asked, from the least telling: layers further down are left alone by
-# every usual setting
-_VETOES = ("max_downsample", "rules", "min_tokens", "merge_attn")
-
-
-def _why_nothing(cost: Estimate) -> Hint:
-    """Name the last veto: the layers that it stopped came closest to being changed."""
-
-    def rank(level: LevelEstimate) -> int:
-        remedy = level.plan.remedy[:1]
-        return _VETOES.index(remedy[0]) if remedy and remedy[0] in _VETOES else len(_VETOES)
-
-    plan = max(cost.levels, key=rank).plan
-    if plan.remedy == ("min_tokens",) and plan.tokens < SMALL:
-        return Hint(f"nothing is to be gained from layers of {plan.tokens} tokens")
-    return Hint(plan.reason, plan.remedy)
-
-
-def _advice(acting: _Part, own: _Part | None, sampling: SamplingPass) -> Hint | None:
-    """Give advice on a part of the diffusion in which something is changed."""
-    if own is None:
-        return Hint("agents end before this pass begins, so only what comes afterwards is done", (sampling.end,))
-    if not acting.own:
-        hint = _why_nothing(own.cost)
-        return Hint(f"no agents: {hint.text}", hint.remedy)
-    changed = acting.cost.changed
-    if not changed:  # tokens are merged elsewhere
-        hint = _why_nothing(own.cost)
-        return Hint(f"self-attention is left alone: {hint.text}", hint.remedy)
-    if all(level.plan.shortfall for level in changed):
-        return Hint(f"no agents: {changed[0].plan.shortfall}", changed[0].plan.remedy)
-    if acting.cost.share > 1:
-        return Hint("this costs more than it saves", ("agent_ratio",))
-    tokens = max(level.plan.tokens for level in changed)
-    if tokens < SMALL:
-        return Hint(f"nothing is gained from layers of {tokens} tokens", ("min_tokens",))
-    return None
-
-
-def _describe(cost: Estimate) -> str:
-    words = [f"{level.plan.method.words(level.plan)} {in_layers(level.count)}" for level in cost.changed]
+def layers_in_words(layers: Iterable[tuple[LayerPlan, int]]) -> str:
+    """Say what is done in which layers."""
+    words = (f"{plan.method.words(plan)} {in_layers(count)}" for plan, count in layers)
     return ", ".join(words) or "tokens merged outside self-attention"
+
+
+def steps_in_words(changed: int, total: int, noun: str) -> str:
+    """Say in which of the steps, as in ", in 12 of 20 steps"; empty where they are not known."""
+    if not total:
+        return ""
+    return f", in all {total} {noun}" if changed == total > 1 else f", in {changed} of {total} {noun}"
 
 
 def in_layers(count: int) -> str:
@@ -382,6 +210,23 @@ def in_layers(count: int) -> str:
     return f"in {count} layer{'' if count == 1 else 's'}"
 
 
-def fraction(value: float) -> str:
-    """Format a fraction of the diffusion as the sliders show it, such as "0.6"."""
-    return f"{value:.2f}".rstrip("0").rstrip(".")
+def _gain(made: Decision, total: int) -> tuple[str, str]:
+    """Word the gain in time of a pass, and tell the line's state."""
+    tuning, timing = made.tuning, made.timing
+    if tuning is not None and (timing is None or timing.layers):
+        return tuning.plan.gain, _speed(tuning.speed_up)[1] if tuning.speed_up else ACTS
+    if timing is not None and not timing.layers:
+        share = 1.0 if not total else made.steps / total
+        words, state = _speed(1 / (1 - share + share / timing.gain))
+        return f"{words}; measured here: {timing.words()}", state
+    words, state = _speed(1 / made.share, "about ")
+    words += f" by FLOPs, at most {1 / made.least:.2f}×" if state == ACTS else " by FLOPs"
+    return f"{words}; measured here: {timing.words()}" if timing else words, state
+
+
+def _speed(gain: float, about: str = "") -> tuple[str, str]:
+    """Word a gain in time to the digits that are shown, and tell the line's state."""
+    shown = round(gain, 2)
+    if shown < 1:
+        return f"slower than without: {about}{gain:.2f}× the speed", SLOWER
+    return (f"expected: {about}{gain:.2f}× faster", ACTS) if shown > 1 else ("no gain in time is expected", NOTHING)

@@ -18,7 +18,7 @@ from ..attention.merging import Clusters
 from ..methods import LayerPlan
 from ..patching.layer import Answer
 from ..schedule import MAX_TIMESTEP
-from .preview import fraction
+from .decision import fraction
 
 # Label of the checkbox that turns on recording
 RECORD = "Record tokens for the map"

@@ -31,18 +31,16 @@ except ImportError as error:
 
 from torch import nn
 
-from ..app.host import Hint
-from ..app.kept_tunings import Kept, PanelTunings, Store, config_of, make, plans
+from ..app.decision import Decision, Program, SamplingPass, decide, evenly, is_left_out
+from ..app.kept_tunings import Kept, PanelTunings, Store, make
 from ..app.last_run import STATUS, PassReport
 from ..checks import SettingError
-from ..config import AgentConfig
 from ..panel import controls
 from ..panel.routes import Routes
 from ..settings import schema
 from ..settings.tunings import AUTO, FIRST
 from ..tuning.record import RecordedCall, record_calls
 from ..tuning.result import TuningCancelled, TuningError, headline
-from ..words import percent
 from .distance import distance
 from .runs import Run, draw
 from .sheets import enlarged
@@ -52,6 +50,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 TAB = "txt2img"  # the panel's script looks for the WebUI's elements
+ROWS = 2  # cond and uncond
 SCALE = 8  # pixels shown per position of the latent, as in Stable Diffusion
 _FILES = Path(__file__).resolve().parents[2]
 # Everything comes from this server, except what gradio's page generates itself.
@@ -66,7 +65,7 @@ class Stopped(Exception):
     """The user has pressed Stop."""
 
 
-class Playground:
+class Playground(Program):
     """Actions of the page's controls.
 
     Args:
@@ -117,12 +116,14 @@ class Playground:
     def _draw_both(
         self, request: Request, values: Mapping[str, Any], progress: Any
     ) -> tuple[tuple[Image, Image], str, str]:
-        config = schema.to_config(values)  # before anything is drawn: settings may contradict each other
-        STATUS.begin(config is not None)
-        report = PassReport(hires=False, models=1)
-        since = 0.0
+        sampling = SamplingPass(self._latent(request), FIRST, evenly(request.steps))
+        wanted = values["enabled"] and not is_left_out(values, hires=False)
+        made = decide(values, sampling, ROWS, self) if wanted else None
+        if made is not None and made.refused:
+            raise CommandError(made.reason.text)
+        STATUS.begin(wanted)
 
-        def draw_one(label: str, config: Any) -> Run:
+        def draw_one(label: str, made: Decision | None, told: PassReport) -> Run:
             numbers = iter(range(1, request.steps + 1))
 
             def step() -> None:
@@ -130,22 +131,29 @@ class Playground:
                 if self._stop.is_set():
                     raise Stopped
 
-            return draw(self.model, request, config, label, True, step, lambda patch: report.add(patch, since))
+            since = None if made is None or made.tuning else values["since"]
+            config = None if made is None else made.config
+            return draw(self.model, request, config, label, True, step, lambda patch: told.add(patch, since))
 
-        tunes = config is not None and values["tune"] > 0
+        tunes = wanted and values["tune"] > 0
         with record_calls(self.model.unet) if tunes else nullcontext([]) as calls:
-            plain = draw_one("without", None)
+            plain = draw_one("without", None, PassReport())
         if tunes:
-            report.tuned = self._tune(calls, values["tune"], progress)
-            values = {**values, "tuning": AUTO}
-        tuned = None if config is None else self._tuned(values, request, report)
-        if tuned is not None:
-            config, since = tuned, None
-        patched = draw_one("with agent attention", config) if config is not None else None
-        if patched is not None:
+            STATUS.add(PassReport(name=str(sampling), tuned=self._tune(calls, values["tune"], progress)))
+            made = decide({**values, "tuning": AUTO}, sampling, ROWS, self)
+        report = PassReport(made)
+        patched = draw_one("with agent attention", made, report) if made is not None and made.patches else None
+        if made is not None:
             STATUS.add(report)
+        if made is not None and made.key and patched is not None:
+            self.timings.add_calls(made.key, patched.seconds / request.steps, plain.seconds / request.steps)
         pictures = (_shown(plain.picture), _shown((patched or plain).picture))
-        return pictures, _timings(plain, patched), f"<div>{escape(STATUS.text())}</div>"
+        status = "".join(f"<div>{escape(str(line))}</div>" for line in STATUS.lines())
+        return pictures, _timings(plain, patched), status
+
+    def _latent(self, request: Request) -> tuple[int, int]:
+        height, width = request.size
+        return height // self.model.factor, width // self.model.factor
 
     def _tune(self, calls: list[RecordedCall], tolerance: float, progress: Any) -> str:
         """Tune on the picture that was just drawn, and say what came of it."""
@@ -158,37 +166,24 @@ class Playground:
         self.tunings.put(kept)
         return headline(kept.tuning)
 
-    def _tuned(self, values: Mapping[str, Any], request: Request, report: PassReport) -> AgentConfig | None:
-        """Make the config of the tuning that the settings name; None if none fits."""
-        height, width = (side // self.model.factor for side in request.size)
-        for plan in plans(values, FIRST, (height, width), self.kept(FIRST, (height, width))):
-            report.plan = f"tuned to within {percent(plan.tolerance)}"
-            return config_of(plan, self.model.unet, None)
-        return None
-
-    def checkpoint(self) -> str:
-        return self.model.name
-
     def checkpoint_hash(self) -> str:
         """No file has one here."""
         return ""
 
-    # The host of the panel: see `agentsd.app.host.PanelHost`
+    # What decisions ask: see `agentsd.app.decision.Program`
 
     def unet(self) -> nn.Module:
         return self.model.unet
 
-    def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
-        return schema.to_config(values, hires=hires)
+    def checkpoint(self) -> str:
+        return self.model.name
 
-    def kept(self, of: str, size: tuple[int, int]) -> Kept | None:
-        return self.tunings.find(self.model.name, of, size)
+    def kept(self, sampling: SamplingPass) -> Kept | None:
+        return self.tunings.find(self.model.name, sampling.of, sampling.latent)
 
-    def obstacle(self, hires: bool, img2img: bool) -> None:
-        """Nothing else acts on the model here."""
-
-    def advice(self, values: Mapping[str, Any]) -> list[Hint]:
-        return []
+    def even_if_slower(self) -> bool:
+        """What is drawn here is drawn to be looked at."""
+        return True
 
 
 def _shown(picture: Image) -> Image:
@@ -200,7 +195,7 @@ def _message(text: str) -> str:
 
 
 def _timings(plain: Run, patched: Run | None) -> str:
-    """Format seconds and distance as a table."""
+    """Format seconds and distance as a schema."""
     rows = [("without", plain, "1.00×", "")]
     if patched is not None:
         metrics = str(distance(plain.picture, patched.picture))

@@ -7,22 +7,27 @@ from typing import Any, Optional
 from fastapi import Body, FastAPI, HTTPException
 from pydantic import VERSION, BaseModel, Field, ValidationError
 
-from ..app.host import PanelHost
+from ..app.decision import Program, SamplingPass
 from ..app.last_run import STATUS
-from ..app.preview import SamplingPass, hires_size, page_data, preview
+from ..app.preview import hires_size, page_data, preview
+from ..attention.grid import Grid
+from ..settings import tunings
 
 PREFIX = "/agent-attention"
 SMALLEST, LARGEST = 64, 4096  # sides of an image in pixels
+MOST_STEPS = 1000
 LONGEST = 60  # characters of a value to repeat in an error message
 _PYDANTIC_1 = VERSION.startswith("1.")
 
 
 class HiresSliders(BaseModel, extra="forbid"):
-    """The host's sliders for the size of the hires pass."""
+    """The host's controls of the hires pass."""
 
     scale: float = Field(2.0, ge=0.1, le=64)
     resize_x: int = Field(0, ge=0, le=LARGEST)
     resize_y: int = Field(0, ge=0, le=LARGEST)
+    steps: int = Field(0, ge=0, le=MOST_STEPS)
+    checkpoint: str = Field("", max_length=500)
 
 
 class PanelState(BaseModel, extra="forbid"):
@@ -33,29 +38,40 @@ class PanelState(BaseModel, extra="forbid"):
     values: dict[str, Any]
     width: int = Field(..., ge=SMALLEST, le=LARGEST)
     height: int = Field(..., ge=SMALLEST, le=LARGEST)
+    steps: int = Field(20, ge=1, le=MOST_STEPS)
+    batch_size: int = Field(1, ge=1, le=1000)
     denoising: float = Field(1.0, ge=0.0, le=1.0)
+    sampler: str = Field("", max_length=100)
+    scheduler: str = Field("", max_length=100)
     hires: Optional[HiresSliders] = None  # noqa: UP045
+    overrides: list[str] = Field([], max_length=200)
 
     @property
-    def img2img(self) -> bool:
-        return self.tab == "img2img"
+    def rows(self) -> int:
+        """Rows of a U-Net call: cond and uncond of each image."""
+        return 2 * self.batch_size
 
-    def passes(self) -> list[SamplingPass]:
+    def passes(self, host: Program) -> list[SamplingPass]:
         """List the sampling passes of the image that would be generated.
 
         Raises:
             ValueError: the size of the hires pass would be out of range.
         """
-        late = round(1.0 - self.denoising, 6)
-        if self.img2img:
-            return [SamplingPass(self.width, self.height, late)]
-        passes = [SamplingPass(self.width, self.height)]
+        schedule = host.schedule(self.sampler, self.scheduler)
+
+        def made(of: str, width: int, height: int, checkpoint: str = "", steps: int = 0) -> SamplingPass:
+            moments = host.moments(of, self.steps, steps, self.denoising, schedule)
+            return SamplingPass(Grid.of_pixels(height, width), of, moments, checkpoint)
+
+        if self.tab == "img2img":
+            return [made(tunings.IMG2IMG, self.width, self.height)]
+        passes = [made(tunings.FIRST, self.width, self.height)]
         if self.hires is not None:
             sliders = self.hires.scale, self.hires.resize_x, self.hires.resize_y
             width, height = hires_size(self.width, self.height, *sliders)
             if not (SMALLEST <= width <= LARGEST and SMALLEST <= height <= LARGEST):
                 raise ValueError(f"sides of the hires pass must be from {SMALLEST} to {LARGEST}, got {width}×{height}")
-            passes.append(SamplingPass(width, height, late, hires=True))
+            passes.append(made(tunings.HIRES, width, height, self.hires.checkpoint, self.hires.steps))
         return passes
 
 
@@ -71,13 +87,18 @@ class Routes:
         host: the program that shows the panel.
     """
 
-    def __init__(self, host: PanelHost) -> None:
+    def __init__(self, host: Program) -> None:
         self.host = host
 
     def preview(self, body: Any = Body(...)) -> dict[str, Any]:  # noqa: B008
         """Preview the settings; see `preview.preview`. The body is a `PanelState`."""
-        state, passes = _read(body)
-        return preview(state.values, passes, self.host, img2img=state.img2img)
+        state = _read(body)
+        host = self.host.with_options(state.overrides)
+        try:
+            passes = state.passes(host)
+        except (ValueError, OverflowError) as error:  # pydantic 1 converts an infinity to an integer
+            raise HTTPException(status_code=422, detail=str(error)) from error
+        return preview(state.values, passes, state.rows, host)
 
     def add(self, app: FastAPI) -> None:
         """Add all routes to the host's application."""
@@ -90,17 +111,16 @@ class Routes:
             app.add_api_route(f"{PREFIX}/{name}", answer, methods=[method], dependencies=login)
 
 
-def _read(body: Any) -> tuple[PanelState, list[SamplingPass]]:
-    """Parse the state in a body and the passes of its image; answer 422 with a sentence if it is invalid.
+def _read(body: Any) -> PanelState:
+    """Parse the state in a body; answer 422 with a sentence if it is invalid.
 
     FastAPI's own validation would repeat the input in its answer, which fails if that contains an infinity.
     """
     try:
-        state = PanelState.parse_obj(body) if _PYDANTIC_1 else PanelState.model_validate(body)
-        return state, state.passes()
+        return PanelState.parse_obj(body) if _PYDANTIC_1 else PanelState.model_validate(body)
     except ValidationError as error:
         raise HTTPException(status_code=422, detail="; ".join(_sentence(e, body) for e in error.errors())) from error
-    except (ValueError, OverflowError) as error:  # pydantic 1 converts an infinity to an integer
+    except (ValueError, OverflowError) as error:
         raise HTTPException(status_code=422, detail=str(error)) from error
 
 

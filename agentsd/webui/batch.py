@@ -29,6 +29,7 @@ class Batch:
         self.p = p
         self.thread = threading.get_ident()
         self._pass: session.Pass | None = None  # the one under way
+        self._hires = False  # whether it is the hires pass
         self._end_pass = ExitStack()
         self._watched: dict[nn.Module, Any] = {}
 
@@ -60,8 +61,9 @@ class Batch:
 
     def _follow(self, unet: nn.Module, size: tuple[int, int] | None) -> None:
         hires = compat.HOST.is_hires(self.p)
-        if self._pass is None or hires is not self._pass.report.hires:
+        if self._pass is None or hires is not self._hires:
             self._end_pass.close()
+            self._hires = hires
             self.watch()  # a refiner may have been loaded since
             self._pass = self._end_pass.enter_context(session.around_pass(self.p, hires, size))
         self._pass.next_call(unet)

@@ -11,21 +11,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..app import token_map as tokenmap
+from ..app.decision import Decision, SamplingPass, decide, is_left_out
 from ..app.last_run import STATUS, PassReport
 from ..app.pace import StepClock, changed
+from ..app.timings import case_of
 from ..apply import patch_unet
 from ..checks import SettingError
+from ..hosts.base import weight_of
 from ..patching.layer import Answer
 from ..patching.patch import Patch
 from ..settings import infotext, schema, tunings
-from ..tuning.result import TuningError
 from . import compat
-from .tuning import Plans, Recording, pass_of, size_of
+from .tuning import Recording
 from .xyz import XYZ
 
 NO_PASS = "the host announced no sampling pass"
 NOT_CHOSEN = "Passes leaves out what was sampled"
 NO_UNET = "the model has no U-Net with self-attention that can be patched"
+REPLACED = "another extension replaces transformer blocks; its own attention is left to it"
 # Attribute of the host's processing object that holds the `Generation`
 _GENERATION = "_agent_attention"
 # Attribute of that object that holds why its settings are invalid
@@ -41,14 +44,15 @@ class Generation:
         run: its number among the runs.
         recording: the recording for its token map.
         reports: reports of its passes.
-        plans: the tunings that its passes use; or those that it has made, if it tunes.
+        found: the tunings that it has made, if it tunes.
+        announced: whether the host has announced a pass.
     """
 
     values: Mapping[str, Any]
     run: int
     recording: tokenmap.Recording | None = None
     reports: list[PassReport] = field(default_factory=list)
-    plans: list[tunings.PassTuning] = field(default_factory=list)
+    found: list[tunings.PassTuning] = field(default_factory=list)
     announced: bool = False
 
     @property
@@ -61,26 +65,30 @@ class Generation:
         return any(report.patched for report in self.reports)
 
     def entries(self) -> dict[str, str]:
-        """Make the infotext entries: none unless a pass was patched; then the settings, and why others were not.
-
-        In the place of the wish for what is kept here they hold the plans that were used.
-        """
+        """Make the infotext entries: none unless a pass was patched; then the settings, and why others were not."""
         if not self.patched:
             return {}
-        result = {infotext.KEY: infotext.write({**self.values, "tuning": tunings.write(self.plans)})}
-        obstacles = dict.fromkeys(reason for report in self.reports for reason in report.obstacles)
-        if obstacles:
-            result[infotext.NOTE] = infotext.note(obstacles)
-        return result
+        result = self.foreseen([report.made for report in self.reports if report.patched])
+        left_alone = self._reasons(report.obstacle for report in self.reports)
+        return {**result, infotext.NOTE: infotext.note(left_alone)} if left_alone else result
+
+    def foreseen(self, decisions: Sequence[Decision]) -> dict[str, str]:
+        """Make the entries of passes that are patched: the settings, and in place of "auto" the tunings used."""
+        plans = [made.plan for made in decisions if made.plan is not None]
+        return {infotext.KEY: infotext.write({**self.values, "tuning": tunings.write(plans)})} if decisions else {}
 
     def answer(self) -> dict[str, str]:
         """Make what an API request is told and no image is: what was tuned, or why nothing was patched."""
         if self.tunes:
-            refusals = dict.fromkeys(report.tuned for report in self.reports if report.refused)
-            told = {infotext.NOTE: infotext.note(["the image was made to tune on it", *refusals])}
-            return {**told, infotext.TUNED: tunings.write(self.plans)} if self.plans else told
-        reasons = dict.fromkeys(reason for report in self.reports for reason in (*report.obstacles, *report.notes))
+            refusals = self._reasons(report.tuned for report in self.reports if report.refused)
+            told = {infotext.NOTE: infotext.note(["the image was used for tuning", *refusals])}
+            return {**told, infotext.TUNED: tunings.write(self.found)} if self.found else told
+        reasons = self._reasons(reason for report in self.reports for reason in (report.obstacle, *report.notes))
         return {infotext.NOTE: infotext.note(reasons)} if reasons and not self.patched else {}
+
+    @staticmethod
+    def _reasons(reasons: Any) -> list[str]:
+        return list(dict.fromkeys(filter(None, reasons)))
 
 
 # The script's callbacks, in calling order
@@ -98,8 +106,6 @@ def process(p: Any, args: Sequence[Any]) -> None:
     """Read the settings. With an invalid value, generate unpatched and say why."""
     try:
         values = schema.from_args(args, getattr(p, XYZ, None))
-        for hires in (False, True):
-            schema.to_config(values, hires=hires)
     except SettingError as error:
         by_name = bool(args) and isinstance(args[0], Mapping)  # an API call, which knows no labels
         message = str(error) if by_name else schema.labelled(str(error))
@@ -116,18 +122,46 @@ def process(p: Any, args: Sequence[Any]) -> None:
         setattr(p, _GENERATION, generation)
 
 
+def before_batch(p: Any) -> None:
+    """Write what is foreseen into the infotext: the host keeps that of its last generation before it samples."""
+    generation = generation_of(p)
+    if generation is None or generation.tunes or generation.reports:
+        return
+    try:
+        passes = [compat.HOST.sampling(p, of) for of in compat.HOST.kinds(p)]
+        decisions = [_decide(p, generation, sampling) for sampling in passes]
+    except Exception as error:  # a bug of ours must never cost the user an image
+        STATUS.say(f"an error of ours: {type(error).__name__}: {error}")
+        return
+    for made in decisions:
+        if made.refused and not made.reason.remedy:  # a setting is wrong
+            p.comment(f"Agent Attention was not applied: {schema.labelled(made.reason.text)}")
+    _write_infotext(p, generation.foreseen([made for made in decisions if made.patches]))
+
+
+def after_batch(p: Any) -> None:
+    """Correct the infotext of images whose passes were not made as foreseen."""
+    generation = generation_of(p)
+    if generation is not None:
+        _write_infotext(p, generation.entries())
+
+
 def before_sampling(p: Any, latent: Tensor | None = None) -> None:
     """Sample the next pass under the patch; `latent` is its (B, C, height, width), if the host provides it."""
     hires = compat.HOST.is_hires(p)
-    if wants_pass(p, hires) or _running:
-        size = None if latent is None else tuple(latent.shape[-2:])
+    size = None if latent is None else tuple(latent.shape[-2:])
+    if generation_of(p) is not None or _running:
         wrap_sampling(p.sampler, lambda: around_pass(p, hires, size))
+    else:
+        _without.begin(p, hires, size)
 
 
 def before_model_call() -> None:
     """Follow a refiner that has taken over since the last step."""
     if _running:
         _running[-1].next_call(compat.HOST.current_unet())
+    else:
+        _without.lap()
 
 
 def postprocess(p: Any, processed: Any) -> None:
@@ -143,8 +177,9 @@ def postprocess(p: Any, processed: Any) -> None:
 
 def finish(p: Any) -> None:
     """Say why if the images were made without any pass of ours."""
+    _without.end()
     generation = generation_of(p)
-    if generation is None or generation.reports or generation.run != STATUS.run or STATUS.error:
+    if generation is None or generation.reports or generation.run != STATUS.run or STATUS.errors:
         return
     if generation.announced:
         STATUS.fail(NOT_CHOSEN)
@@ -169,13 +204,8 @@ def token_map(task: str, call: int, layer: int) -> tokenmap.View:
     return tokenmap.view(STATUS.recording, call, layer, STATUS.text(), foreign=task != STATUS.task)
 
 
-def wants_pass(p: Any, hires: bool) -> bool:
-    """Whether the pass of `p` that the host has announced is to be patched."""
-    generation = generation_of(p)
-    if generation is None:
-        return False
-    generation.announced = True
-    return schema.to_config(generation.values, hires=hires) is not None
+def _decide(p: Any, generation: Generation, sampling: SamplingPass) -> Decision:
+    return decide(generation.values, sampling, compat.HOST.rows(p), compat.HOST.program(p))
 
 
 def _observer(
@@ -222,28 +252,33 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
     sampler.launch_sampling = launch_sampling
 
 
-def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> AbstractContextManager[Pass]:
+def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> AbstractContextManager[Any]:
     """Make the context in which a pass is sampled, patched or not; `size` is the latent's (height, width), if known."""
-    if wants_pass(p, hires):
-        generation = generation_of(p)
-        around = tuning_pass if generation.tunes else sampling_pass
-        return around(p, generation, hires, size)
-    # an unpatched image may be generated in the middle of a patched one
-    return under_way(Pass({}, PassReport(hires, obstacles=["it is off"])))
+    generation = generation_of(p)
+    if generation is None:  # an unpatched image may be generated in the middle of a patched one
+        return under_way(Pass(PassReport(), None))
+    generation.announced = True
+    if is_left_out(generation.values, hires):
+        return under_way(Pass(PassReport(), None))
+    sampling = compat.HOST.sampling(p, compat.HOST.kind(p, hires), size)
+    around = tuning_pass if generation.tunes else sampling_pass
+    return around(p, generation, sampling, size)
 
 
 @contextmanager
-def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, int] | None = None) -> Iterator[Pass]:
+def sampling_pass(
+    p: Any, generation: Generation, sampling: SamplingPass, size: tuple[int, int] | None = None
+) -> Iterator[Pass]:
     """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends."""
-    report = PassReport(hires, obstacles=list(compat.HOST.obstacles(p, hires)))
-    of, latent = pass_of(p, hires), size or size_of(p, hires)
-    plans = Plans(generation.values, of, latent, generation.plans)
-    observer = _observer(p, generation.recording, hires, size)
-    current = Pass(generation.values, report, observer, plans)
+    report = PassReport()
+    observer = _observer(p, generation.recording, sampling.hires, size)
+    current = Pass(report, lambda: _decide(p, generation, sampling), observer, generation.values["since"])
     generation.reports.append(report)
     try:
         with under_way(current):
-            _write_infotext(p, generation.entries())  # some hosts make an interrupted image's before the pass ends
+            made = report.made  # some hosts make an interrupted image's infotext before the pass ends
+            earlier = [other.made for other in generation.reports if other.patched]
+            _write_infotext(p, generation.foreseen([*earlier, *([made] if made and made.patches else [])]))
             yield current
     finally:
         STATUS.add(report)
@@ -251,21 +286,23 @@ def sampling_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, 
 
 
 @contextmanager
-def tuning_pass(p: Any, generation: Generation, hires: bool, size: tuple[int, int] | None = None) -> Iterator[Pass]:
+def tuning_pass(
+    p: Any, generation: Generation, sampling: SamplingPass, size: tuple[int, int] | None = None
+) -> Iterator[Pass]:
     """Leave the current U-Net alone, and tune on the pass if it is of the first image."""
-    report = PassReport(hires, size)
-    with under_way(Pass({}, PassReport(hires, obstacles=["it is tuned"]))) as current:
+    report = PassReport(name=str(sampling))
+    with under_way(Pass(PassReport(), None)) as current:
         if getattr(p, "iteration", 0):
             yield current
             return
         generation.reports.append(report)
-        recording = Recording(p, generation.values, pass_of(p, hires), report)
+        recording = Recording(p, generation.values, sampling, report)
         try:
             with recording:
                 yield current
         finally:
             if recording.kept is not None:
-                generation.plans.append(tunings.PassTuning(recording.of, recording.kept.tuning))
+                generation.found.append(tunings.PassTuning(recording.of, recording.kept.tuning))
                 STATUS.tuned = True
             elif report.tuned:
                 p.comment(f"Agent Attention: {report.tuned}")
@@ -287,35 +324,43 @@ def under_way(current: Pass) -> Iterator[Pass]:
 
 
 class Pass:
-    """The patch during one sampling pass."""
+    """The patch during one sampling pass.
+
+    Args:
+        report: told of what happens.
+        decide: decides on the U-Net at hand; None leaves it alone.
+        observer: as `agentsd.Patch.observer`.
+        since: where agents begin, for the report.
+    """
 
     def __init__(
         self,
-        values: Mapping[str, Any],
         report: PassReport,
+        decide: Callable[[], Decision] | None,
         observer: Callable[[Answer], None] | None = None,
-        plans: Plans | None = None,
+        since: float = 0.0,
     ) -> None:
-        self.values, self.report, self.observer, self.plans = values, report, observer, plans
+        self.report, self.decide, self.observer, self.since = report, decide, observer, since
         self.thread = threading.get_ident()
-        self._clock = StepClock()
+        self._clock = StepClock(compat.HOST.now)
         self._patch: Patch | None = None
-        self._unet: nn.Module | None = None
+        self._made: Decision | None = None
+        self._model: tuple[nn.Module | None, str] = None, ""
         self._models: set[int] = set()
 
     def follow(self, unet: nn.Module | None) -> None:
         """Patch `unet`, and only that. Never raises: the image is generated unpatched instead."""
-        if unet is None and not self._models and not self.report.obstacles:
-            self.report.obstacles.append(NO_UNET)
-        if self.report.obstacles or (unet is self._unet and (self.plans is None or self.plans.hold())):
+        # a host may load another checkpoint into the same U-Net
+        model = unet, "" if unet is None else compat.HOST.checkpoint()
+        if self.decide is None or (model == self._model and unet is not None):
             return
         self.suspend()
-        self._unet = unet
+        self._model = model
         try:
             if unet is not None:
                 self._patch = self._patched(unet)
-        except TuningError as error:
-            self.report.notes[str(error)] += 1
+            elif not self._models:
+                self.report.notes[NO_UNET] += 1
         except Exception as error:
             self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
 
@@ -329,18 +374,24 @@ class Pass:
         if self in _running:
             self._lap()
             self.report.pace = self._clock.pace()
+            self._keep_calls()
         self.suspend()
         if self in _running:
             _running.remove(self)
 
     def _patched(self, unet: nn.Module) -> Patch | None:
-        plan = None if self.plans is None else self.plans.config(unet, self.report)
-        config = plan or compat.HOST.config(self.values, hires=self.report.hires)
+        made = self._made = self.decide()
+        if self.report.made is None or made.patches:
+            self.report.made = made
+        if not made.patches:
+            return None
         if compat.HOST.replaced_blocks(unet):
-            self.report.notes["another extension replaces transformer blocks; its own attention is left to it"] += 1
-        patch = patch_unet(unet, config, compat.HOST.kv_context())
+            self.report.notes[REPLACED] += 1
+        patch = patch_unet(unet, made.config, compat.HOST.kv_context())
         patch.observer = self.observer
         patch.observe_closeness = compat.HOST.observes_closeness()
+        if made.key is not None and made.timing is None and not _is_cpu(unet):
+            patch.measure(compat.HOST.clock)
         self._models.add(id(unet))
         self.report.models = len(self._models)
         return patch
@@ -348,19 +399,61 @@ class Pass:
     def _lap(self) -> None:
         self._clock.lap(0 if self._patch is None else sum(changed(layer.calls) for layer in self._patch.report()))
 
+    def _keep_calls(self) -> None:
+        """Keep the seconds of the calls of a pass by one model, on a device that does not lag behind."""
+        made, (unet, _) = self._made, self._model
+        if made is not None and made.key and unet is not None and len(self._models) < 2 and _is_cpu(unet):
+            pace = self._clock.pace(skip=1)
+            compat.HOST.timings.add_calls(made.key, pace.patched, pace.untouched)
+
     def suspend(self) -> None:
         """Remove the patch until `follow` is called again."""
-        patch, self._patch, self._unet = self._patch, None, None
+        patch, self._patch, self._model = self._patch, None, (None, "")
         if patch is not None:
             try:
-                tuned = self.plans is not None and self.plans.used
-                self.report.add(patch, None if tuned else self.values["since"])
+                tuned = self._made.tuning is not None
+                if patch.measured is not None:
+                    found = patch.measured
+                    compat.HOST.timings.put_layers(self._made.key, found.with_seconds, found.without_seconds)
+                self.report.add(patch, None if tuned else self.since)
             except Exception as error:  # such as one of the device while closeness is read
                 self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
             finally:
                 patch.remove()
 
 
+def _is_cpu(unet: nn.Module) -> bool:
+    return weight_of(unet).device.type == "cpu"
+
+
+class _Without:
+    """Seconds of passes that are made without us, by the calls of the host alone: nothing of it is wrapped."""
+
+    def __init__(self) -> None:
+        self._clock: StepClock | None = None
+        self._case = ""
+
+    def begin(self, p: Any, hires: bool, size: tuple[int, int] | None) -> None:
+        """Begin a pass; nothing is timed where its seconds would not be those of full attention."""
+        self.end()
+        unet = compat.HOST.current_unet()
+        sampling = compat.HOST.sampling(p, compat.HOST.kind(p, hires), size)
+        if unet is not None and _is_cpu(unet) and compat.HOST.program(p).obstacle(sampling) is None:
+            self._clock = StepClock(compat.HOST.now)
+            self._case = case_of(unet, compat.HOST.checkpoint(), sampling.latent, compat.HOST.rows(p))
+
+    def lap(self) -> None:
+        if self._clock is not None:
+            self._clock.lap()
+
+    def end(self) -> None:
+        """Keep what was timed; the end of the last call is not known."""
+        if self._clock is not None:
+            compat.HOST.timings.add_calls((self._case, ""), None, self._clock.pace(skip=1).untouched)
+        self._clock = None
+
+
+_without = _Without()
 # Passes under way, nested if a script generates an image in the middle of another one
 _running: list[Pass] = []
 

@@ -14,7 +14,7 @@ from ..settings.presets import PRESETS
 CATEGORY = "agent_attention"
 SECTION = ("agent_attention", "Agent Attention")
 PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_level", "agent_attention_status_line"
-CLOSENESS = "agent_attention_closeness"
+CLOSENESS, EVEN_IF_SLOWER = "agent_attention_closeness", "agent_attention_even_if_slower"
 AS_SAVED = "as saved"
 LEVELS = ("warning", "info", "debug")
 _HANDLER = "agent attention"
@@ -54,6 +54,7 @@ def register(
         CLOSENESS: option(True, "Agent Attention: say how close attention was to full attention").info(
             "compares 32 tokens of every patched layer in one of five U-Net calls; no pixel depends on it"
         ),
+        EVEN_IF_SLOWER: option(False, "Agent Attention: use it even where it was measured to be slower here"),
     }
     for name, row in rows.items():
         row.section, row.category_id = SECTION, CATEGORY

@@ -107,7 +107,7 @@ class Page {
         // them; undefined where it does not answer
         this.server = {
             "GET page": PAGE,
-            "GET status": {run: 1, at: 45240, state: "acts", text: "First pass: done"},
+            "GET status": {run: 1, at: 45240, state: "acts", lines: [{text: "First pass: done", hint: "", state: "acts"}]},
             "POST preview": ({values, ...size}) => (
                 {lines: [{text: summaryOf({values, ...size}), hint: ""}], preset: presetOf(values)}
             ),

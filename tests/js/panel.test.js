@@ -31,11 +31,11 @@ const generate = async (page, which) => {
 // A server that knows these runs by their task
 const ran = (page, runs) => {
     page.server["GET status"] = (query) => (
-        runs[decodeURIComponent(query.replace("task=", ""))] ?? {run: 0, at: 0, state: "", text: ""}
+        runs[decodeURIComponent(query.replace("task=", ""))] ?? {run: 0, at: 0, state: "", lines: []}
     );
 };
 
-const run = (text, state = "acts") => ({run: 1, at: 45240, state, text});
+const run = (text, state = "acts") => ({run: 1, at: 45240, state, lines: [{text, hint: "", state}]});
 const READY = {agent_attention_status_line: true, agent_attention_preset: "as saved"};
 
 test("the last run is told after each generation, with its time and its mark", async (page) => {
@@ -43,11 +43,11 @@ test("the last run is told after each generation, with its time and its mark", a
     ran(page, {"task(1)": run("First pass: done"), "task(2)": run("Not applied: x", "wrong")});
     page.load();
     await generate(page);
-    assert.equal(page.text("status"), "12:34 – First pass: done");
+    assert.equal(page.text("status"), "Last run, 12:34: First pass: done");
     assert.ok(page.find("status", ".agent-attention-acts"));
     assert.equal(page.text("status", "img2img"), "", "it was not made there");
     await generate(page, {task: "task(2)"});
-    assert.equal(page.text("status"), "12:34 – Not applied: x");
+    assert.equal(page.text("status"), "Last run, 12:34: Not applied: x");
     assert.ok(page.find("status", ".agent-attention-wrong"));
     assert.ok(page.find("status").classList.contains("agent-attention-alert"), "goes to the top");
     await generate(page);
@@ -64,7 +64,7 @@ test("after Interrupt, whose button is swapped for another, the last run is told
     await page.wait(2000);
     assert.equal(page.count("GET status"), 0, "the host is still at it");
     await end(page);
-    assert.equal(page.text("status"), "12:34 – First pass: done");
+    assert.equal(page.text("status"), "Last run, 12:34: First pass: done");
 });
 
 test("a page that is loaded again tells its own last run, and no other", async (page) => {
@@ -76,7 +76,7 @@ test("a page that is loaded again tells its own last run, and no other", async (
     page.session.setItem("agent_attention_task_img2img", "task(7)");
     page.load();
     await page.wait(2000);
-    assert.equal(page.text("status", "img2img"), "12:34 – Mine");
+    assert.equal(page.text("status", "img2img"), "Last run, 12:34: Mine");
     assert.equal(page.text("status"), "");
 });
 
@@ -92,7 +92,7 @@ const done = (page) => page.pressed.filter((id) => id.endsWith("tune_done")).len
 test("after tuning, what was found is shown and its preset chosen", async (page) => {
     page.context.opts = READY;
     ordered(page, 0.02);
-    page.server["GET status"] = {run: 1, at: 0, state: "acts", text: "Tuned", preset: "Paper"};
+    page.server["GET status"] = {...run("Tuned"), preset: "Paper"};
     page.load();
     page.open();
     await page.wait(1000);
@@ -106,7 +106,7 @@ test("after tuning, what was found is shown and its preset chosen", async (page)
 test("a tuning that was not to be ends the order and changes no preset", async (page) => {
     page.context.opts = READY;
     ordered(page, 0.02);
-    page.server["GET status"] = {run: 1, at: 0, state: "wrong", text: "Not tuned", preset: ""};
+    page.server["GET status"] = {...run("Not tuned", "wrong"), preset: ""};
     page.load();
     page.open();
     await page.wait(1000);
@@ -144,7 +144,28 @@ test("where storage is forbidden the panel works all the same", async (page) => 
     await page.wait(1000);
     page.document.querySelector("#txt2img_interrupt").style.display = "none";
     await page.wait(1000);
-    assert.equal(page.text("status"), "12:34 – First pass: done");
+    assert.equal(page.text("status"), "Last run, 12:34: First pass: done");
+});
+
+test("a run keeps its page's id, whatever another page puts into the browser's storage meanwhile", async (page) => {
+    page.context.opts = READY;
+    ran(page, {"task(1)": run("Mine"), "task(2)": run("Of the other page")});
+    page.load();
+    await begin(page);
+    page.context.localStorage.setItem("txt2img_task_id", "task(2)");
+    await page.wait(2000);
+    await end(page);
+    assert.equal(page.text("status"), "Last run, 12:34: Mine");
+});
+
+test("each pass has a line of its own, with its mark", async (page) => {
+    page.context.opts = READY;
+    const lines = [{text: "First.", hint: "", state: "acts"}, {text: "Hires.", hint: "HyperTile is on.", state: "wrong"}];
+    page.server["GET status"] = {run: 1, at: 45240, state: "wrong", lines};
+    page.load();
+    await generate(page);
+    assert.equal(page.find("status", ".agent-attention-acts").textContent, "Last run, 12:34: First.");
+    assert.equal(page.find("status", ".agent-attention-wrong").textContent, "Hires. HyperTile is on.");
 });
 
 test("the last run can be left out", async (page) => {

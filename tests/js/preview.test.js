@@ -1,5 +1,6 @@
 "use strict";
 // What the panel asks the server, when, and what it shows.
+const {Element} = require("./dom.js");
 const {test, assert} = require("./page.js");
 
 const UNREACHABLE = "The preview is not available: the server does not answer.";
@@ -13,7 +14,8 @@ const opened = async (page, tab = "txt2img") => {
 test("everything the server needs is sent", async (page) => {
     await opened(page);
     const values = {enabled: false, ratio: 0, fp32: false, method: "agent", min_tokens: 0, rules: ""};
-    assert.deepEqual(page.previews, [{tab: "txt2img", values, width: 512, height: 512, denoising: 0.7, hires: null}]);
+    const host = {width: 512, height: 512, steps: 20, batch_size: 1, denoising: 0.7, sampler: "", scheduler: ""};
+    assert.deepEqual(page.previews, [{tab: "txt2img", values, ...host, hires: null, overrides: []}]);
 });
 
 test("the answer is shown, hints apart", async (page) => {
@@ -102,7 +104,21 @@ test("the hires sliders go along as they are", async (page) => {
     page.type("hr_scale", "1.5");
     page.type("hr_resize_x", "");
     await page.wait(500);
-    assert.deepEqual(page.previews.at(-1).hires, {scale: 1.5, resize_x: 0, resize_y: 0});
+    assert.deepEqual(page.previews.at(-1).hires, {scale: 1.5, resize_x: 0, resize_y: 0, steps: 0, checkpoint: ""});
+});
+
+test("the host's steps, batch, sampler, override settings and hires checkpoint go along", async (page) => {
+    const box = (id, value) => new Element("div", {id}, new Element("input", {type: "text", value}));
+    const token = new Element("div", {className: "token", textContent: " Token merging ratio: 0.5 "});
+    page.document.append(box("txt2img_steps", "8"), box("txt2img_batch_size", "3"), box("txt2img_sampling", "Euler"),
+        box("txt2img_scheduler", "Karras"), box("txt2img_hires_steps", "4"), box("hr_checkpoint", "other.safetensors"),
+        new Element("div", {id: "txt2img_override_settings"}, token));
+    for (const name of ["steps", "batch_size", "hires_steps"]) page.document.querySelector(`#txt2img_${name} input`).type = "number";
+    page.type("hr-checkbox", true);
+    await opened(page);
+    const {steps, batch_size, sampler, scheduler, hires, overrides} = page.previews.at(-1);
+    assert.deepEqual([steps, batch_size, sampler, scheduler, hires.steps], [8, 3, "Euler", "Karras", 4]);
+    assert.deepEqual([hires.checkpoint, overrides], ["other.safetensors", ["Token merging ratio: 0.5"]]);
 });
 
 test("img2img has the sliders' size, or that of Resize by, and no hires pass", async (page) => {

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from copy import copy
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 from modules import scripts, sd_models, shared
 from PIL import Image
 from torch import Tensor, nn
 
-from ...app.host import Hint
+from ...app.decision import Hint, Program, SamplingPass
 from ...app.kept_tunings import Kept, Store
-from ...config import AgentConfig
+from ...app.timings import Timings
+from ...attention.grid import Grid
+from ...clock import WALL
 from ...hosts import UnsupportedModelError, find_sites, find_unet
-from ...settings import schema
-from ..settings_page import CLOSENESS
+from ...settings import tunings
+from ..settings_page import CLOSENESS, EVEN_IF_SLOWER
 
 TOKEN_MERGING = "the WebUI's own token merging is on"
 SHARED_PACKAGE = "the extension {} has a package of the same name as ours, and its panel now runs on ours"
@@ -56,10 +60,14 @@ def _replaced(module: nn.Module, name: str) -> bool:
     return not (original and own.__self__ is module)
 
 
-class WebUI:
-    """The program that we are installed in; also the panel's host, see `agentsd.app.host.PanelHost`.
+class WebUI(Program):
+    """The program that we are installed in.
 
     Attributes:
+        p: the host's processing object that decisions are about; None where they are about what the page shows.
+        options: options of its page's override settings, by name.
+        clock: times layers on an accelerator.
+        now: seconds of U-Net calls, on a CPU.
         name: what it is called.
         announces_passes: whether it calls `process_before_every_sampling`. Where it announces batches only, passes are
             recognised by the calls of its `unets`, and `is_hires` tells which one it is.
@@ -67,6 +75,10 @@ class WebUI:
     """
 
     name = "AUTOMATIC1111"
+    p: Any = None
+    options: Mapping[str, Any] = MappingProxyType({})
+    clock = WALL
+    now = staticmethod(perf_counter)
     announces_passes = True
     plots: tuple[str, ...] = ("xyz_grid.py", "scripts.xyz_grid")
 
@@ -125,29 +137,83 @@ class WebUI:
         """Whether `p` is in its hires pass."""
         return bool(getattr(p, "is_hr_pass", False))
 
-    def config(self, values: Mapping[str, Any], hires: bool) -> AgentConfig | None:
-        """Make the config of a pass, respecting the host's own options; None if the pass is to be left alone."""
-        config = schema.to_config(values, hires=hires)
-        if config is None or not self.upcasts():
-            return config
-        return replace(config, attn_precision="fp32")
+    def kind(self, p: Any, hires: bool) -> str:
+        """Return the kind of a pass: one of `tunings.PASSES`."""
+        if hires:
+            return tunings.HIRES
+        # SD.Next has an empty list where there are none
+        return tunings.IMG2IMG if getattr(p, "init_images", None) else tunings.FIRST
+
+    def kinds(self, p: Any) -> list[str]:
+        """List the kinds of the passes that are to be expected of `p`."""
+        return [self.kind(p, False), *([tunings.HIRES] if getattr(p, "enable_hr", False) else [])]
+
+    def sampling(self, p: Any, of: str, size: tuple[int, int] | None = None) -> SamplingPass:
+        """Describe a pass of `p`; `size` is its latent's (height, width), if the host provides the latent."""
+        sides = ("hr_upscale_to_y", "hr_upscale_to_x") if of == tunings.HIRES else ("height", "width")
+        latent = size or Grid.of_pixels(*(int(getattr(p, side, 0) or 0) for side in sides))
+        asked = (getattr(p, name, None) or 0 for name in ("steps", "hr_second_pass_steps", "denoising_strength"))
+        moments = self.moments(of, *asked) if getattr(p, "steps", None) else None
+        return SamplingPass(latent, of, moments)
+
+    def makes_all_steps(self) -> bool:
+        return bool(self.option("img2img_fix_steps"))
+
+    def rows(self, p: Any) -> int:
+        """Return the rows of a U-Net call: cond and uncond of each image."""
+        return 2 * (getattr(p, "batch_size", None) or 1)
+
+    def program(self, p: Any) -> WebUI:
+        """Return the program as it makes the images of `p`."""
+        view = copy(self)
+        view.p = p
+        return view
+
+    def with_options(self, texts: Sequence[str]) -> WebUI:
+        view = copy(self)
+        view.options = self._options(texts)
+        return view
+
+    def _options(self, texts: Sequence[str]) -> Mapping[str, Any]:
+        """Read override settings, such as "Token merging ratio: 0.5"."""
+        for name in ("infotext_utils", "generation_parameters_copypaste"):
+            reader = getattr(_module(name), "create_override_settings_dict", None)
+            if reader is not None:
+                return reader(list(texts))
+        return {}
+
+    def option(self, name: str) -> Any:
+        """Return an option, as the override settings have it; None if there is none."""
+        return self.options[name] if name in self.options else option(name)
 
     def upcasts(self) -> bool:
         """Whether the host's options upcast attention to float32."""
-        return bool(option("upcast_attn"))
+        return bool(self.option("upcast_attn"))
 
     def observes_closeness(self) -> bool:
         """Whether runs are to say how close attention was to full attention: unless the user has switched it off."""
         return option(CLOSENESS) is not False
 
-    def obstacles(self, p: Any, hires: bool) -> Iterator[str]:
-        """Yield why a pass cannot be patched: other changes to the same layers, or models that bypass them."""
+    def even_if_slower(self) -> bool:
+        return bool(self.option(EVEN_IF_SLOWER))
+
+    def obstacle(self, sampling: SamplingPass) -> Hint | None:
         if _active_sd_unet() is not None:
-            yield "an SD Unet (such as TensorRT) replaces the U-Net"
-        if _token_merging_ratio(p, hires) > 0:
-            yield TOKEN_MERGING
-        if self._hypertile(hires):
-            yield HYPERTILE
+            return Hint("an SD Unet (such as TensorRT) replaces the U-Net", ("Settings → Stable Diffusion",))
+        if self._token_merging(sampling.of) > 0:
+            return Hint(TOKEN_MERGING, ("Settings → Optimizations",))
+        return Hint(HYPERTILE, ("Settings → HyperTile",)) if self._hypertile(sampling.hires) else None
+
+    def _token_merging(self, of: str) -> float:
+        """Return the ratio of the host's own token merging."""
+        of_p = getattr(self.p, "get_token_merging_ratio", None)
+        if of_p is not None:
+            return of_p(for_hr=of == tunings.HIRES) or 0
+        if self.p is not None:
+            return 0
+        own = {tunings.HIRES: "token_merging_ratio_hr", tunings.IMG2IMG: "token_merging_ratio_img2img"}.get(of, "")
+        overridden = of == tunings.IMG2IMG and self.options.get("token_merging_ratio")
+        return overridden or (own and self.option(own)) or self.option("token_merging_ratio") or 0
 
     def first_image(self, p: Any, processed: Any) -> Image.Image | None:
         """Return the first image of a generation, or its inpainted region; None if there is no image."""
@@ -167,17 +233,18 @@ class WebUI:
         """The tunings in the host's cache of facts about checkpoints; where it has none, those of this process."""
         return Store(self.cache)
 
+    @cached_property
+    def timings(self) -> Timings:
+        """What was measured here, in that cache."""
+        return Timings(lambda section, _: self.cache(section))
+
     def cache(self, section: str) -> MutableMapping[str, Any]:
         """Return a section of that cache."""
         try:
             from modules.cache import cache
         except ImportError:
-            return self._facts.setdefault(section, {})
+            return _FACTS.setdefault(section, {})
         return cache(section)
-
-    @cached_property
-    def _facts(self) -> dict[str, dict[str, Any]]:
-        return {}
 
     def was_stopped(self) -> bool:
         """Whether the user has pressed Skip or Interrupt, or asked for the end of the batch."""
@@ -211,18 +278,8 @@ class WebUI:
 
     # The panel
 
-    def kept(self, of: str, size: tuple[int, int]) -> Kept | None:
-        """Return the tuning that is kept for the current checkpoint and a pass of a latent of (height, width)."""
-        return self.tunings.find(self.checkpoint(), of, size)
-
-    def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
-        """Like `obstacles`, but before generation: judged by the options alone."""
-        if self._hypertile(hires):
-            return Hint(HYPERTILE, ("Settings → HyperTile",))
-        ratio = option("token_merging_ratio_hr") if hires else img2img and option("token_merging_ratio_img2img")
-        if (ratio or option("token_merging_ratio") or 0) > 0:
-            return Hint(TOKEN_MERGING, ("Settings → Optimizations",))
-        return None
+    def kept(self, sampling: SamplingPass) -> Kept | None:
+        return self.tunings.find(sampling.checkpoint or self.checkpoint(), sampling.of, sampling.latent)
 
     def advice(self, values: Mapping[str, Any]) -> list[Hint]:
         """Advise against another extension's panel on our package, and 32 bits where half precision may overflow."""
@@ -269,7 +326,11 @@ class WebUI:
         return bool(getattr(sd_models.model_data.sd_model, "is_sd2", False))
 
     def _hypertile(self, hires: bool) -> bool:
-        return bool(option("hypertile_enable_unet") or (hires and option("hypertile_enable_unet_secondpass")))
+        return bool(self.option("hypertile_enable_unet") or (hires and self.option("hypertile_enable_unet_secondpass")))
+
+
+# In place of a host's cache, while it runs
+_FACTS: dict[str, dict[str, Any]] = {}
 
 
 def _active_sd_unet() -> Any:
@@ -278,8 +339,3 @@ def _active_sd_unet() -> Any:
     except ImportError:
         return None
     return getattr(sd_unet, "current_unet", None)
-
-
-def _token_merging_ratio(p: Any, hires: bool) -> float:
-    ratio = getattr(p, "get_token_merging_ratio", None)
-    return (ratio(for_hr=hires) if ratio else 0) or 0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
 from modules import script_callbacks, sd_models, shared
 from torch import nn
 
-from ...app.host import Hint
-from .a1111 import HYPERTILE, WebUI, option, unet_of
+from ...app.decision import Hint, SamplingPass
+from .a1111 import HYPERTILE, WebUI, unet_of
 
 MERGING = {"ToMe": "tome_ratio", "ToDo": "todo_ratio"}
 SD2_WIDTH = 1024  # channels of SD 2's text encoder, read off the U-Net's cross-attention
@@ -46,27 +46,19 @@ class SDNext(WebUI):
 
         return super().is_hires(processing_callbacks.p or p)
 
-    def obstacles(self, p: Any, hires: bool) -> Iterator[str]:
-        merging = self._merging()
-        if merging:
-            yield merging
-        if self._tiled(hires, p):
-            yield HYPERTILE
-
-    def obstacle(self, hires: bool, img2img: bool) -> Hint | None:
-        if self._tiled(hires):
-            return Hint(HYPERTILE, ("Settings → Pipeline Modifiers",))
-        merging = self._merging()
-        return Hint(merging, ("Settings → Pipeline Modifiers",)) if merging else None
+    def obstacle(self, sampling: SamplingPass) -> Hint | None:
+        text = self._merging() or (HYPERTILE if self._tiled(sampling.hires) else "")
+        return Hint(text, ("Settings → Pipeline Modifiers",)) if text else None
 
     def _merging(self) -> str:
-        method = option("token_merging_method")
-        return f"the WebUI's own token merging ({method}) is on" if (option(MERGING.get(method, "")) or 0) > 0 else ""
+        method = self.option("token_merging_method")
+        ratio = self.option(MERGING.get(method, "")) or 0
+        return f"the WebUI's own token merging ({method}) is on" if ratio > 0 else ""
 
-    def _tiled(self, hires: bool, p: Any = None) -> bool:
+    def _tiled(self, hires: bool) -> bool:
         def chosen(name: str) -> Any:
-            own = getattr(p, name, None)
-            return option(name) if own is None else own
+            own = getattr(self.p, name, None)
+            return self.option(name) if own is None else own
 
         return bool(chosen("hypertile_unet_enabled") and (hires or not chosen("hypertile_hires_only")))
 

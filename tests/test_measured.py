@@ -1,0 +1,184 @@
+"""Is it faster here? Measured in passes that are made anyway, kept, and acted on; with clocks of the test's own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fake_webui import Processing, fake_host, fake_unet, generate_like, state  # noqa: F401 - fixtures
+
+from agentsd.app.timings import SECTION, Timing, Timings
+from agentsd.panel.routes import Routes
+from agentsd.settings import infotext
+
+ON = {"min_tokens": 0, "until": 1.0}
+STATE = {
+    "tab": "txt2img",
+    "width": 128,
+    "height": 128,
+    "steps": 4,
+    "batch_size": 1,
+    "denoising": 0.5,
+    "hires": None,
+    "overrides": [],
+}
+
+
+class Clock:
+    """A clock that says how long work takes: ours, and the host's."""
+
+    def __init__(self, ours, hosts):
+        self.seconds, self.runs = (ours, hosts), 0
+
+    def timed(self, run, device):
+        self.runs += 1
+        return run(), self.seconds[(self.runs + 1) % 2]
+
+
+@pytest.fixture
+def card(host, monkeypatch):
+    """The U-Net is on an accelerator, whose clock is the test's; the number of calls that the U-Net gets."""
+    monkeypatch.setattr(host.session, "_is_cpu", lambda unet: False)
+
+    def put(ours, hosts):
+        clock = Clock(ours, hosts)
+        monkeypatch.setattr(type(host.session.compat.HOST), "clock", clock)
+        return clock
+
+    return put
+
+
+def line(host, settings=ON, **more):
+    """The preview's line of the first pass."""
+    return Routes(host.session.compat.HOST).preview({**STATE, **more, "values": settings})["lines"][0]
+
+
+def made(host, settings=ON, **more):
+    """An image: what its pass came to."""
+    p = generate_like(host, {**STATE, **more}, settings)
+    (told,) = host.session.STATUS.as_dict()["passes"]
+    return told, p
+
+
+def is_changed(told):
+    return bool(set(told["calls"]) - {"untouched"})
+
+
+class TestOnACard:
+    def test_the_first_pass_times_its_layers_and_those_after_it_know(self, host, unet, card):
+        clock, before, calls = card(0.001, 0.003), state(unet), []
+        handle = unet.register_forward_pre_hook(lambda *given: calls.append(1))
+        assert "measured" not in line(host)["text"]
+        assert is_changed(made(host)[0])
+        timed = clock.runs
+        assert timed > 0
+        assert len(calls) == 4, "no call is made for it"
+        assert re.search(r"measured here: self-attention \d+ → [\d.]+ ms per U-Net call", line(host)["text"])
+        assert is_changed(made(host)[0])
+        assert clock.runs == timed, "it is measured once"
+        handle.remove()
+        assert state(unet) == before
+
+    def test_where_ours_is_slower_later_passes_are_left_alone_and_say_so(self, host, unet, card):
+        card(0.004, 0.002)
+        told, p = made(host)
+        assert is_changed(told), "the first image is made with agents, as ever"
+        said = line(host)
+        assert said["text"].endswith("nothing happens.")
+        words = r"Measured to be slower here: self-attention (\d+) → (\d+) ms per U-Net call\. Change “Settings → Agent"
+        without, with_ = map(int, re.match(words, said["hint"]).groups())
+        assert with_ == 2 * without
+        told, p = made(host)
+        assert not is_changed(told)
+        assert told["obstacles"][0] in said["hint"].lower().replace("u-net", "U-Net")
+        assert infotext.KEY not in p.extra_generation_params
+        assert infotext.KEY not in p.params_txt
+        assert "slower here" in p.processed.extra_generation_params[infotext.NOTE]
+
+    def test_other_settings_sizes_batches_and_models_are_measured_by_themselves(self, host, unet, card):
+        card(0.004, 0.002)
+        made(host)
+        assert not is_changed(made(host)[0])
+        assert is_changed(made(host, {**ON, "agent_ratio": 0.9})[0])
+        assert is_changed(made(host, width=192)[0])
+        assert is_changed(made(host, batch_size=2)[0])
+        host.shared.sd_model.sd_checkpoint_info.name = "other.safetensors"
+        assert is_changed(made(host)[0])
+
+    def test_whoever_wants_it_all_the_same_has_it(self, host, unet, card):
+        card(0.004, 0.002)
+        made(host)
+        host.shared.opts.agent_attention_even_if_slower = True
+        assert is_changed(made(host)[0])
+        assert "measured here" in line(host)["text"]
+        host.shared.opts.agent_attention_even_if_slower = False
+        assert not is_changed(made(host)[0])
+        # for one image, as an API call's override settings or the page's
+        assert is_changed(made(host, overrides=["agent_attention_even_if_slower: True"])[0])
+        assert "measured here" in line(host, overrides=["agent_attention_even_if_slower: True"])["text"]
+
+
+class TestOnACpu:
+    """The seconds of ordinary calls: each takes as long as the test says, with and without."""
+
+    @pytest.fixture
+    def took(self, host, unet, monkeypatch):
+        from agentsd import get_patch
+
+        seconds, now = {True: 1.0, False: 1.0}, [0.0]
+        handle = unet.register_forward_hook(lambda *given: now.append(now[-1] + seconds[get_patch(unet) is not None]))
+        monkeypatch.setattr(type(host.session.compat.HOST), "now", staticmethod(lambda: now[-1]))
+        yield seconds
+        handle.remove()
+
+    def test_runs_with_and_without_tell(self, host, took):
+        took[True] = 0.5
+        made(host)
+        assert "measured" not in line(host)["text"], "without is not known yet"
+        generate_like(host, STATE, {"enabled": False})
+        assert line(host)["text"].endswith("Expected: 2.00× faster; measured here: 1000 → 500 ms per U-Net call.")
+
+    def test_where_it_is_slower_it_is_left_alone_until_that_changes(self, host, took):
+        took[True] = 1.5
+        generate_like(host, STATE, {"enabled": False})
+        made(host)
+        assert "Measured to be slower here: 1000 → 1500 ms per U-Net call" in line(host)["hint"]
+        assert not is_changed(made(host)[0])
+        took[False] = 2.0  # a busier machine, say
+        for _ in range(3):
+            assert not is_changed(made(host)[0])
+            if "slower" not in line(host)["hint"]:
+                break
+        assert is_changed(made(host)[0])
+
+    def test_noise_is_no_verdict(self, host, took):
+        took[True] = 1.04
+        generate_like(host, STATE, {"enabled": False})
+        made(host)
+        assert is_changed(made(host)[0])
+
+    def test_a_pass_with_both_is_enough(self, host, took, monkeypatch):
+        """Where agents end early, one pass has calls with and without."""
+
+        settings = {**ON, "until": 0.5}
+        made(host, settings, steps=8)
+        text = line(host, settings, steps=8)["text"]
+        assert "measured here" in text
+        assert "in 4 of 8 steps" in text
+
+    def test_what_others_change_is_not_taken_for_full_attention(self, host, took):
+        host.shared.opts.hypertile_enable_unet = True
+        generate_like(host, STATE, {"enabled": False})
+        made(host)
+        assert not host.cache.get(SECTION)
+
+
+def test_what_is_damaged_in_the_cache_counts_as_absent():
+    for damaged in (None, "text", {}, {"layers": [1.0]}, {"layers": ["a", "b"]}, {"calls": [0.0]}, {"calls": "x"}):
+        timings = Timings(lambda section, default, damaged=damaged: {f"case {i}": damaged for i in ("without",)})
+        assert timings.find(("case", "")) is None
+
+
+def test_both_figures_are_told_in_digits_that_differ():
+    assert Timing(0.33, 0.41).words() == "410 → 330 ms per U-Net call"
+    assert Timing(0.0012, 0.0034, layers=True).words() == "self-attention 3.4 → 1.2 ms per U-Net call"
