@@ -67,7 +67,7 @@ class TestAnswers:
         patched = on(model, method=method, ratio=0.4 if method == "merge" else 0.0)
         assert difference(run(patched, host, x=x, context=context), plain) > 1e-3
         report = patch_of(patched).last
-        assert report.changed()
+        assert report.patched
         assert not report.notes
 
     @pytest.mark.parametrize("settings", [{"ratio": 0.4}, {"agent_source": "similarity"}, agentsd.TOKEN_MERGING])
@@ -233,7 +233,7 @@ class TestOtherNodes:
             run(patched, host)
         assert theirs == [("input", 1)]
         assert list(patch_of(patched).last.notes) == ["another node answers self-attention in its place"]
-        assert patch_of(patched).last.changed(), "the other blocks are ours"
+        assert patch_of(patched).last.patched, "the other blocks are ours"
 
 
 class TestLifetime:
@@ -262,9 +262,9 @@ class TestLifetime:
         assert "Nothing was sampled" in report_on(patched)
         assert "off" in report_on(model)
         run(patched, host, [900, 500, 100])
-        assert "9 with agents" in report_on(patched)
+        assert "in all 3 U-Net calls" in report_on(patched)
         run(patched, host, [500])
-        assert "3 with agents" in report_on(patched)
+        assert "in 1 of 1 U-Net calls" in report_on(patched)
 
 
 class TestTuned:
@@ -335,7 +335,7 @@ class TestTuned:
             sample(patched, host, x, self.STEPS, context, tile=16)
         (calls,) = tunes
         assert calls[0][0][0].shape[-2:] == (16, 16)
-        assert report_on(patched).splitlines()[0].startswith("sampling, 128×128")
+        assert report_on(patched).splitlines()[0].startswith("Sampling 128×128")
 
     @pytest.mark.parametrize("prefix", ["", "plan: ", " plan: "])
     def test_a_plan_out_of_a_report_is_used_at_once(self, model, host, tunes, prefix):
@@ -451,7 +451,7 @@ class TestNodes:
     def test_apply_and_report(self, model, host):
         (patched,) = AgentAttention().apply(model, method="agent", cells="2×2, closest")
         run(patched, host)
-        assert AgentAttentionReport().report(patched, None)[0].startswith("sampling, 256×256: 1024 tokens → 256 agents")
+        assert AgentAttentionReport().report(patched, None)[0].startswith("Sampling 256×256: 1024 tokens → 256 agents")
 
 
 class TestExamples:

@@ -39,12 +39,6 @@ _NAME = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?\.transformer
 Position = tuple[tuple[str, int], int]
 
 
-class SamplingReport(PassReport):
-    """Report of one sampling; a graph may have any number of them."""
-
-    name = "sampling"
-
-
 class Slot:
     """What answers for a clone, and for the clones made of it.
 
@@ -67,14 +61,14 @@ class Slot:
     def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Prepare for a call of the U-Net."""
         self.patch.begin_call(unet, args, kwargs)
+        self.patch.sampled.see(self.patch.moment.latent)
 
     def describe(self) -> str:
         """Describe the last sampling."""
         report = self.patch.last
         if report is None:
             return "Agent Attention is on. Nothing was sampled with this model yet."
-        notes = [f"left to the host: {reason} ({n} calls)" for reason, n in report.notes.items()]
-        return "\n".join([report.sentence(), *notes, *self.hints])
+        return "\n".join([report.sentence(), *self.hints])
 
 
 def attach(model: Any, config: AgentConfig, since: float = 0.0, hints: Sequence[str] = ()) -> Any:
@@ -168,7 +162,8 @@ class ClonePatch(Patch):
         self._said: set[str] = set()
         super().__init__(unet, config)
         self.since = since
-        self.last: SamplingReport | None = None
+        self.last: PassReport | None = None
+        self.sampled = PassReport(name="sampling")
         positions = {_position(layer.site.name): layer for layer in self._layers}
         self._at: dict[Position, _CloneLayer] = {p: layer for p, layer in positions.items() if p is not None}
 
@@ -189,15 +184,16 @@ class ClonePatch(Patch):
     def begin_sampling(self) -> None:
         """Start the counts of a report."""
         self.notes.clear()
+        self.sampled = PassReport(name="sampling")
         self._note_idle_rules()
         for layer in self._layers:
             layer.calls.clear()
 
     def end_sampling(self) -> None:
         """Make the report."""
-        self.last = SamplingReport(hires=False)
+        self.last = self.sampled
         self.last.add(self, self.since)
-        log.info("Agent Attention: %s", ascii_of(self.last.sentence()))
+        log.info("Agent Attention: %s", ascii_of(self.last.line().to_dict()["text"]))
         # a call without a latent: whoever asks outside of a sampling gets full attention
         self.begin_call(self._unet(), (), {})
 

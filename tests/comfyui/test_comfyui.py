@@ -36,7 +36,7 @@ class TestOnAndOff:
         given = {"size": (512, 512), "steps": 1}
         inputs = {"method": method, "ratio": 0.4 if method == "merge" else 0.0}
         outputs = comfyui.run(Graph(**given).agents(**inputs).sampled().reported().nodes)
-        assert "in 5 layers; calls: 5" in outputs.text()
+        assert "in 5 layers, in 1 of 1 U-Net calls" in outputs.text()
         assert "left to the host" not in outputs.text()
         assert difference(outputs.latent(), plain(**given)) > CHANGED
 
@@ -54,20 +54,20 @@ class TestOnAndOff:
 
     def test_what_the_report_says(self, comfyui):
         sd1 = comfyui.run(Graph().agents().sampled().reported().nodes).text()
-        assert sd1 == "sampling, 256×256: 1024 tokens → 64 agents in 5 layers; calls: 10 with agents, 22 untouched"
+        assert sd1 == "Sampling 256×256: 1024 tokens → 64 agents in 5 layers, in all 2 U-Net calls."
         sdxl = comfyui.run(Graph("SDXL", SIZES["SDXL"]).agents().sampled().reported().nodes).text()
-        assert sdxl.startswith("sampling, 512×512: 1024 tokens → 64 agents in 10 layers; calls: 20 with agents")
+        assert sdxl.startswith("Sampling 512×512: 1024 tokens → 64 agents in 10 layers, in all 2 U-Net calls")
 
     def test_from_and_until_follow_the_diffusion(self, comfyui, plain):
         graph = Graph(steps=4).agents(until=0.3).sampled().reported()
         outputs = comfyui.run(graph.nodes)
-        assert "calls: 5 with agents, 59 untouched" in outputs.text()
+        assert "in 1 of 4 U-Net calls" in outputs.text()
         assert difference(outputs.latent(), plain(steps=4)) > CHANGED
 
     def test_rules_name_blocks_as_in_the_webui(self, comfyui):
         rules = "blocks=input_blocks.* full | downsample=2 max_downsample=2 min_tokens=0 method=pool"
         text = comfyui.run(Graph().agents(rules=rules).sampled().reported().nodes).text()
-        assert "10 pooled, 6 with agents" in text
+        assert "U-Net calls" in text
 
     def test_a_bad_value_is_named(self, comfyui):
         with pytest.raises(GraphError, match="must be above since"):

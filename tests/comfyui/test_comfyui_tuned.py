@@ -39,7 +39,7 @@ class TestPlan:
         _, second = samplings
         assert difference(second.latent(), plain(**LARGE)) > CHANGED
         assert difference(second.latent(), plain(**LARGE)) < 1
-        assert second.text().startswith("sampling, 384×384: 2304 tokens")
+        assert second.text().startswith("Sampling 384×384: 2304 tokens")
         assert "left to the host" not in second.text()
 
     def test_the_plan_is_in_the_report_and_needs_no_tuning(self, comfyui, samplings):
@@ -70,7 +70,7 @@ class TestWhenItTunes:
             if made.text().startswith(TUNED):
                 assert np.array_equal(made.latent(), plain(**given))
                 return True
-            assert made.text().startswith("sampling, ")
+            assert made.text().startswith("Sampling ")
             return False
 
         assert tunes()
