@@ -195,7 +195,7 @@ def _message(text: str) -> str:
 
 
 def _timings(plain: Run, patched: Run | None) -> str:
-    """Format seconds and distance as a schema."""
+    """Format seconds and distance as a table."""
     rows = [("without", plain, "1.00×", "")]
     if patched is not None:
         metrics = str(distance(plain.picture, patched.picture))
