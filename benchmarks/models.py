@@ -72,13 +72,11 @@ def _sdxl() -> nn.Module:
 
 _SD15 = partial(_ldm, num_heads=8, context_dim=768)
 _MINI = partial(_ldm, 32, num_heads=1, context_dim=768)
-_SD21 = partial(_ldm, num_head_channels=64, context_dim=1024, use_linear_in_transformer=True)
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("sd15", "SD 1.5", 768, _SD15),
-        Layout("sd21", "SD 2.1", 1024, _SD21),
         # as many blocks with hardly any work in them: what remains is the cost of a call whatever its size
         Layout("mini", "SD 1.5 with 32 channels instead of 320", 768, _MINI),
         Layout("sdxl", "SDXL", 2048, _sdxl, 2),

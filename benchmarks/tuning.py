@@ -8,7 +8,7 @@ checked on the same calls.
     python -m benchmarks.tuning check       # tunings and deviations: any time
     python -m benchmarks.tuning rounds      # seconds of whole U-Net calls, in turn: alone on the machine
     python -m benchmarks.tuning cost        # of tuning and of observing closeness, on SD 1.5: alone on the machine
-    python -m benchmarks.tuning report      # docs/tune/: verdict, tables and plot
+    python -m benchmarks.tuning report      # docs/measurements.md and measurements/tuning.csv
     python -m benchmarks.tuning all
 
 All of them resume. A call's time is relative to full attention's: means over three timesteps of medians of rounds in
@@ -18,6 +18,7 @@ turn. A tolerance is kept if the mean deviation is at most the tolerance, and th
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,9 +42,14 @@ from agentsd.tuning.tuner import Tuner, checked_candidates
 
 from . import models
 from .fidelity import covering, sharpened
+from .machine import ROOT
+from .pages import fill
+from .results import table
 
 SHARPNESS = (1, 4, 8)
 SIZES = ((64, 64), (96, 96))
+PAGE, DATA = ROOT / "docs/measurements.md", ROOT / "docs/measurements/tuning.csv"
+HEAD = ("model", "tolerance", "mean", "worst", "kept", "picture", "time", "fastest fixed settings", "their time")
 TOLERANCES = (0.005, 0.01, 0.03, 0.08)
 TUNED_ON = ("red apple", "panda")
 CHECKED_ON = ("avocado", "rose", "frog", "rainbow", "castle", "carrot", "cactus", "top hat")
@@ -282,14 +288,14 @@ class Bench:
     def keeps_any(self, case: Case, name: str) -> bool:
         return name.startswith("tuned") or self.keeps(case, name, max(TOLERANCES))
 
-    def report(self, folder: Path) -> None:
-        """Write the verdict, a table for each case, and the plot."""
+    def report(self, data: Path, page: Path) -> None:
+        """Write a line for each case and tolerance, and the section "tuning" of the page."""
         done = [case for case in CASES if self.deviations(case, f"tuned {TOLERANCES[0]}")]
-        lines = [self._verdict(done), *self._costs()]
-        for case in done:
-            lines += self._table(case)
-        (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
-        draw(self, folder / "tune.png")
+        rows = [self._row(case, t) for case in done for t in TOLERANCES]
+        with data.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
+        text = "\n".join([self._verdict(done), *self._costs(), "", *table(HEAD, rows)])
+        fill(page, "benchmarks.tuning", {"tuning": text})
 
     def _verdict(self, cases: Sequence[Case]) -> str:
         """Count the tunings that keep their tolerance, and those that fixed settings beat."""
@@ -298,9 +304,7 @@ class Bench:
         timed = [pair for pair in tunings if self._seconds(pair[0])]
         beaten = [pair for pair in timed if self._rival(*pair)[1] < (1 - AS_FAST) * self._time(*pair)]
         text = f"Of {len(tunings)} tunings, {len(kept)} keep their tolerance on what they were not tuned on. "
-        return (
-            f"{text}Of {len(timed)} that were timed, fixed settings that keep the same tolerance beat {len(beaten)}.\n"
-        )
+        return f"{text}Of {len(timed)} that were timed, fixed settings that keep the same tolerance beat {len(beaten)}."
 
     def _costs(self) -> list[str]:
         cost = self.store.data.get("cost")
@@ -308,7 +312,7 @@ class Bench:
             return []
         return [
             f"Tuning SD 1.5's U-Net (random weights, 512×512, bfloat16) took the time of {cost[CALLS]:.1f} U-Net calls "
-            f"for each recorded call. Observing closeness there costs {cost['observing closeness']:+.2%}.\n"
+            f"for each recorded call. Observing closeness there costs {cost['observing closeness']:+.2%}."
         ]
 
     def _seconds(self, case: Case) -> dict[str, float]:
@@ -323,22 +327,15 @@ class Bench:
         times = {name: seconds[name] for name in FIXED if name in seconds and self.keeps(case, name, t)}
         return min(times.items(), key=lambda item: item[1], default=("none", 1.0))
 
-    def _table(self, case: Case) -> list[str]:
-        lines = [f"**{case.name}**", ""]
-        lines += [
-            "| tolerance | mean | worst | kept | picture | time | fastest fixed settings that keep it | their time |"
-        ]
-        lines += ["|---:|---:|---:|:--:|---:|---:|---|---:|"]
-        for t in TOLERANCES:
-            name = f"tuned {t}"
-            found, kept = self.deviations(case, name), "yes" if self.keeps(case, name, t) else "**no**"
-            times = ("", "", "")
-            if self._seconds(case):
-                rival, time_of = self._rival(case, t)
-                times = (f"{self._time(case, t):.2f}", rival, f"{time_of:.2f}")
-            row = (str(t), f"{fmean(found):.4f}", f"{max(found):.4f}", kept, self._picture(case, name), *times)
-            lines.append(f"| {' | '.join(row)} |")
-        return [*lines, ""]
+    def _row(self, case: Case, t: float) -> tuple[str, ...]:
+        name = f"tuned {t}"
+        found, kept = self.deviations(case, name), "yes" if self.keeps(case, name, t) else "**no**"
+        times = ("", "", "")
+        if self._seconds(case):
+            rival, time_of = self._rival(case, t)
+            times = (f"{self._time(case, t):.2f}", rival, f"{time_of:.2f}")
+        figures = (f"{fmean(found):.4f}", f"{max(found):.4f}", kept, self._picture(case, name))
+        return (case.name, str(t), *figures, *times)
 
     def _picture(self, case: Case, name: str) -> str:
         entries = (self.store.data.get(f"pictures {case.name}, {i}", {}) for i in range(PICTURES))
@@ -380,55 +377,23 @@ def _fields(config: AgentConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in agentsd.config.SETTINGS}
 
 
-def draw(bench: Bench, path: Path) -> None:
-    """Time over deviation: tunings as a line, fixed settings as points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(len(SIZES), len(SHARPNESS), figsize=(12, 7), sharex=True, sharey=True)
-    colours = dict(zip(FIXED, plt.get_cmap("tab10").colors, strict=False))
-    for panel, case in zip(panels.flat, CASES, strict=True):
-        seconds = bench.store.data.get(f"seconds {case.name}")
-        panel.set(xscale="log", title=case.name)
-        panel.grid(True, alpha=0.3)
-        if not seconds:
-            continue
-        tuned = [(max(bench.deviations(case, f"tuned {t}")), fmean(seconds[f"tuned {t}"])) for t in TOLERANCES]
-        panel.plot(*zip(*tuned, strict=True), "k*-", ms=10, label="tuned to .005, .01, .03, .08")
-        for name in FIXED:
-            if name in seconds:
-                panel.plot(
-                    max(bench.deviations(case, name)), fmean(seconds[name]), "o", color=colours[name], label=name
-                )
-        panel.axhline(1, color="grey", lw=0.8)
-    handles = {
-        label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="lower center", ncols=3, fontsize="small", frameon=False)
-    figure.supxlabel("worst deviation of the U-Net's output on pictures that were not tuned on", y=0.13)
-    figure.supylabel("time of a U-Net call, full attention = 1")
-    figure.tight_layout(rect=(0, 0.14, 1, 1))
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=(*STEPS_OF_ALL, "all"))
-    parser.add_argument("--out", type=Path, default=Path("docs/tune"), help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/tuning.json"), help="file to go on with (out/tuning.json)"
+    )
     parser.add_argument("--side", type=int, choices=[size[0] for size in SIZES], help="only latents of this side")
     parser.add_argument("--most", type=int, default=-1, help="stop after as many measurements")
     args = parser.parse_args(arguments)
     cases = [case for case in CASES if args.side in (None, case.size[0])]
-    bench = Bench(Store(args.out / "tuning.json", args.most), cases)
+    bench = Bench(Store(args.out, args.most), cases)
     wanted = STEPS_OF_ALL if args.what == "all" else (args.what,)
     with suppress(Enough):
         for step in wanted:
             if step == "report":
-                bench.report(args.out)
+                bench.report(DATA, PAGE)
             else:
                 getattr(bench, step)()
 
