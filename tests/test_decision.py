@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
+import torch
 from blocks import as_model, golden_unet, sdxl_like_unet
 from fake_webui import fake_host, fake_unet, generate_like  # noqa: F401 - fixtures
 
@@ -156,3 +158,41 @@ def test_the_preview_visits_few_files(host, monkeypatch):
     finally:
         sys.setprofile(None)
     assert 0 < len(visited) <= 6, sorted(visited)
+
+
+class TestTheHostsOwnSchedule:
+    """Steps are where the host's sampler has them, as read in AUTOMATIC1111 1.10.1."""
+
+    @pytest.fixture
+    def samplers(self, host, monkeypatch):
+        class KDiffusion:
+            model_wrap = SimpleNamespace(log_sigmas=torch.zeros(1), sigma_to_t=lambda sigmas: 100 * sigmas)
+
+            def get_sigmas(self, p, steps):
+                assert p.scheduler == "Karras"
+                return torch.tensor([10.0 / 2**i for i in range(steps)] + [0.0])
+
+        class Timesteps:
+            def get_timesteps(self, p, steps):
+                return torch.clip(torch.tensor(list(range(0, 1000, 1000 // steps))) + 1, 0, 999)
+
+        def create_sampler(name, model):
+            return {"DPM++ 2M": KDiffusion, "DDIM": Timesteps}[name]()
+
+        module = SimpleNamespace(create_sampler=create_sampler)
+        monkeypatch.setattr("agentsd.webui.compat.a1111._module", lambda name: module)
+        return host.session.compat.HOST
+
+    def test_of_a_k_diffusion_sampler(self, samplers):
+        schedule = samplers.schedule("DPM++ 2M", "Karras")
+        assert samplers.moments("first", 4, schedule=schedule) == pytest.approx((0.0, 0.5, 0.75, 0.875))
+        assert samplers.moments("img2img", 4, 0, 0.5, schedule) == pytest.approx((0.5, 0.75, 0.875))
+
+    def test_of_a_sampler_by_timesteps(self, samplers):
+        schedule = samplers.schedule("DDIM", "Automatic")
+        assert samplers.moments("first", 4, schedule=schedule) == pytest.approx((0.249, 0.499, 0.749))
+        assert samplers.moments("img2img", 4, 0, 0.75, schedule) == pytest.approx((0.499, 0.749))
+        assert samplers.moments("img2img", 4, 0, 0.25, schedule) == ()
+
+    def test_one_that_is_not_known_is_taken_to_step_evenly(self, samplers):
+        assert samplers.moments("first", 2, schedule=samplers.schedule("?", "")) == decision.evenly(2)

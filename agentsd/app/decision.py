@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 USUAL = "SD 1"
 # In place of the steps of a pass where they are not known
 _EVENLY = tuple(i / 50 for i in range(50))
-Schedule = Callable[[int], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,19 @@ def evenly(steps: int) -> tuple[float, ...]:
     return tuple(1 - 0.999 * (1 - i / max(1, steps - 1)) for i in range(steps))
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Where the steps of a sampler are.
+
+    Attributes:
+        progress: returns the progress at each step of a whole diffusion, by the number of steps that were asked for.
+        extra: how many more steps an img2img pass makes than ⌊strength · steps⌋.
+    """
+
+    progress: Callable[[int], Sequence[float]] = evenly
+    extra: int = 1
+
+
 class Program:
     """What `decide` asks of the program that samples. Its subclasses say what is different there.
 
@@ -123,32 +135,39 @@ class Program:
         return self
 
     def schedule(self, sampler: str, scheduler: str) -> Schedule:
-        """Return the schedule of a sampler: progress at each step of a whole diffusion, by the number of its steps."""
-        return evenly
+        """Return the schedule of a sampler, by the names that the program has for it."""
+        return Schedule()
+
+    def other_checkpoint(self) -> str:
+        """Return the name of the checkpoint that the options ask for; empty if it is the current one."""
+        return ""
 
     def makes_all_steps(self) -> bool:
         """Whether an img2img pass makes as many steps as were asked for, whatever its strength."""
         return False
 
     def moments(
-        self, of: str, steps: int, hires_steps: int = 0, strength: float = 1.0, schedule: Schedule = evenly
+        self, of: str, steps: int, hires_steps: int = 0, strength: float = 1.0, schedule: Schedule | None = None
     ) -> tuple[float, ...]:
-        """Return the progress at each step of a pass, as the WebUIs make them: img2img makes ⌊strength · steps⌋ + 1.
+        """Return the progress at each step of a pass, as the WebUIs make them.
 
         Args:
             of: the kind of pass.
             steps: the steps that were asked for.
             hires_steps: those of the hires pass; 0 for as many.
             strength: denoising strength, 0–1, of a hires or img2img pass.
-            schedule: as `schedule` returns it.
+            schedule: that of its sampler.
         """
+        schedule = schedule or Schedule()
         strength = min(strength, 0.999)
         if of == tunings.FIRST:
-            return tuple(schedule(steps))
+            return tuple(schedule.progress(steps))
         if of == tunings.IMG2IMG and not self.makes_all_steps():
-            return tuple(schedule(steps))[-int(strength * steps) - 1 :]
-        wanted = hires_steps if hires_steps and of == tunings.HIRES else steps
-        return tuple(schedule(int(wanted / strength)))[-wanted:] if strength > 0 else ()
+            total, made = steps, int(strength * steps) + schedule.extra
+        else:
+            wanted = hires_steps if hires_steps and of == tunings.HIRES else steps
+            total, made = int(wanted / strength) if strength > 0 else 0, wanted - 1 + schedule.extra
+        return tuple(schedule.progress(total))[-made:] if total > 0 and made > 0 else ()
 
 
 @dataclass(frozen=True)

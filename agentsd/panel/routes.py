@@ -57,11 +57,11 @@ class PanelState(BaseModel, extra="forbid"):
         Raises:
             ValueError: the size of the hires pass would be out of range.
         """
-        schedule = host.schedule(self.sampler, self.scheduler)
+        schedule, other = host.schedule(self.sampler, self.scheduler), host.other_checkpoint()
 
         def made(of: str, width: int, height: int, checkpoint: str = "", steps: int = 0) -> SamplingPass:
             moments = host.moments(of, self.steps, steps, self.denoising, schedule)
-            return SamplingPass(Grid.of_pixels(height, width), of, moments, checkpoint)
+            return SamplingPass(Grid.of_pixels(height, width), of, moments, checkpoint or other)
 
         if self.tab == "img2img":
             return [made(tunings.IMG2IMG, self.width, self.height)]

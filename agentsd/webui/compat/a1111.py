@@ -9,19 +9,20 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from modules import scripts, sd_models, shared
 from PIL import Image
 from torch import Tensor, nn
 
-from ...app.decision import Hint, Program, SamplingPass
+from ...app.decision import Hint, Program, SamplingPass, Schedule, evenly
 from ...app.kept_tunings import Kept, Store
 from ...app.timings import Timings
 from ...attention.grid import Grid
 from ...clock import WALL
 from ...hosts import UnsupportedModelError, find_sites, find_unet
+from ...schedule import progress_of
 from ...settings import tunings
 from ..settings_page import CLOSENESS, EVEN_IF_SLOWER
 
@@ -153,8 +154,42 @@ class WebUI(Program):
         sides = ("hr_upscale_to_y", "hr_upscale_to_x") if of == tunings.HIRES else ("height", "width")
         latent = size or Grid.of_pixels(*(int(getattr(p, side, 0) or 0) for side in sides))
         asked = (getattr(p, name, None) or 0 for name in ("steps", "hr_second_pass_steps", "denoising_strength"))
-        moments = self.moments(of, *asked) if getattr(p, "steps", None) else None
+        hires = "hr_" if of == tunings.HIRES else ""
+        sampler, scheduler = (
+            getattr(p, f"{hires}{name}", None) or getattr(p, name, None) or "" for name in ("sampler_name", "scheduler")
+        )
+        moments = self.moments(of, *asked, self.schedule(sampler, scheduler)) if getattr(p, "steps", None) else None
         return SamplingPass(latent, of, moments)
+
+    def schedule(self, sampler: str, scheduler: str) -> Schedule:
+        made = self._sampler(sampler)
+        if made is None:
+            return Schedule()
+
+        def progress(steps: int) -> Sequence[float]:
+            try:
+                return _progress(made, scheduler, steps)
+            except Exception:  # another WebUI's samplers may be of another kind
+                return evenly(steps)
+
+        return Schedule(progress, 1 if hasattr(made, "get_sigmas") else -1)
+
+    def _sampler(self, name: str) -> Any:
+        """Make one of the host's samplers; None if that can't be, or no model is loaded."""
+        try:
+            return _module("sd_samplers").create_sampler(name, sd_models.model_data.sd_model)
+        except Exception:
+            return None
+
+    def other_checkpoint(self) -> str:
+        wanted = self.options.get("sd_model_checkpoint")
+        name = self._checkpoint_named(str(wanted)) if wanted else ""
+        return "" if name == self.checkpoint() else name
+
+    def _checkpoint_named(self, title: str) -> str:
+        """Return the name of a checkpoint by what the page calls it."""
+        find = getattr(sd_models, "get_closet_checkpoint_match", lambda title: None)
+        return str(getattr(find(title), "name", title))
 
     def makes_all_steps(self) -> bool:
         return bool(self.option("img2img_fix_steps"))
@@ -279,7 +314,8 @@ class WebUI(Program):
     # The panel
 
     def kept(self, sampling: SamplingPass) -> Kept | None:
-        return self.tunings.find(sampling.checkpoint or self.checkpoint(), sampling.of, sampling.latent)
+        name = self._checkpoint_named(sampling.checkpoint) if sampling.checkpoint else self.checkpoint()
+        return self.tunings.find(name, sampling.of, sampling.latent)
 
     def advice(self, values: Mapping[str, Any]) -> list[Hint]:
         """Advise against another extension's panel on our package, and 32 bits where half precision may overflow."""
@@ -327,6 +363,18 @@ class WebUI(Program):
 
     def _hypertile(self, hires: bool) -> bool:
         return bool(self.option("hypertile_enable_unet") or (hires and self.option("hypertile_enable_unet_secondpass")))
+
+
+def _progress(sampler: Any, scheduler: str, steps: int) -> list[float]:
+    """Return the progress at each step that one of the host's samplers makes."""
+    # of a stand-in, since the sampler writes into its infotext
+    p = SimpleNamespace(scheduler=scheduler or "Automatic", is_hr_pass=False, extra_generation_params={})
+    p.hr_scheduler, p.sampler_noise_scheduler_override = p.scheduler, None
+    if not hasattr(sampler, "get_sigmas"):  # its last timestep is where it ends
+        return [progress_of(t) for t in sampler.get_timesteps(p, steps).flip(0).tolist()[:-1]]
+    sigmas = sampler.get_sigmas(p, steps)[:-1]
+    model = sampler.model_wrap
+    return [progress_of(t) for t in model.sigma_to_t(sigmas.to(model.log_sigmas.device)).tolist()]
 
 
 # In place of a host's cache, while it runs
