@@ -455,7 +455,10 @@ def test_the_longest_entry_fits():
     longest = {row.name: max((row.choices), key=len) if row.choices else row.default for row in SETTINGS}
     longest |= {row.name: row.high - 1e-9 if row.kind == "number" else row.high for row in SETTINGS if row.numeric}
     longest |= {"rules": "x" * LONGEST_RULES, "tuning": "x" * LONGEST_TUNING}
-    assert len(infotext.write(longest)) < infotext.LONGEST
+    assert infotext.entries(longest).keys() == {infotext.KEY}
+    told = infotext.entries({**longest, "tuning": "x" * 4000})
+    assert told.keys() == {infotext.NOTE}
+    assert is_plain(told[infotext.NOTE])
 
 
 @given(st.text(max_size=6000))

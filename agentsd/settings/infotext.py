@@ -66,6 +66,14 @@ def write(values: Mapping[str, Any]) -> str:
     return "; ".join(f"{row.name}={row.format(values[row.name])}{_END * (row.kind == 'text')}" for row in named)
 
 
+def entries(values: Mapping[str, Any]) -> dict[str, str]:
+    """Make the entry under KEY; where a tuning is too long for an infotext, a note instead."""
+    entry = write(values)
+    if len(entry) < LONGEST:
+        return {KEY: entry}
+    return {NOTE: plain(f"the settings are left out; their {len(entry)} characters are too many for an infotext")}
+
+
 def read(entry: str) -> dict[str, Any]:
     """Read all settings from an entry.
 

@@ -21,7 +21,7 @@ BOTH, FIRST, HIRES = "both", "first", "hires"
 # Stands in the place of the rules where an infotext's entry cannot be read, with the reason
 DAMAGED = "damaged infotext -"
 # Characters of texts: all settings together have to fit into an infotext
-LONGEST_RULES, LONGEST_TUNING = 1500, 2000
+LONGEST_RULES, LONGEST_TUNING = 1000, 2500
 
 
 def fraction_of(text: str) -> float:

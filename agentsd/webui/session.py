@@ -75,7 +75,7 @@ class Generation:
     def foreseen(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """Make the entries of passes that are patched: the settings, and in place of "auto" the tunings used."""
         plans = [made.plan for made in decisions if made.plan is not None]
-        return {infotext.KEY: infotext.write({**self.values, "tuning": tunings.write(plans)})} if decisions else {}
+        return infotext.entries({**self.values, "tuning": tunings.write(plans)}) if decisions else {}
 
     def answer(self) -> dict[str, str]:
         """Make what an API request is told and no image is: what was tuned, or why nothing was patched."""
