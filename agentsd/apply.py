@@ -12,7 +12,7 @@ from torch import nn
 from .checks import SettingError, check_names
 from .config import SETTINGS, AgentConfig
 from .hosts import UnsupportedModelError, find_unet
-from .patching.layer import KVContext
+from .patching.call import KVContext
 from .patching.patch import Patch, patch_of
 from .tuning.result import as_tuning
 

@@ -27,6 +27,11 @@ def compiling() -> bool:
     return FOLLOWS and torch.compiler.is_compiling()
 
 
+def compiler_loaded() -> bool:
+    """Whether anything may be compiled: the compiler is loaded on first use."""
+    return FOLLOWS and _COMPILER in sys.modules
+
+
 def followed(function: F) -> F:
     """Decorator: a hook that the compiler may trace; older ones than `_OLDEST` are kept out of it."""
     return function if FOLLOWS else not_compiled(function)

@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from blocks import actions, blocks_of, inputs, one_block_unet, run
+from blocks import CONTEXT, actions, blocks_of, inputs, one_block_unet, run
 from patching import diffusers_unet, with_self_attention
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -73,6 +73,11 @@ class Compiled:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return output_tensor(self.unet(x, t, context))
+
+
+@torch.no_grad()
+def run_positional(unet: nn.Module, example: Any) -> Tensor:
+    return output_tensor(unet(*example))
 
 
 def given(name: str = "", side: int = 0) -> Any:
@@ -168,6 +173,112 @@ def test_the_compiled_u_net_gives_the_same(name):
         assert not agentsd.get_patch(unet).notes
     torch.testing.assert_close(compiled, patched, rtol=1e-4, atol=1e-4)
     assert (compiled - plain).abs().max() > 1e-3  # it is the patched one that was compiled
+
+
+def sixteen_blocks() -> nn.Module:
+    """A U-Net of diffusers with the blocks of SD 1.5, more than the compiler would make graphs for."""
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+    torch.manual_seed(0)
+    down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    return diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=2,
+        down_block_types=(down, down, down, "DownBlock2D"),
+        up_block_types=("UpBlock2D", up, up, up),
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=2,
+    ).eval()
+
+
+class TestRegional:
+    """diffusers' recommended form: each block is compiled by itself, and equal blocks share a graph."""
+
+    EVERYWHERE: ClassVar = {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0, "max_downsample": 4}
+
+    def compiled(self, unet: nn.Module, **options: Any) -> list[Any]:
+        graphs: list[Any] = []
+
+        def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        unet.compile_repeated_blocks(**{"backend": backend, "fullgraph": True, **options})
+        return graphs
+
+    @pytest.mark.parametrize("kw", [GRID, EVERYWHERE], ids=["largest layers", "three levels"])
+    def test_graphs_are_shared(self, kw):
+        unet, example = sixteen_blocks(), inputs()
+        plain = run_positional(unet, example)
+        with agentsd.patched(unet, **kw):
+            expected = run_positional(unet, example)
+            plans = {plan for _, plan in agentsd.get_patch(unet).explain(16, 16) if plan.acts}
+        graphs = self.compiled(unet)
+        torch.testing.assert_close(run_positional(unet, example), plain, rtol=1e-4, atol=1e-4)
+        unpatched = len(graphs)
+        with agentsd.patched(unet, **kw):  # after compiling
+            for _ in range(2):
+                torch.testing.assert_close(run_positional(unet, example), expected, rtol=1e-4, atol=1e-4)
+            assert not agentsd.get_patch(unet).notes
+        assert (expected - plain).abs().max() > 1e-3
+        assert len(graphs) <= unpatched + len(plans) + 1
+        made = len(graphs)
+        torch.testing.assert_close(run_positional(unet, example), plain, rtol=1e-4, atol=1e-4)
+        assert len(graphs) == made
+
+        torch._dynamo.reset()
+        unet = sixteen_blocks()
+        with agentsd.patched(unet, **kw):  # before compiling
+            graphs = self.compiled(unet)
+            torch.testing.assert_close(run_positional(unet, example), expected, rtol=1e-4, atol=1e-4)
+        assert len(graphs) <= unpatched + 2
+
+    @pytest.mark.parametrize("kw", [{}, dict(agentsd.TOKEN_MERGING, merge_mlp=True)], ids=["agents", "merging"])
+    def test_what_no_graph_contains_runs_outside(self, kw, caplog):
+        unet, example = sixteen_blocks(), inputs()
+        with agentsd.patched(unet, **kw):
+            expected = run_positional(unet, example)
+        self.compiled(unet)
+        compiled = [block._compiled_call_impl for block in blocks_of(unet)]
+        with agentsd.patched(unet, **kw):
+            torch.testing.assert_close(run_positional(unet, example), expected, rtol=1e-4, atol=1e-4)
+            assert not agentsd.get_patch(unet).notes
+        assert caplog.text.count("run uncompiled") == 1
+        assert [block._compiled_call_impl for block in blocks_of(unet)] == compiled
+
+    def test_an_observer_is_told(self):
+        unet, example, seen = sixteen_blocks(), inputs(), []
+        self.compiled(unet)
+        with agentsd.patched(unet, **GRID):
+            run_positional(unet, example)
+            assert not seen
+            agentsd.get_patch(unet).observer = seen.append
+            run_positional(unet, example)
+            assert len(seen) == 5  # the blocks of the largest layers
+
+    @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+    def test_inductor_gives_the_same(self):
+        unet = diffusers_unet("tiny_unet")
+        example = example_call(unet, 16, 16, 0.5)
+        with torch.no_grad(), agentsd.patched(unet, **GRID):
+            expected = output_tensor(unet(*example.args))
+            self.compiled(unet, backend="inductor")
+            torch.testing.assert_close(output_tensor(unet(*example.args)), expected, rtol=1e-3, atol=1e-3)
+            assert not agentsd.get_patch(unet).notes
+
+
+def test_merging_alone_acts_on_a_u_net_that_was_compiled_before():
+    """The compiler does not look for new hooks: the seam, which it sees, makes it compile anew."""
+    unet, example = sixteen_blocks(), inputs()
+    settings = dict(agentsd.TOKEN_MERGING, merge_attn=False, merge_mlp=True, sx=2, sy=2)
+    plain = run_positional(unet, example)
+    with agentsd.patched(unet, **settings):
+        expected = run_positional(unet, example)
+    compiled = torch.compile(unet, backend="eager")
+    run_positional(compiled, example)
+    with agentsd.patched(compiled, **settings):
+        torch.testing.assert_close(run_positional(compiled, example), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 1e-3
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")

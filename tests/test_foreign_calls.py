@@ -31,10 +31,10 @@ FOREIGN_CALLS = {
     "positional context": (lambda attn, x: attn(x, x.flip(1)), "context of its own"),
     "longer context": (lambda attn, x: attn(x, torch.cat([x, x * 2], 1)), "context of its own"),
     "mask": (lambda attn, x: attn(x, mask=torch.arange(x.shape[1]).expand(x.shape[:2]) % 3 > 0), "mask"),
-    "fewer tokens": (lambda attn, x: F.pad(attn(x[:, 1:]), (0, 0, 1, 0)), "where the layer has"),
-    "more tokens": (lambda attn, x: attn(torch.cat([x, x], 1))[:, : x.shape[1]], "where the layer has"),
-    "rows of a batch": (lambda attn, x: torch.cat([attn(x[:1]), attn(x[1:])]), "not what the block was given"),
-    "all frames at once": (lambda attn, x: attn(x.reshape(1, -1, x.shape[2])).view_as(x), "where the layer has"),
+    "fewer tokens": (lambda attn, x: F.pad(attn(x[:, 1:]), (0, 0, 1, 0)), "another number of tokens"),
+    "more tokens": (lambda attn, x: attn(torch.cat([x, x], 1))[:, : x.shape[1]], "another number of tokens"),
+    "rows of a batch": (lambda attn, x: torch.cat([attn(x[:1]), attn(x[1:])]), "other tokens than the block was given"),
+    "all frames at once": (lambda attn, x: attn(x.reshape(1, -1, x.shape[2])).view_as(x), "another number of tokens"),
 }
 
 
@@ -113,7 +113,7 @@ class TestForeignCalls:
             assert torch.equal(run(unet, EXAMPLE), plain)
             assert list(get_patch(unet).notes) == ["an error of ours: RuntimeError: no such kernel"]
         monkeypatch.undo()
-        monkeypatch.setattr("agentsd.patching.patch.match", fail)
+        monkeypatch.setattr("agentsd.patching.call.match", fail)
         with patched(unet, **EVERYWHERE):
             assert torch.equal(run(unet, EXAMPLE), plain)
             assert get_patch(unet).notes

@@ -80,8 +80,8 @@ class TestExampleCall:
         with patched(unet, **{**GRID, "max_downsample": "auto", "agent_ratio": 0.75}):
             out = answer(unet, 16, 24, 0.25)
             patch = get_patch(unet)
-            assert patch.moment.latent == (16, 24)
-            assert patch.moment.timestep == pytest.approx(0.75 * 999)
+            assert patch.last_call.latent == (16, 24)
+            assert patch.last_call.timestep == pytest.approx(0.75 * 999)
             assert any(layer.calls.get("agents") for layer in patch.report())
             assert not patch.notes
         assert difference(out, plain) > CHANGED

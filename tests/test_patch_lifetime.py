@@ -7,12 +7,14 @@ import gc
 import io
 import weakref
 
+import pytest
 import torch
 from blocks import as_model, blocks_of, flat_unet, golden_unet, run, tree
-from patching import CHANGED, EVERYWHERE, EXAMPLE, GRID, SIMILARITY, difference, kinds, undisturbed
+from patching import CHANGED, EVERYWHERE, EXAMPLE, GRID, SIMILARITY, difference, diffusers_unet, kinds, undisturbed
 from torch import nn
 
-from agentsd import AgentConfig, apply_patch, get_patch, patch_unet, patched, remove_patch
+from agentsd import AgentConfig, apply_patch, early, get_patch, patch_unet, patched, remove_patch
+from agentsd.hosts import example_call, output_tensor
 
 
 class TestLifetime:
@@ -63,6 +65,32 @@ class TestLifetime:
         assert tree(twin).keys() == tree(unet).keys()
         assert "forward" not in vars(blocks_of(twin)[0].attn1)
         assert difference(run(twin, EXAMPLE), out) > CHANGED
+
+    @pytest.mark.parametrize("model", ["LDM", "diffusers"])
+    @kinds({"grid": GRID, "everywhere": EVERYWHERE, "stages": {**GRID, "stages": early(0.6)}})
+    def test_a_patched_model_can_be_pickled(self, model, kw):
+        unet = golden_unet() if model == "LDM" else diffusers_unet("tiny_unet")
+        example = example_call(unet, 16, 16, 0.5)
+
+        @torch.no_grad()
+        def output(unet):
+            return output_tensor(unet(*example.args, **example.kwargs))
+
+        file, plain = io.BytesIO(), output(unet)
+        with patched(unet, **kw):
+            out = output(unet)
+            torch.save(unet, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+        assert get_patch(twin) is not get_patch(unet)
+        assert torch.equal(output(twin), out)
+        assert not get_patch(twin).notes
+        with patched(twin, **SIMILARITY):
+            pass
+        assert torch.equal(output(twin), out)
+        remove_patch(twin)
+        assert torch.equal(output(twin), plain)
+        assert torch.equal(output(unet), plain)
 
     def test_the_weights_of_a_patched_model_can_be_saved(self, unet):
         file = io.BytesIO()

@@ -119,7 +119,7 @@ class TestReproducibility:
         for t in (500, 501):
             with patched(unet) as model:
                 run(model, (EXAMPLE[0], torch.tensor([t, t]), EXAMPLE[2]))
-                partitions += [part.dst for part in get_patch(model).moment.partitions.values()]
+                partitions += [part.dst for part in get_patch(model).last_call.partitions.values()]
         assert not torch.equal(*partitions)
 
     @pytest.mark.parametrize("make", [torch.tensor, lambda t: torch.tensor(t, dtype=torch.float16), lambda t: t[0]])

@@ -59,8 +59,8 @@ class TestStages:
             patch = agentsd.Patch(flat, config)
             for t, on in [(end, False), (end + 0.25, True)]:
                 patch.begin_call(flat, EXAMPLE[:1], {"timesteps": torch.tensor([t], dtype=torch.float64)})
-                assert patch.moment.active
-                assert (config.at(patch.moment.part) is not None) == on, t
+                assert patch.last_call.active
+                assert (config.at(patch.last_call.part) is not None) == on, t
 
     @pytest.mark.parametrize("t", [[-1, -1], [1001, 1001], [float("nan")] * 2, [5, 1500]])
     def test_outside_the_diffusion_they_stand_down_and_say_so_once(self, unet, t, caplog):

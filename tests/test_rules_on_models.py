@@ -227,8 +227,8 @@ def test_a_rule_begins_and_ends_exactly_where_it_says():
             patch = agentsd.Patch(FLAT, AgentConfig(rules=[rule]))
             for at, on in [(t + 0.25, before), (t, after)]:
                 patch.begin_call(FLAT, EXAMPLE[:1], {"timesteps": torch.tensor([at], dtype=torch.float64)})
-                assert patch.moment.active
-                assert (patch.config.at(patch.moment.part) is not None) == bool(on), at
+                assert patch.last_call.active
+                assert (patch.config.at(patch.last_call.part) is not None) == bool(on), at
 
 
 @pytest.mark.parametrize("t", [[-1, -1], [1001, 1001], [float("nan")] * 2])

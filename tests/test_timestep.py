@@ -41,7 +41,7 @@ def read(monkeypatch):
         seen.append(agentsd.hosts.read_timestep(t))
         return seen[-1]
 
-    monkeypatch.setattr("agentsd.patching.layer.read_timestep", spy)
+    monkeypatch.setattr("agentsd.patching.call.read_timestep", spy)
     return seen
 
 

@@ -108,7 +108,8 @@ def test_what_others_answer_is_not_ours(host, unet):
     def steps():
         host.session.before_model_call()
         for layer in get_patch(unet)._layers:
-            layer.site.obstacle = "another extension answers"
+            layer.seam.remove()
+            layer.seam.obstacle = "another extension answers"
         run(unet, inputs())
 
     p = Processing()

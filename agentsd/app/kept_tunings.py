@@ -18,7 +18,7 @@ from torch import nn
 from ..attention.grid import Grid
 from ..config import AgentConfig
 from ..methods import selectable
-from ..patching.layer import KVContext
+from ..patching.call import KVContext
 from ..settings import tunings
 from ..settings.presets import PRESETS, TUNED
 from ..settings.schema import DEFAULTS, fraction_of, to_config

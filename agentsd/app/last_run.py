@@ -102,7 +102,7 @@ class PassReport:
         self.calls.update(sum(counts, Counter()))
         self.steps += max(map(changed, counts), default=0)
         self.of_steps += max((sum(count.values()) for count in counts), default=0)
-        self.see(patch.moment.latent)
+        self.see(patch.last_call and patch.last_call.latent)
         self.closeness = patch.closeness() or self.closeness
         if self.sizes and progress is not None:
             self._add_plans(plan for _, plan in patch.explain(*self.sizes[-1], progress) if plan is not None)

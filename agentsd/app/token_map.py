@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from ..attention.grid import Grid
 from ..attention.merging import Clusters
 from ..methods import LayerPlan
-from ..patching.layer import Answer
+from ..patching.call import Answer
 from ..schedule import MAX_TIMESTEP
 from .decision import fraction
 
@@ -106,8 +106,8 @@ class Recording:
 
         def observe(answer: Answer) -> None:
             nonlocal last
-            if answer.moment is not last[0]:
-                last = answer.moment, self._new_call(answer, hires, latent, moments)
+            if answer.call is not last[0]:
+                last = answer.call, self._new_call(answer, hires, latent, moments)
             if last[1] is not None:
                 last[1].layers.append(_layer_of(answer))
 

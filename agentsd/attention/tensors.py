@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,18 +16,17 @@ from .grid import cells
 # Computes attention of q, k, v (B, H, N, d) without a mask at the scale d^-½, as (B, H, N, d)
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_kernel: Kernel | None = None
+_KERNEL: ContextVar[Kernel | None] = ContextVar("agentsd_kernel", default=None)
 
 
 @contextmanager
 def attention_by(kernel: Kernel) -> Iterator[None]:
     """Compute attention by a host's own kernel in a `with` block, so that what the user chose there serves us too."""
-    global _kernel  # torch.compile follows neither context variables nor thread-local ones
-    before, _kernel = _kernel, kernel
+    token = _KERNEL.set(kernel)
     try:
         yield
     finally:
-        _kernel = before
+        _KERNEL.reset(token)
 
 
 def scaled_dot_product_attention(
@@ -36,9 +36,11 @@ def scaled_dot_product_attention(
 
     Calls with a mask are PyTorch's always: fast kernels refuse masks, or disregard them.
     """
-    if _kernel is None or attn_mask is not None:
+    # the compiler follows no context variable; no graph contains answers for a host that has a kernel of its own
+    kernel = None if compiling() else _KERNEL.get()
+    if kernel is None or attn_mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
-    return _kernel(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
+    return kernel(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
 
 
 def compiling() -> bool:

@@ -20,9 +20,12 @@ from ..attention.merging import Matching
 from ..attention.tensors import Kernel, attention_by, join_heads, split_heads
 from ..config import AgentConfig
 from ..eager import not_compiled
-from ..hosts import Call, Site, find_unet
-from ..methods import LayerPlan, SelfAttention
-from ..patching.layer import Image, Layer
+from ..hosts import Call, find_unet
+from ..methods import SelfAttention
+from ..patching.call import Planned
+from ..patching.closeness import Watch
+from ..patching.finite import FiniteCheck
+from ..patching.layer import Answerer, Layer
 from ..patching.patch import Patch
 from ..plan import plan_block
 from ..words import ascii_of
@@ -61,7 +64,7 @@ class Slot:
     def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Prepare for a call of the U-Net."""
         self.patch.begin_call(unet, args, kwargs)
-        self.patch.sampled.see(self.patch.moment.latent)
+        self.patch.sampled.see(self.patch.last_call.latent)
 
     def describe(self) -> str:
         """Describe the last sampling."""
@@ -101,7 +104,11 @@ def attach_slot(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
 
     def unet_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         slot.begin_call(unet, args, kwargs)
-        output = executor(*args, **kwargs)
+        try:
+            output = executor(*args, **kwargs)
+        except BaseException:
+            slot.patch.shared.end()
+            raise
         slot.patch.end_call()
         return output
 
@@ -159,32 +166,22 @@ class ClonePatch(Patch):
     """
 
     def __init__(self, unet: nn.Module, config: AgentConfig, since: float = 0.0) -> None:
-        self._said: set[str] = set()
-        super().__init__(unet, config)
+        super().__init__(unet, config, answerer=_CloneAnswerer())
         self.since = since
         self.last: PassReport | None = None
         self.sampled = PassReport(name="sampling")
         positions = {_position(layer.site.name): layer for layer in self._layers}
-        self._at: dict[Position, _CloneLayer] = {p: layer for p, layer in positions.items() if p is not None}
-
-    def _layer(self, site: Site, image: Image) -> _CloneLayer:
-        return _CloneLayer(self, site, Image(self, image.module))  # each call tells its own size
+        self._at: dict[Position, Layer] = {p: layer for p, layer in positions.items() if p is not None}
 
     def blocks(self) -> list[tuple[str, int]]:
         """List the parts of the U-Net that have transformer blocks, by the host's names."""
         return list(dict.fromkeys(block for block, _ in self._at))
 
-    def note(self, reason: str) -> None:
-        if reason in self._said:  # in an earlier sampling, perhaps
-            self.notes[reason] += 1
-        else:
-            self._said.add(reason)
-            super().note(reason)
-
     def begin_sampling(self) -> None:
         """Start the counts of a report."""
         self.notes.clear()
         self.sampled = PassReport(name="sampling")
+        self.shared.finite = FiniteCheck()
         self._note_idle_rules()
         for layer in self._layers:
             layer.calls.clear()
@@ -194,20 +191,27 @@ class ClonePatch(Patch):
         self.last = self.sampled
         self.last.add(self, self.since)
         log.info("Agent Attention: %s", ascii_of(self.last.line().to_dict()["text"]))
-        # a call without a latent: whoever asks outside of a sampling gets full attention
-        self.begin_call(self._unet(), (), {})
 
     def end_call(self) -> None:
         """Note the blocks where somebody else has answered in our place."""
-        for layer in self._at.values():
-            layer.note_if_not_asked()
+        call = self.shared.call()
+        for layer in self._at.values() if call is not None and call.active else ():
+            # a block that was not asked has not told its size
+            planned = plan_block(self.config, layer.site.place, call.latent, call.part)
+            if layer.image not in call.sizes and planned is not None and planned[1].acts:
+                self.note("another node answers self-attention in its place")
+        super().end_call()
 
     @not_compiled
     def answer(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Answer the self-attention of a block, from its queries, keys and values (B, N, C) and the host's options."""
         call = _ProjectedCall(q, k, v, options)
         layer = self._at.get((options["block"], options["block_index"]))
-        return call.proceed() if layer is None else layer.answer(call)
+        if layer is None or self.shared.call() is None:  # nobody patches outside of a sampling
+            return call.proceed()
+        layer.image.see(tuple(options["activations_shape"][-2:]))
+        layer.match(k)
+        return layer.answer(call)
 
 
 def _position(name: str) -> Position | None:
@@ -252,47 +256,35 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Mapping[str
     return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
 
 
-class _CloneLayer(Layer):
-    def answer(self, call: _ProjectedCall) -> Tensor:
-        """Answer the block's self-attention."""
-        self.image.see(tuple(call.options["activations_shape"][-2:]))
-        self.match(call.k)
-        output = self._attention(call) if self._wants() else call.proceed()
-        self.matching = None
-        return output
+class _CloneAnswerer(Answerer):
+    """Answers from the projections that the host has made, with the kernel that the user chose there."""
 
-    def note_if_not_asked(self) -> None:
-        moment = self.patch.moment
-        if self.asked is moment or not moment.active:
-            return
-        planned = plan_block(self.patch.config, self.site.place, moment.latent, moment.part)
-        if planned is not None and planned[1].acts:
-            self.patch.note("another node answers self-attention in its place")
-
-    def _attend(self, call: _ProjectedCall) -> Tensor:
-        if self.config.attn_precision is not None:
-            return super()._attend(call)  # which the host's kernel may not honour
-        with attention_by(kernel_of(call.options)):
-            return super()._attend(call)
-
-    def _for_method(
+    def answer(
         self,
-        call: _ProjectedCall,
-        config: AgentConfig,
-        plan: LayerPlan,
-        size: tuple[int, int],
-        matching: Matching | None = None,
+        layer: Layer,
+        host: _ProjectedCall,
+        planned: Planned,
+        matching: Matching | None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        if planned.config.attn_precision is not None:  # which the host's kernel may not honour
+            return super().answer(layer, host, planned, matching, watch)
+        with attention_by(kernel_of(host.options)):
+            return super().answer(layer, host, planned, matching, watch)
+
+    def attention(
+        self, layer: Layer, host: _ProjectedCall, planned: Planned, matching: Matching | None
     ) -> SelfAttention:
         return SelfAttention(
-            x=call.x,
-            plan=plan,
-            settings=config,
-            size=size,
-            heads=call.options["n_heads"],
+            x=host.x,
+            plan=planned.plan,
+            settings=planned.config,
+            size=planned.size,
+            heads=host.options["n_heads"],
             matching=matching,
             wrapped=lambda: True,  # all tokens are projected already
-            project=lambda x: (call.q, call.k, call.v),
-            project_q=lambda x: call.q,
+            project=lambda x: (host.q, host.k, host.v),
+            project_q=lambda x: host.q,
             project_out=lambda x: x,  # the host's, afterwards
-            proceed=call.proceed,
+            proceed=host.proceed,
         )

@@ -1,7 +1,7 @@
 """Interface of a host: a family of models whose U-Nets share classes and call signatures.
 
-A host is one file in this folder: a subclass of `Host`, listed in `agentsd.hosts.HOSTS`. No other file of the core
-knows a host's class names, call signatures or dtypes.
+A host is one file in this folder: a subclass of `Host`, listed in `agentsd.hosts.families.HOSTS`. No other file of the
+core knows a host's class names, call signatures or dtypes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..schedule import Block
-
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 PROMPT_TOKENS = 77
+# What a block's self-attention must have
+_PARTS = ("to_q", "to_k", "to_v", "to_out", "heads")
 
 
 class UnsupportedModelError(ValueError):
@@ -57,12 +56,17 @@ class Seam(Protocol):
 
     Attributes:
         attn: the module.
+        obstacle: why its calls can't be answered; empty if they can.
     """
 
     attn: nn.Module
+    obstacle: str
 
     def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
         """Send calls to `handler` while `wants()`, and the others on unread; at most once per seam."""
+
+    def refresh(self) -> None:
+        """See whether the host computes the attention in another way since, and go on answering if that can be."""
 
     def remove(self) -> None:
         """Restore the module."""
@@ -106,10 +110,6 @@ class Host(ABC):
         """Make a seam in this attention module."""
 
     @abstractmethod
-    def obstacle(self, attn: nn.Module) -> str:
-        """Explain why this self-attention can't be patched; empty if it can."""
-
-    @abstractmethod
     def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
         """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is another family's."""
 
@@ -136,62 +136,7 @@ def weight_of(module: nn.Module) -> Tensor:
     return next(p for p in module.parameters() if p.is_floating_point())
 
 
-@dataclass
-class Site:
-    """One transformer block that can be patched.
-
-    Attributes:
-        block: the block: attn1, attn2 and ff.
-        parent: the module around it that sees the tokens as an image.
-        place: its name and its level, read off the U-Net's structure.
-        host: the family that its self-attention belongs to.
-        obstacle: why its self-attention can't be patched; empty if it can.
-    """
-
-    block: nn.Module
-    parent: nn.Module
-    place: Block
-    host: Host
-    obstacle: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.place.name
-
-    @property
-    def downsample(self) -> int | None:
-        return self.place.downsample
-
-    @property
-    def heads(self) -> int:
-        return self.block.attn1.heads
-
-    @property
-    def channels(self) -> int:
-        """C, the width of a token."""
-        return self.block.attn1.to_q.in_features
-
-    def seam(self) -> Seam:
-        return self.host.seam(self.block.attn1)
-
-    def wrapped(self) -> bool:
-        """Whether another extension wraps this instance's projections and may rely on seeing all N tokens."""
-        attn = self.block.attn1
-        return "forward" in attn.to_q.__dict__ or "forward" in attn.to_k.__dict__ or "forward" in attn.to_v.__dict__
-
-
-def is_block(module: nn.Module) -> bool:
-    """Whether this is a BasicTransformerBlock whose self-attention has the expected parts.
-
-    Recognised by class name and attributes, since every host has its own class.
-    """
-    if not any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__):
-        return False
-    attn1 = getattr(module, "attn1", None)
-    return attn1 is not None and all(hasattr(attn1, name) for name in (*PROJECTIONS, "heads"))
-
-
-def says_something(value: Any) -> bool:
+def is_set(value: Any) -> bool:
     """Whether an argument can change the result: it is neither None, empty, zero nor False."""
     if value is None:
         return False
@@ -203,3 +148,14 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, An
     arguments = dict(zip(names, args, strict=False), **kwargs)
     arguments.update({f"argument {i}": value for i, value in enumerate(args[len(names) :])})
     return arguments
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether this is a BasicTransformerBlock whose self-attention has the expected parts.
+
+    Recognised by class name and attributes, since every host has its own class.
+    """
+    if not any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__):
+        return False
+    attn1 = getattr(module, "attn1", None)
+    return attn1 is not None and all(hasattr(attn1, name) for name in _PARTS)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, named, says_something
+from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, is_set, named
 
 
 class Diffusers(Host):
@@ -26,9 +26,6 @@ class Diffusers(Host):
 
     def seam(self, attn: nn.Module) -> Seam:
         return ProcessorSeam(attn)
-
-    def obstacle(self, attn: nn.Module) -> str:
-        return _obstacle(attn)
 
     def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
         if not hasattr(unet, "down_blocks"):
@@ -60,23 +57,38 @@ class ProcessorSeam:
 
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
-        self._previous = host_processor(attn)
+        self.obstacle = _obstacle(attn)
+        self._answered: tuple[Handler, Callable[[], bool]] | None = None
         self._processor: _Processor | None = None
 
     def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
-        """Send calls to `handler` while `wants()`."""
-        if isinstance(self._previous, nn.Module):
-            return  # its weights would leave the module tree, out of reach of to() and state_dict()
-        self._processor = _around(self._previous, handler, wants)
+        """Send calls to `handler` while `wants()`, through whatever processor the host chooses."""
+        self._answered = handler, wants
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Go on answering where the host has chosen another processor since, unless it computes something else."""
+        if self._answered is None or self.attn.processor is self._processor:
+            return
+        self.obstacle = _obstacle(self.attn)
+        if self.obstacle:
+            return
+        self._retire()
+        self._processor = _around(host_processor(self.attn), *self._answered)
         self.attn.set_processor(self._processor)
 
     def remove(self) -> None:
         """Restore the processor, unless another one has been set since."""
-        if self._processor is None:
-            return
-        self._processor.handler = None
-        if self.attn.processor is self._processor:
-            self.attn.set_processor(self._processor.previous)
+        self._answered = None
+        processor = self._processor
+        self._retire()
+        if processor is not None and self.attn.processor is processor:
+            self.attn.set_processor(processor.previous)
+
+    def _retire(self) -> None:
+        """Let our processor pass calls on: others may keep it."""
+        if self._processor is not None:
+            self._processor.handler, self._processor = None, None
 
     def project_out(self, x: Tensor) -> Tensor:
         for module in self.attn.to_out:
@@ -96,6 +108,9 @@ class _Processor:
 
     def __init__(self, previous: Callable[..., Tensor], handler: Handler | None, wants: Callable[[], bool]) -> None:
         self.previous, self.handler, self.wants = previous, handler, wants
+
+    def __reduce__(self) -> Any:
+        return _around, (self.previous, None, always), {"handler": self.handler, "wants": self.wants}
 
     @property
     def __class__(self) -> type:
@@ -118,7 +133,7 @@ class _Processor:
             rest = arguments if context is None else {"encoder_hidden_states": tokens, **arguments}
             return self.previous(attn, tokens, **rest)
 
-        extras = {name: value for name, value in arguments.items() if says_something(value)}
+        extras = {name: value for name, value in arguments.items() if is_set(value)}
         return self.handler(Call(hidden_states, context, mask, extras, proceed))
 
 
@@ -162,9 +177,9 @@ _PLAIN_PROCESSORS = (
 
 def _obstacle(attn: nn.Module) -> str:
     # __class__ instead of type(): an active processor of ours reports the one underneath
-    processor = host_processor(attn).__class__.__name__
-    if processor not in _PLAIN_PROCESSORS:
-        return f"its attention processor is {processor}"
+    processor = host_processor(attn)
+    if isinstance(processor, nn.Module) or processor.__class__.__name__ not in _PLAIN_PROCESSORS:
+        return f"its attention processor is {processor.__class__.__name__}"
     for name in ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
         if getattr(attn, name, None) is not None:
             return f"its attention has {name}"

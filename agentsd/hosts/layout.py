@@ -8,7 +8,8 @@ from collections import Counter
 from torch import nn
 
 from ..costs import PROMPT_TOKENS, CountedBlock, Layout
-from . import HOSTS, Site, downsamples, find_sites
+from .families import HOSTS, downsamples
+from .sites import Site, find_sites
 
 _RESAMPLED = {kind: factor for host in HOSTS for kind, factor in host.resamplers.items()}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, named, says_something, weight_of
+from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, is_set, named, weight_of
 
 
 class LDM(Host):
@@ -26,9 +26,6 @@ class LDM(Host):
 
     def seam(self, attn: nn.Module) -> Seam:
         return ForwardSeam(attn)
-
-    def obstacle(self, attn: nn.Module) -> str:
-        return ""
 
     def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
         if not hasattr(unet, "input_blocks"):
@@ -69,6 +66,7 @@ class ForwardSeam:
     # Arguments that do not affect attention itself: Forge's transformer_options carries patches that its block applies
     # around attn1.
     _HARMLESS = ("transformer_options",)
+    obstacle = ""
 
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
@@ -84,6 +82,9 @@ class ForwardSeam:
         self._previous = self.attn.__dict__.get("forward")
         # a bound method, not a closure, so that a deep copy of the model gets its own seam
         self._forward = self.attn.forward = self._answer
+
+    def refresh(self) -> None:
+        pass
 
     def remove(self) -> None:
         """Restore `forward`. A wrapper put on top since then stays, and now wraps a pass-through."""
@@ -125,7 +126,7 @@ class ForwardSeam:
             return self._original(tokens, **dict.fromkeys(sources, tokens), **arguments)
 
         relevant = {name: value for name, value in arguments.items() if name not in self._HARMLESS}
-        extras = {name: value for name, value in relevant.items() if says_something(value)}
+        extras = {name: value for name, value in relevant.items() if is_set(value)}
         return Call(x, context, mask, extras if plain else {**extras, "value": value}, proceed)
 
 

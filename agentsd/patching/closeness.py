@@ -41,32 +41,24 @@ def _percent(share: float) -> str:
 
 
 class ClosenessMeter:
-    """Compares answers with full attention at a few tokens. What it sums stays on the device until `read`."""
+    """Sums what `Watch` has found in several calls. It stays on the device until `read`."""
 
     def __init__(self) -> None:
         self._seen = self._observed = 0
         self._sums: dict[str, Tensor] = {}
-        self.watching = False
 
-    def begin_call(self) -> None:
-        """Decide whether a U-Net call is observed."""
-        self.watching = self._seen % EVERY == 0
+    def watch(self) -> Watch | None:
+        """Return what compares the answers of the call that begins; None if it is not observed."""
+        observed = self._seen % EVERY == 0
         self._seen += 1
-        self._observed += self.watching
+        self._observed += observed
+        return Watch() if observed else None
 
-    def attend(self, name: str, method: Method, attention: SelfAttention) -> Tensor:
-        """Have `method` answer the attention of the block `name`, and compare the answer."""
-        watched = _Watched(attention)
-        out = method.attend(replace(attention, project=watched.project))
-        with torch.no_grad():
-            full = attention.project_out(watched.full())
-            self._add(name, full.float(), watched.rows(out.detach()).float())
-        return out
-
-    def _add(self, name: str, full: Tensor, ours: Tensor) -> None:
-        squares = torch.stack([(ours - full).square().sum(), full.square().sum()])
-        earlier = self._sums.get(name)
-        self._sums[name] = squares if earlier is None or earlier.device != squares.device else earlier + squares
+    def add(self, watch: Watch) -> None:
+        """Add what was found in a call that has ended."""
+        for name, squares in watch.squares.items():
+            earlier = self._sums.get(name)
+            self._sums[name] = squares if earlier is None or earlier.device != squares.device else earlier + squares
 
     def read(self) -> Closeness | None:
         """Return what was found so far; None if no patched block was observed. Waits for the device."""
@@ -76,6 +68,27 @@ class ClosenessMeter:
         errors = {name: (a / b) ** 0.5 if b else 0.0 for name, (a, b) in zip(self._sums, squares, strict=True)}
         block = max(errors, key=errors.__getitem__)
         return Closeness(sum(errors.values()) / len(errors), errors[block], block, self._observed)
+
+
+class Watch:
+    """Compares the answers of one U-Net call with full attention at a few tokens.
+
+    Attributes:
+        squares: ‖ours − full‖² and ‖full‖² (2,) by the block's name.
+    """
+
+    def __init__(self) -> None:
+        self.squares: dict[str, Tensor] = {}
+
+    def attend(self, name: str, method: Method, attention: SelfAttention) -> Tensor:
+        """Have `method` answer the attention of the block `name`, and compare the answer."""
+        watched = _Watched(attention)
+        out = method.attend(replace(attention, project=watched.project))
+        with torch.no_grad():
+            full, ours = attention.project_out(watched.full()).float(), watched.rows(out.detach()).float()
+            squares = torch.stack([(ours - full).square().sum(), full.square().sum()])
+            self.squares[name] = self.squares.get(name, 0) + squares
+        return out
 
 
 class _Watched:

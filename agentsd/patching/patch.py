@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -11,65 +10,93 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..attention.merging import Matching, Partition, match, partition, partition_seed
+from ..attention.grid import Grid
 from ..clock import WALL, Clock
 from ..config import AgentConfig
-from ..eager import compiling, followed, keep_out, not_compiled
-from ..hosts import Site, UnsupportedModelError, find_sites, find_timestep, read_size
+from ..eager import compiler_loaded, compiling, followed, keep_out, not_compiled
+from ..hosts import UnsupportedModelError, find_sites, find_timestep, read_size
 from ..methods import LayerPlan
 from ..plan import may_match, plan_block
 from ..schedule import MAX_TIMESTEP
+from .call import Answer, KVContext, ModelCall, Shared
 from .closeness import Closeness, ClosenessMeter
-from .layer import Answer, Image, KVContext, Layer, LayerReport, Moment
+from .finite import NOTE as NOT_FINITE
+from .finite import FiniteCheck
+from .layer import Answerer, Image, Layer, LayerReport
 from .measure import Measured, Measurement
-
-log = logging.getLogger("agentsd")
 
 
 class Patch:
     """Agent attention on one U-Net. Created by `apply_patch`; `remove` undoes it.
+
+    Threads may share a patched U-Net: what belongs to one call of it is a `ModelCall` (`agentsd.patching.call`).
 
     Args:
         unet: the U-Net (LDM, sgm, Forge or diffusers).
         config: the settings.
         kv_context: maps the attention module and its input (B, N, C) to the inputs of the key and value projections,
             for a host's hypernetworks, say. None: the input itself.
+        answerer: plans the blocks and answers their self-attention.
 
     Attributes:
         config: the settings.
         notes: reasons for leaving self-attention to the host, each with its number of calls.
-        observer: called with an `Answer` after every patched attention; None (the default) costs nothing. It must not
-            keep a tensor of the answer.
+        shared: what the blocks share, beside a call.
 
     Raises:
         UnsupportedModelError: the U-Net has no transformer blocks to patch.
     """
 
-    def __init__(self, unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        config: AgentConfig,
+        kv_context: KVContext | None = None,
+        answerer: Answerer | None = None,
+    ) -> None:
+        answerer = Answerer() if answerer is None else answerer
         self.config = config
-        self.kv_context = kv_context
-        self.notes: Counter[str] = Counter()
-        self.observer: Callable[[Answer], None] | None = None
-        self.moment = Moment()
-        self.meter: ClosenessMeter | None = None
-        self.timing: Measurement | None = None
-        self._measurement: Measurement | None = None
+        self.shared = Shared(config, kv_context, outside=may_match(config) or not answerer.traceable)
         self._unet = weakref.ref(unet)
-        self._timed, self._matches = config.timed, may_match(config)
+        self._timed = config.timed
+        self._measurement: Measurement | None = None
         sites = find_sites(unet)
-        images = {id(site.parent): Image(self, site.parent) for site in sites}
+        images = {id(site.parent): Image(self.shared, site.parent) for site in sites}
         self._images = list(images.values())
-        self._layers = [self._layer(site, images[id(site.parent)]) for site in sites]
+        self._layers = [Layer(self.shared, answerer, site, images[id(site.parent)]) for site in sites]
         self._handles: list[Any] = []
         if not self._layers:
             raise UnsupportedModelError(f"{type(unet).__name__} has no transformer blocks to patch")
         self._note_idle_rules()
 
-    def _layer(self, site: Site, image: Image) -> Layer:
-        return Layer(self, site, image)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_unet": self._unet(), "_measurement": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _unet=weakref.ref(state["_unet"]))
+
+    @property
+    def notes(self) -> Counter[str]:
+        return self.shared.notes
+
+    @property
+    def observer(self) -> Callable[[Answer], None] | None:
+        """Is called with an `Answer` after every patched attention; None (the default) costs nothing.
+
+        It must not keep a tensor of the answer.
+        """
+        return self.shared.observer
+
+    @observer.setter
+    def observer(self, observer: Callable[[Answer], None] | None) -> None:
+        self.shared.observer = observer
+
+    @property
+    def last_call(self) -> ModelCall | None:
+        """The U-Net call that began last; None before the first, and where torch.compile made it part of a graph."""
+        return self.shared.last
 
     @property
     def active(self) -> bool:
@@ -85,15 +112,16 @@ class Patch:
         if old is not None:
             old.remove()
         keep_out()
+        self.shared.finite = FiniteCheck()
         try:
             # a hook of the whole U-Net is outside of its graph, unless its call and not its `forward` is compiled
-            begin = self._begin_outside_graph if self._timed or self._matches else self.begin_call
+            begin = self._begin_outside_graph if self._timed or self.shared.outside else self.begin_call
             self._handles.append(unet.register_forward_pre_hook(begin, with_kwargs=True))
             for image in self._images:
                 self._handles.append(image.module.register_forward_pre_hook(image.look, with_kwargs=True))
             for layer in self._layers:
                 self._handles += layer.install()
-            self._handles.append(unet.register_forward_hook(self._end))
+            self._handles.append(unet.register_forward_hook(self._end, always_call=True))
         except BaseException:
             self.remove()
             if old is not None:
@@ -107,6 +135,8 @@ class Patch:
         self._handles.clear()
         for layer in self._layers:
             layer.remove()
+        while self.shared.end() is not None:  # calls that were interrupted
+            pass
 
     def report(self) -> list[LayerReport]:
         """Report what was done to each block so far, in U-Net order."""
@@ -137,15 +167,15 @@ class Patch:
 
         Off by default. No pixel depends on it. Setting it starts the measurement anew.
         """
-        return self.meter is not None
+        return self.shared.meter is not None
 
     @observe_closeness.setter
     def observe_closeness(self, on: bool) -> None:
-        self.meter = ClosenessMeter() if on else None
+        self.shared.meter = ClosenessMeter() if on else None
 
     def closeness(self) -> Closeness | None:
         """Return how close attention was to full attention; None if not observed. Waits for the device."""
-        return None if self.meter is None else self.meter.read()
+        return None if self.shared.meter is None else self.shared.meter.read()
 
     def measure(self, clock: Clock = WALL) -> None:
         """Time what the patch does beside what it replaces, within the next two U-Net calls that it changes.
@@ -153,7 +183,7 @@ class Patch:
         No U-Net call is made for that, and the outputs are those of the patch. `measured` has the result. What
         torch.compile made part of a graph can't be measured.
         """
-        self.timing = self._measurement = Measurement(clock)
+        self.shared.timing = self._measurement = Measurement(clock)
 
     @property
     def measured(self) -> Measured | None:
@@ -162,23 +192,7 @@ class Patch:
 
     def note(self, reason: str) -> None:
         """Count a reason for leaving a call to the host, and log it the first time."""
-        if reason not in self.notes:
-            log.info("self-attention left to the host: %s", reason)
-        self.notes[reason] += 1
-
-    def partition(self, config: AgentConfig, height: int, width: int, device: torch.device) -> Partition:
-        """Return the partition of a height × width grid at the current timestep, on `device`."""
-        key = (config.use_rand, height, width, config.sx, config.sy, device)
-        if key not in self.moment.partitions:
-            seed = None
-            if config.use_rand:
-                seed = partition_seed(config.seed, self.moment.timestep, height, width, config.sx, config.sy)
-            self.moment.partitions[key] = partition(height, width, config.sx, config.sy, seed).to(device)
-        return self.moment.partitions[key]
-
-    def match(self, config: AgentConfig, x: Tensor, size: tuple[int, int], r: int, agent_r: int) -> Matching:
-        """Return the clusters of a block's tokens x."""
-        return match(x, self.partition(config, *size, x.device), r, agent_r)
+        self.shared.note(reason)
 
     @followed
     def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -189,14 +203,15 @@ class Patch:
         """
         if kwargs is None:
             return
-        latent = read_size(args, kwargs)
         if not compiling():
-            self._enter(Moment(latent, find_timestep(args, kwargs)))
-        elif self._watched or self._timed or self._matches:
+            self._begin(args, kwargs)
+        elif self._timed or self.shared.stays_outside:
             self._begin_outside_graph(unet, args, kwargs)
         else:
+            latent = read_size(args, kwargs)
+            self.shared.last = None
             # the length of a range is a number even where that of a tensor is a symbol
-            self._enter(Moment(latent and tuple(len(range(side)) for side in latent)))
+            self.shared.key = latent and f"{len(range(latent[0]))} {len(range(latent[1]))} None"
 
     @not_compiled
     def _begin_outside_graph(
@@ -204,38 +219,64 @@ class Patch:
     ) -> None:
         self.begin_call(unet, args, kwargs)
 
-    def _enter(self, moment: Moment) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a U-Net call."""
-        moment.active = moment.latent is not None and (not self._timed or self._enter_part(moment))
-        if moment.active:
-            moment.key = f"{moment.latent[0]} {moment.latent[1]} {moment.part}"
-        self.moment = moment
-        if self.meter is not None:
-            self.meter.begin_call()
-
-    @property
-    def _watched(self) -> bool:
-        """Whether anything looks at the answers, which no graph contains."""
-        return self.observer is not None or self.meter is not None or self.timing is not None
+        shared, latent = self.shared, read_size(args, kwargs)
+        call = ModelCall(shared, latent and Grid(*latent), find_timestep(args, kwargs))
+        call.active = call.active and not self._failed(call) and (not self._timed or self._enter_part(call))
+        shared.key = f"{call.latent.height} {call.latent.width} {call.part}" if call.active else None
+        call.watch = None if shared.meter is None else shared.meter.watch()
+        shared.begin(call)
+        for layer in self._layers:
+            layer.seam.refresh()
+        if compiler_loaded():
+            for layer in self._layers:
+                layer.set_aside()
 
     @followed
     def _end(self, unet: nn.Module, args: Any, output: Any) -> None:
-        if not compiling():
-            for layer in self._layers:
-                layer.notice()
-            if self.timing is not None:
-                self.timing.end_call()
-                if self.timing.measured is not None:
-                    self.timing = None
+        if compiling():
+            return
+        if output is None:  # the call failed
+            self.shared.end()
+        else:
+            self.end_call()
 
-    def _enter_part(self, moment: Moment) -> bool:
-        """Find the part of the diffusion that a call belongs to; return False if there is none."""
-        progress = moment.progress
-        if progress is None or not 0.0 <= progress <= 1.0:
-            t = moment.timestep
-            self.note(f"the U-Net was given timestep {t}, and stages and rules need one from 0 to {MAX_TIMESTEP}")
+    def end_call(self) -> None:
+        """Take stock of a call of the U-Net that has ended; its hook."""
+        shared, call = self.shared, self.shared.end()
+        if call is None:
+            return
+        for layer in self._layers:
+            block = call.blocks.get(layer)
+            if block is None or not block.asked:
+                layer.note_if_bypassed(call)
+        if call.watch is not None and shared.meter is not None:
+            shared.meter.add(call.watch)
+        timing = shared.timing
+        if timing is not None:
+            timing.end_call()
+            if timing.measured is not None:
+                shared.timing = None
+
+    def _failed(self, call: ModelCall) -> bool:
+        """Whether the first answers of this pass were not finite, so that the host makes the rest of it."""
+        finite = self.shared.finite
+        if not finite.poll():
             return False
-        moment.part = self._parts[bisect_right(self._parts, progress) - 1]
+        if finite.is_over(call.timestep):
+            self.shared.finite = FiniteCheck()
+            return False
+        self.note(NOT_FINITE)
+        return True
+
+    def _enter_part(self, call: ModelCall) -> bool:
+        """Find the part of the diffusion that a call belongs to; return False if there is none."""
+        progress = call.progress
+        if progress is None or not 0.0 <= progress <= 1.0:
+            self.shared.note(f"stages and rules need a timestep from 0 to {MAX_TIMESTEP}", f"got {call.timestep}")
+            return False
+        call.part = self._parts[bisect_right(self._parts, progress) - 1]
         return True
 
     @cached_property

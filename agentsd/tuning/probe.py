@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.grid import Grid
+from ..attention.merging import Matching
 from ..clock import Clock
 from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, read_tokens
-from ..methods import LayerPlan, method_of
-from ..patching.layer import Image, KVContext, Layer
+from ..methods import LayerPlan
+from ..patching.call import KVContext, ModelCall, Planned, current_call
+from ..patching.closeness import Watch
+from ..patching.layer import Answerer, Layer
 from ..patching.patch import Patch, patch_of
 from ..plan import merged_tokens, plan_block
 
@@ -58,10 +62,19 @@ class Probe(Patch):
         self.trials: defaultdict[str, Trials] = defaultdict(Trials)
         self.full: defaultdict[Any, list[float]] = defaultdict(list)
         self.ratios: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
-        super().__init__(unet, candidates[0], kv_context)
+        self.streams: dict[str, float] = {}
+        super().__init__(unet, candidates[0], kv_context, _Trying(self))
 
-    def _layer(self, site: Site, image: Image) -> Layer:
-        return _ProbedLayer(self, site, image)
+    def install(self) -> None:
+        super().install()
+        for layer in self._layers:
+            see = partial(self._see_stream, layer.site.name)
+            self._handles.append(layer.site.block.register_forward_pre_hook(see, with_kwargs=True))
+
+    @not_compiled
+    def _see_stream(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = read_tokens(args, kwargs)
+        self.streams[name] = norm(x) if isinstance(x, Tensor) else 1.0
 
     def make_room(self) -> None:
         """Make room for the measurements of one more U-Net call."""
@@ -79,61 +92,60 @@ class Probe(Patch):
         return {FULL: full} | {k: full * median(each) for (of, k), each in self.ratios.items() if of == kind}
 
 
-class _ProbedLayer(Layer):
-    patch: Probe
+class _Trying(Answerer):
+    """Answers with the host's attention, and tries all candidates beside it."""
 
-    def install(self) -> Iterator[Any]:
-        yield from super().install()
-        yield self.site.block.register_forward_pre_hook(self._see_stream, with_kwargs=True)
+    clusters_first = False  # they are made in each trial
+    traceable = False
 
-    @not_compiled
-    def _see_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = read_tokens(args, kwargs)
-        self.stream = norm(x) if isinstance(x, Tensor) else 1.0
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
 
-    def _plan(self, moment: Any, size: tuple[int, int]) -> tuple[AgentConfig, LayerPlan] | None:
+    def settings(self, config: AgentConfig, site: Site) -> Iterable[AgentConfig]:
+        return self.probe.candidates.values()
+
+    def plan(self, layer: Layer, call: ModelCall, size: Grid) -> tuple[AgentConfig, LayerPlan] | None:
         """Plan the first candidate that does anything here; which one doesn't matter, all are tried."""
-        return next((plan for _, plan in self._plans(moment, size)), None)
+        return next((plan for _, plan in self._plans(layer, call, size)), None)
 
-    def _plans(self, moment: Any, size: tuple[int, int]) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
+    def _plans(self, layer: Layer, call: ModelCall, size: Grid) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
         seen = set()
-        for k, config in self.patch.candidates.items():
-            found = plan_block(config, self.site.place, moment.latent, None, size)
+        for k, config in self.probe.candidates.items():
+            found = plan_block(config, layer.site.place, call.latent, None, size)
             # in small layers, different cells and shares come to the same
             same = found and (found[1], replace(found[0], agent_ratio=0.0, exact_ratio=0.0))
             if found is not None and _tried(found[1]) and same not in seen:
                 seen.add(same)
                 yield k, found
 
-    def _unmatched(self, call: Call) -> str:
-        """Clusters are made in each trial."""
-        return ""
-
-    def _attend(self, call: Call) -> Tensor:
-        patch, size, trials = self.patch, self.image.size, self.patch.trials[self.site.name]
-        trials.kind = (size, tuple(call.x.shape), self.site.heads)
-        full, seconds = patch.clock.timed(call.proceed, call.x.device)
-        patch.full[trials.kind].append(seconds)
-        for k, (config, plan) in self._plans(patch.moment, size):
-            if patch.is_slow(trials.kind, k):
+    def answer(
+        self, layer: Layer, host: Call, planned: Planned, matching: Matching | None, watch: Watch | None = None
+    ) -> Tensor:
+        probe, call, size, name = self.probe, current_call(), planned.size, layer.site.name
+        trials, timed = probe.trials[name], probe.clock.timed
+        trials.kind = (size, tuple(host.x.shape), layer.site.heads)
+        full, seconds = timed(host.proceed, host.x.device)
+        probe.full[trials.kind].append(seconds)
+        for k, (config, plan) in self._plans(layer, call, size):
+            if probe.is_slow(trials.kind, k):
                 continue
+            trial = partial(self._try, layer, host, call, Planned(config, plan, size))
             try:
-                if (trials.kind, k) not in patch.ratios:
-                    self._try(call, config, plan)  # the first time, kernels are loaded and tables are made
-                out, spent = patch.clock.timed(partial(self._try, call, config, plan), call.x.device)
+                if (trials.kind, k) not in probe.ratios:
+                    trial()  # the first time, kernels are loaded and tables are made
+                out, spent = timed(trial, host.x.device)
             except RuntimeError as failure:  # too little memory, say; what was not tried here is not chosen here
-                patch.note(f"an error of ours: {failure}")
+                probe.note(f"an error of ours: {failure}")
                 continue
-            patch.ratios[trials.kind, k].append(spent / max(seconds, 1e-12))
-            trials.errors[-1][k] = norm(out.float() - full.float()) / max(self.stream, 1e-12)
+            probe.ratios[trials.kind, k].append(spent / max(seconds, 1e-12))
+            trials.errors[-1][k] = norm(out.float() - full.float()) / max(probe.streams[name], 1e-12)
         return full
 
-    def _try(self, call: Call, config: AgentConfig, plan: LayerPlan) -> Tensor:
-        r, agent_r, matching = merged_tokens(config, plan), plan.agent_r, None
+    def _try(self, layer: Layer, host: Call, call: ModelCall, planned: Planned) -> Tensor:
+        r, agent_r, matching = merged_tokens(planned.config, planned.plan), planned.plan.agent_r, None
         if r or agent_r:
-            matching = self.patch.match(config, call.x, self.image.size, r, agent_r)
-        attention = self._for_method(call, config, plan, self.image.size, matching)
-        return method_of(plan.action).attend(attention)
+            matching = call.match(planned.config, host.x, planned.size, r, agent_r)
+        return planned.plan.method.attend(self.attention(layer, host, planned, matching))
 
 
 def norm(x: Tensor) -> float:
@@ -142,7 +154,7 @@ def norm(x: Tensor) -> float:
 
 
 def _tried(plan: LayerPlan) -> bool:
-    return plan.acts and plan.agents >= method_of(plan.action).tuned_from
+    return plan.acts and plan.agents >= plan.method.tuned_from
 
 
 @contextmanager

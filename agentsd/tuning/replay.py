@@ -15,7 +15,7 @@ from ..checks import SettingError
 from ..clock import WALL, Clock, peak_memory
 from ..config import AgentConfig
 from ..hosts import find_unet, output_tensor, read_size, weight_of
-from ..patching.layer import KVContext
+from ..patching.call import KVContext
 from ..patching.patch import Patch
 from .probe import installed, norm, unpatched
 from .record import RecordedCall, copied, progress_of

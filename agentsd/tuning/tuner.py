@@ -16,7 +16,7 @@ from ..clock import WALL, Clock
 from ..config import AgentConfig
 from ..hosts import Site, find_unet, weight_of
 from ..methods import METHODS, method_named, selectable
-from ..patching.layer import KVContext
+from ..patching.call import KVContext
 from ..schedule import Rule
 from ..version import VERSION
 from ..words import percent

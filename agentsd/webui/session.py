@@ -18,7 +18,7 @@ from ..app.timings import case_of
 from ..apply import patch_unet
 from ..checks import SettingError
 from ..hosts.base import weight_of
-from ..patching.layer import Answer
+from ..patching.call import Answer
 from ..patching.patch import Patch
 from ..settings import infotext, schema, tunings
 from . import compat

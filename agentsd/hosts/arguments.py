@@ -1,0 +1,49 @@
+"""Reading the arguments and outputs of hosts' modules, whatever the family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .families import HOSTS
+
+_IMAGES = tuple(name for host in HOSTS for name in host.images)
+_TOKENS = tuple(name for host in HOSTS for name in host.tokens)
+_TIMESTEPS = tuple(name for host in HOSTS for name in host.timesteps)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Extract the tensor from a U-Net's output: bare, first in a tuple, or in diffusers' output object."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, (tuple, list)) else output.sample
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return args[0] if args else next((kwargs[name] for name in names if name in kwargs), None)
+
+
+def read_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Read the tokens (B, N, C) from a block's arguments."""
+    return _first(args, kwargs, _TOKENS)
+
+
+def find_timestep(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Find the timesteps among a U-Net's arguments, unread; None if there are none."""
+    return args[1] if len(args) > 1 else next((kwargs[name] for name in _TIMESTEPS if name in kwargs), None)
+
+
+def read_timestep(t: Any) -> float | None:
+    """Read the largest timestep of a batch; None if there is none. Waits for the device."""
+    if isinstance(t, Tensor):
+        return float(t.detach().max()) if t.numel() else None
+    return float(t) if isinstance(t, (int, float)) else None
+
+
+def read_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Read (height, width) off the image-shaped tensor (B, C, height, width) among a module's arguments."""
+    x = _first(args, kwargs, _IMAGES)
+    shape = x.shape if isinstance(x, Tensor) else ()
+    return (shape[2], shape[3]) if len(shape) == 4 else None

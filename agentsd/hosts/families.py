@@ -1,0 +1,49 @@
+"""The families of models, and what is asked of whichever a model belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..schedule import timestep_at
+from .base import ExampleCall, Host, is_block, weight_of
+from .diffusers import Diffusers
+from .ldm import LDM
+
+HOSTS: tuple[Host, ...] = (LDM(), Diffusers())
+
+
+def host_of(attn: nn.Module) -> Host:
+    """Return the family that an attention module belongs to."""
+    return next(host for host in HOSTS if host.owns(attn))
+
+
+def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield (name, downsample) of each stage of the U-Net, by the first family whose layout matches."""
+    for host in HOSTS:
+        stages = list(host.stages(unet))
+        if stages:
+            yield from stages
+            return
+
+
+def example_call(unet: nn.Module, height: int, width: int, progress: float, rows: int = 2) -> ExampleCall:
+    """Make arguments for calling a U-Net on noise; the same every time.
+
+    Args:
+        unet: the U-Net.
+        height: rows of the latent.
+        width: columns of the latent.
+        progress: fraction of the diffusion done, 0–1.
+        rows: batch size; 2 for cond and uncond.
+    """
+    host, weight = host_of(next(m.attn1 for m in unet.modules() if is_block(m))), weight_of(unet)
+    generator, dtype = torch.Generator().manual_seed(0), host.dtype(unet)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(weight.device, dtype)
+
+    t = torch.full((rows,), timestep_at(progress), device=weight.device)
+    return host.example_call(unet, noise, (height, width), t)

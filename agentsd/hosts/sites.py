@@ -1,0 +1,98 @@
+"""Finding a model's U-Net and its transformer blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..schedule import Block
+from .base import Host, Seam, UnsupportedModelError, is_block
+from .families import HOSTS, downsamples, host_of
+
+
+@dataclass
+class Site:
+    """One transformer block that can be patched.
+
+    Attributes:
+        block: the block: attn1, attn2 and ff.
+        parent: the module around it that sees the tokens as an image.
+        place: its name and its level, read off the U-Net's structure.
+        host: the family that its self-attention belongs to.
+    """
+
+    block: nn.Module
+    parent: nn.Module
+    place: Block
+    host: Host
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    @property
+    def downsample(self) -> int | None:
+        return self.place.downsample
+
+    @property
+    def heads(self) -> int:
+        return self.block.attn1.heads
+
+    @property
+    def channels(self) -> int:
+        """C, the width of a token."""
+        return self.block.attn1.to_q.in_features
+
+    def seam(self) -> Seam:
+        return self.host.seam(self.block.attn1)
+
+    def wrapped(self) -> bool:
+        """Whether another extension wraps this instance's projections and may rely on seeing all N tokens."""
+        attn = self.block.attn1
+        return "forward" in attn.to_q.__dict__ or "forward" in attn.to_k.__dict__ or "forward" in attn.to_v.__dict__
+
+
+def find_unet(model: Any) -> nn.Module:
+    """Find the U-Net of an LDM, sgm or Forge model, or of a diffusers pipeline; a U-Net is returned as it is.
+
+    Raises:
+        UnsupportedModelError: the model has no U-Net with transformer blocks.
+    """
+    for path in (*(path for host in HOSTS for path in host.paths), ""):
+        unet = _follow(model, path)
+        unet = getattr(unet, "_orig_mod", unet)  # torch.compile
+        if isinstance(unet, nn.Module) and any(is_block(module) for module in unet.modules()):
+            return unet
+    raise UnsupportedModelError(
+        f"model must be a Stable Diffusion model (LDM, sgm or diffusers) or its U-Net with transformer blocks, "
+        f"got {type(model).__name__}"
+    )
+
+
+def _follow(model: Any, path: str) -> Any:
+    for name in filter(None, path.split(".")):
+        model = getattr(model, name, None)
+    return model
+
+
+def find_sites(unet: nn.Module) -> list[Site]:
+    """List all transformer blocks of the U-Net, in the order of its modules."""
+    levels, sites = dict(downsamples(unet)), []
+    for name, module in unet.named_modules():
+        if not hasattr(module, "transformer_blocks"):
+            continue
+        for child_name, block in module.named_modules():
+            if is_block(block):
+                full = f"{name}.{child_name}".lstrip(".")
+                sites.append(Site(block, module, Block(full, _of_prefix(full, levels)), host_of(block.attn1)))
+    first = min((site.downsample for site in sites if site.downsample), default=1)
+    for site in sites:
+        site.place = replace(site.place, largest_level=first)
+    return sites
+
+
+def _of_prefix(name: str, levels: Mapping[str, int]) -> int | None:
+    return next((d for prefix, d in levels.items() if name.startswith(prefix + ".")), None)

@@ -1,0 +1,67 @@
+"""No black image on our account: where the first answers are not finite, the host makes the rest of the pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import inputs, run
+from patching import CORRECTED, EXAMPLE, GOLDEN
+
+from agentsd import get_patch, patched
+from agentsd.methods import method_named
+from agentsd.patching.finite import NOTE
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Whether the method's answers are not finite: a list, true while it has an entry."""
+    broken, method = [True], method_named("corrected")
+    attend = method.attend
+
+    def answer(attention):
+        out = attend(attention)
+        return out.index_fill(1, torch.tensor([3]), float("nan")) if broken else out
+
+    monkeypatch.setattr(type(method), "attend", lambda self, attention: answer(attention))
+    return broken
+
+
+def at(t):
+    return inputs(2, 12, 12, t=[t, t])
+
+
+def test_the_host_makes_the_rest_of_the_pass(broken):
+    plain = run(GOLDEN, EXAMPLE)
+    with patched(GOLDEN, **CORRECTED):
+        patch = get_patch(GOLDEN)
+        assert torch.equal(run(GOLDEN, EXAMPLE), plain)
+        assert torch.equal(run(GOLDEN, EXAMPLE), plain)
+        assert list(patch.notes) == [NOTE]
+        run(GOLDEN, at(300))
+        broken.clear()
+        expected = run(GOLDEN, at(300))
+        assert patch.notes[NOTE] == 3
+        # timesteps rise again: another image
+        changed = run(GOLDEN, EXAMPLE)
+        assert patch.notes[NOTE] == 3
+        assert (changed - plain).abs().max() > 1e-3
+        assert not torch.equal(run(GOLDEN, at(300)), expected)
+
+
+def test_where_the_host_is_not_finite_either_nothing_is_said(broken):
+    x, t, context = EXAMPLE
+    x = x.clone()
+    x[0, 0, 0, 0] = float("inf")
+    with patched(GOLDEN, **CORRECTED):
+        run(GOLDEN, (x, t, context))
+        run(GOLDEN, (x, t, context))
+        assert not get_patch(GOLDEN).notes
+
+
+def test_only_the_first_answers_are_looked_at(monkeypatch):
+    with patched(GOLDEN, **CORRECTED):
+        run(GOLDEN, EXAMPLE)
+        looked = []
+        monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: looked.append(self))
+        run(GOLDEN, EXAMPLE)
+        assert not looked
