@@ -30,7 +30,6 @@ class WallClock:
 
 
 WALL = WallClock()
-timed = WALL.timed
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
