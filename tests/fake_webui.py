@@ -32,6 +32,7 @@ class Processing:
     def __init__(self, **more):
         self.extra_generation_params = {"Other extension": "here"}
         self.comments, self.sampler, self.is_hr_pass = [], Sampler(), False
+        self.width = self.height = self.hr_upscale_to_x = self.hr_upscale_to_y = 128
         vars(self).update(more)
 
     def comment(self, text):

@@ -7,12 +7,16 @@ import time
 import types
 from types import SimpleNamespace
 
-from blocks import blocks_of
+import pytest
+from blocks import blocks_of, inputs, run
 from fake_webui import ON, Processing, fake_host, fake_unet, generate  # noqa: F401 - fixtures
 from test_webui_session import SIMILARITY
 
+from agentsd import get_patch
 from agentsd.app import token_map as tokenmap
 from agentsd.settings import infotext, schema
+
+NAN = float("nan")
 
 
 def test_a_run_is_told_to_whom_it_belongs(host):
@@ -83,3 +87,101 @@ def test_another_extension_with_a_package_of_our_name_is_told(host, tmp_path):
     [hint] = advice(values)
     assert hint.text.startswith("the extension sd-webui-agentattention has a package of the same name as ours")
     assert hint.remedy == ("Extensions",)
+
+
+# The host's "last generation": the infotext as it is before the sampling
+
+
+@pytest.mark.parametrize("settings", [ON, {**ON, "until": 0.7, "method": "pool"}])
+def test_the_hosts_last_generation_has_our_settings(host, settings):
+    p = Processing(steps=4)
+    generate(host, settings, p)
+    assert infotext.read(p.params_txt[infotext.KEY])["until"] == settings["until"]
+    assert p.params_txt[infotext.KEY] == p.extra_generation_params[infotext.KEY]
+
+
+def test_what_was_foreseen_and_did_not_come_is_withdrawn(host):
+    """Every call is left to another extension, which nobody could know before."""
+
+    def steps():
+        host.session.before_model_call()
+        for layer in get_patch(host.shared.sd_model.model.diffusion_model)._layers:
+            layer.site.obstacle = "another extension answers"
+        run(host.shared.sd_model.model.diffusion_model, inputs())
+
+    p = Processing()
+    generate(host, p=p, steps=steps)
+    assert infotext.KEY in p.params_txt
+    assert infotext.KEY not in p.extra_generation_params
+    p = Processing()
+    generate(host, p=p, passes=())  # no pass was announced
+    assert infotext.KEY not in p.extra_generation_params
+
+
+# What the last run says
+
+
+def said(host):
+    return [str(line) for line in host.session.STATUS.lines()]
+
+
+def test_a_run_is_all_that_a_request_makes(host):
+    """A plot's cells, and what another extension makes in between: alike passes are summed up."""
+    host.progress.current_task = "task(plot)"
+    for settings in (ON, ON, {**ON, "method": "pool"}, {"ratio": 7}):
+        generate(host, settings)
+    lines = said(host)
+    assert [line.split(":")[0] for line in lines] == ["Not applied", "128×128, 2 times", "128×128"]
+    assert "in all 2 U-Net calls" in lines[1]
+    assert "pooled keys" in lines[2]
+    assert host.session.STATUS.as_dict()["state"] == "wrong"
+    host.progress.current_task = "task(next)"
+    generate(host)
+    assert len(said(host)) == 1
+    assert len(host.session.STATUS.of("task(plot)")["lines"]) == 3
+
+
+def test_the_reason_given_is_the_reason(host, unet):
+    def reason(settings, **more):
+        p = Processing(steps=1)
+        generate(host, settings, p, **more)
+        (line,) = said(host)
+        return line.partition("nothing happened. ")[2]
+
+    def call(t, height=16):
+        host.session.before_model_call()
+        run(unet, inputs(height=height, t=[t, t]))
+
+    late = {**ON, "since": 0.4, "until": 0.5}
+    assert reason(ON, steps=lambda: None) == "The U-Net was not called."
+    assert reason(late, steps=lambda: call(900)) == "No step lay between From and Until."
+    assert reason({**ON, "min_tokens": 300}) == "Nothing is to be gained from layers of 256 tokens."
+    assert reason({**ON, "merge_attn": False}).startswith("Self-attention is left out.")
+    parts = reason({**ON, "min_tokens": 200}, steps=lambda: call(500, height=8))
+    assert parts == "Nothing is to be gained from layers of 128 tokens."
+
+    def others():
+        host.session.before_model_call()
+        for layer in get_patch(unet)._layers:
+            layer.site.obstacle = "another extension answers"
+        run(unet, inputs())
+
+    assert reason(ON, steps=others).startswith("Left to the host: another extension answers (")
+
+
+def test_parts_of_an_image_are_named(host, unet):
+    def steps():
+        for height in (8, 16):
+            host.session.before_model_call()
+            run(unet, inputs(height=height))
+
+    generate(host, steps=steps)
+    assert said(host)[0].startswith("128×128, in parts of 128×64: ")
+
+
+def test_no_closeness_is_told_where_it_is_no_number(host, monkeypatch):
+    from agentsd.patching.closeness import Closeness
+
+    monkeypatch.setattr("agentsd.patching.closeness.ClosenessMeter.read", lambda self: Closeness(0.1, NAN, "a", 1))
+    generate(host)
+    assert "nan" not in said(host)[0].lower()
