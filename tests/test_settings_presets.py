@@ -119,7 +119,7 @@ def test_the_pace_is_told_for_calls_with_and_without_agents():
     clock = StepClock(lambda: next(times))
     for count in (0, 5, 10, 15, 15, 15):
         clock.lap(count)
-    assert clock.pace().words() == "1.00 s with, 2.25 s without per U-Net call"
+    assert clock.pace().words() == "1.00 s per U-Net call with, 2.25 s without"
 
 
 def test_no_pace_without_a_call():

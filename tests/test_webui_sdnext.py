@@ -308,5 +308,5 @@ def test_what_was_tuned_elsewhere_is_used(host, unet):
     p = Processing()
     (made, _) = generate(host, {**ON, "tuning": plan}, p)
     assert not torch.equal(made, call(unet))
-    assert f"the U-Net's output within {percent(0.05)}" in host.session.STATUS.text()
+    assert f"U-Net output within {percent(0.05)}" in host.session.STATUS.text()
     assert infotext.read(p.extra_generation_params[infotext.KEY])["tuning"] == plan

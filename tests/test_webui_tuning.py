@@ -91,7 +91,7 @@ def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host,
     made, entries, _ = make(host, {"tuning": "auto", "how_close": "5%"})
     named, more, _ = make(host, {"tuning": plan})
     assert not torch.equal(named, plain)
-    assert "the U-Net's output within 30%" in host.session.STATUS.text()
+    assert "U-Net output within 30%" in host.session.STATUS.text()
     host.cache.clear()
     for wanted, written in ((made, entries[infotext.KEY]), (named, more[infotext.KEY])):
         assert "auto" not in written

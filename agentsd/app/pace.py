@@ -32,10 +32,10 @@ class Pace:
         return None not in (self.patched, self.untouched) and self.patched > CLEARLY * self.untouched
 
     def words(self) -> str:
-        """Describe the pace, as in "0.41 s with, 0.52 s without per U-Net call"; empty if nothing was timed."""
+        """Describe the pace, as in "0.41 s per U-Net call with, 0.52 s without"; empty if nothing was timed."""
         named = (("with", self.patched), ("without", self.untouched))
         told = ", ".join(f"{_digits(seconds)} s {name}" for name, seconds in named if seconds is not None)
-        return told and f"{told} per U-Net call"
+        return told.replace(" s ", " s per U-Net call ", 1)
 
 
 def _digits(seconds: float) -> str:

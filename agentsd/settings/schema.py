@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -182,13 +181,13 @@ def to_config(values: Mapping[str, Any], *, hires: bool = False) -> AgentConfig 
     """
     if not values["enabled"] or values["passes"] == (FIRST if hires else HIRES):
         return None
-    return replace(core_config(values), stages=_stages(values, "hires_until" if hires else "until"))
-
-
-def core_config(values: Mapping[str, Any]) -> AgentConfig:
-    """Make the core's config, whatever the part of the diffusion."""
     own = {name: field.of_control(values[name]) for name, field in _CORE.items()}
-    return AgentConfig(**own, attn_precision="fp32" if values["fp32"] else None, rules=parse_rules(values["rules"]))
+    return AgentConfig(
+        **own,
+        attn_precision="fp32" if values["fp32"] else None,
+        stages=_stages(values, "hires_until" if hires else "until"),
+        rules=parse_rules(values["rules"]),
+    )
 
 
 def _stages(values: Mapping[str, Any], end: str) -> tuple:
