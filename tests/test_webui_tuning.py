@@ -323,6 +323,13 @@ def test_a_tuning_knows_the_lora_and_the_guidance(host):
     assert kept["tuning"]["conditions"] == {"pass": "first", "lora": "detail 0.8", "cfg": "7"}
 
 
+def test_another_lora_than_was_tuned_with_is_told(host, plan):
+    p = Processing()
+    p.extra_network_data = {"lora": [SimpleNamespace(items=["detail", "0.8"])]}
+    make(host, {"tuning": "auto", "how_close": "5%"}, p)
+    assert "but tuned with lora none and not detail 0.8" in host.session.STATUS.text()
+
+
 def test_the_time_left_is_told(unet, monkeypatch):
     real(monkeypatch)
     calls, said = [(inputs(t=[t, t])[:2], {"context": inputs()[2]}) for t in STEPS], []

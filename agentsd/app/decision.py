@@ -122,6 +122,10 @@ class Program:
         """Return the tuning that is kept for the current model and a pass."""
         return None
 
+    def conditions(self) -> Mapping[str, str]:
+        """Say under what the images are made, as `Tuning.conditions` does, as far as it is known."""
+        return {}
+
     def even_if_slower(self) -> bool:
         """Whether a pass is patched although that was measured to be slower here."""
         return False
@@ -179,6 +183,7 @@ class Decision:
         config: the settings to patch with; None if the pass is left alone.
         reason: why it is left alone, or advice on what is done.
         tuning: the tuning that is used, or that says that nothing is faster.
+        doubts: what the pass differs in from what the tuning was made on; empty if nothing is known to.
         instead: why other settings apply where a tuning was asked for.
         layers: the distinct plans of the layers that are changed, each with its number of layers.
         calls: number of self-attention calls by action, over the steps of the pass.
@@ -194,6 +199,7 @@ class Decision:
     config: AgentConfig | None = None
     reason: Hint | None = None
     tuning: Tuning | None = None
+    doubts: str = ""
     instead: str = ""
     layers: tuple[tuple[LayerPlan, int], ...] = ()
     calls: Mapping[str, int] = field(default_factory=dict)
@@ -282,7 +288,9 @@ def _with_tuning(values: Mapping[str, Any], sampling: SamplingPass, config: Agen
         slower = _slower(plan.plan)
         if slower is not None:
             return replace(made, config=None, tuning=plan, reason=slower)
-        return replace(made, config=tuned or config, tuning=plan)
+        start = sampling.moments[0] if sampling.moments else plan.covers[0]
+        doubts = plan.doubts(program.conditions(), start)
+        return replace(made, config=tuned or config, tuning=plan, doubts=doubts)
     if refusal is not None and not auto:
         raise refusal
     return replace(made, instead=str(refusal or "not tuned on this checkpoint at this size"))

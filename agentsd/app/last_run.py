@@ -150,7 +150,7 @@ class PassReport:
             name += f": {made.instead}, so the other settings were used"
         if not self.patched:
             return Line(f"{name}: nothing happened", self._why_nothing(), WRONG if self.refused else NOTHING)
-        what = tuned_in_words(made.tuning) if made is not None and made.tuning else layers_in_words(self.layers)
+        what = tuned_in_words(made) if made is not None and made.tuning else layers_in_words(self.layers)
         what += steps_in_words(self.steps, self.of_steps, "U-Net calls")
         close = self.closeness if self.closeness is not None and math.isfinite(self.closeness.worst) else None
         clauses = (f"{name}: {what}", self.pace.words(), "" if close is None else str(close))
@@ -315,7 +315,7 @@ def _pass_as_dict(report: PassReport) -> dict[str, Any]:
         "models": report.models,
         "pace": asdict(report.pace),
         "closeness": None if report.closeness is None else asdict(report.closeness),
-        "plan": tuned_in_words(report.made.tuning) if report.made is not None and report.made.tuning else "",
+        "plan": tuned_in_words(report.made) if report.made is not None and report.made.tuning else "",
         "tuned": report.tuned,
         "obstacles": [report.obstacle] if report.obstacle else [],
         "notes": dict(report.notes),

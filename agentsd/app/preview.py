@@ -15,7 +15,6 @@ from ..methods import LayerPlan
 from ..settings.idle import idle
 from ..settings.presets import CUSTOM, KEPT, PRESETS, preset_of
 from ..settings.schema import BY_NAME, DEFAULTS, HIRES, SETTINGS, check, labelled
-from ..tuning.result import Tuning
 from ..words import percent
 from .decision import USUAL, Decision, Hint, Program, SamplingPass, decide
 
@@ -179,17 +178,22 @@ def line_of(made: Decision, values: Mapping[str, Any]) -> Line:
         return Line(f"{head}: nothing happens", made.reason, NOTHING)
     gain, state = _gain(made, total)
     if made.tuning is not None:
-        return Line((f"{head}: {tuned_in_words(made.tuning)}", gain), made.reason, state)
+        return Line((f"{head}: {tuned_in_words(made)}", gain), made.reason, state)
     what = f"{layers_in_words(made.layers)}{steps_in_words(made.steps, total, 'steps')}"
     if state == ACTS and made.reason is not None and made.reason.remedy == ("min_tokens",) and made.timing is None:
         gain, state = _speed(1.0)
     return Line((f"{head}: {what}", gain), made.reason, state)
 
 
-def tuned_in_words(tuning: Tuning) -> str:
-    """Say what a tuning keeps to, as in "tuned, U-Net output within 2% (deviation 1.7% measured)"."""
-    reached = f" (deviation {tuning.plan.reached})" if tuning.plan.reached else ""
-    return f"tuned, U-Net output within {percent(tuning.tolerance)}{reached}"
+def tuned_in_words(made: Decision) -> str:
+    """Say what a pass's tuning keeps to, as in "tuned, U-Net output within 2% (deviation 1.7% measured)".
+
+    Where the pass differs from what was tuned on, that is said as well.
+    """
+    plan = made.tuning.plan
+    reached = f" (deviation {plan.reached})" if plan.reached else ""
+    doubts = f", but {made.doubts}" if made.doubts else ""
+    return f"tuned, U-Net output within {percent(plan.tolerance)}{reached}{doubts}"
 
 
 def layers_in_words(layers: Iterable[tuple[LayerPlan, int]]) -> str:

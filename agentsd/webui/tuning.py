@@ -103,10 +103,8 @@ def panel_tunings() -> PanelTunings:
 
 def conditions_of(p: Any) -> dict[str, str]:
     """Say what a tuning of a pass holds for: its LoRA, with their weights, and its guidance."""
-    networks = getattr(p, "extra_network_data", None) or {}
-    names = sorted(" ".join(map(str, network.items[:2])) for each in networks.values() for network in each)
     cfg = getattr(p, "cfg_scale", None)
-    return {"lora": " + ".join(names), "cfg": "" if cfg is None else f"{cfg:g}"}
+    return {**compat.HOST.program(p).conditions(), "cfg": "" if cfg is None else f"{cfg:g}"}
 
 
 def sentence(kept: Kept) -> str:

@@ -103,6 +103,14 @@ class WebUI(Program):
         model = getattr(sd_models.model_data, "sd_model", None)
         return str(getattr(getattr(model, "sd_checkpoint_info", None), "name", ""))
 
+    def conditions(self) -> Mapping[str, str]:
+        """Name the networks that the images are made with, with their weights."""
+        networks = getattr(self.p, "extra_network_data", None)
+        if networks is None:
+            return {}
+        names = (" ".join(map(str, one.items[:2])) for each in networks.values() for one in each)
+        return {"lora": " + ".join(sorted(names))}
+
     def checkpoint_hash(self) -> str:
         """Return the short hash of the current checkpoint; empty if none is loaded or it is not known."""
         model = getattr(sd_models.model_data, "sd_model", None)
