@@ -85,7 +85,7 @@ class AgentConfig:
     agent_source: str = _choice(
         "similarity", "Agent source", "grid: averages over square cells, the fastest, and right for every device. "
         "similarity: clusters of similar tokens, as in the authors' AgentSD.",
-        choices=AGENT_SOURCES, place=(5, 1), panel="grid", written=True)
+        choices=AGENT_SOURCES, place=(6, 3), panel="grid", written=True)
     method: str = _choice(
         "agent", "Method", "How self-attention is computed.", choices=METHODS, place=(3, 1), panel="corrected",
         implied="agent", more_help=lambda: "".join(f"\n{each.name}: {each.summary}." for each in selectable()))

@@ -22,17 +22,6 @@ from .config import AUTO, FIELDS, AgentConfig
 from .methods import LayerPlan, method_named, untouched
 from .schedule import Block
 
-__all__ = [
-    "Block",
-    "LayerPlan",
-    "deepest_level",
-    "may_match",
-    "merged_tokens",
-    "plan_block",
-    "plan_layer",
-    "settings_read",
-]
-
 
 def deepest_level(config: AgentConfig, largest_level: int) -> int:
     """Return the deepest level to patch, where the U-Net's largest self-attention layers are at `largest_level`."""
