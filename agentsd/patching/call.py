@@ -88,6 +88,7 @@ class ModelCall:
         latent: (height, width) of the latent; None if it was given none.
         part: progress at which the current part of the diffusion begins; no setting changes within a part.
         active: whether anything may be patched in this call.
+        trains: whether it may be followed by a backward pass.
         sizes: (height, width) of the tokens, by the module around some blocks that sees them as an image.
         blocks: what each block does, once it is known.
         watch: compares answers with full attention; None in a call that is not watched.
@@ -98,6 +99,7 @@ class ModelCall:
         self.shared, self.latent, self._t = shared, latent, t
         self.part: float | None = None
         self.active = latent is not None
+        self.trains = torch.is_grad_enabled()
         self.sizes: dict[Any, Grid | None] = {}
         self.blocks: dict[Any, BlockCall] = {}
         self.watch: Watch | None = None
@@ -196,7 +198,8 @@ class Shared:
         if call is not None and call.shared is self:
             return call
         # the backward pass may run blocks again, in a thread of its own
-        return self.last if torch.is_grad_enabled() else None
+        last = self.last
+        return last if last is not None and last.trains and torch.is_grad_enabled() else None
 
     def begin(self, call: ModelCall) -> None:
         """Begin a call, inside of the one that is going on, if any."""
