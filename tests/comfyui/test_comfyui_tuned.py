@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from comfyui_host import Graph, GraphError
+from comfyui_host import Graph, GraphError, Outputs
 from test_comfyui import CHANGED, difference
 
 from agentsd.words import percent
@@ -95,19 +95,21 @@ class TestWhenItTunes:
             outputs = comfyui.run(graph.nodes)
             assert [outputs.text(f"{name} text").startswith(TUNED) for name in ("alone", "merged")] == [expected] * 2
 
-    def test_interrupting_the_tuning_keeps_nothing(self, comfyui, plain):
+    def test_interrupting_the_tuning_keeps_the_image_and_nothing_else(self, comfyui, plain):
         given = {"size": (256, 256), "steps": 4}
-        graph, before = tuned(given, 0.01), comfyui.output().count("nothing to do")
+        graph, ended = tuned(given, 0.01), "Agent Attention: sampling"
+        before = comfyui.output().count(ended)
         prompt = comfyui.queue(graph.nodes)
         end = time.monotonic() + 120
         # what the sampling says when it has ended, and the tuning begins
-        while comfyui.output().count("nothing to do") == before and time.monotonic() < end:
+        while comfyui.output().count(ended) == before and time.monotonic() < end:
             time.sleep(0.05)
         comfyui.post("/interrupt", {})
         entry = comfyui.wait(prompt)
-        assert any("interrupted" in message[0] for message in entry["status"]["messages"])
-        assert f"{TUNED}tuned to {percent(0.01)} at a latent of 32×32" not in comfyui.output()
-        assert np.array_equal(comfyui.run(Graph(**given).sampled().nodes).latent(), plain(**given))
+        assert entry["status"]["status_str"] == "success"
+        made = Outputs(entry["outputs"])
+        assert made.text().startswith("not tuned: interrupted")
+        assert np.array_equal(made.latent(), plain(**given))
         # it begins anew, and not with what was found by then
         again = comfyui.run(graph.nodes)
         assert again.text().startswith(TUNED)
