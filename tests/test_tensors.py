@@ -78,7 +78,8 @@ class TestAHostsKernel:
             scaled_dot_product_attention(*torch.randn(3, 1, 1, 4, 8))
         assert outer == [1]
 
-    @pytest.mark.parametrize("method", METHODS)
+    # the keys of corrected agents have a channel of biases, −∞ among them, which a kernel that rounds keys cannot take
+    @pytest.mark.parametrize("method", [name for name in METHODS if name != "corrected"])
     def test_every_method_asks_it(self, method, unet):
         settings = {"method": method, "agent_source": "grid", "ratio": 0.0 if method != "merge" else 0.4}
         settings |= {"agent_ratio": 0.75, "sx": 2, "sy": 2}

@@ -45,7 +45,7 @@ def corrected_attention(
         P   = σ(A Kᵀ · d^-½)                              once for all windows
         V_A = P V                                         full attention at the agents
         𝒪   = cells of largest mass + |mass − c p|        mass: P over the cell, p: P at j, both summed over agents
-        W   = [P_𝒪, c P_j∉𝒪] / sum                        what the approximation does at the agents
+        W   = [P_𝒪, c P_j∉𝒪] / z                          what the approximation does at the agents; z: the sum
         Y   = V̄ + W̄ᵀ (W̄ W̄ᵀ + λ I)⁻¹ (V_A − W [V_𝒪, V̄])    W̄: W's columns of landmarks
         O   = σ(Q [K_𝒪, K̄]ᵀ · d^-½ + [0, log c]) [V_𝒪, Y]
 
@@ -80,53 +80,60 @@ def corrected_attention(
 
 
 def _attend(at: _Layout, opened: int, room: _Room, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
-    """(B, N, H, d): the equations, for some heads. G = B · H; t: cells that text fills; D = d + channels of log c."""
-    d, n, s, windows = q.shape[-1], at.n, at.s, at.windows
-    scale, G = d**-0.5, len(q) * q.shape[1]
-    kv = _by_cells(k, v, at, room, *text)  # (G, n + t, s, 2 D): keys and log c, values and ones; landmarks first
-    total, D = kv.shape[1], kv.shape[-1] // 2
-    keys, v_bar = kv.flatten(1, 2), kv[:, None, :n, 0, D:]
-
+    """(B, N, H, d) for heads that are laid out together: G = B · H pairs, of which some are computed at a time."""
+    kv, tiles = _by_cells(k, v, at, room, *text), _by_windows(q, at, room)
     a = q.index_select(2, at.tokens).flatten(0, 1).float()
-    p = _weights(a, keys, at, bool(text), room)
+    most = room.cached if room.kept is not None else _SPARED
+    pairs = max(1, most // (4 * at.n * kv.shape[1] * at.s))
+    out = [_of_pairs(at, opened, room, *piece, bool(text)) for piece in _pieces((a, kv, tiles), pairs, 0)]
+    return _by_tokens(_joined(out, 0).unflatten(0, q.shape[:2]), at)
+
+
+def _of_pairs(at: _Layout, opened: int, room: _Room, a: Tensor, kv: Tensor, tiles: Tensor, text: bool) -> Tensor:
+    """(G, windows, tokens, d): the equations. t: cells that text fills; D = d + channels of log c."""
+    (G, n, d), (total, s, D) = a.shape, (*kv.shape[1:3], kv.shape[-1] // 2)
+    keys, v_bar = kv.flatten(1, 2), kv[:, :n, 0, D:]
+    p = _weights(a, keys, at, text, room)  # (G, n, (n + t) s)
     v_a = p @ keys[..., D : D + d]
     mass, p_j = (at.sums @ p.view(-1, s).mT).view(2, G, n, total)[..., :n]
     p_j = p_j * at.sizes
-
-    w = p_j.index_select(1, at.agents.flatten()).view(G, windows, -1, n)
-    bias = at.log_c.expand(G, windows, -1, -1)
-    first = torch.arange(G, device=q.device)[:, None, None]
-    seen = (s * total * first + at.landmarks).expand(-1, windows, -1)
-    near = 0
-    if near := opened * s + (total - n) * s:
+    chosen = None
+    if opened:
         score = at.near @ mass
         score = score + (score - at.near @ p_j).abs()
         chosen = score.topk(opened, dim=-1, sorted=False).indices
-        is_open = torch.zeros_like(score, dtype=torch.bool).scatter(-1, chosen, True)
-        always = torch.arange(n, total, device=q.device).expand(G, windows, -1)
-        chosen = torch.cat([chosen, always], dim=-1)
-        w = w.masked_fill(is_open[:, :, None], 0)
-        bias = bias.masked_fill(is_open[..., None], -math.inf)
-        index = s * (chosen + total * first)[..., None] + torch.arange(s, device=q.device)
-        seen = torch.cat([index.flatten(2), seen], dim=-1)
-        index = (at.agents + n * first)[..., None] * total + chosen[:, :, None]
-        w_near = p.view(-1, s).index_select(0, index.flatten()).view(G, windows, -1, near)
-    seen = room.taken(keys.flatten(0, 1), seen)  # (G, windows, near + n, 2 D)
-    did, square = w @ v_bar, 0
-    if near:
-        did = did + w_near @ seen[..., :near, D:]
-        square = torch.linalg.vector_norm(w_near, dim=-1, keepdim=True).square()
-    z = did[..., d : d + 1].clamp(min=1e-30)
-    r = v_a.index_select(1, at.agents.flatten()).view(*z.shape[:3], d) - did[..., :d] / z
-    y = v_bar[..., :d] + value_correction(w, z, r, square)
-
-    if room.graded:  # the product of above needs it as it was
-        seen = seen.clone()
-    seen[..., near:, d:D] = bias
-    seen[..., near:, D : D + d] = cast_within_range(v.dtype, y)
-    seen = seen.to(v.dtype)
-    out = sdpa(_by_windows(q, at, room), seen[..., :D], seen[..., D:], scale=scale)[..., :d]
-    return _by_tokens(out.unflatten(0, q.shape[:2]), at)
+    near = (opened + total - n) * s
+    count = max(1, _SPARED // (8 * G * (near + n) * 2 * D))
+    out = []
+    for first in range(0, at.windows, count):
+        some = slice(first, first + count)
+        agents, open_cells = at.agents[some], None if chosen is None else chosen[:, some]
+        w = p_j.index_select(1, agents.flatten()).view(G, *agents.shape, n)
+        bias = at.log_c.expand(G, len(agents), -1, -1)
+        if open_cells is not None:
+            is_open = torch.zeros_like(w[:, :, 0], dtype=torch.bool).scatter(-1, open_cells, True)
+            w, bias = w.masked_fill(is_open[:, :, None], 0), bias.masked_fill(is_open[..., None], -math.inf)
+        at_keys, at_weights = _index(open_cells, agents, total, G, at)
+        seen = room.taken(keys.flatten(0, 1), at_keys).view(G, len(agents), near + n, 2 * D)
+        did = (w.flatten(1, 2) @ v_bar).view(*w.shape[:3], -1)
+        if near:
+            w_near = p.view(-1, s).index_select(0, at_weights).view(*w.shape[:3], near)
+            did = did + w_near @ seen[..., :near, D:]
+        z = did[..., d : d + 1].clamp(min=1e-30)
+        w = w / z
+        m = torch.linalg.vector_norm(w, dim=(-2, -1)).square()
+        if near:
+            rows = torch.linalg.vector_norm(w_near, dim=-1, keepdim=True)
+            m = m + torch.linalg.vector_norm(rows / z, dim=(-2, -1)).square()
+        r = v_a.index_select(1, agents.flatten()).view(*w.shape[:3], d) - did[..., :d] / z
+        y = v_bar[:, None, :, :d] + value_correction(w, r, m / agents.shape[1])
+        if room.graded:  # the product of above needs it as it was
+            seen = seen.clone()
+        seen[..., near:, d:D] = bias
+        seen[..., near:, D : D + d] = cast_within_range(tiles.dtype, y)
+        seen = seen.to(tiles.dtype)
+        out.append(sdpa(tiles[:, some], seen[..., :D], seen[..., D:], scale=d**-0.5)[..., :d])
+    return _joined(out, 1)
 
 
 def _weights(a: Tensor, keys: Tensor, at: _Layout, masked: bool, room: _Room) -> Tensor:
@@ -135,7 +142,30 @@ def _weights(a: Tensor, keys: Tensor, at: _Layout, masked: bool, room: _Room) ->
     scale, out = d**-0.5, room.memory("p", (len(a), at.n, keys.shape[1]))
     bias = scale * keys[:, None, :, d] if masked or at.ragged else a.new_zeros(())
     scores = torch.baddbmm(bias, a, keys[..., :d].mT, beta=float(bias.dim() > 0), alpha=scale, out=out)
-    return torch.softmax(scores, -1) if out is None else torch.softmax(scores, -1, out=out)
+    if out is None and (room.graded or 4 * scores.numel() <= _SPARED):
+        return torch.softmax(scores, -1)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _index(chosen: Tensor | None, agents: Tensor, total: int, G: int, at: _Layout) -> tuple[Tensor, Tensor]:
+    """Which keys windows see, those of open cells, of text and landmarks, and which weights of theirs the agents have.
+
+    Args:
+        chosen: the cells that each window opens (G, windows, opened); None if there are none.
+        agents: their agents (windows, a).
+        total: n + t.
+        G: number of pairs.
+        at: the layout.
+    """
+    pair = torch.arange(G, device=agents.device)[:, None, None]
+    landmarks = (at.s * total * pair + at.landmarks).expand(-1, len(agents), -1)
+    always = torch.arange(at.n, total, device=agents.device).expand(G, len(agents), -1)
+    if chosen is None and not always.shape[-1]:
+        return landmarks.flatten(), landmarks
+    chosen = always if chosen is None else torch.cat([chosen, always], dim=-1) if always.shape[-1] else chosen
+    inside = (at.s * (chosen + total * pair))[..., None] + torch.arange(at.s, device=agents.device)
+    of_agents = (total * (agents + at.n * pair))[..., None] + chosen[:, :, None]
+    return torch.cat([inside.flatten(2), landmarks], dim=-1).flatten(), of_agents.flatten()
 
 
 def _by_cells(k: Tensor, v: Tensor, at: _Layout, room: _Room, *text: Tensor) -> Tensor:
@@ -200,7 +230,51 @@ class _Room:
     def __init__(self, given: tuple[Tensor, ...]) -> None:
         q = given[0]
         self.device, self.graded = q.device, torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        self.kept: dict[Any, Tensor] | None = None
+        self.cached, self.kept = _CACHED, None
+        if q.device.type == "cpu" and not compiling() and not self.graded:
+            self.kept = {}
+
+    def filled(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, bool]:
+        """Memory of this name and shape, and whether it is new."""
+        if self.kept is None:
+            return torch.empty(shape, dtype=dtype, device=self.device), True
+        key = name, shape
+        fresh = key not in self.kept
+        if fresh:
+            self.kept[key] = torch.empty(shape, dtype=dtype, device=self.device)
+        return self.kept[key], fresh
+
+    def memory(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return None if self.kept is None else self.filled(name, shape)[0]
+
+    def taken(self, rows: Tensor, index: Tensor) -> Tensor:
+        """rows (M, c) at an index of any shape (…) → (…, c)."""
+        out = self.memory("taken", (index.numel(), rows.shape[-1]))
+        return torch.index_select(rows, 0, index.flatten(), out=out).view(*index.shape, -1)
+
+
+def _pieces(tensors: tuple[Tensor, ...], length: int, dim: int) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(length, dim) for t in tensors), strict=True)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _at_once(q: Tensor, at: _Layout) -> tuple[int, int]:
+    """(rows, heads) that are laid out at a time."""
+    B, H, N, d = q.shape
+    pairs = max(1, _SPARED // (16 * N * (d + 8)))
+    return (min(B, pairs // H), H) if pairs >= H else (1, pairs)
+
+
+class _Room:
+    """Memory for pieces: on the CPU, which would map new pages for each, the same for all of them."""
+
+    def __init__(self, given: tuple[Tensor, ...]) -> None:
+        q = given[0]
+        self.device, self.graded = q.device, torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        self.cached, self.kept = _CACHED, None
         if q.device.type == "cpu" and not compiling() and not self.graded:
             self.kept = {}
 

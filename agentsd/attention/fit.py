@@ -17,31 +17,28 @@ FIT_STEPS = 3
 FIT_GROWTH = 16.0
 
 
-def value_correction(w: Tensor, z: Tensor, r: Tensor, others: Tensor | float = 0.0) -> Tensor:
-    """Compute W̄ᵀ (W̄ W̄ᵀ + λ I)⁻¹ R, which makes up for R at the agents, without waiting for the device.
+def value_correction(w: Tensor, r: Tensor, m: Tensor) -> Tensor:
+    """Compute Wᵀ (W Wᵀ + λ I)⁻¹ R, the change of values that makes up for R at the agents, without waiting.
 
-    It is the smallest change of values that does so, as far as the penalty lets it: its norm is at most ‖R‖ / 2√λ.
-    Where R is 0 it is 0, whatever is rounded.
+    It is the smallest that does so, as far as the penalty lets it: its norm is at most ‖R‖ / 2√λ. Where R is 0 it is
+    0, whatever is rounded.
 
     Args:
-        w: weights of the landmarks at the agents before they are normalised, W̄ z (…, m, n), float32.
-        z: sums of all weights (…, m, 1), positive.
+        w: weights of the landmarks at the agents (…, m, n), float32.
         r: what the values still miss (…, m, d), float32.
-        others: squared norms of the rows of the weights of other keys (…, m, 1).
+        m: mean of the squared norms of the rows of weights, those of other keys included (…), above 0.
 
     Returns:
         (…, n, d), float32; 0 where it is not finite. On devices without a Cholesky factorisation, a few conjugate
         steps take its place.
     """
     if not has_cholesky(w.device.type):
-        return _bounded(fit_values(w / z, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
-    gram = w @ w.mT / z / z.mT
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    m = (diagonal[..., None] + others / z.square()).mean(-2)
-    diagonal.add_(MU * m * (1 + GROWTH * m))
+        return _bounded(fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
+    gram = w @ w.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_(torch.add(m, m * m, alpha=GROWTH)[..., None], alpha=MU)
     # this succeeds: factors that are rounded, as TF32's, leave products of a matrix with itself no negative eigenvalues
     factor, _ = cholesky_ex(gram)
-    return (w.mT @ (r.cholesky_solve(factor) / z)).nan_to_num(0.0, 0.0, 0.0)
+    return (w.mT @ r.cholesky_solve(factor)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def cast_within_range(dtype: torch.dtype, y: Tensor) -> Tensor:
