@@ -13,14 +13,14 @@ from .candidates import CANDIDATES, FULL
 from .pages import fill
 from .zoo import MAIN, Case, Shape
 
-# Columns of the page's table; all are in table.md.
+# Columns of the page's table.
 SHOWN = (
     *("corrected4-0", "corrected4-0.04", "corrected4-0.14", "pool2", "todo2"),
     *("tomesd0.5", "agentsd", "tiles32", "nystra4", "nystrom", "top"),
 )
 # Prices that differ by less are taken for the same: seconds vary by as much from run to run.
 NOISE = 0.03
-PAGE, DATA = Path("docs/measurements.md"), Path("docs/zoo")
+PAGE, DATA, PICTURE = Path("docs/measurements.md"), Path("docs/zoo"), "zoo.png"
 
 
 @dataclass(frozen=True)
@@ -178,22 +178,24 @@ def short(value: float) -> str:
 
 
 def write(out: Path, errors: Sequence[Mapping[str, str]], seconds: Sequence[Mapping[str, str]]) -> None:
-    """Write table.md and zoo.png into `out`, and into the page if these are the page's results."""
+    """Write zoo.png into `out`, and what it says into the page if these are the page's results, else into table.md."""
     points = join(errors, seconds)
     concentration = {Case(row["kind"], _shape(row)): (row["neff"], row["near"]) for row in errors}
-    ways = [name for name in CANDIDATES if name != FULL]
     shapes = list(dict.fromkeys(case.shape for case in points))
+    main = MAIN if MAIN in shapes else shapes[0]
+    draw({case: found for case, found in points.items() if case.shape == main}, concentration, out / PICTURE)
+    if out == DATA:
+        picture = f"![Error over price, one panel a kind](zoo/{PICTURE})"
+        shown = table(points, concentration, main, SHOWN)
+        fill(PAGE, "benchmarks.zoo", {"verdict": f"{verdict(points)}\n\n{picture}", "closeness": shown})
+        return
+    ways = [name for name in CANDIDATES if name != FULL]
     text = ["Median error of the heads, and the worst head's in brackets; ∞: not finite.", ""]
     for shape in shapes:
         text += [f"## {shape}: {math.prod(shape.size)} tokens", "", table(points, concentration, shape, ways), ""]
         text += ["The worst token:", "", token_table(points, shape), ""]
     text += ["## Where another method is closer", "", all_losses(points), ""]
     (out / "table.md").write_text("\n".join(text), encoding="utf-8")
-    main = MAIN if MAIN in shapes else shapes[0]
-    draw({case: found for case, found in points.items() if case.shape == main}, concentration, out / "zoo.png")
-    if out == DATA:
-        sections = {"verdict": verdict(points), "closeness": table(points, concentration, main, SHOWN)}
-        fill(PAGE, "benchmarks.zoo", sections)
 
 
 def draw(points: Points, concentration: Mapping[Case, tuple[str, str]], path: Path) -> None:
