@@ -85,7 +85,7 @@ class TestNodePack:
     def test_its_version_is_found_as_the_registry_looks_for_it(self):
         text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         path = re.search(r'\[tool\.comfy\.version\]\npath = "(.+)"', text)[1]
-        found = re.findall(r"""^__version__ = ["']([^"'\\\n]*)["']""", (ROOT / path).read_text(), re.MULTILINE)
+        found = re.findall(r"""^VERSION = ["']([^"'\\\n]*)["']""", (ROOT / path).read_text(), re.MULTILINE)
         assert found == [agentsd.__version__]
 
     def test_nothing_is_evaluated_or_installed_at_run_time(self):
@@ -93,7 +93,7 @@ class TestNodePack:
 
 
 def test_the_version_stands_in_one_place():
-    others = ("CHANGELOG.md", "README.md", "docs/", "tests/", "CONTRIBUTING.md", "agentsd/__init__.py")
+    others = ("CHANGELOG.md", "README.md", "docs/", "tests/", "CONTRIBUTING.md", "agentsd/version.py")
     version = agentsd.__version__
     found = [name for name in tracked("*.py", "*.toml", "*.ini", "*.js") if not name.startswith(others)]
     assert not [name for name in found if f'"{version}"' in (ROOT / name).read_text(encoding="utf-8")]
