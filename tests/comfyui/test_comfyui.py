@@ -70,7 +70,7 @@ class TestOnAndOff:
         assert "U-Net calls" in text
 
     def test_a_bad_value_is_named(self, comfyui):
-        with pytest.raises(GraphError, match="must be above since"):
+        with pytest.raises(GraphError, match="until must be above from"):
             comfyui.run(Graph().agents(**{"from": 0.6, "until": 0.5}).sampled().nodes)
         with pytest.raises(GraphError, match="agent_ratio"):
             comfyui.run(Graph().agents(agent_ratio=1.5).sampled().nodes)
