@@ -98,14 +98,17 @@ class PassReport:
         `progress` is where its agents begin; None if there is no one plan to tell, as in a tuning.
         """
         self.notes.update(patch.notes)
-        counts = [Counter(layer.calls) for layer in patch.report()]
-        self.calls.update(sum(counts, Counter()))
-        self.steps += max(map(changed, counts), default=0)
-        self.of_steps += max((sum(count.values()) for count in counts), default=0)
+        counts = {layer.name: Counter(layer.calls) for layer in patch.report()}
+        self.calls.update(sum(counts.values(), Counter()))
+        self.steps += max(map(changed, counts.values()), default=0)
+        self.of_steps += max((sum(count.values()) for count in counts.values()), default=0)
         self.see(patch.last_call and patch.last_call.latent)
         self.closeness = patch.closeness() or self.closeness
         if self.sizes and progress is not None:
-            self._add_plans(plan for _, plan in patch.explain(*self.sizes[-1], progress) if plan is not None)
+            planned = [(name, plan) for name, plan in patch.explain(*self.sizes[-1], progress) if plan is not None]
+            left = {name for name, count in counts.items() if self.steps and not changed(count)}
+            # what was planned, but left to the host in every call, was not done
+            self._add_plans(plan for name, plan in planned if not (plan.acts and name in left))
 
     def _add_plans(self, plans: Iterable[LayerPlan]) -> None:
         counts: Counter[LayerPlan] = Counter()

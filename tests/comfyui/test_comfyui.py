@@ -67,7 +67,7 @@ class TestOnAndOff:
     def test_rules_name_blocks_as_in_the_webui(self, comfyui):
         rules = "blocks=input_blocks.* full | downsample=2 max_downsample=2 min_tokens=0 method=pool"
         text = comfyui.run(Graph().agents(rules=rules).sampled().reported().nodes).text()
-        assert "U-Net calls" in text
+        assert "256 tokens → 16 pooled keys in 5 layers, 1024 tokens → 64 agents in 3 layers, in all 2" in text
 
     def test_a_bad_value_is_named(self, comfyui):
         with pytest.raises(GraphError, match="until must be above from"):

@@ -73,8 +73,8 @@ DEFAULTS = {
 }
 # Settings that tests do not name: their images are small, and layers that small are left alone by default
 SMALL_IMAGES = {"min_tokens": 0}
-# Kept checkpoints save time; tests about switching them ask for fewer
-OPTIONS = {"show_progress_type": "Approx cheap", "sd_checkpoints_limit": 4}
+# Kept checkpoints save time; tests about switching them ask for fewer. Small images are slower with agents.
+OPTIONS = {"show_progress_type": "Approx cheap", "sd_checkpoints_limit": 4, "agent_attention_even_if_slower": True}
 # SD.Next loads the model before anybody can ask for another one, and its tests need no other
 SDNEXT_CONFIG = {
     "offline_mode": True,
@@ -82,6 +82,7 @@ SDNEXT_CONFIG = {
     "sd_checkpoint_autoload": True,
     "sdnq_dequantize_compile": False,
     "theme_type": "Standard",
+    "agent_attention_even_if_slower": True,
 }
 # A user's own defaults: other values than ours, and whole numbers where ours have a fraction
 USER_DEFAULTS = {

@@ -73,7 +73,7 @@ def test_the_arrow_under_an_empty_prompt_brings_the_settings_back(a1111: Host, p
 
 def test_two_tabs_tell_of_their_own_runs(a1111: Host, page, panel: Panel):
     """Both press Generate at about the same time: the host makes one image after the other."""
-    page_of_another = page.context.new_page()
+    page_of_another = page.context.browser.new_page(viewport={"width": 1400, "height": 1300})
     page_of_another.goto(a1111.url, wait_until="domcontentloaded")
     wait_for_panel(page_of_another)
     panels = {256: panel, 192: Panel(page_of_another)}
