@@ -398,7 +398,7 @@ class Pass:
 
     def _lap(self) -> None:
         if self._patch is not None:
-            self.report.see(self._patch.moment.latent)
+            self.report.see(self._patch.last_call and self._patch.last_call.latent)
         self._clock.lap(0 if self._patch is None else sum(changed(layer.calls) for layer in self._patch.report()))
 
     def _keep_calls(self) -> None:
