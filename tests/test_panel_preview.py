@@ -61,7 +61,7 @@ def test_the_defaults_at_512():
     layout, config = costs.layouts()["SD 1"], schema.to_config(schema.check({"enabled": True}))
     gain = 1 / costs.share_of_run(layout, config, 64, 64)
     expected = rf"Expected: about {gain:.2f}× faster by FLOPs, at most (1\.\d\d)×\."
-    told = re.fullmatch(rf"512×512: 4096 tokens → 256 corrected agents in 5 layers, in all 20 steps\. {expected}", text)
+    told = re.fullmatch(rf"512×512: 4096 tokens → 256 agents in 5 layers, in all 20 steps\. {expected}", text)
     assert float(told[1]) > gain > 1
     assert hint == ""
 
@@ -75,13 +75,13 @@ def test_the_defaults_at_512():
         ({"method": "agent", "ratio": 0.4}, "4096 tokens → 256 agents (2458 queries) in 5 layers"),
         (
             {"max_downsample": "2"},
-            "4096 tokens → 256 corrected agents in 5 layers, 1024 tokens → 64 corrected agents in 5 layers",
+            "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 agents in 5 layers",
         ),
         (
             {"rules": "downsample=2 max_downsample=2 method=pool | blocks=middle_block.* full"},
-            "4096 tokens → 256 corrected agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers",
+            "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers",
         ),
-        ({"rules": "blocks=input_blocks.* full"}, "4096 tokens → 256 corrected agents in 3 layers"),
+        ({"rules": "blocks=input_blocks.* full"}, "4096 tokens → 256 agents in 3 layers"),
         ({"merge_attn": False, "merge_mlp": True, "ratio": 0.4}, "tokens merged outside self-attention"),
     ],
 )
@@ -149,7 +149,7 @@ def test_layers_that_the_model_does_not_have():
     assert text == "512×512: nothing happens."
     assert hint == "Layers at level 2 are further down than level 1. Change “Layers down to”."
     [(text, _)] = said({"max_downsample": "auto"}, host=Host(sdxl_like_unet()))
-    assert "1024 tokens → 64 corrected agents" in text
+    assert "1024 tokens → 64 agents" in text
 
 
 def test_merging_without_agents_says_why_there_are_none():
@@ -163,7 +163,7 @@ def test_merging_without_agents_says_why_there_are_none():
 def test_both_passes():
     first, second = said({}, HERE, HIRES)
     assert first[0].startswith("512×512: 4096 tokens")
-    assert second[0].startswith("Hires 1024×1024: 16384 tokens → 512 corrected agents in 5 layers")
+    assert second[0].startswith("Hires 1024×1024: 16384 tokens → 512 agents in 5 layers")
     [(text, _)] = said({"passes": "hires"}, HERE, HIRES)
     assert text.startswith("Hires 1024×1024"), "a pass that is left out is not worth a line"
 
@@ -202,7 +202,7 @@ def test_no_model_is_said_and_a_model_is_read():
     assert preview({}, [HERE], 2, Host(golden_unet()))["model"] is True
     host = Host(golden_unet(), advice=[Hint("32 bits are advised", ("fp32",))])
     lines = preview({}, [HERE], 2, host)["lines"]
-    assert "4096 tokens → 256 corrected agents in 3 layers" in lines[0]["text"]
+    assert "4096 tokens → 256 agents in 3 layers" in lines[0]["text"]
     assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”.", "state": NOTE}
 
 
