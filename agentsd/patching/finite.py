@@ -52,6 +52,8 @@ class FiniteCheck:
 
     def poll(self) -> bool:
         """Return `failed`, as far as it is known without waiting; asked between U-Net calls."""
+        if (self._bad or self._arrived) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return self.failed  # a CUDA graph has no room for what is read
         if self._bad:
             bad, self._bad = torch.stack(self._bad).any(), []
             if bad.device.type == "cpu":
