@@ -308,11 +308,13 @@ def run(
 def summary(rows: Mapping[tuple[str, str], Row]) -> str:
     """Deviation of forward passes, the worst in brackets, and of final latents, by method and factor."""
     factors = [f"{factor:g}" for factor in FACTORS if any(key[1] == f"{factor:g}" for key in rows)]
-    head = ["method", *(f"queries × {f}" for f in factors), *(f"picture, × {f}" for f in factors)]
+    pictured = [f for f in factors if any(key[1] == f and row.get("picture") for key, row in rows.items())]
+    head = ["method", *(f"queries × {f}" for f in factors), *(f"picture, × {f}" for f in pictured)]
     lines = []
     for name in dict.fromkeys(key[0] for key in rows):
         of = [rows.get((name, factor), {}) for factor in factors]
         cells = [f"{float(row['mean']):.4f} ({float(row['worst']):.4f})" if row else "" for row in of]
+        of = [rows.get((name, factor), {}) for factor in pictured]
         cells += [f"{float(row['picture']):.4f}" if row.get("picture") else "" for row in of]
         lines.append([name, *cells])
     return "\n".join(table(head, lines))
