@@ -73,8 +73,8 @@ class PassReport:
 
     @property
     def patched(self) -> bool:
-        """Whether anything was changed."""
-        return changed(self.calls) > 0
+        """Whether anything was changed: self-attention, or tokens merged elsewhere."""
+        return changed(self.calls) > 0 or (self.of_steps > 0 and any(plan.r for plan in self.idle))
 
     @property
     def obstacle(self) -> str:
@@ -154,7 +154,7 @@ class PassReport:
         if not self.patched:
             return Line(f"{name}: nothing happened", self._why_nothing(), WRONG if self.refused else NOTHING)
         what = tuned_in_words(made) if made is not None and made.tuning else layers_in_words(self.layers)
-        what += steps_in_words(self.steps, self.of_steps, "U-Net calls")
+        what += steps_in_words(self.steps, self.of_steps, "U-Net calls") if self.steps else ""
         close = self.closeness if self.closeness is not None and math.isfinite(self.closeness.worst) else None
         clauses = (f"{name}: {what}", self.pace.words(), "" if close is None else str(close))
         return Line(clauses, self._left(), SLOWER if self.pace.slower else ACTS)

@@ -86,5 +86,5 @@ def test_two_tabs_tell_of_their_own_runs(a1111: Host, page, panel: Panel):
     for one in panels.values():
         one.page.locator("#txt2img_generate").click()
     for side, one in panels.items():
-        assert f"{side}×{side}" in one.said("first pass", "status").replace("First", "first")
+        one.said(f"{side}×{side}", "status")
     page_of_another.close()
