@@ -22,6 +22,7 @@ from agentsd.hosts import (
     read_timestep,
     read_tokens,
 )
+from agentsd.schedule import timestep_at
 
 POOLED = 40  # channels of the pooled prompt
 
@@ -81,7 +82,7 @@ class TestExampleCall:
             out = answer(unet, 16, 24, 0.25)
             patch = get_patch(unet)
             assert patch.last_call.latent == (16, 24)
-            assert patch.last_call.timestep == pytest.approx(0.75 * 999)
+            assert patch.last_call.timestep == pytest.approx(timestep_at(0.25))
             assert any(layer.calls.get("agents") for layer in patch.report())
             assert not patch.notes
         assert difference(out, plain) > CHANGED

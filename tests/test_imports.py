@@ -187,7 +187,7 @@ class TestPublicNames:
     def test_the_version_is_there_without_importing_anything(self):
         in_a_process_of_its_own(
             "import sys, agentsd; assert agentsd.__version__.count('.') == 2\n"
-            "assert [name for name in sys.modules if name.startswith('agentsd')] == ['agentsd']"
+            "assert {name for name in sys.modules if name.startswith('agentsd')} == {'agentsd', 'agentsd.version'}"
         )
 
 

@@ -106,7 +106,8 @@ def test_what_was_foreseen_and_did_not_come_is_withdrawn(host):
     def steps():
         host.session.before_model_call()
         for layer in get_patch(host.shared.sd_model.model.diffusion_model)._layers:
-            layer.site.obstacle = "another extension answers"
+            layer.seam.remove()
+            layer.seam.obstacle = "another extension answers"
         run(host.shared.sd_model.model.diffusion_model, inputs())
 
     p = Processing()
@@ -163,7 +164,8 @@ def test_the_reason_given_is_the_reason(host, unet):
     def others():
         host.session.before_model_call()
         for layer in get_patch(unet)._layers:
-            layer.site.obstacle = "another extension answers"
+            layer.seam.remove()
+            layer.seam.obstacle = "another extension answers"
         run(unet, inputs())
 
     assert reason(ON, steps=others).startswith("Left to the host: another extension answers (")

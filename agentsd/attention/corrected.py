@@ -16,11 +16,9 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .fit import cast_within_range, value_correction
-from .grid import cells, landmark_places
+from .grid import HALO, WINDOW, cells, landmark_places
 from .tensors import compiling, no_autocast
 
-# Side of a window of queries in tokens, and the ring of cells around it whose agents take part in its fit and choice.
-WINDOW, HALO = 16, 1
 # Weight of an agent of the ring beside one of the window, where cells are chosen.
 AROUND = 1 / 3
 # Bytes of the agents' weights P at a time: what the CPU's cache holds, and what other devices spare.
@@ -126,7 +124,9 @@ def _of_pairs(at: _Layout, opened: int, room: _Room, a: Tensor, kv: Tensor, tile
             rows = torch.linalg.vector_norm(w_near, dim=-1, keepdim=True)
             m = m + torch.linalg.vector_norm(rows / z, dim=(-2, -1)).square()
         r = v_a.index_select(1, agents.flatten()).view(*w.shape[:3], d) - did[..., :d] / z
-        y = v_bar[:, None, :, :d] + value_correction(w, r, m / agents.shape[1])
+        # rows that sum to 1 have at least this; those of the sharpest attention may have vanished
+        m = (m / agents.shape[1]).clamp(min=1 / (near + n))
+        y = v_bar[:, None, :, :d] + value_correction(w, r, m)
         if room.graded:  # the product of above needs it as it was
             seen = seen.clone()
         seen[..., near:, d:D] = bias

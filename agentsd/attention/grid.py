@@ -8,6 +8,9 @@ from typing import NamedTuple
 # Pixels per position of the latent, along one side
 FACTOR = 8
 
+# Side of a window of queries in tokens, and the ring of cells around it whose agents take part in its fit and choice.
+WINDOW, HALO = 16, 1
+
 
 def cells(length: int, side: int) -> int:
     """Count the cells of `side` tokens along `length` tokens; the last may be cut short."""

@@ -203,15 +203,18 @@ def folder_or_hub_id(name: str) -> str:
 
 def _load_single_file(path: Path, dtype: torch.dtype, config: str | None, download: bool) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
     from huggingface_hub import snapshot_download
 
-    xl = any(name.startswith("conditioner.embedders.1.") for name in shapes_of(path))
+    shapes = shapes_of(path)
+    xl = any(name.startswith("conditioner.embedders.1.") for name in shapes)
     cls = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     try:
-        if config is not None and not Path(config).is_dir():
+        config = config or fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+        if not Path(config).is_dir():  # diffusers would ask the hub even where only local files are allowed
             patterns = ["**/*.json", "*.json", "**/*.txt"]
             config = snapshot_download(config, local_files_only=not download, allow_patterns=patterns)
-        return cls.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=not download)
+        return cls.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CommandError(f"{path} cannot be loaded: {_first_line(error)} ({NO_CONFIG})") from error
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..attention.grid import landmark_cell, landmark_places
+from ..attention.grid import HALO, WINDOW, cells, landmark_cell, landmark_places
 from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ class Corrected(Method):
         return attention.project_out(attention.by_heads(step, *attention.project(attention.x)))
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
-        """Count projections, the agents' full attention, the queries' keys, and the fit of some 36 agents a window."""
-        C, N, n = channels, plan.tokens, plan.agents
-        keys = n + plan.opened * (plan.cell[0] * plan.cell[1] if plan.cell else 1)
-        windows = -(-N // 256)
-        return 8 * N * C * C + 4 * (n + keys) * N * C + 2 * windows * 36 * (keys + 3 * n) * C
+        """Count projections, the agents' full attention, the queries' keys, and the fit at the agents of windows."""
+        C, N, n, (sy, sx) = channels, plan.tokens, plan.agents, plan.cell or (1, 1)
+        keys, windows = n + plan.opened * sy * sx, cells(N, WINDOW**2)
+        agents = min(n, math.prod(max(1, WINDOW // side) + 2 * HALO for side in (sy, sx)))
+        return 8 * N * C * C + 4 * (n + keys) * N * C + 2 * windows * agents * (keys + 3 * n) * C
 
     def words(self, plan: LayerPlan) -> str:
         return super().words(plan) + (f", {counted(plan.opened, 'cells')} open" if plan.opened else "")
