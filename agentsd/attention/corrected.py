@@ -67,6 +67,9 @@ def corrected_attention(
         (B, H, N, d). Only P exists as a matrix, some heads at a time; the fit is float32 whatever the tensors are.
     """
     at, given = _layout(q, size, cell), (q, k, v, *(text or ()))
+    if not opened and text is None:
+        with no_autocast(q.device.type):
+            return _landmarks_alone(at, q, k, v)
     rows, heads = _at_once(q, at)
     with no_autocast(q.device.type):
         room = _Room(given)
@@ -75,6 +78,46 @@ def corrected_attention(
             for row in _pieces(given, rows, 0)
         ]
     return _joined(out, 0).transpose(1, 2)
+
+
+def _landmarks_alone(at: _Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, H, N, d): the equations with no cell opened, where P counts at the landmarks alone, and z cancels.
+
+    V_A is one fused call, in the tensors' own dtype.
+    """
+    few = [t.index_select(2, at.tokens) for t in (q, k, v)]
+    v_a = sdpa(few[0], k, v)
+    room = _Room((q, k, v))
+    tiles = _by_windows(q, at, room) if at.ragged else _tiles(q, at)
+    count = at.windows * at.n * (at.agents.shape[1] + 4 * q.shape[-1])
+    pairs = max(1, (_CACHED if room.kept is not None else _SPARED) // (4 * count))
+    given = (*(t.flatten(0, 1) for t in (*few, v_a)), tiles)
+    out = [_of_landmarks(at, *piece) for piece in _pieces(given, pairs, 0)]
+    return _by_tokens(_joined(out, 0).unflatten(0, q.shape[:2]), at).transpose(1, 2)
+
+
+def _of_landmarks(at: _Layout, a: Tensor, k_bar: Tensor, v_bar: Tensor, v_a: Tensor, tiles: Tensor) -> Tensor:
+    """(G, windows, tokens, d), for some pairs."""
+    (G, _, d), agents = a.shape, at.agents
+    scale, values = d**-0.5, v_bar.float()
+    scores = torch.baddbmm(at.sizes.log(), a.float(), k_bar.float().mT, alpha=scale)
+    w = torch.softmax(scores, -1)
+    r = v_a.float() - w @ values
+    w, r = (t.index_select(1, agents.flatten()).view(G, *agents.shape, -1) for t in (w, r))
+    m = torch.linalg.vector_norm(w, dim=(-2, -1)).square() / agents.shape[1]
+    y = cast_within_range(v_bar.dtype, values[:, None] + value_correction(w, r, m))
+    if at.ragged:  # where all cells are alike, log c changes nothing
+        k_bar = torch.cat([k_bar, at.log_c.to(k_bar.dtype).expand(G, -1, -1)], dim=-1)
+        y = pad(y, (0, k_bar.shape[-1] - d))
+    keys = k_bar[:, None].expand(-1, len(agents), -1, -1)
+    return sdpa(tiles, keys, y, scale=scale)[..., :d]
+
+
+def _tiles(q: Tensor, at: _Layout) -> Tensor:
+    """Queries by windows (G, windows, tokens, d)."""
+    (Y, X), (my, mx) = at.tiling, at.tile
+    tiles = _cut(_padded(q, at.size, (Y * my, X * mx)), (Y, X))
+    return tiles.flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
 def _attend(at: _Layout, opened: int, room: _Room, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
