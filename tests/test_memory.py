@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agentsd
+import agentsd.attention.corrected
 import agentsd.attention.merging
 from agentsd import AgentConfig, plan_layer
 from agentsd.methods import SelfAttention
@@ -56,6 +57,7 @@ def fused(q, k, v, attn_mask=None, scale=None):
 def peak(settings, size, dtype, monkeypatch) -> int:
     """Bytes of one layer of SD 1's widest: batch 2, 8 heads of 40."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(agentsd.attention.corrected, "sdpa", fused)
     config = AgentConfig(**settings)
     q, k, v = (torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta") for _ in range(3))
     attention = SelfAttention(
@@ -94,6 +96,7 @@ MERGING = {"AgentSD's settings": {}, "token merging": {"method": "merge"}}
 def peak_with_projections(settings, size, dtype, monkeypatch) -> int:
     """Bytes of one layer, matching and projections included; full attention where `settings` is None."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(agentsd.attention.corrected, "sdpa", fused)
     monkeypatch.setattr(agentsd.attention.merging, "_BAG_DEVICES", ("meta",))  # as on CUDA
     config = AgentConfig(**settings or {"ratio": 0.0})
     x = torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta")

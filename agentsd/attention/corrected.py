@@ -67,9 +67,6 @@ def corrected_attention(
         (B, H, N, d). Only P exists as a matrix, some heads at a time; the fit is float32 whatever the tensors are.
     """
     at, given = _layout(q, size, cell), (q, k, v, *(text or ()))
-    if not opened and text is None:
-        with no_autocast(q.device.type):
-            return _landmarks_alone(at, q, k, v)
     rows, heads = _at_once(q, at)
     with no_autocast(q.device.type):
         room = _Room(given)
@@ -80,20 +77,19 @@ def corrected_attention(
     return _joined(out, 0).transpose(1, 2)
 
 
-def _landmarks_alone(at: _Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, N, d): the equations with no cell opened, where P counts at the landmarks alone, and z cancels.
+def _landmarks_alone(at: _Layout, room: _Room, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, N, H, d): the equations with no cell opened, where P counts at the landmarks alone, and z cancels.
 
     V_A is one fused call, in the tensors' own dtype.
     """
     few = [t.index_select(2, at.tokens) for t in (q, k, v)]
     v_a = sdpa(few[0], k, v)
-    room = _Room((q, k, v))
     tiles = _by_windows(q, at, room) if at.ragged else _tiles(q, at)
     count = at.windows * at.n * (at.agents.shape[1] + 4 * q.shape[-1])
     pairs = max(1, (_CACHED if room.kept is not None else _SPARED) // (4 * count))
     given = (*(t.flatten(0, 1) for t in (*few, v_a)), tiles)
     out = [_of_landmarks(at, *piece) for piece in _pieces(given, pairs, 0)]
-    return _by_tokens(_joined(out, 0).unflatten(0, q.shape[:2]), at).transpose(1, 2)
+    return _by_tokens(_joined(out, 0).unflatten(0, q.shape[:2]), at)
 
 
 def _of_landmarks(at: _Layout, a: Tensor, k_bar: Tensor, v_bar: Tensor, v_a: Tensor, tiles: Tensor) -> Tensor:
@@ -122,6 +118,8 @@ def _tiles(q: Tensor, at: _Layout) -> Tensor:
 
 def _attend(at: _Layout, opened: int, room: _Room, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
     """(B, N, H, d) for heads that are laid out together: G = B · H pairs, of which some are computed at a time."""
+    if not opened and not text:
+        return _landmarks_alone(at, room, q, k, v)
     kv, tiles = _by_cells(k, v, at, room, *text), _by_windows(q, at, room)
     a = q.index_select(2, at.tokens).flatten(0, 1).float()
     most = room.cached if room.kept is not None else _SPARED
