@@ -81,7 +81,9 @@ def fake_host(monkeypatch):
     fake["modules.sd_unet"].current_unet = None
     fake["modules.call_queue"].queue_lock = threading.Lock()
     shared = fake["modules.shared"]
-    shared.opts, shared.loaded_hypernetworks, shared.state = SimpleNamespace(), [], State()
+    # what a test expects must not hang on the clock of a busy machine; tests of what was measured set it back
+    shared.opts, shared.loaded_hypernetworks = SimpleNamespace(agent_attention_even_if_slower=True), []
+    shared.state = State()
     shared.sd_model = as_model(golden_unet())
     shared.sd_model.sd_checkpoint_info = SimpleNamespace(name="small.safetensors")
     fake["modules.sd_models"].model_data = Loaded(shared)

@@ -35,6 +35,11 @@ class Clock:
         return run(), self.seconds[(self.runs + 1) % 2]
 
 
+@pytest.fixture(autouse=True)
+def left_alone_where_slower(host):
+    host.shared.opts.agent_attention_even_if_slower = False
+
+
 @pytest.fixture
 def card(host, monkeypatch):
     """The U-Net is on an accelerator, whose clock is the test's; the number of calls that the U-Net gets."""
