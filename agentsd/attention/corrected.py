@@ -303,50 +303,6 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _at_once(q: Tensor, at: _Layout) -> tuple[int, int]:
-    """(rows, heads) that are laid out at a time."""
-    B, H, N, d = q.shape
-    pairs = max(1, _SPARED // (16 * N * (d + 8)))
-    return (min(B, pairs // H), H) if pairs >= H else (1, pairs)
-
-
-class _Room:
-    """Memory for pieces: on the CPU, which would map new pages for each, the same for all of them."""
-
-    def __init__(self, given: tuple[Tensor, ...]) -> None:
-        q = given[0]
-        self.device, self.graded = q.device, torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        self.cached, self.kept = _CACHED, None
-        if q.device.type == "cpu" and not compiling() and not self.graded:
-            self.kept = {}
-
-    def filled(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, bool]:
-        """Memory of this name and shape, and whether it is new."""
-        if self.kept is None:
-            return torch.empty(shape, dtype=dtype, device=self.device), True
-        key = name, shape
-        fresh = key not in self.kept
-        if fresh:
-            self.kept[key] = torch.empty(shape, dtype=dtype, device=self.device)
-        return self.kept[key], fresh
-
-    def memory(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return None if self.kept is None else self.filled(name, shape)[0]
-
-    def taken(self, rows: Tensor, index: Tensor) -> Tensor:
-        """rows (M, c) at an index of any shape (…) → (…, c)."""
-        out = self.memory("taken", (index.numel(), rows.shape[-1]))
-        return torch.index_select(rows, 0, index.flatten(), out=out).view(*index.shape, -1)
-
-
-def _pieces(tensors: tuple[Tensor, ...], length: int, dim: int) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(t.split(length, dim) for t in tensors), strict=True)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _at_once(q: Tensor, at: _Layout) -> tuple[int, int]:
     """(rows, heads) that are taken at a time."""
     B, H, N, _ = q.shape
     most = _CACHED if q.device.type == "cpu" and not compiling() else _SPARED
