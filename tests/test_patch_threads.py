@@ -11,6 +11,7 @@ import torch
 from blocks import actions
 from patching import EVERYWHERE, GOLDEN, GRID, SIMILARITY, diffusers_unet
 
+import agentsd
 from agentsd import early, get_patch, patched
 from agentsd.hosts import example_call, output_tensor
 from agentsd.patching.call import current_call
@@ -106,6 +107,17 @@ def test_a_call_that_fails_leaves_nothing_behind(unet, error):
         handle.remove()
         assert torch.equal(output(unet, (8, 8), 0.5), expected)
         assert not get_patch(unet).notes
+    assert current_call() is None
+
+
+def test_a_call_that_another_thread_left_behind_is_over():
+    unet = copy.deepcopy(GOLDEN)
+    thread = threading.Thread(target=agentsd.remove_patch, args=[unet])
+    agentsd.apply_patch(unet, **GRID)
+    get_patch(unet).begin_call(unet, (torch.zeros(1, 4, 8, 8), torch.tensor([500])), {})
+    assert current_call() is not None
+    thread.start()
+    thread.join()
     assert current_call() is None
 
 

@@ -40,7 +40,10 @@ _COUNTING = threading.Lock()
 
 def current_call() -> ModelCall | None:
     """Return the call of a patched U-Net that this thread is in, the innermost one; None outside of any."""
-    return _CURRENT.get()
+    call = _CURRENT.get()
+    while call is not None and not call.shared.installed:  # interrupted, and its patch removed by another thread
+        call = call._outer
+    return call
 
 
 class Planned(NamedTuple):
@@ -161,6 +164,7 @@ class Shared:
     Attributes:
         config: the settings.
         kv_context: maps an attention module and its input to the inputs of the key and value projections.
+        installed: whether the patch is.
         notes: reasons for leaving self-attention to the host, each with its number of calls.
         observer: is told of every answer.
         meter: closeness to full attention, while it is observed.
@@ -174,6 +178,7 @@ class Shared:
 
     config: AgentConfig
     kv_context: KVContext | None = None
+    installed: bool = False
     notes: Counter[str] = field(default_factory=Counter)
     observer: Callable[[Answer], None] | None = None
     meter: ClosenessMeter | None = None
@@ -203,7 +208,7 @@ class Shared:
 
     def begin(self, call: ModelCall) -> None:
         """Begin a call, inside of the one that is going on, if any."""
-        outer = _CURRENT.get()
+        outer = current_call()
         if outer is not None and outer.shared is self and not outer.sizes:  # the same call, told twice
             outer = outer._outer
         call._outer = outer

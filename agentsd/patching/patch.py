@@ -112,7 +112,7 @@ class Patch:
         if old is not None:
             old.remove()
         keep_out()
-        self.shared.finite = FiniteCheck()
+        self.shared.installed, self.shared.finite = True, FiniteCheck()
         try:
             # a hook of the whole U-Net is outside of its graph, unless its call and not its `forward` is compiled
             begin = self._begin_outside_graph if self._timed or self.shared.outside else self.begin_call
@@ -135,6 +135,7 @@ class Patch:
         self._handles.clear()
         for layer in self._layers:
             layer.remove()
+        self.shared.installed = False
         while self.shared.end() is not None:  # calls that were interrupted
             pass
 
