@@ -21,6 +21,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
+def error_of_ours(error: Exception) -> str:
+    """Name an error of our own, which costs nobody an image."""
+    return f"an error of ours: {type(error).__name__}: {error}"
+
+
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Arrange rows as lines of aligned columns."""
     table = [header, *rows]

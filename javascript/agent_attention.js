@@ -6,7 +6,6 @@
 // the elements.
 {
     const TABS = ["txt2img", "img2img"];
-    const ROUTE = "./agent-attention";
     const PASTING = "#paste, #txt2img_tab, #img2img_tab, #inpaint_tab"; // the host's buttons that bring an infotext
     const FOLDS = ["", "more", "tuner", "map"];
     const POLL_MS = 250; // sliders that the host moves by itself (paste, swap, presets) fire no event
@@ -21,9 +20,6 @@
 
     const find = (selector) => gradioApp().querySelector(selector);
     const panelId = (tab, name = "") => `${tab}_agent_attention${name && "_" + name}`;
-    // What the page's settings were when gradio drew it, by element id
-    const drawn = () => new Map(((globalThis.gradio_config || {}).components || [])
-        .filter(({props}) => props && props.elem_id && "value" in props).map(({props}) => [props.elem_id, props.value]));
     const findOurs = (tab, name, inner = "") => find(`#${panelId(tab, name)} ${inner}`.trim());
     const numberIn = (id) => parseFloat(find(`#${id} input[type=number]`)?.value);
     const textIn = (id) => find(`#${id} input`)?.value ?? "";
@@ -43,24 +39,21 @@
 
     class Refused extends Error {} // the server understood, and what was asked for is wrong
 
-    // FastAPI lists what does not fit; ours is one sentence
-    const refusal = (detail) => (
-        Array.isArray(detail) ? detail.map(({loc, msg}) => `${loc[loc.length - 1]}: ${msg}`).join("; ") : String(detail)
-    );
-
     // One request. Every error has a message that ends a sentence in the panel.
     const ask = async (name, {method = "GET", body, signal} = {}) => {
         const more = body ? {headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)} : {};
-        const answer = await fetch(`${ROUTE}/${name}`, {method, signal, ...more}).catch(() => {
+        const answer = await fetch(`./agent-attention/${name}`, {method, signal, ...more}).catch(() => {
             throw new Error("the server does not answer");
         });
         const content = await answer.json().catch(() => undefined);
         if (answer.ok && content !== undefined) return content;
-        if (answer.status === 401) throw new Error("log in again");
-        if (answer.status === 422 && content) throw new Refused(refusal(content.detail));
-        // the extension was updated under a running server, which still has the older one's routes
-        if (answer.status === 404) throw new Error("restart the server, which runs another version");
-        throw new Error(answer.ok ? "the server's answer makes no sense" : `the server failed (${answer.status})`);
+        if (answer.status === 422 && content) throw new Refused(content.detail);
+        throw new Error({
+            200: "the server's answer makes no sense",
+            401: "log in again",
+            // the extension was updated under a running server, which still has the older one's routes
+            404: "restart the server, which runs another version",
+        }[answer.status] ?? `the server failed (${answer.status})`);
     };
 
     // ---- The controls ----
@@ -71,41 +64,37 @@
         const id = name === "enabled" ? `${panelId(tab)}-checkbox` : panelId(tab, name);
         if (kind === "flag") return find(`#${id} input[type=checkbox]`)?.checked;
         if (kind === "text") return find(`#${id} textarea, #${id} input`)?.value;
-        if (kind === "choice") {
-            const text = find(`#${id} input`)?.value;
-            return choices.includes(text) ? text : undefined;
-        }
-        const field = find(`#${id} input[type=number]`);
+        const field = find(`#${id} input${kind === "choice" ? "" : "[type=number]"}`);
+        if (kind === "choice") return choices.includes(field?.value) ? field.value : undefined;
         if (!field || field.validity.badInput) return undefined;
         return field.value === "" ? null : Number(field.value);
     };
 
-    const sizeOf = (tab) => [numberIn(`${tab}_width`), numberIn(`${tab}_height`)];
-
-    // Size of an img2img pass: the sliders', or what "Resize by" makes of the image, which only the page knows.
-    const img2imgSize = () => {
-        const byScale = isShown(find("#img2img_tab_resize_by"));
+    // Size of a pass: the sliders', or what img2img's "Resize by" makes of the image, which only the page knows.
+    const sizeOf = (tab) => {
+        const byScale = tab === "img2img" && isShown(find("#img2img_tab_resize_by"));
         const shown = byScale ? find("#img2img_scale_resolution_preview")?.textContent.match(/(\d+)x(\d+)\D*$/) : null;
-        return shown ? [Number(shown[1]), Number(shown[2])] : sizeOf("img2img");
+        return shown ? [Number(shown[1]), Number(shown[2])] : [numberIn(`${tab}_width`), numberIn(`${tab}_height`)];
     };
 
     // The host's controls that decide on the passes; null while a size is being typed.
     const readPasses = (tab) => {
-        const [width, height] = tab === "img2img" ? img2imgSize() : sizeOf(tab);
-        const hires = tab !== "txt2img" || !isChecked("txt2img_hr-checkbox") ? null : {
-            scale: numberIn("txt2img_hr_scale"),
-            resize_x: numberIn("txt2img_hr_resize_x") || 0,
-            resize_y: numberIn("txt2img_hr_resize_y") || 0,
-            steps: numberIn("txt2img_hires_steps") || 0,
-            checkpoint: /^(Use same checkpoint)?$/.test(textIn("hr_checkpoint")) ? "" : textIn("hr_checkpoint"),
-        };
-        // as the host shows them: a token for each, such as "Token merging ratio: 0.5"
-        const overrides = [...gradioApp().querySelectorAll(`#${tab}_override_settings .token`)];
-        if (!(width > 0 && height > 0 && (!hires || hires.scale > 0))) return null;
+        const [width, height] = sizeOf(tab);
         const orElse = (name, usual) => {
             const value = numberIn(`${tab}_${name}`);
             return Number.isNaN(value) ? usual : value;
         };
+        const other = textIn("hr_checkpoint");
+        const hires = tab !== "txt2img" || !isChecked("txt2img_hr-checkbox") ? null : {
+            scale: numberIn("txt2img_hr_scale"),
+            resize_x: orElse("hr_resize_x", 0),
+            resize_y: orElse("hr_resize_y", 0),
+            steps: orElse("hires_steps", 0),
+            checkpoint: other === "Use same checkpoint" ? "" : other,
+        };
+        if (!(width > 0 && height > 0 && (!hires || hires.scale > 0))) return null;
+        // as the host shows them: a token for each, such as "Token merging ratio: 0.5"
+        const overrides = [...gradioApp().querySelectorAll(`#${tab}_override_settings .token`)];
         return {
             width,
             height,
@@ -137,13 +126,11 @@
         return line;
     };
 
-    // What can be filled of one of the panel's gr.HTML elements.
-    const insideOf = (element) => element.querySelector(".prose") || element;
-
-    // Fill it with lines, which screen readers then read out.
+    // Fill one of the panel's gr.HTML elements with lines, which screen readers then read out.
     const fill = (element, lines) => {
-        insideOf(element).replaceChildren(...lines.map(lineOf));
-        insideOf(element).setAttribute("role", "status");
+        const inside = element.querySelector(".prose") || element;
+        inside.replaceChildren(...lines.map(lineOf));
+        inside.setAttribute("role", "status");
     };
 
     // Everything that runs in the page; `stop` takes all of it back.
@@ -151,8 +138,10 @@
         const stopped = new AbortController();
         // Of each tab: `values` are the settings as last known, `body` what is to be asked, `key` all that the answer
         // depends on, `request` the question under way, `again` when to repeat it, `lost` whether the server was out of
-        // reach, `lines` what is shown, `found` the preset to choose after tuning, `preset` what the settings are, undefined until the answer is there.
+        // reach, `lines` what is shown, `found` the preset to choose after tuning, `preset` what the settings are,
+        // undefined until the answer is there.
         const tabs = TABS.map((name) => ({name, values: {}, again: Infinity, lost: false, pressed: -Infinity}));
+        const tabNamed = (name) => tabs.find((tab) => tab.name === name);
         let data = null, learning = false, learnt = -Infinity; // the page's tables, and when they were asked for
         let version = 0; // goes up when the server may answer otherwise although nothing in the page has changed
         let greeted = false, missed = 0;
@@ -172,11 +161,11 @@
         const learn = async () => {
             if (data || learning || Date.now() - learnt < RETRY_MS || !findOurs(TABS[0], "summary")) return;
             [learning, learnt] = [true, Date.now()];
-            await ask("page", {signal: stopped.signal}).then((found) => {
-                data = found;
-            }, (error) => {
+            try {
+                data = await ask("page", {signal: stopped.signal});
+            } catch (error) {
                 if (!stopped.signal.aborted) tabs.forEach((tab) => showTrouble(tab, error));
-            });
+            }
             learning = false;
         };
 
@@ -201,16 +190,14 @@
             const request = new AbortController();
             tab.request = request;
             const late = setTimeout(() => request.abort(), TIMEOUT_MS);
-            const asked = ask("preview", {method: "POST", body: tab.body, signal: request.signal});
-            const given = await asked.catch((error) => error);
+            const given = await ask("preview", {method: "POST", body: tab.body, signal: request.signal}).catch((error) => error);
             clearTimeout(late);
             if (tab.request !== request) return;
             tab.request = null;
             tab.lost = given instanceof Error && !(given instanceof Refused);
             // a model that is being loaded tells nobody when it is there
             tab.again = tab.lost || given.model === false ? Date.now() + RETRY_MS : Infinity;
-            tab.preset = given.preset;
-            tab.idle = given.idle;
+            [tab.preset, tab.idle] = [given.preset, given.idle];
             if (tab.lost) showTrouble(tab, given);
             else show(tab, given instanceof Refused ? [{text: "", hint: given.message, state: "wrong"}] : given.lines);
         };
@@ -233,16 +220,15 @@
             const decisive = Object.entries(options()).filter(([name]) => DECISIVE.test(name));
             // what is tuned counts as well: a tuning may have been made, imported or forgotten
             const key = JSON.stringify([body, decisive, version, findOurs(tab.name, "tuned")?.textContent]);
-            if (key !== tab.key) {
-                unfoldChart(tab, body);
-                Object.assign(tab, {key, body, preset: undefined});
-                clearTimeout(tab.timer);
-                tab.timer = setTimeout(preview, DEBOUNCE_MS, tab);
-            } else if (!tab.request && Date.now() >= tab.again) {
-                preview(tab);
-            } else {
-                showPreset(tab);
+            if (key === tab.key) {
+                if (!tab.request && Date.now() >= tab.again) preview(tab);
+                else showPreset(tab);
+                return;
             }
+            unfoldChart(tab, body);
+            Object.assign(tab, {key, body, preset: undefined});
+            clearTimeout(tab.timer);
+            tab.timer = setTimeout(preview, DEBOUNCE_MS, tab);
         };
 
         // ---- Help ----
@@ -279,12 +265,12 @@
             tab.other = other;
         };
 
-        // Whether somebody has filled in the controls already. An infotext counts more than the page's preset.
+        // Whether somebody has filled in the controls since gradio drew them. An infotext counts more than the page's preset.
         const isFilled = (name, values) => {
-            const before = drawn();
+            const drawn = ((globalThis.gradio_config || {}).components || []).map(({props}) => props || {});
             return settingNames().some((setting, i) => {
-                const id = panelId(name, setting);
-                return before.has(id) && String(before.get(id)) !== String(values[i]);
+                const before = drawn.find((props) => props.elem_id === panelId(name, setting) && "value" in props);
+                return before && String(before.value) !== String(values[i]);
             });
         };
 
@@ -293,11 +279,11 @@
             const chosen = data && data.presets[preset];
             if (!chosen) return [preset, ...values];
             const filled = settingNames().map((setting, i) => (setting in chosen ? chosen[setting] : values[i]));
-            note(tabs.find((tab) => tab.name === name), filled);
+            note(tabNamed(name), filled);
             return [preset, ...filled];
         };
         const sync = (name, [preset, ...values]) => {
-            const tab = tabs.find((one) => one.name === name), {wanted, found} = tab;
+            const tab = tabNamed(name), {wanted, found} = tab;
             tab.wanted = tab.found = undefined;
             if (data && found in data.presets) return choose(name, [found, ...values]);
             if (data && wanted in data.presets && !isFilled(name, values)) return choose(name, [wanted, ...values]);
@@ -319,8 +305,7 @@
         const noteTask = (tab) => {
             const task = stored(() => localStorage.getItem(`${tab.name}_task_id`));
             if (!task || task === tab.task) return;
-            tab.task = task;
-            tab.noted = true;
+            Object.assign(tab, {task, noted: true});
             stored(() => sessionStorage.setItem(taskKey(tab), task));
         };
 
@@ -350,7 +335,7 @@
         };
 
         // Handler of gradio: [task, call, layer] in and out.
-        const ofTask = (name, [, call, layer]) => [taskOf(tabs.find((tab) => tab.name === name)), call, layer];
+        const ofTask = (name, [, call, layer]) => [taskOf(tabNamed(name)), call, layer];
 
         // The host shows one of these buttons while it generates. SD.Next shows them always, and keeps the request's id.
         const isGenerating = (tab) => Boolean(stored(() => localStorage.getItem("task")))
@@ -359,7 +344,7 @@
         const watchGeneration = (tab) => {
             const now = isGenerating(tab);
             if (now && !tab.noted) noteTask(tab);
-            if (!now) tab.noted = false;
+            tab.noted &&= now;
             if (tab.generating && !now) {
                 version += 1; // another model may have been loaded for it
                 showStatus(tab).then((status) => showTuned(tab, status));
@@ -395,23 +380,19 @@
         };
 
         const pressKey = (event) => {
-            const label = event.target.closest(".label-wrap[role=button]");
-            const ids = TABS.flatMap((tab) => FOLDS.map((name) => panelId(tab, name)));
-            if (label !== event.target || !["Enter", " "].includes(event.key)) return;
-            if (!label || !ids.includes(label.parentElement.id)) return;
+            const ours = TABS.flatMap((tab) => FOLDS.map((name) => panelId(tab, name)));
+            const label = event.target;
+            if (!["Enter", " "].includes(event.key) || !label.matches(".label-wrap[role=button]")) return;
+            if (!ours.includes(label.parentElement.id)) return;
             event.preventDefault();
             label.click();
         };
 
-        // Without the extension's Python part (another one's package of the same name came first) there is no panel.
-        const isMissing = () => {
-            missed = find("#txt2img_prompt") && !findOurs(TABS[0]) ? missed + 1 : 0;
-            return missed > PATIENCE;
-        };
-
         const tick = () => {
             if (document.hidden || stopped.signal.aborted) return;
-            if (isMissing()) {
+            // without the extension's Python part (another one's package of the same name came first) there is no panel
+            missed = find("#txt2img_prompt") && !findOurs(TABS[0]) ? missed + 1 : 0;
+            if (missed > PATIENCE) {
                 stop();
                 return;
             }
@@ -435,12 +416,7 @@
         document.addEventListener("input", () => requestAnimationFrame(tick), {signal: stopped.signal});
         document.addEventListener("click", press, {signal: stopped.signal});
         document.addEventListener("keydown", pressKey, {signal: stopped.signal});
-        return {
-            choose,
-            sync,
-            ofTask,
-            stop,
-        };
+        return {choose, sync, ofTask, stop};
     };
 
     // Loaded once more, by a reload of the UI or by hand: the newer one takes over.

@@ -11,7 +11,8 @@ from tuned_models import KEPT, TEXT
 
 from agentsd import costs
 from agentsd.app.decision import Hint, Program, SamplingPass, fraction
-from agentsd.app.preview import ACTS, NOTE, NOTHING, WRONG, hires_size, page_data, preview, sentence
+from agentsd.app.preview import ACTS, NOTE, NOTHING, WRONG, page_data, preview, sentence
+from agentsd.panel.routes import hires_size
 from agentsd.settings import schema
 from agentsd.settings.presets import CUSTOM, PRESETS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agentsd import AgentConfig, paper_stages
-from agentsd.app.pace import Pace, StepClock
+from agentsd.app.timings import Pace, StepClock
 from agentsd.settings import infotext, legacy, schema
 from agentsd.settings.presets import CUSTOM, KEPT, PRESETS, preset_of
 

@@ -20,7 +20,7 @@ from ..config import SMALL, AgentConfig
 from ..costs import Estimate, Layout, estimate, layouts
 from ..methods import LayerPlan
 from ..settings import schema, tunings
-from ..tuning.result import TunedPlan, Tuning, TuningError
+from ..tuning.result import Tuning, TuningError
 from .kept_tunings import Kept, config_of, plans
 from .timings import Timing, Timings, case_of
 
@@ -35,32 +35,20 @@ _EVENLY = tuple(i / 50 for i in range(50))
 
 @dataclass(frozen=True)
 class Hint:
-    """Why something is so, or advice.
+    """Why something is so, or advice."""
 
-    Attributes:
-        text: a clause without a full stop.
-        remedy: names of the settings to change, or places in the host's own settings.
-    """
-
-    text: str
-    remedy: tuple[str, ...] = ()
+    text: str  # a clause without a full stop
+    remedy: tuple[str, ...] = ()  # names of the settings to change, or places in the host's own settings
 
 
 @dataclass(frozen=True)
 class SamplingPass:
-    """One sampling pass.
+    """One sampling pass."""
 
-    Attributes:
-        latent: (height, width) of the latent.
-        of: the kind of pass: one of `tunings.PASSES`.
-        moments: progress of the diffusion, 0–1, at each step; None if the steps are not known.
-        checkpoint: the checkpoint that it is made with, if it is not the loaded one.
-    """
-
-    latent: tuple[int, int]
-    of: str = tunings.FIRST
-    moments: tuple[float, ...] | None = None
-    checkpoint: str = ""
+    latent: tuple[int, int]  # (height, width)
+    of: str = tunings.FIRST  # its kind, one of `tunings.PASSES`
+    moments: tuple[float, ...] | None = None  # progress of the diffusion, 0–1, at each step; None if not known
+    checkpoint: str = ""  # that it is made with, if it is not the loaded one
 
     @property
     def hires(self) -> bool:
@@ -82,25 +70,16 @@ def evenly(steps: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where the steps of a sampler are.
+    """Where the steps of a sampler are."""
 
-    Attributes:
-        progress: returns the progress at each step of a whole diffusion, by the number of steps that were asked for.
-        extra: how many more steps an img2img pass makes than ⌊strength · steps⌋.
-    """
-
-    progress: Callable[[int], Sequence[float]] = evenly
-    extra: int = 1
+    progress: Callable[[int], Sequence[float]] = evenly  # at each of so many steps of a whole diffusion
+    extra: int = 1  # how many more steps an img2img pass makes than ⌊strength · steps⌋
 
 
 class Program:
-    """What `decide` asks of the program that samples. Its subclasses say what is different there.
+    """What `decide` asks of the program that samples. Its subclasses say what is different there."""
 
-    Attributes:
-        timings: what was measured here.
-    """
-
-    timings = Timings({}.setdefault)
+    timings = Timings({}.setdefault)  # what was measured here
 
     def unet(self) -> nn.Module | None:
         """Return the U-Net of the current model; None if no model is loaded. Never loads one."""
@@ -111,7 +90,7 @@ class Program:
         return ""
 
     def obstacle(self, sampling: SamplingPass) -> Hint | None:
-        """Say what else acts on the model and keeps a pass from being patched; None if nothing does."""
+        """Say what else acts on the model and keeps a pass from being patched."""
         return None
 
     def upcasts(self) -> bool:
@@ -126,8 +105,8 @@ class Program:
         """Say under what the images are made, as `Tuning.conditions` does, as far as it is known."""
         return {}
 
-    def even_if_slower(self) -> bool:
-        """Whether a pass is patched although that was measured to be slower here."""
+    def even_if_slower(self, values: Mapping[str, Any]) -> bool:
+        """Whether a pass with these settings is patched although that was measured to be slower here."""
         return False
 
     def advice(self, values: Mapping[str, Any]) -> Sequence[Hint]:
@@ -155,12 +134,7 @@ class Program:
     ) -> tuple[float, ...]:
         """Return the progress at each step of a pass, as the WebUIs make them.
 
-        Args:
-            of: the kind of pass.
-            steps: the steps that were asked for.
-            hires_steps: those of the hires pass; 0 for as many.
-            strength: denoising strength, 0–1, of a hires or img2img pass.
-            schedule: that of its sampler.
+        `hires_steps` is 0 for as many as `steps`; `strength` is the denoising strength of a hires or img2img pass.
         """
         schedule = schedule or Schedule()
         strength = min(strength, 0.999)
@@ -176,39 +150,22 @@ class Program:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done in a pass.
-
-    Attributes:
-        sampling: the pass.
-        config: the settings to patch with; None if the pass is left alone.
-        reason: why it is left alone, or advice on what is done.
-        tuning: the tuning that is used, or that says that nothing is faster.
-        doubts: what the pass differs in from what the tuning was made on; empty if nothing is known to.
-        instead: why other settings apply where a tuning was asked for.
-        layers: the distinct plans of the layers that are changed, each with its number of layers.
-        calls: number of self-attention calls by action, over the steps of the pass.
-        steps: the steps in which something is changed.
-        share: share of FLOPs that is left over the pass; 1 if nothing changes.
-        least: the share that would be left if attention cost nothing in the layers that are changed.
-        timing: what was measured here of passes like it.
-        key: under which seconds of this pass are kept; None if they can't be told.
-        refused: whether it is left alone although it was wanted: something is in the way, or a setting is wrong.
-    """
+    """What is done in a pass."""
 
     sampling: SamplingPass
-    config: AgentConfig | None = None
-    reason: Hint | None = None
-    tuning: Tuning | None = None
-    doubts: str = ""
-    instead: str = ""
-    layers: tuple[tuple[LayerPlan, int], ...] = ()
-    calls: Mapping[str, int] = field(default_factory=dict)
-    steps: int = 0
-    share: float = 1.0
-    least: float = 1.0
-    timing: Timing | None = None
-    key: tuple[str, str] | None = None
-    refused: bool = False
+    config: AgentConfig | None = None  # the settings to patch with; None if the pass is left alone
+    reason: Hint | None = None  # why it is left alone, or advice on what is done
+    tuning: Tuning | None = None  # that is used, or that says that nothing is faster
+    doubts: str = ""  # what the pass differs in from what the tuning was made on, as far as it is known
+    instead: str = ""  # why other settings apply where a tuning was asked for
+    layers: tuple[tuple[LayerPlan, int], ...] = ()  # the distinct plans of the changed layers, with their numbers
+    calls: Mapping[str, int] = field(default_factory=dict)  # self-attention calls by action, over the steps
+    steps: int = 0  # in which something is changed
+    share: float = 1.0  # of the FLOPs that is left over the pass; 1 if nothing changes
+    least: float = 1.0  # the share that would be left if attention cost nothing in the changed layers
+    timing: Timing | None = None  # what was measured here of passes like it
+    key: tuple[str, str] | None = None  # under which seconds of this pass are kept; None if they can't be told
+    refused: bool = False  # whether it is left alone although wanted: something is in the way, or a setting is wrong
 
     @property
     def patches(self) -> bool:
@@ -216,9 +173,9 @@ class Decision:
         return self.config is not None
 
     @property
-    def plan(self) -> tunings.PassTuning | None:
-        """The tuning that is used, with the pass that it is for."""
-        return tunings.PassTuning(self.sampling.of, self.tuning) if self.patches and self.tuning else None
+    def left_as_slower(self) -> bool:
+        """Whether it is left alone because it was measured to be slower here."""
+        return not self.patches and self.timing is not None
 
 
 def is_left_out(values: Mapping[str, Any], hires: bool) -> bool:
@@ -240,19 +197,23 @@ def decide(values: Mapping[str, Any], sampling: SamplingPass, rows: int, program
     obstacle = program.obstacle(sampling)
     if obstacle is not None:
         return Decision(sampling, reason=obstacle, refused=True)
+    unet = program.unet()
     try:
         config = _config(tuple(sorted(values.items())), sampling.hires, program.upcasts())
-        made = _with_tuning(values, sampling, config, program)
+        made = Decision(sampling, config)
+        made = _with_tuning(made, values, unet, program) if values["tuning"] else made
     except (SettingError, TuningError) as error:
         return Decision(sampling, reason=Hint(str(error)), refused=True)
     if made.config is None:
         return made
-    unet = program.unet()
+    key = None
     if unet is not None:
         key = case_of(unet, program.checkpoint(), sampling.latent, rows), repr(made.config)
-        made = replace(made, key=key, timing=program.timings.find(key))
     made = _planned(made, values, layouts()[USUAL] if unet is None else layout_of_unet(unet))
-    if made.config is not None and made.timing and made.timing.slower and not program.even_if_slower():
+    if made.config is None or key is None:
+        return made
+    made = replace(made, key=key, timing=program.timings.find(key))
+    if made.timing is not None and made.timing.slower and not program.even_if_slower(values):
         where = ("Settings → Agent Attention",)
         return replace(made, config=None, reason=Hint(f"measured to be slower here: {made.timing.words()}", where))
     return made
@@ -260,49 +221,36 @@ def decide(values: Mapping[str, Any], sampling: SamplingPass, rows: int, program
 
 @lru_cache(maxsize=256)
 def _config(values: tuple[tuple[str, Any], ...], hires: bool, upcasts: bool) -> AgentConfig:
-    """Make the core's config; once for each distinct set of settings.
-
-    Raises:
-        SettingError: settings contradict each other.
-    """
+    """Make the core's config; once for each distinct set of settings. Raises as `schema.to_config` does."""
     given = dict(values)
     return schema.to_config({**given, "enabled": True, "fp32": given["fp32"] or upcasts}, hires=hires)
 
 
-def _with_tuning(values: Mapping[str, Any], sampling: SamplingPass, config: AgentConfig, program: Program) -> Decision:
+def _with_tuning(made: Decision, values: Mapping[str, Any], unet: nn.Module | None, program: Program) -> Decision:
     """Choose between the settings and a tuning.
 
     Raises:
         TuningError: a tuning was given as text, and is for another model.
     """
-    made = Decision(sampling, config)
-    if not values["tuning"]:
-        return made
-    auto, refusal, unet = values["tuning"] == tunings.AUTO, None, program.unet()
-    for plan in plans(values, sampling.of, sampling.latent, program.kept(sampling) if auto else None):
+    sampling, auto, refusal = made.sampling, values["tuning"] == tunings.AUTO, None
+    for tuning in plans(values, sampling.of, sampling.latent, program.kept(sampling) if auto else None):
         try:
-            tuned = None if unet is None else config_of(plan, unet, config.attn_precision)
+            config = made.config if unet is None else config_of(tuning, unet, made.config.attn_precision)
         except TuningError as error:
             refusal = error
             continue
-        slower = _slower(plan.plan)
-        if slower is not None:
-            return replace(made, config=None, tuning=plan, reason=slower)
-        start = sampling.moments[0] if sampling.moments else plan.covers[0]
-        doubts = plan.doubts(program.conditions(), start)
-        return replace(made, config=tuned or config, tuning=plan, doubts=doubts)
+        plan = tuning.plan
+        if not plan.acts:
+            reason = Hint(f"{plan.gain}, so full attention stays", ("how_close",))
+            return replace(made, config=None, tuning=tuning, reason=reason)
+        if plan.timed and plan.speed_up < 1:
+            reason = Hint(f"the tuning is slower than full attention: {plan.gain}", ("tuning",))
+            return replace(made, config=None, tuning=tuning, reason=reason)
+        start = sampling.moments[0] if sampling.moments else tuning.covers[0]
+        return replace(made, config=config, tuning=tuning, doubts=tuning.doubts(program.conditions(), start))
     if refusal is not None and not auto:
         raise refusal
     return replace(made, instead=str(refusal or "not tuned on this checkpoint at this size"))
-
-
-def _slower(plan: TunedPlan) -> Hint | None:
-    """Say why a tuning is of no use; None if it is."""
-    if not plan.acts:
-        return Hint(f"{plan.gain}, so full attention stays", ("how_close",))
-    if plan.timed and plan.speed_up < 1:
-        return Hint(f"the tuning is slower than full attention: {plan.gain}", ("tuning",))
-    return None
 
 
 # Layouts read so far: reading one walks over every module of the U-Net.
@@ -323,15 +271,24 @@ def layout_of_unet(unet: nn.Module) -> Layout:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the diffusion: its cost, the steps in it, and whether the user's own settings apply there."""
+    """A part of the diffusion."""
 
     cost: Estimate
-    steps: int
-    own: bool
+    steps: int  # in it
+    own: bool  # whether the user's own settings apply there
 
     @property
     def acts(self) -> bool:
         return self.cost.layers > 0 or self.cost.flops_left != self.cost.flops
+
+    @property
+    def least(self) -> float:
+        """Share of FLOPs left if products of queries, keys and values cost nothing in the layers that are changed."""
+        saved = sum(4 * level.count * level.plan.tokens**2 * level.channels for level in self.cost.changed)
+        return 1 - saved / self.cost.flops
+
+    def last_veto(self) -> Hint:
+        return last_veto(level.plan for level in self.cost.levels)
 
 
 @lru_cache(maxsize=1024)
@@ -341,55 +298,49 @@ def _cost(layout: Layout, config: AgentConfig, latent: tuple[int, int], progress
 
 def _planned(made: Decision, values: Mapping[str, Any], layout: Layout) -> Decision:
     """Add what the config comes to in a U-Net. Where it comes to nothing, the pass is left alone."""
-    sampling, config = made.sampling, made.config
-    if not layout.blocks or (made.tuning is not None and layout.name == USUAL):
+    sampling, config, tuned = made.sampling, made.config, made.tuning is not None
+    if not layout.blocks or (tuned and layout.name == USUAL):
         return made  # nothing is known of the model, and a plan is for a certain one
     moments = _EVENLY if sampling.moments is None else sampling.moments
-    edges = [since for since, _ in config.parts()]
+    intervals, first = config.parts(), min(moments, default=1.0)
+    edges = [since for since, _ in intervals]
     counts = Counter(edges[bisect_right(edges, moment) - 1] for moment in moments)
-    first = min(moments, default=1.0)
     parts = [
         _Part(
             _cost(layout, config, sampling.latent, since),
             counts[since],
-            made.tuning is not None or values["since"] <= since < values[sampling.end],
+            tuned or values["since"] <= since < values[sampling.end],
         )
-        for since, until in config.parts()
+        for since, until in intervals
         if until > first
     ]
-    acting = next((part for part in parts if part.acts and part.steps), None)
-    acting = acting or next((part for part in parts if part.acts), None)
-    if acting is None:
+    acting = [part for part in parts if part.acts]
+    if not acting:
         return replace(made, config=None, reason=_why_nothing(parts, first, values, sampling))
+    shown = next((part for part in acting if part.steps), acting[0])
     calls: Counter[str] = Counter()
     for part in parts:
         for level in part.cost.levels:
             calls[level.plan.action] += part.steps * level.count
-    total = max(1, sum(part.steps for part in parts))
-    steps = sum(part.steps for part in parts if part.acts)
-    share = sum(part.steps * part.cost.share for part in parts) / total if counts else 1.0
-    least = sum(part.steps * _least(part.cost) for part in parts) / total if counts else 1.0
-    counted = {} if sampling.moments is None else {action: n for action, n in calls.items() if n}
+    total = sum(counts.values()) or 1
+    steps = sum(part.steps for part in acting)
+    share = sum(part.steps * part.cost.share for part in parts) / total if moments else 1.0
+    least = sum(part.steps * part.least for part in parts) / total if moments else 1.0
     return replace(
         made,
-        reason=_advice(acting, parts, steps, share, values, sampling) if made.tuning is None else None,
-        layers=tuple((level.plan, level.count) for level in acting.cost.changed),
-        calls=counted,
+        reason=None if tuned else _advice(shown, parts, steps, share, values, sampling),
+        layers=tuple((level.plan, level.count) for level in shown.cost.changed),
+        calls={} if sampling.moments is None else {action: n for action, n in calls.items() if n},
         steps=0 if sampling.moments is None else steps,
         share=share,
         least=min(share, least),
     )
 
 
-def _least(cost: Estimate) -> float:
-    """Share of FLOPs left if the products of queries, keys and values cost nothing in the layers that are changed."""
-    return 1 - sum(4 * level.count * level.plan.tokens**2 * level.channels for level in cost.changed) / cost.flops
-
-
 def _why_nothing(parts: Sequence[_Part], first: float, values: Mapping[str, Any], sampling: SamplingPass) -> Hint:
     own = next((part for part in parts if part.own), None)
     if own is not None:
-        return last_veto(level.plan for level in own.cost.levels)
+        return own.last_veto()
     done = f"{fraction(first)} of the diffusion is done when this pass begins"
     return Hint(f"{done}, and agents end at {fraction(values[sampling.end])}", (sampling.end,))
 
@@ -413,7 +364,7 @@ def last_veto(plans_made: Iterable[LayerPlan]) -> Hint:
 
 
 def _advice(
-    acting: _Part, parts: Sequence[_Part], steps: int, share: float, values: Mapping[str, Any], sampling: SamplingPass
+    shown: _Part, parts: Sequence[_Part], steps: int, share: float, values: Mapping[str, Any], sampling: SamplingPass
 ) -> Hint | None:
     """Give advice on a part of the diffusion in which something is changed."""
     own = next((part for part in parts if part.own), None)
@@ -421,18 +372,15 @@ def _advice(
         return Hint("agents end before this pass begins, so only what comes afterwards is done", (sampling.end,))
     if not steps:
         return Hint("no step lies between From and Until", ("since", sampling.end))
-    if not acting.own:
-        hint = last_veto(level.plan for level in own.cost.levels)
-        return Hint(f"no agents: {hint.text}", hint.remedy)
-    changed = acting.cost.changed
-    if not changed:  # tokens are merged elsewhere
-        hint = last_veto(level.plan for level in own.cost.levels)
-        return Hint(f"self-attention is left alone: {hint.text}", hint.remedy)
-    if all(level.plan.shortfall for level in changed):
-        return Hint(f"no agents: {changed[0].plan.shortfall}", changed[0].plan.remedy)
+    changed = [level.plan for level in shown.cost.changed]
+    if not shown.own or not changed:
+        veto = own.last_veto()
+        return replace(veto, text=f"{'no agents' if not shown.own else 'self-attention is left alone'}: {veto.text}")
+    if all(plan.shortfall for plan in changed):
+        return Hint(f"no agents: {changed[0].shortfall}", changed[0].remedy)
     if share > 1:
         return Hint("this costs more than it saves", ("agent_ratio",))
-    tokens = max(level.plan.tokens for level in changed)
+    tokens = max(plan.tokens for plan in changed)
     return Hint(f"nothing is gained from layers of {tokens} tokens", ("min_tokens",)) if tokens < SMALL else None
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..attention.grid import Grid
@@ -21,8 +21,8 @@ from ..patching.closeness import Closeness
 from ..patching.patch import Patch
 from ..settings.presets import TUNED
 from .decision import Decision, Hint, last_veto
-from .pace import Pace, changed
 from .preview import ACTS, NOTHING, SLOWER, WRONG, Line, layers_in_words, steps_in_words, tuned_in_words
+from .timings import Pace, changed
 from .token_map import Recording
 
 log = logging.getLogger("agentsd.panel")
@@ -33,39 +33,23 @@ _TOLD = ("action", "tokens", "queries", "agents")
 
 @dataclass
 class PassReport:
-    """Report of one sampling pass, or of several that went alike.
+    """Report of one sampling pass, or of several that went alike."""
 
-    Attributes:
-        made: what was decided; None where nobody asked.
-        name: what to call the pass, if not by its decision.
-        sizes: (height, width) of each latent that the U-Net was called with, without repetition.
-        calls: number of self-attention calls by action: "agents", "merge", "pool", "untouched" …
-        steps: number of U-Net calls in which self-attention was changed.
-        of_steps: number of U-Net calls.
-        layers: the distinct plans of the changed layers, each with its number of layers.
-        idle: plans of the layers that were left alone.
-        notes: reasons for leaving single calls to the host, each with its number of calls.
-        models: number of U-Nets that were patched; 2 if a refiner took over.
-        pace: speed of the steps.
-        tuned: outcome of tuning on this pass; empty if that was not asked for.
-        closeness: how close attention was to full attention, in the last U-Net patched; None if not observed.
-        times: number of passes that it tells of.
-    """
-
-    made: Decision | None = None
-    name: str = ""
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
-    steps: int = 0
-    of_steps: int = 0
-    layers: list[tuple[LayerPlan, int]] = field(default_factory=list)
-    idle: list[LayerPlan] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
-    models: int = 0
+    made: Decision | None = None  # what was decided; None where nobody asked
+    name: str = ""  # what to call the pass, if not by its decision
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of each latent that was denoised
+    calls: Counter[str] = field(default_factory=Counter)  # self-attention calls by action: "agents", "untouched" …
+    steps: int = 0  # U-Net calls in which self-attention was changed
+    of_steps: int = 0  # U-Net calls that reached a block
+    layers: list[tuple[LayerPlan, int]] = field(default_factory=list)  # distinct plans of changed layers, with numbers
+    idle: list[LayerPlan] = field(default_factory=list)  # distinct plans of the layers that were left alone
+    skipped: bool = False  # whether no layer that was to be changed was called
+    notes: Counter[str] = field(default_factory=Counter)  # why calls were left to the host; 0 of what is no call
+    models: int = 0  # U-Nets that were patched; 2 if a refiner took over
     pace: Pace = field(default_factory=Pace)
-    tuned: str = ""
-    closeness: Closeness | None = None
-    times: int = 1
+    tuned: str = ""  # outcome of tuning on this pass, if that was asked for
+    closeness: Closeness | None = None  # in the last U-Net patched; None if not observed
+    times: int = 1  # number of passes that it tells of
 
     @property
     def hires(self) -> bool:
@@ -89,8 +73,8 @@ class PassReport:
 
     def see(self, latent: tuple[int, int] | None) -> None:
         """Note the size of a U-Net call."""
-        if latent is not None:
-            _append_new(self.sizes, tuple(latent))
+        if latent is not None and tuple(latent) not in self.sizes:
+            self.sizes.append(tuple(latent))
 
     def add(self, patch: Patch, progress: float | None) -> None:
         """Collect the report of a patch before it is removed.
@@ -104,125 +88,106 @@ class PassReport:
         self.of_steps += max((sum(count.values()) for count in counts.values()), default=0)
         self.see(patch.last_call and patch.last_call.latent)
         self.closeness = patch.closeness() or self.closeness
-        if self.sizes and progress is not None:
-            planned = [(name, plan) for name, plan in patch.explain(*self.sizes[-1], progress) if plan is not None]
-            left = {name for name, count in counts.items() if self.steps and not changed(count)}
-            # what was planned, but left to the host in every call, was not done
-            self._add_plans(plan for name, plan in planned if not (plan.acts and name in left))
-
-    def _add_plans(self, plans: Iterable[LayerPlan]) -> None:
-        counts: Counter[LayerPlan] = Counter()
-        for plan in plans:
-            if plan.acts:
-                counts[plan] += 1
-            else:
-                _append_new(self.idle, plan)
-        for plan_and_count in counts.items():  # a refiner's layers do not add to the model's
-            _append_new(self.layers, plan_and_count)
-
-    def alike(self, other: PassReport) -> bool:
-        """Whether another pass went as this one did, but for numbers of calls and seconds."""
-        return all(
-            getattr(self, name) == getattr(other, name) for name in ("title", "obstacle", "tuned", "layers", "patched")
-        ) and set(self.notes) == set(other.notes)
-
-    def with_more(self, other: PassReport) -> PassReport:
-        """Sum up two passes that went alike."""
-        both = copy(other)
-        both.calls, both.notes = self.calls + other.calls, self.notes + other.notes
-        both.steps, both.of_steps = self.steps + other.steps, self.of_steps + other.of_steps
-        both.times = self.times + other.times
-        return both
+        if not self.sizes or progress is None:
+            return
+        planned = {name: plan for name, plan in patch.explain(*self.sizes[-1], progress) if plan is not None}
+        acting = {name: plan for name, plan in planned.items() if plan.acts}
+        self.skipped = bool(acting) and not any(counts[name].total() for name in acting)
+        # what was planned, but left to the host in every call, was not done
+        done = Counter(plan for name, plan in acting.items() if changed(counts[name]) or not self.steps)
+        self.layers += [each for each in done.items() if each not in self.layers]  # a refiner's do not add up
+        self.idle += [plan for plan in dict.fromkeys(planned.values()) if not plan.acts and plan not in self.idle]
 
     @property
     def title(self) -> str:
         """Name of the pass, with the sizes that the U-Net was called with where they are others."""
         own = None if self.made is None else tuple(self.made.sampling.latent)
-        others = [f"{Grid(*size).pixels}" for size in self.sizes if size != own]
+        others = " and ".join(f"{Grid(*size).pixels}" for size in self.sizes if size != own)
         if own is None:
-            return " ".join(filter(None, (self.name, " and ".join(others))))
-        return f"{self.made.sampling}{', in parts of ' if others else ''}{' and '.join(others)}"
+            return f"{self.name} {others}".strip()
+        return f"{self.made.sampling}, in parts of {others}" if others else str(self.made.sampling)
+
+    @property
+    def manner(self) -> tuple[Any, ...]:
+        """What passes that went alike have in common: all but numbers of calls and seconds."""
+        return self.title, self.obstacle, self.tuned, tuple(self.layers), self.patched, frozenset(self.notes)
+
+    def with_more(self, other: PassReport) -> PassReport:
+        """Sum up two passes that went alike."""
+        both = copy(other)
+        both.calls, both.notes = copy(self.calls), copy(self.notes)
+        both.calls.update(other.calls)
+        both.notes.update(other.notes)
+        for name in ("steps", "of_steps", "times"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
 
     def line(self) -> Line:
         """Describe the pass, in the preview's words."""
-        name = self.title + (f", {self.times} times" if self.times > 1 else "")
+        name, made = self.title + (f", {self.times} times" if self.times > 1 else ""), self.made
         if self.tuned:
             return Line(f"{name}: {self.tuned}", None, WRONG if self.refused else ACTS)
-        made = self.made
         if made is not None and made.instead:
             name += f": {made.instead}, so the other settings were used"
         if not self.patched:
             return Line(f"{name}: nothing happened", self._why_nothing(), WRONG if self.refused else NOTHING)
         what = tuned_in_words(made) if made is not None and made.tuning else layers_in_words(self.layers)
         what += steps_in_words(self.steps, self.of_steps, "U-Net calls") if self.steps else ""
-        close = self.closeness if self.closeness is not None and math.isfinite(self.closeness.worst) else None
-        clauses = (f"{name}: {what}", self.pace.words(), "" if close is None else str(close))
-        return Line(clauses, self._left(), SLOWER if self.pace.slower else ACTS)
+        close = str(self.closeness) if self.closeness is not None and math.isfinite(self.closeness.worst) else ""
+        told = self._left_to_host()
+        state = SLOWER if self.pace.slower else ACTS
+        return Line((f"{name}: {what}", self.pace.words(), close), Hint(told) if told else None, state)
 
-    def sentence(self) -> str:
-        """Describe the pass in a few sentences."""
-        return str(self.line())
-
-    def _left(self) -> Hint | None:
-        """Say which calls were left to the host."""
-        told = [f"{reason} ({n} {'call' if n == 1 else 'calls'})" for reason, n in self.notes.items()]
-        return Hint(f"left to the host: {'; '.join(told)}") if told else None
+    def _left_to_host(self) -> str:
+        """Say which calls were left to the host, and what else there is to say."""
+        calls = [f"{reason} ({n} {'call' if n == 1 else 'calls'})" for reason, n in self.notes.items() if n]
+        others = [reason for reason, n in self.notes.items() if not n]
+        return "; ".join([*([f"left to the host: {'; '.join(calls)}"] if calls else []), *others])
 
     def _why_nothing(self) -> Hint | None:
         if self.obstacle:
             return self.made.reason
-        if self.notes:
-            return self._left()
-        if not self.of_steps:
-            return Hint("the U-Net was not called")
-        if self.layers or not self.idle:
-            return Hint("no step lay between From and Until")
-        return last_veto(self.idle)
-
-
-def _append_new(items: list[Any], item: Any) -> None:
-    if item not in items:
-        items.append(item)
+        why = Hint("")
+        if any(self.notes.values()):
+            pass
+        elif not self.sizes:
+            why = Hint("the U-Net was not called")
+        elif not self.of_steps or self.skipped:
+            why = Hint("the U-Net was called, but something else skips the blocks that were to be changed")
+        elif self.made is not None and self.made.tuning is not None:
+            why = Hint(self.made.tuning.advice(*self.sizes[-1]) or "the tuning has full attention in these steps")
+        elif self.layers or not self.idle:
+            why = Hint("no step lay between From and Until")
+        else:
+            why = last_veto(self.idle)
+        return replace(why, text="; ".join(filter(None, (why.text, self._left_to_host()))))
 
 
 def summed(reports: Iterable[PassReport]) -> list[PassReport]:
     """Sum up the passes that went alike, in the order in which they came first."""
-    found: list[PassReport] = []
+    found: dict[Any, PassReport] = {}
     for report in reports:
-        at = next((i for i, other in enumerate(found) if other.alike(report)), None)
-        if at is None:
-            found.append(report)
-        else:
-            found[at] = found[at].with_more(report)
-    return found
+        earlier = found.get(report.manner)
+        found[report.manner] = report if earlier is None else earlier.with_more(report)
+    return list(found.values())
 
 
 class Status:
-    """Status of the last run.
-
-    Attributes:
-        run: number of generations so far.
-        task: the host's id of the request that it belongs to; empty if the host has none.
-        at: when it began or its last pass ended, in seconds since the epoch.
-        enabled: whether the extension was on and its settings were valid.
-        errors: why generations of it were made without us.
-        passes: reports of its sampling passes, those of earlier images of the request included.
-        tuned: whether a tuning was made.
-        recording: the recording for its token map; None if none was requested.
-    """
+    """Status of the last run."""
 
     def __init__(self) -> None:
-        self.run = 0
+        self.run = 0  # number of generations so far
         self._said: set[str] = set()
-        self._earlier: OrderedDict[str, dict[str, Any]] = OrderedDict()  # by task
+        self._earlier: dict[str, dict[str, Any]] = {}  # by task
         self.clear()
 
     def clear(self, task: str = "") -> None:
-        self.task, self.at = task, time.time()
-        self.enabled = self.tuned = False
-        self.errors: list[str] = []
-        self.passes: list[PassReport] = []
-        self.recording: Recording | None = None
+        self.task = task  # the host's id of the request that it belongs to; empty if the host has none
+        self.at = time.time()  # when it began or its last pass ended, in seconds since the epoch
+        self.enabled = self.tuned = False  # whether we were on with valid settings, and a tuning was made
+        self.errors: list[str] = []  # why generations of it were made without us
+        self.passes: list[PassReport] = []  # those of earlier images of the request included
+        self.recording: Recording | None = None  # for the token map; None if none was requested
 
     def begin(self, enabled: bool, error: str = "", task: str = "") -> None:
         """Start a generation of the request `task`; with an `error` it runs unpatched."""
@@ -230,7 +195,7 @@ class Status:
             if self.task:
                 self._earlier[self.task] = self.as_dict()
                 while len(self._earlier) > _KEPT:
-                    self._earlier.popitem(last=False)
+                    del self._earlier[next(iter(self._earlier))]
             self.clear(task)
         self.run += 1
         self.enabled, self.recording = enabled, None
@@ -244,7 +209,8 @@ class Status:
 
     def fail(self, error: str) -> None:
         """State why nothing of this generation was patched."""
-        _append_new(self.errors, error)
+        if error not in self.errors:
+            self.errors.append(error)
         self.say(f"not applied: {error}")
 
     def add(self, report: PassReport) -> None:
@@ -252,10 +218,10 @@ class Status:
         self.passes.append(report)
         self.at = time.time()
         if report.patched or report.tuned:
-            log.info(report.sentence())
-        for reason in (report.obstacle, *report.notes):
+            log.info(str(report.line()))
+        for reason, n in {report.obstacle: 1, **report.notes}.items():
             if reason:
-                self.say(f"left to the host: {reason}")
+                self.say(f"left to the host: {reason}" if n else reason)
 
     def say(self, message: str) -> None:
         """Print a message to the console, each distinct message only once."""
@@ -280,11 +246,6 @@ class Status:
         """Return the lines as one text."""
         return " ".join(["Last run:", *told]) if (told := [str(line) for line in self.lines()]) else ""
 
-    def state(self) -> str:
-        """Tell how the run went, in the preview's words for a line; empty if there is nothing to tell."""
-        states = {line.state for line in self.lines()}
-        return next((state for state in (WRONG, SLOWER, ACTS, NOTHING) if state in states), "")
-
     def of(self, task: str | None = None) -> Mapping[str, Any]:
         """Return the status of the last run, or of the last one that belongs to `task`, in JSON types."""
         if task is None or task == self.task:
@@ -292,15 +253,17 @@ class Status:
         return self._earlier.get(task, _UNKNOWN)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the status of the last run in JSON types."""
+        """Return the status of the last run in JSON types; `state` is the preview's word for the line that counts."""
+        lines = self.lines()
+        states = {line.state for line in lines}
         return {
             "run": self.run,
             "task": self.task,
             "at": self.at,
-            "state": self.state(),
+            "state": next((state for state in (WRONG, SLOWER, ACTS, NOTHING) if state in states), ""),
             "enabled": self.enabled,
             "text": self.text(),
-            "lines": [line.to_dict() for line in self.lines()],
+            "lines": [line.to_dict() for line in lines],
             "error": "; ".join(self.errors),
             "notes": self.notes(),
             "preset": TUNED if self.tuned else "",

@@ -7,7 +7,7 @@ gradio nor a WebUI.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checks import SettingError
@@ -16,19 +16,7 @@ from ..settings.idle import idle
 from ..settings.presets import CUSTOM, KEPT, PRESETS, preset_of
 from ..settings.schema import BY_NAME, DEFAULTS, HIRES, SETTINGS, check, labelled
 from ..words import percent
-from .decision import USUAL, Decision, Hint, Program, SamplingPass, decide
-
-
-def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: int) -> tuple[int, int]:
-    """Compute the (width, height) of the hires pass from the WebUI's sliders, as the WebUI does."""
-    if not resize_x and not resize_y:
-        return int(width * scale), int(height * scale)
-    if not resize_y:
-        return resize_x, resize_x * height // width
-    if not resize_x:
-        return resize_y * width // height, resize_y
-    return resize_x, resize_y
-
+from .decision import USUAL, Decision, Hint, Program, SamplingPass, decide, is_left_out
 
 # Help of the panel's controls that are no settings, by the name in their element id
 _HELP = {
@@ -62,17 +50,11 @@ ACTS, SLOWER, NOTHING, WRONG, NOTE = "acts", "slower", "nothing", "wrong", "note
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the preview or of the last run.
+    """One line of the preview or of the last run."""
 
-    Attributes:
-        text: what happens, in clauses without full stops.
-        hint: advice; where nothing happens, the reason and its remedy.
-        state: ACTS if anything is changed, SLOWER if that costs time, NOTHING, WRONG for a bad value, or NOTE.
-    """
-
-    text: Sequence[str] | str = ""
-    hint: Hint | None = None
-    state: str = NOTE
+    text: Sequence[str] | str = ""  # what happens, in clauses without full stops
+    hint: Hint | None = None  # advice; where nothing happens, the reason and its remedy
+    state: str = NOTE  # ACTS if anything is changed, SLOWER if that costs time, NOTHING, WRONG for a bad value, or NOTE
 
     def __str__(self) -> str:
         told = self.to_dict()
@@ -98,43 +80,49 @@ def preview(values: Mapping[str, Any], passes: Sequence[SamplingPass], rows: int
         {"lines": [{"text", "hint", "state"}, …], "preset": name, "model": whether one is loaded, "idle": why controls
         have no effect, by setting, "passes": [{"of", "latent", "patched", "calls"}, …]}.
     """
-    model = program.unet() is not None
+    preset, decisions, no_effect = CUSTOM, [], {}
     try:
         checked = check({**values, "enabled": True})
     except SettingError as error:
-        return _answer([Line("", Hint(str(error)), WRONG)], CUSTOM, model)
-    if checked["tune"]:
-        return _answer([_order_to_tune(checked["tune"])], preset_of(checked), model)
-    decisions = [decide(checked, sampling, rows, program) for sampling in passes]
-    lines = _chosen([line_of(decision, checked) for decision in decisions], checked)
+        lines = [Line("", Hint(str(error)), WRONG)]
+    else:
+        preset = preset_of(checked)
+        if checked["tune"]:
+            lines = [_order_to_tune(checked["tune"])]
+        else:
+            decisions = [decide(checked, sampling, rows, program) for sampling in passes]
+            lines = _lines(decisions, checked, program)
+            no_effect = _no_effect(checked, decisions)
+    return {
+        "lines": [line.to_dict() for line in lines],
+        "preset": preset,
+        "model": program.unet() is not None,
+        "idle": no_effect,
+        "passes": [
+            {"of": made.sampling.of, "latent": made.sampling.latent, "patched": made.patches, "calls": made.calls}
+            for made in decisions
+        ],
+    }
+
+
+def _lines(decisions: Sequence[Decision], values: Mapping[str, Any], program: Program) -> list[Line]:
+    lines = [line_of(made, values) for made in decisions if not is_left_out(values, made.sampling.hires)]
+    if not lines:  # the user excluded every pass
+        lines = [line_of(made, values) for made in decisions[:1]]
+        if values["passes"] == HIRES:
+            hint = Hint("only the hires pass is chosen, and there is none", ("passes",))
+            lines = [replace(line, hint=hint) for line in lines]
     lines += [
         Line(f"{made.sampling}: made with {made.sampling.checkpoint}, so figures are those of the loaded checkpoint")
         for made in decisions
         if made.patches and made.sampling.checkpoint
     ]
-    if model:
-        lines += [Line("", hint) for hint in program.advice(checked)]
-    else:
-        lines.append(Line(f"No model is loaded yet: figures are those of {USUAL}"))
-    return _answer(lines, preset_of(checked), model, _idle(checked, decisions), decisions)
+    if program.unet() is None:
+        return [*lines, Line(f"No model is loaded yet: figures are those of {USUAL}")]
+    return [*lines, *(Line("", hint) for hint in program.advice(values))]
 
 
-def _answer(
-    lines: Iterable[Line],
-    preset: str,
-    model: bool,
-    reasons: Mapping[str, str] | None = None,
-    decisions: Iterable[Decision] = (),
-) -> dict[str, Any]:
-    passes = [
-        {"of": d.sampling.of, "latent": list(d.sampling.latent), "patched": d.patches, "calls": dict(d.calls)}
-        for d in decisions
-    ]
-    shown = [line.to_dict() for line in lines]
-    return {"lines": shown, "preset": preset, "model": model, "idle": dict(reasons or {}), "passes": passes}
-
-
-def _idle(values: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, str]:
+def _no_effect(values: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, str]:
     """Say which controls have no effect, and why: {name: sentence}."""
     if decisions and all(decision.tuning is not None for decision in decisions):
         others = (name for name in BY_NAME if name not in KEPT and name not in ("tuning", "passes"))
@@ -150,16 +138,6 @@ def sentence(hint: Hint) -> str:
     change = f" Change {' or '.join(labels)}." if labels else ""
     text = labelled(hint.text)
     return f"{text[0].upper()}{text[1:]}.{change}"
-
-
-def _chosen(lines: list[Line], values: Mapping[str, Any]) -> list[Line]:
-    """Drop the lines of passes that the user excluded, unless no other pass remains."""
-    left_out = [line for line in lines if line.hint is not None and line.hint.remedy == ("passes",)]
-    if len(left_out) < len(lines) or not lines:
-        return [line for line in lines if line not in left_out]
-    if values["passes"] == HIRES:
-        return [Line(lines[0].text, Hint("only the hires pass is chosen, and there is none", ("passes",)), NOTHING)]
-    return lines[:1]
 
 
 def _order_to_tune(tolerance: float) -> Line:

@@ -7,7 +7,7 @@ recomputed. Imports neither gradio nor the WebUI.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,27 +31,14 @@ SHADE = 0.35  # how strongly the lines between cells darken it
 
 @dataclass(frozen=True)
 class Layer:
-    """Record of one layer, for the first row of the batch.
+    """Record of one layer, for the first row of the batch."""
 
-    Attributes:
-        name: the block's name in the U-Net.
-        size: (height, width) of its tokens.
-        plan: what was done.
-        merged: merge cluster of each token (N,); None if no token was merged.
-        agents: agent cluster of each token (N,); None if agents are not averaged over clusters.
-        dst: destination tokens (N_dst,): dst[i] belongs to cluster i; None if there are no clusters.
-    """
-
-    name: str
-    size: tuple[int, int]
+    name: str  # of the block in the U-Net
+    size: tuple[int, int]  # (height, width) of its tokens
     plan: LayerPlan
-    merged: np.ndarray | None = None
-    agents: np.ndarray | None = None
-    dst: np.ndarray | None = None
-
-    def coloured(self) -> np.ndarray | None:
-        """Return the clusters to colour: those of merged tokens, or of agents if no tokens were merged."""
-        return self.agents if self.merged is None else self.merged
+    merged: np.ndarray | None = None  # merge cluster of each token (N,); None if no token was merged
+    agents: np.ndarray | None = None  # agent cluster of each token (N,); None if agents are no means over clusters
+    dst: np.ndarray | None = None  # destination tokens (N_dst,): dst[i] belongs to cluster i; None without clusters
 
     def agent_tokens(self) -> np.ndarray:
         """List the token at which each similarity agent sits: the destination of its cluster, or its only token."""
@@ -65,34 +52,21 @@ class Layer:
 
 @dataclass
 class Call:
-    """Record of one U-Net call.
+    """Record of one U-Net call."""
 
-    Attributes:
-        hires: whether it belongs to the hires pass.
-        latent: (height, width) of the latent.
-        progress: fraction of the diffusion done, 0–1; None if the call had no timestep.
-        layers: the changed layers, in U-Net order.
-    """
-
-    hires: bool
-    latent: tuple[int, int]
-    progress: float | None
-    layers: list[Layer] = field(default_factory=list)
+    hires: bool  # whether it belongs to the hires pass
+    latent: tuple[int, int]  # (height, width)
+    progress: float | None  # fraction of the diffusion done, 0–1; None if the call had no timestep
+    layers: list[Layer] = field(default_factory=list)  # the changed ones, in U-Net order
 
 
 class Recording:
-    """Record of one generation, from which maps are drawn: indices on the CPU.
-
-    Attributes:
-        calls: the recorded U-Net calls, in order.
-        image: the generated image; None until it exists.
-        parts: whether the U-Net was called on parts of the latent, such as tiles, which cannot be mapped.
-    """
+    """Record of one generation, from which maps are drawn: indices on the CPU."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.image: Image.Image | None = None
-        self.parts = False
+        self.calls: list[Call] = []  # the recorded U-Net calls, in order
+        self.image: Image.Image | None = None  # the generated image, once it exists
+        self.parts = False  # whether the U-Net was called on parts of the latent, which cannot be mapped
 
     def observer(self, hires: bool, latent: tuple[int, int] | None) -> Callable[[Answer], None]:
         """Make an observer for `agentsd.Patch.observer` that records one pass.
@@ -102,30 +76,29 @@ class Recording:
             latent: (height, width) of its latent; None if unknown.
         """
         moments: set[int | None] = set()
-        last: tuple[object, Call | None] = (None, None)
+        seen, record = None, None
+
+        def begun(answer: Answer) -> Call | None:
+            """Record the U-Net call that has begun, unless its moment is recorded."""
+            if latent is not None and answer.latent != latent:
+                self.parts = True
+                return None
+            progress = None if answer.timestep is None else (MAX_TIMESTEP - answer.timestep) / MAX_TIMESTEP
+            moment = None if progress is None else int(MOMENTS * progress)
+            if moment in moments:
+                return None
+            moments.add(moment)
+            self.calls.append(Call(hires, answer.latent, progress))
+            return self.calls[-1]
 
         def observe(answer: Answer) -> None:
-            nonlocal last
-            if answer.call is not last[0]:
-                last = answer.call, self._new_call(answer, hires, latent, moments)
-            if last[1] is not None:
-                last[1].layers.append(_layer_of(answer))
+            nonlocal seen, record
+            if answer.call is not seen:
+                seen, record = answer.call, begun(answer)
+            if record is not None:
+                record.layers.append(_layer_of(answer))
 
         return observe
-
-    def _new_call(
-        self, answer: Answer, hires: bool, latent: tuple[int, int] | None, moments: set[int | None]
-    ) -> Call | None:
-        if latent is not None and answer.latent != latent:
-            self.parts = True
-            return None
-        progress = None if answer.timestep is None else (MAX_TIMESTEP - answer.timestep) / MAX_TIMESTEP
-        moment = None if progress is None else int(MOMENTS * progress)
-        if moment in moments:
-            return None
-        moments.add(moment)
-        self.calls.append(Call(hires, answer.latent, progress))
-        return self.calls[-1]
 
 
 def _layer_of(answer: Answer) -> Layer:
@@ -150,19 +123,12 @@ def _first_row(clusters: Clusters | None) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class _Raster:
-    """Placement of a token grid on a map, in pixels of the map.
+    """Placement of a token grid on a map, in pixels of the map."""
 
-    Attributes:
-        size: (height, width) of the tokens.
-        side: (height, width) of a token.
-        origin: (top, left) of the first token; outside the map if the image is a crop of the computed area.
-        shape: (height, width) of the map.
-    """
-
-    size: tuple[int, int]
-    side: tuple[float, float]
-    origin: tuple[float, float]
-    shape: tuple[int, int]
+    size: tuple[int, int]  # (height, width) of the grid in tokens
+    side: tuple[float, float]  # (height, width) of a token
+    origin: tuple[float, float]  # (top, left) of the first token; outside the map if the image is a crop
+    shape: tuple[int, int]  # (height, width) of the map
 
     def places(self, axis: int) -> np.ndarray:
         """Return the token row (axis 0) or column (axis 1) of each row or column of pixels."""
@@ -202,26 +168,27 @@ def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Ima
         layer: what was done.
         latent: (height, width) of the latent that the layer belongs to.
     """
-    canvas = _canvas(image)
+    longer = max(image.size)  # tokens are to be distinguishable, on a page that is no larger than needed
+    factor = -(-SMALLEST // longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
+    canvas = image.convert("RGB").resize(
+        [max(1, round(factor * side)) for side in image.size], Image.Resampling.LANCZOS
+    )
     raster = _raster(layer, latent, (canvas.height, canvas.width))
     rows, columns = raster.places(0), raster.places(1)
-    index = layer.coloured()
+    index = layer.agents if layer.merged is None else layer.merged
     pixels = np.asarray(canvas if index is None else canvas.convert("L").convert("RGB"), dtype=np.float32)
     if index is not None:
         pixels = _coloured(pixels, index.reshape(layer.size)[rows][:, columns], index)
     if layer.plan.cell is not None:
-        pixels = _with_lines(pixels, rows // layer.plan.cell[0], columns // layer.plan.cell[1])
+        rows, columns = rows // layer.plan.cell[0], columns // layer.plan.cell[1]
+        lines = _edges(rows[:, None] * (columns.max() + 1) + columns[None, :])
+        pixels = pixels * (1 - SHADE * lines[..., None])
     picture = Image.fromarray(pixels.round().astype(np.uint8))
-    _dots(picture, layer, raster)
+    radius, brush = max(2.0, 0.3 * min(raster.side)), ImageDraw.Draw(picture)
+    for top, left, bottom, right in layer.plan.method.marks(layer.plan, *layer.size, layer.agent_tokens()):
+        y, x = raster.middle(0, top, bottom), raster.middle(1, left, right)
+        brush.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black")
     return picture
-
-
-def _canvas(image: Image.Image) -> Image.Image:
-    """Resize the image so that tokens are distinguishable, but no larger than a page needs."""
-    longer = max(image.size)
-    factor = -(-SMALLEST // longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
-    size = tuple(max(1, round(factor * side)) for side in image.size)
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _coloured(pixels: np.ndarray, clusters: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -248,28 +215,7 @@ def _edges(labels: np.ndarray) -> np.ndarray:
     return edges
 
 
-def _with_lines(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Darken the lines between cells, given the cell of each row and column of pixels."""
-    strength = SHADE * _edges(rows[:, None] * (columns.max() + 1) + columns[None, :])
-    return pixels * (1 - strength[..., None])
-
-
-def _dots(picture: Image.Image, layer: Layer, raster: _Raster) -> None:
-    places = _agent_places(layer, raster)
-    radius = max(2.0, 0.3 * min(raster.side))
-    brush = ImageDraw.Draw(picture)
-    for y, x in places:
-        brush.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black")
-
-
-def _agent_places(layer: Layer, raster: _Raster) -> list[tuple[float, float]]:
-    """Locate each agent on the map: (y, x) in pixels."""
-    marks = layer.plan.method.marks(layer.plan, *layer.size, layer.agent_tokens())
-    return [(raster.middle(0, top, bottom), raster.middle(1, left, right)) for top, left, bottom, right in marks]
-
-
 # Words
-
 
 _PARTS = {"input": "down", "down": "down", "middle": "middle", "mid": "middle", "output": "up", "up": "up"}
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -279,16 +225,32 @@ _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nin
 def caption(call: Call, number: int) -> str:
     """Describe the map of layer `number` (from 1) of a call in a few sentences."""
     layer = call.layers[number - 1]
-    height, width = layer.size
+    plan, (height, width) = layer.plan, layer.size
     progress = "" if call.progress is None else f", {fraction(call.progress)} of the diffusion done"
-    where = f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}"
-    explained = " ".join(filter(None, _explained(layer)))
-    return f"{where}: {place(call, number)}, {width}×{height} tokens. {explained}"
+    told = [
+        f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}: "
+        f"{place(call, number)}, {width}×{height} tokens."
+    ]
+    if layer.merged is not None:
+        told.append(
+            f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left grey "
+            f"stayed by themselves."
+        )
+    told.append(plan.method.caption(plan))
+    if layer.merged is None and layer.agents is not None:
+        told.append("Tokens of one colour were averaged into one agent; a token left grey is one itself.")
+    if layer.merged is None:
+        told.append("No token was merged.")
+    return " ".join(filter(None, told))
 
 
 def place(call: Call, number: int) -> str:
     """Say where layer `number` (from 1) of a call is in the U-Net, such as "down 1, first of two"."""
-    places = [_part_and_level(call, layer) for layer in call.layers]
+    places = []
+    for layer in call.layers:
+        part = _PARTS.get(layer.name.partition("_")[0], layer.name)
+        level = Grid(*call.latent).level_of(layer.size).bit_length()
+        places.append(part if part in ("middle", layer.name) else f"{part} {level}")
     own = places[number - 1]
     count, nth = places.count(own), places[:number].count(own)
     if count == 1:
@@ -298,52 +260,20 @@ def place(call: Call, number: int) -> str:
     return f"{own}, {_ORDINALS[nth - 1]} of {_NUMBERS[count - 1]}"
 
 
-def _part_and_level(call: Call, layer: Layer) -> str:
-    part = _PARTS.get(layer.name.partition("_")[0], layer.name)
-    level = Grid(*call.latent).level_of(layer.size).bit_length()
-    return part if part in ("middle", layer.name) else f"{part} {level}"
-
-
-def _explained(layer: Layer) -> Iterator[str]:
-    plan = layer.plan
-    if layer.merged is not None:
-        yield (
-            f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left grey "
-            f"stayed by themselves."
-        )
-    yield plan.method.caption(plan)
-    if layer.merged is None and layer.agents is not None:
-        yield "Tokens of one colour were averaged into one agent; a token left grey is one itself."
-    if layer.merged is None:
-        yield "No token was merged."
-
-
 @dataclass(frozen=True)
 class View:
-    """Contents of the panel's token map.
+    """Contents of the panel's token map."""
 
-    Attributes:
-        image: the map; None if there is nothing to show.
-        text: caption of the map, or the reason why there is none.
-        block: name of the layer's block in the U-Net.
-        call: number of the call shown, from 1 to `calls`.
-        calls: number of calls to choose from.
-        layer: number of the layer shown, from 1 to `layers`.
-        layers: number of layers to choose from.
-    """
-
-    image: Image.Image | None
-    text: str
-    block: str = ""
-    call: int = 1
+    image: Image.Image | None  # the map; None if there is nothing to show
+    text: str  # caption of the map, or the reason why there is none
+    block: str = ""  # name of the layer's block in the U-Net
+    call: int = 1  # number of the call shown, from 1 to `calls`
     calls: int = 1
-    layer: int = 1
+    layer: int = 1  # number of the layer shown, from 1 to `layers`
     layers: int = 1
 
 
 UNRECORDED = f"No record was kept of the last image's tokens. Tick “{RECORD}”, press Generate, and come back."
-
-
 FOREIGN = "This image was made by another page or the API."
 
 
@@ -369,6 +299,6 @@ def view(recording: Recording | None, call: int, layer: int, outcome: str, forei
     record = recording.calls[call - 1]
     layers = len(record.layers)
     layer = min(max(1, layer), layers)
-    picture = draw(recording.image, record.layers[layer - 1], record.latent)
+    shown = record.layers[layer - 1]
     text = f"{FOREIGN} {caption(record, layer)}" if foreign else caption(record, layer)
-    return View(picture, text, record.layers[layer - 1].name, call, calls, layer, layers)
+    return View(draw(recording.image, shown, record.latent), text, shown.name, call, calls, layer, layers)

@@ -181,7 +181,7 @@ class Playground(Program):
     def kept(self, sampling: SamplingPass) -> Kept | None:
         return self.tunings.find(self.model.name, sampling.of, sampling.latent)
 
-    def even_if_slower(self) -> bool:
+    def even_if_slower(self, values: Mapping[str, Any]) -> bool:
         """What is drawn here is drawn to be looked at."""
         return True
 

@@ -63,7 +63,7 @@ class Run:
         if self.closeness is not None:
             print(f"  {self.closeness}")
         for reason, count in self.notes.items():
-            print(f"  left to the model {count} times: {reason}")
+            print(f"  left to the model {count} times: {reason}" if count else f"  {reason}")
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class Slot:
         report = self.patch.last
         if report is None:
             return "Agent Attention is on. Nothing was sampled with this model yet."
-        return "\n".join([report.sentence(), *self.hints])
+        return "\n".join([str(report.line()), *self.hints])
 
 
 def attach(model: Any, config: AgentConfig, since: float = 0.0, hints: Sequence[str] = ()) -> Any:

@@ -12,12 +12,13 @@ from typing import Any
 
 import gradio as gr
 
+from ..app.kept_tunings import PanelTunings
 from ..app.token_map import RECORD, View
 from ..checks import Setting
 from ..settings.presets import CUSTOM, PRESETS, preset_of
 from ..settings.schema import ARGUMENTS, BY_NAME, DEFAULTS, SETTINGS
 from ..settings.schema import RECORD as RECORD_NAME
-from .tune_section import Section, Tunings
+from .tune_section import Section
 
 # Lines from this one on are under "More settings"
 _FOLDED = 5
@@ -25,19 +26,11 @@ _FOLDED = 5
 
 @dataclass(frozen=True)
 class Panel:
-    """Controls of a panel.
+    """Controls of a panel."""
 
-    Attributes:
-        controls: the control of each setting by name, in the table's order; "enabled" is the accordion's checkbox.
-        summary: the line of the preview.
-        status: the line of the last run.
-        record: the checkbox that turns on recording for the token map; None if the panel has no token map.
-    """
-
-    controls: Mapping[str, Any]
-    summary: Any
-    status: Any
-    record: Any = None
+    controls: Mapping[str, Any]  # of each setting, by name in the table's order; "enabled" is the accordion's checkbox
+    status: Any  # the lines of the last run
+    record: Any = None  # the checkbox that turns on recording; None if the panel has no token map
 
     @property
     def inputs(self) -> list[Any]:
@@ -66,7 +59,7 @@ def build(
     tab: str,
     accordion: Callable[..., AbstractContextManager],
     token_map: Callable[[str, int, int], View] | None = None,
-    tunings: Tunings | None = None,
+    tunings: PanelTunings | None = None,
 ) -> Panel:
     """Build the panel inside the current gradio blocks.
 
@@ -83,7 +76,7 @@ def build(
         with gr.Row(elem_classes=["agent-attention-line"]):
             preset, sync = _preset(tab)
             controls.update(section.order())
-        summary = gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
+        gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
         others = [row for row in SETTINGS if row.name not in controls]
         controls.update(_lines(tab, [row for row in others if row.place < (_FOLDED,)]))
         with gr.Accordion("More settings", open=False, elem_id=element_id(tab, "more")):
@@ -93,17 +86,13 @@ def build(
         # the style sheet moves it to the top where it says that nothing was applied
         status = gr.HTML("", elem_id=element_id(tab, "status"), elem_classes=["agent-attention-status"])
     _connect(tab, preset, sync, [controls[row.name] for row in SETTINGS if row is not enabled])
-    return Panel({row.name: controls[row.name] for row in SETTINGS}, summary, status, record)
+    return Panel({row.name: controls[row.name] for row in SETTINGS}, status, record)
 
 
 def _preset(tab: str) -> tuple[Any, Any]:
     """Make the preset dropdown, and a hidden button through which the page sets it."""
-    preset = gr.Dropdown(
-        choices=[*PRESETS, CUSTOM],
-        value=preset_of(DEFAULTS),
-        label="Preset",
-        elem_id=element_id(tab, "preset"),
-    )
+    choices, value = [*PRESETS, CUSTOM], preset_of(DEFAULTS)
+    preset = gr.Dropdown(choices=choices, value=value, label="Preset", elem_id=element_id(tab, "preset"))
     sync = gr.Button("", elem_id=element_id(tab, "sync"), elem_classes=["agent-attention-hidden"])
     # the preset follows from the other controls: nothing to save
     preset.do_not_save_to_config = sync.do_not_save_to_config = True
@@ -128,23 +117,29 @@ _LAST = {} if _GRADIO_3 else {"trigger_mode": "always_last"}
 
 def _token_map(tab: str, show: Callable[[str, int, int], View]) -> Any:
     """Make the controls of the token map, and return the checkbox that turns on recording."""
-
-    def named(name: str, **more: Any) -> dict[str, Any]:
-        return {"elem_id": element_id(tab, name), **more}
-
-    with gr.Accordion("Token map", open=False, elem_id=element_id(tab, "map")):
-        record = gr.Checkbox(False, label=RECORD, **named("record"))
-        button = gr.Button("Show the token map", **named("map_show"))
+    ids = partial(element_id, tab)
+    with gr.Accordion("Token map", open=False, elem_id=ids("map")):
+        record = gr.Checkbox(False, label=RECORD, elem_id=ids("record"))
+        button = gr.Button("Show the token map", elem_id=ids("map_show"))
         with gr.Row():
-            moment = gr.Slider(1, 2, 1, step=1, label="Map moment", visible=False, **named("map_moment"))
-            layer = gr.Slider(1, 2, 1, step=1, label="Map layer", visible=False, **named("map_layer"))
-        text = gr.HTML("", **named("map_text", elem_classes=["agent-attention-status"]))
-        image = gr.Image(type="pil", interactive=False, show_label=False, visible=False, **named("map_image"))
+            moment, layer = (
+                gr.Slider(1, 2, 1, step=1, label=f"Map {name}", visible=False, elem_id=ids(f"map_{name}"))
+                for name in ("moment", "layer")
+            )
+        text = gr.HTML("", elem_id=ids("map_text"), elem_classes=["agent-attention-status"])
+        image = gr.Image(type="pil", interactive=False, show_label=False, visible=False, elem_id=ids("map_image"))
         task = gr.Textbox("", visible=False)  # the page's last request, which its script fills in
     inputs, outputs = [task, moment, layer], [image, text, moment, layer]
 
     def refresh(task: str, call: float, number: float) -> list[Any]:
-        return _map_updates(show(task, int(call or 1), int(number or 1)))
+        view = show(task, int(call or 1), int(number or 1))
+        some = view.image is not None
+        chosen = ((view.call, view.calls), (view.layer, view.layers))
+        return [
+            gr.update(value=view.image, visible=some),
+            f'<div role="status" title="{escape(view.block)}">{escape(view.text)}</div>',
+            *(gr.update(value=value, maximum=max(2, n), visible=some and n > 1) for value, n in chosen),
+        ]
 
     own = {_JS: f"(...values) => agentAttentionReadout.ofTask('{tab}', values)"}
     button.click(refresh, inputs, outputs, show_progress="hidden", **own)
@@ -153,20 +148,6 @@ def _token_map(tab: str, show: Callable[[str, int, int], View]) -> Any:
     for part in (record, button, task, *outputs):
         part.do_not_save_to_config = True
     return record
-
-
-def _map_updates(view: View) -> list[Any]:
-    """Make gradio updates for the image, the text and the two sliders of the token map."""
-
-    def slider(value: int, count: int) -> Any:
-        return gr.update(value=value, maximum=max(2, count), visible=view.image is not None and count > 1)
-
-    return [
-        gr.update(value=view.image, visible=view.image is not None),
-        f'<div role="status" title="{escape(view.block)}">{escape(view.text)}</div>',
-        slider(view.call, view.calls),
-        slider(view.layer, view.layers),
-    ]
 
 
 def _lines(tab: str, rows: list[Setting]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import VERSION, BaseModel, Field, ValidationError
 
 from ..app.decision import Program, SamplingPass
 from ..app.last_run import STATUS
-from ..app.preview import hires_size, page_data, preview
+from ..app.preview import page_data, preview
 from ..attention.grid import Grid
 from ..settings import tunings
 
@@ -18,6 +18,17 @@ SMALLEST, LARGEST = 64, 4096  # sides of an image in pixels
 MOST_STEPS = 1000
 LONGEST = 60  # characters of a value to repeat in an error message
 _PYDANTIC_1 = VERSION.startswith("1.")
+
+
+def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: int) -> tuple[int, int]:
+    """Compute the (width, height) of the hires pass from the WebUI's sliders, as the WebUI does."""
+    if not resize_x and not resize_y:
+        return int(width * scale), int(height * scale)
+    if not resize_y:
+        return resize_x, resize_x * height // width
+    if not resize_x:
+        return resize_y * width // height, resize_y
+    return resize_x, resize_y
 
 
 class HiresSliders(BaseModel, extra="forbid"):
@@ -45,11 +56,6 @@ class PanelState(BaseModel, extra="forbid"):
     scheduler: str = Field("", max_length=100)
     hires: Optional[HiresSliders] = None  # noqa: UP045
     overrides: list[str] = Field([], max_length=200)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a U-Net call: cond and uncond of each image."""
-        return 2 * self.batch_size
 
     def passes(self, host: Program) -> list[SamplingPass]:
         """List the sampling passes of the image that would be generated.
@@ -81,11 +87,7 @@ def last_run(task: Optional[str] = None) -> Any:  # noqa: UP045
 
 
 class Routes:
-    """Handlers of the routes.
-
-    Args:
-        host: the program that shows the panel.
-    """
+    """Handlers of the routes; `host` is the program that shows the panel."""
 
     def __init__(self, host: Program) -> None:
         self.host = host
@@ -98,17 +100,14 @@ class Routes:
             passes = state.passes(host)
         except (ValueError, OverflowError) as error:  # pydantic 1 converts an infinity to an integer
             raise HTTPException(status_code=422, detail=str(error)) from error
-        return preview(state.values, passes, state.rows, host)
+        return preview(state.values, passes, 2 * state.batch_size, host)
 
     def add(self, app: FastAPI) -> None:
         """Add all routes to the host's application."""
         login = _login(app)
-        for name, method, answer in (
-            ("page", "GET", page_data),
-            ("status", "GET", last_run),
-            ("preview", "POST", self.preview),
-        ):
-            app.add_api_route(f"{PREFIX}/{name}", answer, methods=[method], dependencies=login)
+        for name, answer in (("page", page_data), ("status", last_run)):
+            app.add_api_route(f"{PREFIX}/{name}", answer, dependencies=login)
+        app.add_api_route(f"{PREFIX}/preview", self.preview, methods=["POST"], dependencies=login)
 
 
 def _read(body: Any) -> PanelState:

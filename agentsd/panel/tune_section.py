@@ -6,10 +6,11 @@ The page's script presses `tune_done` when an image is there.
 from __future__ import annotations
 
 from html import escape
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 
+from ..app.kept_tunings import PanelTunings
 from ..settings.schema import BY_NAME, fraction_of
 
 TUNE, DONT_TUNE = "Tune with the next image", "Don't tune with the next image"
@@ -21,22 +22,6 @@ REFUSED = (
 )
 
 
-class Tunings(Protocol):
-    """The tunings of the current checkpoint: see `agentsd.app.kept_tunings.PanelTunings`."""
-
-    refusal: str
-
-    def titles(self) -> list[str]: ...
-
-    def results(self) -> str: ...
-
-    def forget(self, which: str = "") -> str: ...
-
-    def export(self, which: str) -> str | None: ...
-
-    def load(self, path: str) -> str: ...
-
-
 class Section:
     """The controls of the section.
 
@@ -45,7 +30,7 @@ class Section:
         tunings: the tunings; None where they are of no use. Where nothing can be tuned, the controls are hidden.
     """
 
-    def __init__(self, ids: Any, tunings: Tunings | None) -> None:
+    def __init__(self, ids: Any, tunings: PanelTunings | None) -> None:
         self._id, self.tunings = ids, tunings
         self.tunes = tunings is not None and not tunings.refusal
 
@@ -58,15 +43,8 @@ class Section:
         )
         self.button = gr.Button(TUNE, elem_id=self._id("tune_next"), elem_classes=hidden)
         # the page's script reads it, so it has to be drawn
-        self.value = gr.Slider(
-            tune.low,
-            tune.high,
-            tune.default,
-            step=tune.step,
-            label=tune.label,
-            elem_id=self._id(tune.name),
-            elem_classes=["agent-attention-hidden"],
-        )
+        more = {"label": tune.label, "elem_id": self._id(tune.name), "elem_classes": ["agent-attention-hidden"]}
+        self.value = gr.Slider(tune.low, tune.high, tune.default, step=tune.step, **more)
         controls = [how_close, self.value]
         self.button.click(_ordered, controls, [self.value, self.button], show_progress="hidden")
         how_close.input(_changed, controls, self.value, show_progress="hidden")
@@ -83,7 +61,7 @@ class Section:
             else:
                 gr.HTML(f"<p>{escape(REFUSED.format(self.tunings.refusal))}</p>", elem_id=self._id("tuned"))
 
-    def _tunings(self, tunings: Tunings) -> None:
+    def _tunings(self, tunings: PanelTunings) -> None:
         # a function: asked for whenever the page loads
         results = gr.HTML(tunings.results, elem_id=self._id("tuned"), elem_classes=["agent-attention-tuned"])
         with gr.Row():
@@ -99,7 +77,8 @@ class Section:
         def shown(said: str = "") -> tuple[str, Any]:
             """Show the tunings anew, below what was done."""
             titles = tunings.titles()
-            return _said(said) + tunings.results(), gr.update(choices=titles, value=next(iter(titles), None))
+            told = f"<p>{escape(said)}</p>" if said else ""
+            return told + tunings.results(), gr.update(choices=titles, value=next(iter(titles), None))
 
         def really(label: str) -> tuple[Any, ...]:
             """Ask once, then forget."""
@@ -118,10 +97,6 @@ class Section:
         done.click(lambda: (*shown(), 0.0, gr.update(value=TUNE)), None, [*seen, self.value, self.button], **quiet)
         for control in (which, forget, export, upload, forget_all, file, done):
             control.do_not_save_to_config = True
-
-
-def _said(text: str) -> str:
-    return f"<p>{escape(text)}</p>" if text else ""
 
 
 def _ordered(how_close: str, value: float) -> tuple[float, Any]:

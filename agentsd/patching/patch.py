@@ -285,12 +285,14 @@ class Patch:
         return [since for since, _ in self.config.parts()]
 
     def _note_idle_rules(self) -> None:
-        """Note rules that match no block of this U-Net."""
+        """Note rules that match no block of this U-Net; these are no calls."""
         places = [layer.site.place for layer in self._layers]
         for number, rule in enumerate(self.config.rules, 1):
             anywhere = replace(rule, downsample=())  # a block of unknown level may turn out to match
             if not any((anywhere if place.downsample is None else rule).names(place) for place in places):
-                self.note(f"rule {number} names no block of this model")
+                note = f"rule {number} names no block of this model"
+                self.notes[note] = 0
+                self.shared.warn(note)
 
 
 def patch_of(unet: nn.Module) -> Patch | None:

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from ..checks import SettingError
@@ -39,16 +40,8 @@ def plain(text: str) -> str:
     """
     text = unicodedata.normalize("NFKD", text.translate(_REPLACED)).encode("ascii", "ignore").decode()
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[: LONGEST - 1]
-    return text if _balanced(text) else re.sub(r"[\[\]]", "", text)
-
-
-def _balanced(text: str) -> bool:
-    depth = 0
-    for c in text:
-        depth += (c == "[") - (c == "]")
-        if depth < 0:
-            return False
-    return depth == 0
+    depths = list(accumulate((c == "[") - (c == "]") for c in text)) or [0]
+    return text if min(depths) >= 0 == depths[-1] else re.sub(r"[\[\]]", "", text)
 
 
 def note(reasons: Iterable[str]) -> str:
@@ -94,6 +87,15 @@ def read(entry: str) -> dict[str, Any]:
     return values
 
 
+# The entries that were pasted since the program began, as `write` writes them
+_PASTED: set[str] = set()
+
+
+def was_pasted(values: Mapping[str, Any]) -> bool:
+    """Whether settings are those of an infotext that was read: they are to make its image again."""
+    return write(values) in _PASTED
+
+
 @cache
 def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
     """Return a function from the host's parsed infotext to the control's value; None leaves the control as it is.
@@ -110,8 +112,10 @@ def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
             values = legacy.read(params) if entry is None else read(str(entry))
         except SettingError as error:
             values = {**dict.fromkeys(BY_NAME), "enabled": True, "rules": plain(f"{DAMAGED} {error}")}
-        if values is None:
-            return False if name == "enabled" else None
+        else:
+            if values is None:
+                return False if name == "enabled" else None
+            _PASTED.add(write(values))
         return None if BY_NAME[name].local else values[name]
 
     return value

@@ -6,6 +6,7 @@ Imports neither gradio nor the WebUI.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..checks import SettingError
@@ -36,19 +37,12 @@ def read(params: Mapping[str, Any]) -> dict[str, Any] | None:
     hires_only = any(str(params.get(key)) == "True" for key in _HIRES_ONLY)
     second = str(params.get("AgAt Use Second Pass")) == "True"
     values = {**IMPLIED, "enabled": True, "agent_source": "similarity", "passes": HIRES if hires_only else FIRST}
-    for name, key in _SAME.items():
-        _take(values, name, params.get(key))
-    _take(values, "hires_until" if hires_only else "until", _end(params, hires_only))
+    texts = {name: params[key] for name, key in _SAME.items() if key in params}
+    texts["hires_until" if hires_only else "until"] = _end(params, hires_only)
+    for name, text in texts.items():
+        with suppress(SettingError):
+            values[name] = BY_NAME[name].parse(str(text))
     return {**values, "after": MERGING if second else NOTHING}
-
-
-def _take(values: dict[str, Any], name: str, text: Any) -> None:
-    if text is None:
-        return
-    try:
-        values[name] = BY_NAME[name].parse(str(text))
-    except SettingError:
-        return
 
 
 def _end(params: Mapping[str, Any], hires: bool) -> float | None:

@@ -69,42 +69,19 @@ _OWN = (
     Setting("tune", "number", 0.0, "Tune to", "Make the next image without Agent Attention and tune on it, to this "
         "deviation, such as 0.02. 0 doesn't tune.", step=0.001, local=True, axis=False, option=False, node=None),
 )
-# fmt: on
 # A script's first arguments. Their order is a contract of the API: new ones are appended, as they come in the table.
 _FIRST = (
-    "enabled",
-    "ratio",
-    "agent_ratio",
-    "k_scale2",
-    "k_shortcut",
-    "fp32",
-    "agent_source",
-    "method",
-    "since",
-    "until",
-    "hires_until",
-    "after",
-    "passes",
-    "max_downsample",
-    "min_tokens",
-    "max_agents",
-    "sx",
-    "sy",
-    "use_rand",
-    "merge_attn",
-    "merge_crossattn",
-    "merge_mlp",
-    "seed",
-)  # fmt: skip
+    "enabled", "ratio", "agent_ratio", "k_scale2", "k_shortcut", "fp32", "agent_source", "method", "since", "until",
+    "hires_until", "after", "passes", "max_downsample", "min_tokens", "max_agents", "sx", "sy", "use_rand",
+    "merge_attn", "merge_crossattn", "merge_mlp", "seed",
+)
+# fmt: on
 # The argument that asks for the token map's record
 RECORD = "record"
 
 _CORE: Mapping[str, Setting] = {name: field for name, field in FIELDS.items() if field.label}
 _ALL = {row.name: row for row in (*_OWN, *(field.control for field in _CORE.values()))}
-SETTINGS: tuple[Setting, ...] = (
-    *(_ALL[name] for name in _FIRST),
-    *(row for name, row in _ALL.items() if name not in _FIRST),
-)
+SETTINGS: tuple[Setting, ...] = tuple(_ALL[name] for name in dict.fromkeys((*_FIRST, *_ALL)))
 BY_NAME: Mapping[str, Setting] = {row.name: row for row in SETTINGS}
 NAMES: tuple[str, ...] = tuple(BY_NAME)
 DEFAULTS: Mapping[str, Any] = {row.name: row.default for row in SETTINGS}
@@ -181,19 +158,14 @@ def to_config(values: Mapping[str, Any], *, hires: bool = False) -> AgentConfig 
     """
     if not values["enabled"] or values["passes"] == (FIRST if hires else HIRES):
         return None
-    own = {name: field.of_control(values[name]) for name, field in _CORE.items()}
-    return AgentConfig(
-        **own,
-        attn_precision="fp32" if values["fp32"] else None,
-        stages=_stages(values, "hires_until" if hires else "until"),
-        rules=parse_rules(values["rules"]),
-    )
-
-
-def _stages(values: Mapping[str, Any], end: str) -> tuple:
+    end = "hires_until" if hires else "until"
     since, until = values["since"], values[end]
     if since >= until:
         raise SettingError(f"{end} must be above since ({since}), got {until}")
-    if since == 0 and until == 1:
-        return ()
-    return early(until, since=since, after=TOKEN_MERGING if values["after"] == MERGING else None)
+    after = TOKEN_MERGING if values["after"] == MERGING else None
+    return AgentConfig(
+        **{name: field.of_control(values[name]) for name, field in _CORE.items()},
+        attn_precision="fp32" if values["fp32"] else None,
+        stages=() if (since, until) == (0, 1) else early(until, since=since, after=after),
+        rules=parse_rules(values["rules"]),
+    )

@@ -49,10 +49,9 @@ def read(text: str) -> tuple[PassTuning, ...]:
 
 def _read(text: str) -> PassTuning:
     first, _, rest = text.strip().removeprefix("plan:").strip().partition(" ")
+    of, plan = (first, rest) if first in PASSES else (FIRST, text)
     try:
-        return (
-            PassTuning(first, Tuning.from_text(rest)) if first in PASSES else PassTuning(FIRST, Tuning.from_text(text))
-        )
+        return PassTuning(of, Tuning.from_text(plan))
     except TuningError as error:
         raise _refuse(text, str(error)) from error
 
@@ -86,12 +85,8 @@ def _refuse(value: Any, why: str) -> SettingError:
 def matching(plans: Iterable[PassTuning], of: str, size: tuple[int, int]) -> list[Tuning]:
     """Return the tunings for a pass at a size, its own first.
 
-    A tuning of the first pass was measured over the whole diffusion, so it does for the others, too.
-
-    Args:
-        plans: what there is.
-        of: the pass.
-        size: (height, width) of the latent.
+    A tuning of the first pass was measured over the whole diffusion, so it does for the others, too. `size` is the
+    (height, width) of the latent.
     """
     listed = list(plans)
     return [

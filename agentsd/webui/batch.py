@@ -15,6 +15,7 @@ from torch import nn
 from ..app.last_run import STATUS
 from ..apply import get_patch
 from ..hosts import read_size
+from ..words import error_of_ours
 from . import compat, session
 
 
@@ -54,7 +55,7 @@ class Batch:
         try:
             self._follow(unet, read_size(args, kwargs))
         except Exception as error:  # a bug of ours must never cost the user an image
-            STATUS.fail(f"an error of ours: {type(error).__name__}: {error}")
+            STATUS.fail(error_of_ours(error))
             self.close()
         if get_patch(unet) not in (None, patch):
             get_patch(unet).begin_call(unet, args, kwargs)

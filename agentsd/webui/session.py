@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from ..app import token_map as tokenmap
 from ..app.decision import Decision, SamplingPass, decide, is_left_out
+from ..app.kept_tunings import Kept
 from ..app.last_run import STATUS, PassReport
-from ..app.pace import StepClock, changed
-from ..app.timings import case_of
+from ..app.timings import StepClock, case_of, changed
 from ..apply import patch_unet
 from ..checks import SettingError
 from ..hosts.base import weight_of
 from ..patching.call import Answer
 from ..patching.patch import Patch
 from ..settings import infotext, schema, tunings
+from ..words import error_of_ours
 from . import compat
-from .tuning import Recording
+from .tuning import tuned_on
 from .xyz import XYZ
 
 NO_PASS = "the host announced no sampling pass"
@@ -37,58 +38,58 @@ _ERROR = "_agent_attention_error"
 
 @dataclass
 class Generation:
-    """One patched generation, or one to tune on.
-
-    Attributes:
-        values: its settings.
-        run: its number among the runs.
-        recording: the recording for its token map.
-        reports: reports of its passes.
-        found: the tunings that it has made, if it tunes.
-        announced: whether the host has announced a pass.
-    """
+    """One patched generation, or one to tune on."""
 
     values: Mapping[str, Any]
-    run: int
-    recording: tokenmap.Recording | None = None
-    reports: list[PassReport] = field(default_factory=list)
-    found: list[tunings.PassTuning] = field(default_factory=list)
-    announced: bool = False
+    run: int  # its number among the runs
+    recording: tokenmap.Recording | None = None  # for its token map
+    reports: list[PassReport] = field(default_factory=list)  # of its passes
+    batch: int = 0  # the number of them that are of earlier batches, whose images have their infotext
+    found: list[tunings.PassTuning] = field(default_factory=list)  # the tunings that it has made, if it tunes
+    announced: bool = False  # whether the host has announced a pass
 
     @property
     def tunes(self) -> bool:
         """Whether it is made without us, to tune on it."""
         return self.values["tune"] > 0
 
-    @property
-    def patched(self) -> bool:
-        return any(report.patched for report in self.reports)
-
     def entries(self) -> dict[str, str]:
-        """Make the infotext entries: none unless a pass was patched; then the settings, and why others were not."""
-        if not self.patched:
+        """Make the infotext entries of the batch's images: none unless a pass of theirs was patched."""
+        reports = self.reports[self.batch :]
+        if not any(report.patched for report in reports):
             return {}
-        result = self.foreseen([report.made for report in self.reports if report.patched])
-        left_alone = self._reasons(report.obstacle for report in self.reports)
+        result = self.foreseen([report.made for report in reports if report.patched or report.obstacle])
+        left_alone = _distinct(report.obstacle for report in reports)
         return {**result, infotext.NOTE: infotext.note(left_alone)} if left_alone else result
 
-    def foreseen(self, decisions: Sequence[Decision]) -> dict[str, str]:
-        """Make the entries of passes that are patched: the settings, and in place of "auto" the tunings used."""
-        plans = [made.plan for made in decisions if made.plan is not None]
-        return infotext.entries({**self.values, "tuning": tunings.write(plans)}) if decisions else {}
+    def foreseen(self, decisions: Iterable[Decision | None]) -> dict[str, str]:
+        """Make the entries of a batch: the settings, the tunings used in place of "auto", and the passes patched.
+
+        A pass that is left alone because it was measured to be slower here would be patched elsewhere.
+        """
+        decisions = [made for made in decisions if made is not None]
+        patched = [made for made in decisions if made.patches]
+        if not patched:
+            return {}
+        used = [tunings.PassTuning(made.sampling.of, made.tuning) for made in patched if made.tuning is not None]
+        values = {**self.values, "tuning": tunings.write(used)}
+        if any(made.left_as_slower for made in decisions) and len({made.sampling.hires for made in patched}) == 1:
+            values["passes"] = schema.HIRES if patched[0].sampling.hires else schema.FIRST
+        return infotext.entries(values)
 
     def answer(self) -> dict[str, str]:
         """Make what an API request is told and no image is: what was tuned, or why nothing was patched."""
         if self.tunes:
-            refusals = self._reasons(report.tuned for report in self.reports if report.refused)
+            refusals = _distinct(report.tuned for report in self.reports if report.refused)
             told = {infotext.NOTE: infotext.note(["the image was used for tuning", *refusals])}
             return {**told, infotext.TUNED: tunings.write(self.found)} if self.found else told
-        reasons = self._reasons(reason for report in self.reports for reason in (report.obstacle, *report.notes))
-        return {infotext.NOTE: infotext.note(reasons)} if reasons and not self.patched else {}
+        reasons = _distinct(reason for report in self.reports for reason in (report.obstacle, *report.notes))
+        unpatched = not any(report.patched for report in self.reports)
+        return {infotext.NOTE: infotext.note(reasons)} if reasons and unpatched else {}
 
-    @staticmethod
-    def _reasons(reasons: Any) -> list[str]:
-        return list(dict.fromkeys(filter(None, reasons)))
+
+def _distinct(reasons: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(filter(None, reasons)))
 
 
 # The script's callbacks, in calling order
@@ -125,18 +126,19 @@ def process(p: Any, args: Sequence[Any]) -> None:
 def before_batch(p: Any) -> None:
     """Write what is foreseen into the infotext: the host keeps that of its last generation before it samples."""
     generation = generation_of(p)
-    if generation is None or generation.tunes or generation.reports:
+    if generation is None or generation.tunes:
         return
+    generation.batch = len(generation.reports)
     try:
         passes = [compat.HOST.sampling(p, of) for of in compat.HOST.kinds(p)]
         decisions = [_decide(p, generation, sampling) for sampling in passes]
+        _write_infotext(p, generation.foreseen(decisions))
     except Exception as error:  # a bug of ours must never cost the user an image
-        STATUS.say(f"an error of ours: {type(error).__name__}: {error}")
+        STATUS.say(error_of_ours(error))
         return
-    for made in decisions:
+    for made in decisions if not generation.reports else ():
         if made.refused and not made.reason.remedy:  # a setting is wrong
             p.comment(f"Agent Attention was not applied: {schema.labelled(made.reason.text)}")
-    _write_infotext(p, generation.foreseen([made for made in decisions if made.patches]))
 
 
 def after_batch(p: Any) -> None:
@@ -166,7 +168,8 @@ def before_model_call() -> None:
 
 def postprocess(p: Any, processed: Any) -> None:
     """Keep the image over which the token map is drawn; answer an API request, which has no panel."""
-    generation, answer = generation_of(p), _answer(p)
+    generation, error = generation_of(p), getattr(p, _ERROR, "")
+    answer = {infotext.NOTE: infotext.note([error])} if error else generation.answer() if generation else {}
     if answer:  # in a dictionary of its own: that of `p` is written into images
         processed.extra_generation_params = {**p.extra_generation_params, **answer}
     if generation is not None and generation.recording is not None:
@@ -181,17 +184,8 @@ def finish(p: Any) -> None:
     generation = generation_of(p)
     if generation is None or generation.reports or generation.run != STATUS.run or STATUS.errors:
         return
-    if generation.announced:
-        STATUS.fail(NOT_CHOSEN)
-    else:
-        STATUS.fail(NO_UNET if compat.HOST.current_unet() is None else NO_PASS)
-
-
-def _answer(p: Any) -> dict[str, str]:
-    error, generation = getattr(p, _ERROR, ""), generation_of(p)
-    if error:
-        return {infotext.NOTE: infotext.note([error])}
-    return {} if generation is None else generation.answer()
+    no_pass = NO_UNET if compat.HOST.current_unet() is None else NO_PASS
+    STATUS.fail(NOT_CHOSEN if generation.announced else no_pass)
 
 
 def generation_of(p: Any) -> Generation | None:
@@ -206,15 +200,6 @@ def token_map(task: str, call: int, layer: int) -> tokenmap.View:
 
 def _decide(p: Any, generation: Generation, sampling: SamplingPass) -> Decision:
     return decide(generation.values, sampling, compat.HOST.rows(p), compat.HOST.program(p))
-
-
-def _observer(
-    p: Any, recording: tokenmap.Recording | None, hires: bool, size: tuple[int, int] | None
-) -> Callable[[Answer], None] | None:
-    """Make an observer that records the next pass, if it belongs to the first image."""
-    if recording is None or getattr(p, "iteration", 0):
-        return None
-    return recording.observer(hires, size)
 
 
 def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
@@ -252,17 +237,19 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
     sampler.launch_sampling = launch_sampling
 
 
-def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> AbstractContextManager[Any]:
+def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> AbstractContextManager[Pass]:
     """Make the context in which a pass is sampled, patched or not; `size` is the latent's (height, width), if known."""
     generation = generation_of(p)
     if generation is None:  # an unpatched image may be generated in the middle of a patched one
-        return under_way(Pass(PassReport(), None))
+        return under_way(Pass())
     generation.announced = True
     if is_left_out(generation.values, hires):
-        return under_way(Pass(PassReport(), None))
+        return under_way(Pass())
     sampling = compat.HOST.sampling(p, compat.HOST.kind(p, hires), size)
-    around = tuning_pass if generation.tunes else sampling_pass
-    return around(p, generation, sampling, size)
+    if not generation.tunes:
+        return sampling_pass(p, generation, sampling, size)
+    # of several images the first is tuned on
+    return under_way(Pass()) if getattr(p, "iteration", 0) else tuning_pass(p, generation, sampling)
 
 
 @contextmanager
@@ -270,41 +257,38 @@ def sampling_pass(
     p: Any, generation: Generation, sampling: SamplingPass, size: tuple[int, int] | None = None
 ) -> Iterator[Pass]:
     """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends."""
-    report = PassReport()
-    observer = _observer(p, generation.recording, sampling.hires, size)
-    current = Pass(report, lambda: _decide(p, generation, sampling), observer, generation.values["since"])
-    generation.reports.append(report)
+    observer, recording = None, generation.recording
+    if recording is not None and not getattr(p, "iteration", 0):  # the map is that of the first image
+        observer = recording.observer(sampling.hires, size)
+    current = Pass(lambda: _decide(p, generation, sampling), observer, generation.values["since"])
+    generation.reports.append(current.report)
     try:
         with under_way(current):
-            made = report.made  # some hosts make an interrupted image's infotext before the pass ends
-            earlier = [other.made for other in generation.reports if other.patched]
-            _write_infotext(p, generation.foreseen([*earlier, *([made] if made and made.patches else [])]))
+            # some hosts make an interrupted image's infotext before the pass ends
+            reports = generation.reports[generation.batch :]
+            _write_infotext(
+                p, generation.foreseen([one.made for one in reports if one is current.report or one.patched])
+            )
             yield current
     finally:
-        STATUS.add(report)
+        STATUS.add(current.report)
         _write_infotext(p, generation.entries())
 
 
 @contextmanager
-def tuning_pass(
-    p: Any, generation: Generation, sampling: SamplingPass, size: tuple[int, int] | None = None
-) -> Iterator[Pass]:
-    """Leave the current U-Net alone, and tune on the pass if it is of the first image."""
+def tuning_pass(p: Any, generation: Generation, sampling: SamplingPass) -> Iterator[Pass]:
+    """Leave the current U-Net alone, and tune on the pass."""
     report = PassReport(name=str(sampling))
-    with under_way(Pass(PassReport(), None)) as current:
-        if getattr(p, "iteration", 0):
-            yield current
-            return
+    with under_way(Pass()) as current:
         generation.reports.append(report)
-        recording = Recording(p, generation.values, sampling, report)
+        kept: list[Kept] = []
         try:
-            with recording:
+            with tuned_on(p, generation.values, sampling, report) as kept:
                 yield current
         finally:
-            if recording.kept is not None:
-                generation.found.append(tunings.PassTuning(recording.of, recording.kept.tuning))
-                STATUS.tuned = True
-            elif report.tuned:
+            generation.found += [tunings.PassTuning(one.of, one.tuning) for one in kept]
+            STATUS.tuned |= bool(kept)
+            if report.refused:
                 p.comment(f"Agent Attention: {report.tuned}")
             STATUS.add(report)
             _write_infotext(p, generation.entries())
@@ -327,7 +311,6 @@ class Pass:
     """The patch during one sampling pass.
 
     Args:
-        report: told of what happens.
         decide: decides on the U-Net at hand; None leaves it alone.
         observer: as `agentsd.Patch.observer`.
         since: where agents begin, for the report.
@@ -335,12 +318,12 @@ class Pass:
 
     def __init__(
         self,
-        report: PassReport,
-        decide: Callable[[], Decision] | None,
+        decide: Callable[[], Decision] | None = None,
         observer: Callable[[Answer], None] | None = None,
         since: float = 0.0,
     ) -> None:
-        self.report, self.decide, self.observer, self.since = report, decide, observer, since
+        self.decide, self.observer, self.since = decide, observer, since
+        self.report = PassReport()
         self.thread = threading.get_ident()
         self._clock = StepClock(compat.HOST.now)
         self._patch: Patch | None = None
@@ -360,9 +343,9 @@ class Pass:
             if unet is not None:
                 self._patch = self._patched(unet)
             elif not self._models:
-                self.report.notes[NO_UNET] += 1
+                self.report.notes[NO_UNET] = 0
         except Exception as error:
-            self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
+            self.report.notes[error_of_ours(error)] += 1
 
     def next_call(self, unet: nn.Module | None) -> None:
         """Prepare for a call of `unet`, which may be a refiner's."""
@@ -372,12 +355,15 @@ class Pass:
     def close(self) -> None:
         """Remove the patch and end the pass. Further calls do nothing."""
         if self in _running:
+            _running.remove(self)
             self._lap()
             self.report.pace = self._clock.pace()
-            self._keep_calls()
+            made, (unet, _) = self._made, self._model
+            # of one model, on a device that does not lag behind
+            if made is not None and made.key and unet is not None and len(self._models) < 2 and _is_cpu(unet):
+                pace = self._clock.pace(skip=1)
+                compat.HOST.timings.add_calls(made.key, pace.patched, pace.untouched)
         self.suspend()
-        if self in _running:
-            _running.remove(self)
 
     def _patched(self, unet: nn.Module) -> Patch | None:
         made = self._made = self.decide()
@@ -386,7 +372,7 @@ class Pass:
         if not made.patches:
             return None
         if compat.HOST.replaced_blocks(unet):
-            self.report.notes[REPLACED] += 1
+            self.report.notes[REPLACED] = 0
         patch = patch_unet(unet, made.config, compat.HOST.kv_context())
         patch.observer = self.observer
         patch.observe_closeness = compat.HOST.observes_closeness()
@@ -401,25 +387,17 @@ class Pass:
             self.report.see(self._patch.last_call and self._patch.last_call.latent)
         self._clock.lap(0 if self._patch is None else sum(changed(layer.calls) for layer in self._patch.report()))
 
-    def _keep_calls(self) -> None:
-        """Keep the seconds of the calls of a pass by one model, on a device that does not lag behind."""
-        made, (unet, _) = self._made, self._model
-        if made is not None and made.key and unet is not None and len(self._models) < 2 and _is_cpu(unet):
-            pace = self._clock.pace(skip=1)
-            compat.HOST.timings.add_calls(made.key, pace.patched, pace.untouched)
-
     def suspend(self) -> None:
         """Remove the patch until `follow` is called again."""
         patch, self._patch, self._model = self._patch, None, (None, "")
         if patch is not None:
             try:
-                tuned = self._made.tuning is not None
-                if patch.measured is not None:
-                    found = patch.measured
+                found = patch.measured
+                if found is not None:
                     compat.HOST.timings.put_layers(self._made.key, found.with_seconds, found.without_seconds)
-                self.report.add(patch, None if tuned else self.since)
+                self.report.add(patch, None if self._made.tuning is not None else self.since)
             except Exception as error:  # such as one of the device while closeness is read
-                self.report.notes[f"an error of ours: {type(error).__name__}: {error}"] += 1
+                self.report.notes[error_of_ours(error)] += 1
             finally:
                 patch.remove()
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from torch import nn
 
 from ..app.decision import SamplingPass
 from ..app.kept_tunings import Kept, PanelTunings, make
 from ..app.last_run import PassReport
 from ..tuning.record import record_calls
 from ..tuning.result import TuningCancelled
-from ..words import percent
+from ..words import error_of_ours, percent
 from . import compat
 
 log = logging.getLogger("agentsd.panel")
@@ -20,80 +22,64 @@ log = logging.getLogger("agentsd.panel")
 NO_END = "this WebUI does not tell where a pass ends"
 
 
-class Recording:
-    """Records one pass, and tunes on it when it has ended. A context manager that never raises for its own sake.
+@contextmanager
+def tuned_on(p: Any, values: Mapping[str, Any], sampling: SamplingPass, report: PassReport) -> Iterator[list[Kept]]:
+    """Record the pass that is made in a `with` block, and tune on it at its end; the report is told of the outcome.
 
-    Args:
-        p: the host's processing object.
-        values: every setting, in canonical form.
-        sampling: the pass.
-        report: of the pass; told of the outcome.
-
-    Attributes:
-        kept: the tuning; None if there is none.
+    The block gets a list, in which the tuning is afterwards, if there is one. Never raises for its own sake.
     """
-
-    def __init__(self, p: Any, values: Mapping[str, Any], sampling: SamplingPass, report: PassReport) -> None:
-        self.values, self.of, self.report = values, sampling.of, report
-        self.kept: Kept | None = None
-        self._model = compat.HOST.current_unet(), compat.HOST.checkpoint()
-        self._stack, self._conditions = ExitStack(), conditions_of(p)
-        obstacle = compat.HOST.program(p).obstacle(sampling)
-        self._obstacle = "" if obstacle is None else obstacle.text
-
-    def __enter__(self) -> Recording:
-        unet, _ = self._model
+    unet, checkpoint = compat.HOST.current_unet(), compat.HOST.checkpoint()
+    conditions, kept, calls, why_not = conditions_of(p), [], [], ""
+    with ExitStack() as stack:
         try:
-            if not compat.HOST.announces_passes:
-                self._obstacle = NO_END
-            elif unet is None:
-                self._obstacle = self._obstacle or "this model has no self-attention to patch"
-            elif compat.HOST.replaced_blocks(unet):
-                self._obstacle = self._obstacle or "another extension replaces transformer blocks"
-            if not self._obstacle:
-                self._calls = self._stack.enter_context(record_calls(unet))
+            why_not = _obstacle(p, unet, sampling)
+            if not why_not:
+                calls = stack.enter_context(record_calls(unet))
         except Exception as error:
-            self._obstacle = f"an error of ours: {type(error).__name__}: {error}"
-        return self
+            why_not = error_of_ours(error)
+        yield kept
+    try:
+        if why_not:
+            pass
+        elif compat.HOST.was_stopped():
+            why_not = "the image was interrupted"
+        elif (unet, checkpoint) != (compat.HOST.current_unet(), compat.HOST.checkpoint()):
+            why_not = "another checkpoint took over: tune each without a refiner"
+        elif not calls:
+            why_not = "the U-Net was not called"
+        else:
+            with compat.HOST.progress_bar() as progress:
+                found = make(
+                    unet,
+                    calls,
+                    values["tune"],
+                    checkpoint=checkpoint,
+                    of=sampling.of,
+                    precision="fp32" if values["fp32"] or compat.HOST.upcasts() else None,
+                    progress=lambda done, total, text: progress(done, total, f"Tuning Agent Attention: {text}"),
+                    kv_context=compat.HOST.kv_context(),
+                    conditions=conditions,
+                )
+            compat.HOST.tunings.put(found)
+            kept.append(found)
+    except TuningCancelled:
+        why_not = "cancelled"
+    except Exception as error:
+        log.debug("tuning failed", exc_info=True)
+        why_not = error_of_ours(error)
+    report.tuned = f"not tuned, {why_not}" if why_not else sentence(found)
 
-    def __exit__(self, kind: Any, *error: Any) -> None:
-        self._stack.close()
-        if kind is not None:
-            return
-        try:
-            reason = self._obstacle or self._change() or self._tune()
-        except TuningCancelled:
-            reason = "cancelled"
-        except Exception as failure:
-            log.debug("tuning failed", exc_info=True)
-            reason = f"an error of ours: {type(failure).__name__}: {failure}"
-        self.report.tuned = f"not tuned, {reason}" if reason else sentence(self.kept)
 
-    def _change(self) -> str:
-        """Say what about the pass keeps it from being tuned on; empty if nothing does."""
-        if compat.HOST.was_stopped():
-            return "the image was interrupted"
-        if self._model != (compat.HOST.current_unet(), compat.HOST.checkpoint()):
-            return "another checkpoint took over: tune each without a refiner"
-        return "" if self._calls else "the U-Net was not called"
-
-    def _tune(self) -> str:
-        unet, checkpoint = self._model
-        with compat.HOST.progress_bar() as progress:
-            kept = make(
-                unet,
-                self._calls,
-                self.values["tune"],
-                checkpoint=checkpoint,
-                of=self.of,
-                precision="fp32" if self.values["fp32"] or compat.HOST.upcasts() else None,
-                progress=lambda done, total, text: progress(done, total, f"Tuning Agent Attention: {text}"),
-                kv_context=compat.HOST.kv_context(),
-                conditions=self._conditions,
-            )
-        compat.HOST.tunings.put(kept)
-        self.kept = kept
-        return ""
+def _obstacle(p: Any, unet: nn.Module | None, sampling: SamplingPass) -> str:
+    """Say what keeps a pass from being recorded; empty if nothing does."""
+    in_the_way = compat.HOST.program(p).obstacle(sampling)
+    if not compat.HOST.announces_passes:
+        return NO_END
+    if in_the_way is not None:
+        return in_the_way.text
+    if unet is None:
+        return "this model has no self-attention to patch"
+    return "another extension replaces transformer blocks" if compat.HOST.replaced_blocks(unet) else ""
 
 
 def panel_tunings() -> PanelTunings:

@@ -7,7 +7,7 @@ from host import Host, Result
 from page import SECONDS, Panel, browser, number, size
 from PIL import Image
 
-from agentsd.app.pace import changed
+from agentsd.app.timings import changed
 from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
 from agentsd.settings.schema import IMPLIED, SETTINGS

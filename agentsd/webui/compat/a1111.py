@@ -23,7 +23,7 @@ from ...attention.grid import Grid
 from ...clock import WALL
 from ...hosts import UnsupportedModelError, find_sites, find_unet
 from ...schedule import progress_of
-from ...settings import tunings
+from ...settings import infotext, tunings
 from ..settings_page import CLOSENESS, EVEN_IF_SLOWER
 
 TOKEN_MERGING = "the WebUI's own token merging is on"
@@ -62,26 +62,17 @@ def _replaced(module: nn.Module, name: str) -> bool:
 
 
 class WebUI(Program):
-    """The program that we are installed in.
-
-    Attributes:
-        p: the host's processing object that decisions are about; None where they are about what the page shows.
-        options: options of its page's override settings, by name.
-        clock: times layers on an accelerator.
-        now: seconds of U-Net calls, on a CPU.
-        name: what it is called.
-        announces_passes: whether it calls `process_before_every_sampling`. Where it announces batches only, passes are
-            recognised by the calls of its `unets`, and `is_hires` tells which one it is.
-        plots: names of the modules of its X/Y/Z plot.
-    """
+    """The program that we are installed in."""
 
     name = "AUTOMATIC1111"
-    p: Any = None
-    options: Mapping[str, Any] = MappingProxyType({})
-    clock = WALL
-    now = staticmethod(perf_counter)
+    p: Any = None  # the host's processing object that decisions are about; None: about what the page shows
+    options: Mapping[str, Any] = MappingProxyType({})  # those of its page's override settings, by name
+    clock = WALL  # times layers on an accelerator
+    now = staticmethod(perf_counter)  # of U-Net calls, on a CPU
+    # Whether it calls `process_before_every_sampling`. Where it announces batches only, passes are recognised by the
+    # calls of its `unets`, and `is_hires` tells which one it is.
     announces_passes = True
-    plots: tuple[str, ...] = ("xyz_grid.py", "scripts.xyz_grid")
+    plots: tuple[str, ...] = ("xyz_grid.py", "scripts.xyz_grid")  # names of the modules of its X/Y/Z plot
 
     @classmethod
     def is_running(cls) -> bool:
@@ -94,14 +85,19 @@ class WebUI(Program):
         """Return the U-Net of the current checkpoint; a refiner replaces it in the middle of a pass."""
         return unet_of(shared.sd_model)
 
+    def model(self) -> Any:
+        """Return the loaded model; None if there is none yet. Never loads one, as `shared.sd_model` does."""
+        return getattr(sd_models.model_data, "sd_model", None)
+
     def unet(self) -> nn.Module | None:
-        """Return the U-Net of the current checkpoint; None if none is loaded yet. Never loads one."""
-        return None if getattr(sd_models.model_data, "sd_model", None) is None else self.current_unet()
+        return None if self.model() is None else self.current_unet()
 
     def checkpoint(self) -> str:
-        """Return the name of the current checkpoint; empty if none is loaded. Never loads one."""
-        model = getattr(sd_models.model_data, "sd_model", None)
-        return str(getattr(getattr(model, "sd_checkpoint_info", None), "name", ""))
+        return str(getattr(getattr(self.model(), "sd_checkpoint_info", None), "name", ""))
+
+    def checkpoint_hash(self) -> str:
+        """Return the short hash of the current checkpoint; empty if none is loaded or it is not known."""
+        return str(getattr(getattr(self.model(), "sd_checkpoint_info", None), "shorthash", None) or "")
 
     def conditions(self) -> Mapping[str, str]:
         """Name the networks that the images are made with, with their weights."""
@@ -110,11 +106,6 @@ class WebUI(Program):
             return {}
         names = (" ".join(map(str, one.items[:2])) for each in networks.values() for one in each)
         return {"lora": " + ".join(sorted(names))}
-
-    def checkpoint_hash(self) -> str:
-        """Return the short hash of the current checkpoint; empty if none is loaded or it is not known."""
-        model = getattr(sd_models.model_data, "sd_model", None)
-        return str(getattr(getattr(model, "sd_checkpoint_info", None), "shorthash", None) or "")
 
     def kv_context(self) -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None:
         """Return AUTOMATIC1111's hypernetworks as a `kv_context`; None if none are loaded."""
@@ -136,7 +127,8 @@ class WebUI(Program):
 
     def unets(self) -> list[nn.Module]:
         """List the U-Nets that may be called next."""
-        return [unet for unet in (self.unet(),) if unet is not None]
+        unet = self.unet()
+        return [] if unet is None else [unet]
 
     def task(self) -> str:
         """Return the host's id of the request that it is working on; empty if it has none."""
@@ -159,15 +151,18 @@ class WebUI(Program):
 
     def sampling(self, p: Any, of: str, size: tuple[int, int] | None = None) -> SamplingPass:
         """Describe a pass of `p`; `size` is its latent's (height, width), if the host provides the latent."""
-        sides = ("hr_upscale_to_y", "hr_upscale_to_x") if of == tunings.HIRES else ("height", "width")
-        latent = size or Grid.of_pixels(*(int(getattr(p, side, 0) or 0) for side in sides))
-        asked = (getattr(p, name, None) or 0 for name in ("steps", "hr_second_pass_steps", "denoising_strength"))
+
+        def given(*names: str) -> Any:
+            return next(filter(None, (getattr(p, name, None) for name in names)), 0)
+
         hires = "hr_" if of == tunings.HIRES else ""
-        sampler, scheduler = (
-            getattr(p, f"{hires}{name}", None) or getattr(p, name, None) or "" for name in ("sampler_name", "scheduler")
-        )
-        moments = self.moments(of, *asked, self.schedule(sampler, scheduler)) if getattr(p, "steps", None) else None
-        return SamplingPass(latent, of, moments)
+        sides = ("hr_upscale_to_y", "hr_upscale_to_x") if hires else ("height", "width")
+        latent = size or Grid.of_pixels(*(int(given(side)) for side in sides))
+        if not given("steps"):
+            return SamplingPass(latent, of)
+        sampler, scheduler = (given(f"{hires}{name}", name) or "" for name in ("sampler_name", "scheduler"))
+        asked = map(given, ("steps", "hr_second_pass_steps", "denoising_strength"))
+        return SamplingPass(latent, of, self.moments(of, *asked, self.schedule(sampler, scheduler)))
 
     def schedule(self, sampler: str, scheduler: str) -> Schedule:
         made = self._sampler(sampler)
@@ -185,7 +180,7 @@ class WebUI(Program):
     def _sampler(self, name: str) -> Any:
         """Make one of the host's samplers; None if that can't be, or no model is loaded."""
         try:
-            return _module("sd_samplers").create_sampler(name, sd_models.model_data.sd_model)
+            return _module("sd_samplers").create_sampler(name, self.model())
         except Exception:
             return None
 
@@ -237,11 +232,12 @@ class WebUI(Program):
         """Whether runs are to say how close attention was to full attention: unless the user has switched it off."""
         return option(CLOSENESS) is not False
 
-    def even_if_slower(self) -> bool:
-        return bool(self.option(EVEN_IF_SLOWER))
+    def even_if_slower(self, values: Mapping[str, Any]) -> bool:
+        # an image's infotext was pasted to make that image again
+        return bool(self.option(EVEN_IF_SLOWER)) or infotext.was_pasted(values)
 
     def obstacle(self, sampling: SamplingPass) -> Hint | None:
-        if _active_sd_unet() is not None:
+        if getattr(_module("sd_unet"), "current_unet", None) is not None:
             return Hint("an SD Unet (such as TensorRT) replaces the U-Net", ("Settings → Stable Diffusion",))
         if self._token_merging(sampling.of) > 0:
             return Hint(TOKEN_MERGING, ("Settings → Optimizations",))
@@ -283,11 +279,8 @@ class WebUI(Program):
 
     def cache(self, section: str) -> MutableMapping[str, Any]:
         """Return a section of that cache."""
-        try:
-            from modules.cache import cache
-        except ImportError:
-            return _FACTS.setdefault(section, {})
-        return cache(section)
+        host = _module("cache")
+        return _FACTS.setdefault(section, {}) if host is None else host.cache(section)
 
     def was_stopped(self) -> bool:
         """Whether the user has pressed Skip or Interrupt, or asked for the end of the batch."""
@@ -327,18 +320,14 @@ class WebUI(Program):
 
     def advice(self, values: Mapping[str, Any]) -> list[Hint]:
         """Advise against another extension's panel on our package, and 32 bits where half precision may overflow."""
-        return [*self._shared_package(), *self._half_precision(values)]
-
-    def _shared_package(self) -> Iterator[Hint]:
-        if name := self.namesake():
-            yield Hint(SHARED_PACKAGE.format(name), ("Extensions",))
-
-    def _half_precision(self, values: Mapping[str, Any]) -> list[Hint]:
-        if values["fp32"] or not (self.upcasts() or self.is_sd2()):
-            return []
-        sd2 = "attention of SD 2 models can overflow in half precision"
-        reason = "the host's upcast option is on" if self.upcasts() else sd2
-        return [Hint(f"{reason}: 32 bits are advised", ("fp32",))]
+        name, hints = self.namesake(), []
+        if name:
+            hints.append(Hint(SHARED_PACKAGE.format(name), ("Extensions",)))
+        if not values["fp32"] and (self.upcasts() or self.is_sd2()):
+            sd2 = "attention of SD 2 models can overflow in half precision"
+            reason = "the host's upcast option is on" if self.upcasts() else sd2
+            hints.append(Hint(f"{reason}: 32 bits are advised", ("fp32",)))
+        return hints
 
     def xyz_grids(self) -> list[Any]:
         """List the modules of the X/Y/Z plot script, where axes are registered."""
@@ -367,7 +356,7 @@ class WebUI(Program):
 
     def is_sd2(self) -> bool:
         """Whether the loaded model is of Stable Diffusion 2."""
-        return bool(getattr(sd_models.model_data.sd_model, "is_sd2", False))
+        return bool(getattr(self.model(), "is_sd2", False))
 
     def _hypertile(self, hires: bool) -> bool:
         return bool(self.option("hypertile_enable_unet") or (hires and self.option("hypertile_enable_unet_secondpass")))
@@ -387,11 +376,3 @@ def _progress(sampler: Any, scheduler: str, steps: int) -> list[float]:
 
 # In place of a host's cache, while it runs
 _FACTS: dict[str, dict[str, Any]] = {}
-
-
-def _active_sd_unet() -> Any:
-    try:
-        from modules import sd_unet
-    except ImportError:
-        return None
-    return getattr(sd_unet, "current_unet", None)
