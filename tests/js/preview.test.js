@@ -50,15 +50,6 @@ test("a number out of its range goes to the server, which says what is wrong", a
     assert.equal(page.count("POST preview"), 2, "a refusal is an answer, and not asked for again");
 });
 
-test("a refusal in FastAPI's words is shown too", async (page) => {
-    await opened(page);
-    const detail = [{loc: ["body", "width"], msg: "too large", type: "x"}, {loc: ["body", "height"], msg: "too small"}];
-    page.server["POST preview"] = {status: 422, content: {detail}};
-    page.type("width", "99999");
-    await page.wait(500);
-    assert.equal(page.text("summary"), "width: too large; height: too small");
-});
-
 test("an empty field is the default", async (page) => {
     await opened(page);
     page.type("min_tokens", "");
