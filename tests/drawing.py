@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -13,3 +17,9 @@ GRID = ["--method", "agent", "--min-tokens", "0"]
 
 def pixels(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("RGB"))
+
+
+def read_record(path: Path | str) -> dict[str, Any]:
+    """Read the settings that a picture carries."""
+    with Image.open(path) as picture:
+        return json.loads(picture.text["agentsd"])

@@ -13,11 +13,10 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from drawing import GRID, PROMPTS, SMALL, pixels
+from drawing import GRID, PROMPTS, SMALL, pixels, read_record
 
 import agentsd
-from agentsd.cli import files, main, models, options, sheets
-from agentsd.cli.distance import distance
+from agentsd.cli import main, models, options, pictures
 from agentsd.cli.parser import parse
 from agentsd.config import FIELDS
 from agentsd.settings import DEFAULTS, check, to_config
@@ -50,10 +49,10 @@ def test_an_options_value_reaches_the_config(row):
     args = parse(["generate", "a rose", *given, *more])
     assert args.settings[row.name] == value
     if row.name in FIELDS and row.name != "max_downsample":
-        assert getattr(options.config_of(args.settings), row.name) in (value, value or None)
+        assert getattr(to_config(args.settings), row.name) in (value, value or None)
     else:
         expected = check({"enabled": True, **({"agent_source": "similarity"} if more else {}), row.name: value})
-        assert options.config_of(args.settings) == to_config(expected)
+        assert to_config(args.settings) == to_config(expected)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +66,9 @@ def test_an_options_value_reaches_the_config(row):
         (["generate", "a rose", "--sx", "1.5"], "sx must be a whole number from 1 to 16, got 1.5"),
         (["generate", "a rose", "--method", "magic"], "'magic'"),
         (["generate", "a rose", "--since", "0.8", "--until", "0.4"], "until must be above since (0.8), got 0.4"),
-        (["generate", "a rose", "--steps", "0"], "steps must be a whole number from 1 to 1000, got '0'"),
+        (["generate", "a rose", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
         (["generate", "a rose", "--seed", "-1"], "-1"),
-        (["generate", "a rose", "--guidance", "nan"], "guidance must be a number from 0 to 100"),
+        (["generate", "a rose", "--guidance", "nan"], "guidance must be a number from 0.0 to 100.0, got nan"),
         (["generate", "a rose", "--size", "500"], "multiples of 8 from 16 to 8192, got '500'"),
         (["generate", "a rose", "--size", "16x"], "'16x'"),
         (["generate", "a rose", "--rules", "downsample=3 full"], "downsample must be one of 1, 2, 4, 8, got '3'"),
@@ -123,7 +122,7 @@ def test_generate_draws_the_picture_that_the_settings_ask_for(stand_in, capsys, 
         return stand_in("a red apple", seed=3, steps=2, height=16, width=16)[0]
 
     def shown(picture):
-        return pixels(sheets.enlarged(picture, 256))
+        return pixels(pictures.enlarged(picture, 256))
 
     assert np.array_equal(pixels(plain), shown(expected()))
     with agentsd.patched(stand_in.unet, ratio=0.0, agent_ratio=0.75, agent_source="grid"):
@@ -139,7 +138,7 @@ def test_a_picture_carries_its_settings(stand_in):
     with Image.open("a.png") as picture:
         text = dict(picture.text)
     made = json.loads(text["agentsd"])
-    assert made == files.read_record(Path("a.png"))
+    assert made == read_record("a.png")
     assert (made["prompt"], made["seed"], made["steps"], made["model"]) == ("a red apple", 3, 2, "embedded")
     assert (made["width"], made["height"]) == (16, 16)
     assert made["agent_attention"].items() >= {**DEFAULTS, "enabled": True, "agent_ratio": 0.8}.items()
@@ -152,11 +151,11 @@ def test_a_picture_carries_its_settings(stand_in):
 
 def test_a_picture_can_be_drawn_again_from_what_it_carries(stand_in):
     main(["generate", "a rose", *SMALL, "--until", "0.9", "--k-scale2", "0.5", "--out", "a.png"])
-    made = files.read_record(Path("a.png"))
-    agentsd.patch_unet(stand_in.unet, options.config_of(made["agent_attention"]))
+    made = read_record("a.png")
+    agentsd.patch_unet(stand_in.unet, to_config(made["agent_attention"]))
     again = stand_in(made["prompt"], seed=made["seed"], steps=made["steps"], height=16, width=16)[0]
     agentsd.remove_patch(stand_in.unet)
-    assert np.array_equal(pixels(Image.open("a.png")), pixels(sheets.enlarged(again, 256)))
+    assert np.array_equal(pixels(Image.open("a.png")), pixels(pictures.enlarged(again, 256)))
 
 
 def test_outputs_do_not_overwrite_each_other(stand_in):
@@ -169,13 +168,13 @@ def test_compare_measures_the_two_pictures_that_it_shows(stand_in, capsys):
     given = ["a rose", *SMALL, *GRID]
     assert main(["compare", *given, "--out", "both.png"]) == 0
     said = capsys.readouterr().out
-    config = options.config_of(parse(["compare", *given]).settings)
+    config = to_config(parse(["compare", *given]).settings)
     plain = stand_in("a rose", steps=2, height=16, width=16)[0]
     agentsd.patch_unet(stand_in.unet, config)
     ours = stand_in("a rose", steps=2, height=16, width=16)[0]
     agentsd.remove_patch(stand_in.unet)
-    apart = distance(plain, ours)
-    made = files.read_record(Path("both.png"))
+    apart = pictures.distance(plain, ours)
+    made = read_record("both.png")
     assert made["distance"] == {
         "rmse": round(apart.rmse, 4),
         "psnr": round(apart.psnr, 3),
@@ -193,7 +192,7 @@ def test_settings_that_change_nothing_are_told_as_such(stand_in, capsys):
     said = capsys.readouterr().out
     assert "no difference" in said
     assert "of 14 self-attentions none changed" in said
-    assert files.read_record(Path("both.png"))["distance"]["psnr"] is None
+    assert read_record("both.png")["distance"]["psnr"] is None
 
 
 def test_sweep_measures_every_cell(stand_in):
@@ -207,14 +206,14 @@ def test_sweep_measures_every_cell(stand_in):
     assert all(float(row["seconds"]) > 0 for row in rows)
     cells = sorted(path.name for path in swept.glob("0*.png"))
     assert cells == ["01-01.png", "01-02.png", "02-01.png", "02-02.png", "03-01.png", "03-02.png"]
-    made = files.read_record(swept / "02-01.png")
+    made = read_record(swept / "02-01.png")
     assert (made["agent_attention"]["agent_ratio"], made["agent_attention"]["k_scale2"]) == (0.75, 0.4)
     assert str(made["distance"]["psnr"]) == rows[3]["psnr"]
     assert len({row["rmse"] for row in rows}) == 7, "every cell has a picture of its own"
     grid = Image.open(swept / "sweep.png")
     assert grid.width > 3 * 256
     assert grid.height > 3 * 256
-    assert files.read_record(swept / "sweep.png")["sweep"] == {"agent_ratio": [0.75, 0.9], "k_scale2": [0.2, 0.4, 0.6]}
+    assert read_record(swept / "sweep.png")["sweep"] == {"agent_ratio": [0.75, 0.9], "k_scale2": [0.2, 0.4, 0.6]}
 
 
 def test_sweep_shows_what_differs(stand_in):

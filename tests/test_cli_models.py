@@ -22,10 +22,11 @@ from drawing import GRID, SMALL, pixels
 from tiny_pipelines import ldm_and_diffusers, tiny_sd, tiny_sdxl
 
 import agentsd
-from agentsd.cli import main, options, sheets, structure
+from agentsd.cli import main, models, pictures
 from agentsd.cli.parser import parse
 from agentsd.costs import layouts
 from agentsd.hosts.layout import layout_of
+from agentsd.settings import to_config
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -106,7 +107,7 @@ def single_file(path: Path):
 def theirs(pipe, size: int = 128) -> np.ndarray:
     generator = torch.Generator().manual_seed(5)
     given = {"num_inference_steps": 2, "guidance_scale": 7.0, "height": size, "width": size}
-    return pixels(sheets.enlarged(pipe("cat", generator=generator, **given).images[0], 256))
+    return pixels(pictures.enlarged(pipe("cat", generator=generator, **given).images[0], 256))
 
 
 def test_a_diffusers_folder(folder, no_network, capsys):
@@ -191,7 +192,7 @@ def test_info_as_json_is_what_happens(folder, capsys):
     assert main(["info", str(folder), "--size", "128", "--json", *given]) == 0
     said = json.loads(capsys.readouterr().out)["sizes"][0]
     pipe = tiny_sd()
-    patch = agentsd.patch_unet(pipe.unet, options.config_of(parse(["info", *given]).settings))
+    patch = agentsd.patch_unet(pipe.unet, to_config(parse(["info", *given]).settings))
     theirs(pipe)
     found = {(layer.plan.action, layer.plan.tokens, layer.plan.agents) for layer in patch.report()}
     assert found == {(level["action"], level["tokens"], level["agents"]) for level in said["parts"][0]["levels"]}
@@ -207,8 +208,8 @@ def test_info_on_the_embedded_model_needs_no_weights(capsys):
 def test_info_reads_the_layout_off_a_single_file(name, linear, monkeypatch):
     ldm = stable_diffusion_unet(linear)
     state = {f"model.diffusion_model.{key}": value for key, value in ldm.state_dict().items()}
-    monkeypatch.setattr(structure, "shapes_of", lambda path: state)
-    unet, side, factor = structure.bare_unet("any.safetensors")
+    monkeypatch.setattr(models, "shapes_of", lambda path: state)
+    unet, side, factor = models.bare_unet("any.safetensors")
     found, stored = layout_of(unet, name), layouts()[name]
     # diffusers' blocks go by other names, and its middle comes last
     in_order = sorted(found.blocks, key=lambda b: ("down_blocks", "mid_block", "up_blocks").index(b.name.split(".")[0]))

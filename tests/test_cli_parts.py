@@ -16,33 +16,33 @@ pytest.importorskip("transformers", reason="needs transformers")
 from drawing import pixels
 from tiny_pipelines import tiny_unet
 
-from agentsd.cli import files, runs, sheets
-from agentsd.cli.distance import distance
+from agentsd.cli import pictures, runs
+from agentsd.cli.pictures import distance
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 LEFT_OVER = ".*"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_a_file_appears_whole_or_not_at_all(error):
-    def write(file):
-        file.write(b"half of it")
-        file.flush()
+@pytest.mark.parametrize("before", [None, b"the file of before"])
+def test_a_file_appears_whole_or_not_at_all(error, before, monkeypatch):
+    def write_half(path, data, original=Path.write_bytes):
+        original(path, data[: len(data) // 2])
         raise error
 
     path = Path("file.bin")
-    for expected in (None, b"the file of before"):
-        if expected:
-            path.write_bytes(expected)
-        with pytest.raises(error):
-            files.write_whole(path, write)
-        assert (path.read_bytes() if path.exists() else None) == expected
-        assert list(Path().glob(LEFT_OVER)) == []
+    if before:
+        path.write_bytes(before)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(error):
+        pictures.write_whole(path, b"all of it")
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert list(Path().glob(LEFT_OVER)) == []
 
 
 def test_written_files_have_the_usual_mode():
     Path("usual").touch()
-    files.write_whole(Path("ours"), lambda file: file.write(b"x"))
+    pictures.write_whole(Path("ours"), b"x")
     assert Path("ours").stat().st_mode == Path("usual").stat().st_mode
 
 
@@ -72,14 +72,14 @@ def test_without_scikit_image_there_is_no_ssim(monkeypatch):
 def test_the_difference_map_is_black_where_pictures_agree():
     a, b = flat(100), flat(100)
     b.putpixel((3, 4), (110, 100, 0))
-    found = sheets.difference(a, b)
+    found = pictures.difference(a, b)
     assert found.getpixel((3, 4)) == (40, 0, 255)
     assert np.count_nonzero(pixels(found)) == 2
 
 
 def test_a_sheet_shows_its_pictures_as_they_are():
     red, blue = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (40, 30), "blue")
-    page = sheets.sheet(
+    page = pictures.sheet(
         [[red, None], [blue, red]], columns=["one", "two"], labels=["a", "b"], captions=[["x"], ["y\nz"]]
     )
     colours = {colour: count for count, colour in page.getcolors(page.width * page.height)}
@@ -88,8 +88,8 @@ def test_a_sheet_shows_its_pictures_as_they_are():
 
 
 def test_small_pictures_are_enlarged_by_whole_numbers():
-    assert sheets.enlarged(flat(1, 64), 256).size == (256, 256)
-    assert sheets.enlarged(flat(1, 512), 256).size == (512, 512)
+    assert pictures.enlarged(flat(1, 64), 256).size == (256, 256)
+    assert pictures.enlarged(flat(1, 512), 256).size == (512, 512)
 
 
 def test_the_stopwatch_leaves_no_hooks():

@@ -14,11 +14,11 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from drawing import SMALL, pixels
+from drawing import SMALL, pixels, read_record
 
 import agentsd
-from agentsd.cli import files, main, sheets
-from agentsd.cli.structure import bare_unet
+from agentsd.cli import main, pictures
+from agentsd.cli.models import bare_unet
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
 from agentsd.tuning.result import TunedBlock, TunedPlan
 
@@ -54,8 +54,8 @@ def test_a_picture_is_drawn_with_it(stand_in, plan, capsys):
     assert "attention within" in said
     with agentsd.patched(stand_in.unet, tuning=agentsd.Tuning.load("plan.json")):
         expected = stand_in("a rose", seed=3, steps=2, height=16, width=16)[0]
-    assert np.array_equal(pixels(Image.open("a.png")), pixels(sheets.enlarged(expected, 256)))
-    made = files.read_record(Path("a.png"))
+    assert np.array_equal(pixels(Image.open("a.png")), pixels(pictures.enlarged(expected, 256)))
+    made = read_record("a.png")
     again = agentsd.Tuning.from_text(made["agent_attention"]["tuning"])
     assert again.text == agentsd.Tuning.load("plan.json").text
 

@@ -1,4 +1,4 @@
-"""The command line: generate, compare, sweep, info and demo.
+"""The command line: generate, compare, sweep, tune, info, demo and playground.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
@@ -13,7 +13,7 @@ from .errors import CommandError
 
 __all__ = ["CommandError", "main"]
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,20 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.download:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        return args.run(args) or DONE
+        args.run(args)
+        return DONE
     except KeyboardInterrupt:
-        _say("interrupted; all files written so far are complete")
+        print("agentsd: interrupted; all files written so far are complete", file=sys.stderr)
         return INTERRUPTED
     except CommandError as error:
-        _say(f"error: {error}")
-        return error.code
+        told = str(error)
     except Exception as error:  # from a library: its message is enough for most users
         if args.debug:
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        _say(f"error: {type(error).__name__}: {first} (--debug shows where)")
-        return FAILED
-
-
-def _say(text: str) -> None:
-    print(f"agentsd: {text}", file=sys.stderr)
+        told = f"{type(error).__name__}: {first} (--debug shows where)"
+    print(f"agentsd: error: {told}", file=sys.stderr)
+    return FAILED

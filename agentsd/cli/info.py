@@ -12,13 +12,14 @@ from ..hosts import find_unet
 from ..hosts.layout import layout_of
 from ..methods import LayerPlan
 from ..patching.patch import Patch
-from .files import print_table
-from .options import config_of
-from .structure import bare_unet
+from ..settings import to_config
+from .models import bare_unet
+from .pictures import print_table
 from .tuned import loaded
 
 GIGA = 1e9
 HEAD = ("", "down", "blocks", "channels", "tokens", "queries", "agents", "GFLOPs", "left", "self-attention")
+_TOLD = ("action", "tokens", "queries", "agents", "reason", "note")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -26,7 +27,7 @@ def info(args: argparse.Namespace) -> None:
     bare, side, factor = bare_unet(args.model, args.download)
     unet = find_unet(bare)
     layout = layout_of(unet, args.model)
-    config = loaded(args.tuning, unet).config_for(unet) if args.tuning else config_of(args.settings)
+    config = loaded(args.tuning, unet).config_for(unet) if args.tuning else to_config(args.settings)
     sizes = args.size or [(side * factor, side * factor)]
     if args.json:
         found = [_as_record(layout, config, size, factor) for size in sizes]
@@ -34,22 +35,20 @@ def info(args: argparse.Namespace) -> None:
         return
     print(f"{args.model}: {layout.layers} transformer blocks")
     for size in sizes:
-        _print_size(layout, config, size, factor)
-        if args.layers:
-            _print_layers(Patch(unet, config), config, size, factor)
-
-
-def _print_size(layout: Layout, config: AgentConfig, size: tuple[int, int], factor: int) -> None:
-    height, width = (side // factor for side in size)
-    print(f"\n{size[1]}×{size[0]} pixels, a latent of {width}×{height}")
-    for since, until in config.parts():
-        cost = estimate(layout, config, height, width, since)
-        changed = cost.flops_left != cost.flops or cost.layers
-        print(f"\n  {since:.0%} to {until:.0%} of the diffusion:", "" if changed else "nothing is changed")
-        print_table(HEAD, [_row(level) for level in cost.levels])
-        print(f"  U-Net: {cost.flops / GIGA:.4g} GFLOPs, {cost.flops_left / GIGA:.4g} are left ({cost.share:.1%})")
-    share = share_of_run(layout, config, height, width)
-    print(f"\n  the whole diffusion: {share:.1%} of the unpatched U-Net's FLOPs")
+        height, width = (side // factor for side in size)
+        print(f"\n{size[1]}×{size[0]} pixels, a latent of {width}×{height}")
+        for since, until in config.parts():
+            cost = estimate(layout, config, height, width, since)
+            changed = cost.flops_left != cost.flops or cost.layers
+            print(f"\n  {since:.0%} to {until:.0%} of the diffusion:", "" if changed else "nothing is changed")
+            print_table(HEAD, [_row(level) for level in cost.levels])
+            print(f"  U-Net: {cost.flops / GIGA:.4g} GFLOPs, {cost.flops_left / GIGA:.4g} are left ({cost.share:.1%})")
+        share = share_of_run(layout, config, height, width)
+        print(f"\n  the whole diffusion: {share:.1%} of the unpatched U-Net's FLOPs")
+        for since, until in config.parts() if args.layers else ():
+            print(f"\n  layers, {since:.0%} to {until:.0%}:")
+            for name, plan in Patch(unet, config).explain(height, width, since):
+                print(f"    {name}: {'full attention' if plan is None else _what(plan)}")
 
 
 def _row(level: LevelEstimate) -> list[str]:
@@ -66,28 +65,15 @@ def _what(plan: LayerPlan) -> str:
     return plan.method.phrase + cells + (f" ({plan.note})" if plan.note else "")
 
 
-def _print_layers(patch: Patch, config: AgentConfig, size: tuple[int, int], factor: int) -> None:
-    height, width = (side // factor for side in size)
-    for since, until in config.parts():
-        print(f"\n  layers, {since:.0%} to {until:.0%}:")
-        for name, plan in patch.explain(height, width, since):
-            print(f"    {name}: {'full attention' if plan is None else _what(plan)}")
-
-
 def _as_record(layout: Layout, config: AgentConfig, size: tuple[int, int], factor: int) -> dict[str, Any]:
     height, width = (side // factor for side in size)
-    parts = []
+    parts: list[dict[str, Any]] = []
     for since, until in config.parts():
         cost = estimate(layout, config, height, width, since)
-        levels = [_level_record(level) for level in cost.levels]
-        flops = {"flops": cost.flops, "flops_left": cost.flops_left}
-        parts.append({"since": since, "until": until, **flops, "levels": levels})
+        parts.append({"since": since, "until": until, "flops": cost.flops, "flops_left": cost.flops_left, "levels": []})
+        for level in cost.levels:
+            about = {"downsample": level.downsample, "blocks": level.count, "channels": level.channels}
+            plan = {name: getattr(level.plan, name) for name in _TOLD}
+            parts[-1]["levels"].append({**about, **plan, "flops": level.flops, "flops_left": level.flops_left})
     share = share_of_run(layout, config, height, width)
     return {"width": size[1], "height": size[0], "latent": [height, width], "share": share, "parts": parts}
-
-
-def _level_record(level: LevelEstimate) -> dict[str, Any]:
-    names = ("action", "tokens", "queries", "agents", "reason", "note")
-    about = {"downsample": level.downsample, "blocks": level.count, "channels": level.channels}
-    plan = {name: getattr(level.plan, name) for name in names}
-    return {**about, **plan, "flops": level.flops, "flops_left": level.flops_left}

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 from .. import __version__
 from ..checks import SettingError
 from ..methods import METHODS
-from . import commands, demo, info, tuned
-from .options import ROWS, TOLERANCE, axis, config_of, option_name, reader, real, settings_of, size, whole
+from ..settings import check, to_config
+from . import commands, info, tuned
+from .options import ROWS, TOLERANCE, axis, option_name, reader, real, size, whole
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+_SEED = {"type": whole("seed", 0, 2**63 - 1), "default": 0, "help": "seed of the picture (default: 0)"}
+_QUIET: dict[str, Any] = {"action": "store_true", "help": "show no progress bars"}
+_DOWNLOAD: dict[str, Any] = {"action": "store_true", "help": "download what the hub's local cache lacks"}
+_TUNING: dict[str, Any] = {"metavar": "FILE", "help": "use the tuning that `tune` wrote, instead of settings"}
+_MODEL = (
+    "embedded (the small bundled model; the default), a diffusers folder, a .safetensors or .ckpt file, or a "
+    "hub id (owner/name, from the local cache)"
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,40 +30,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: it was invalid (code 2), or only asked for help. The message has been printed.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
+    chosen = {name: value for name in ROWS if (value := getattr(args, f"setting_{name}", None)) is not None}
+    axes = dict(given for given in (getattr(args, name, None) for name in "xy") if given)
     try:
-        args.settings = settings_of(_chosen_settings(args))
-        config_of(args.settings)  # settings can contradict each other
-        _check_tuning(args)
-        for axis in ("x", "y"):
-            _check_axis(args, axis)
+        own = [name for name in (*chosen, *axes) if name != TOLERANCE.name]
+        if getattr(args, "tuning", None):
+            if own:
+                raise SettingError(f"a tuning has settings of its own, got {', '.join(own)} as well")
+        elif TOLERANCE.name in axes:
+            raise SettingError("a sweep over tolerance needs --tuning")
+        args.settings = check({"enabled": True, **chosen})
+        to_config(args.settings)  # settings can contradict each other, those of a sweep's cells too
+        for cell in product(*axes.values()):
+            to_config({**args.settings, **dict(zip(axes, cell, strict=True))})
     except SettingError as error:
         args.parser.error(str(error))
     return args
-
-
-def _chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
-    settings = {name: getattr(args, f"setting_{name}", None) for name in ROWS}
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _check_tuning(args: argparse.Namespace) -> None:
-    """Check that settings come from a tuning or from the command line, not from both."""
-    axes = [given[0] for given in (getattr(args, axis, None) for axis in ("x", "y")) if given]
-    if getattr(args, "tuning", None):
-        others = [name for name in (*_chosen_settings(args), *axes) if name != TOLERANCE.name]
-        if others:
-            raise SettingError(f"a tuning has settings of its own, got {', '.join(others)} as well")
-    elif TOLERANCE.name in axes:
-        raise SettingError("a sweep over tolerance needs --tuning")
-
-
-def _check_axis(args: argparse.Namespace, axis: str) -> None:
-    """Check every cell of a sweep before the first picture is drawn."""
-    name, values = getattr(args, axis, None) or ("", ())
-    for value in values:
-        config_of({**args.settings, name: value})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,14 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     _picture_options(add)
 
     add = _command(subs, "sweep", commands.sweep, "draw a picture over ranges of one or two settings", "PROMPT ")
-    _picture_options(add, folder=True)
+    _picture_options(add, "FOLDER", "folder to write to")
     ranges = "SETTING=VALUES: values separated by commas, or FIRST:LAST:STEP; settings are named like the options below"
     add("--x", type=axis, required=True, metavar="SETTING=VALUES", help=f"the columns, as {ranges}")
     add("--y", type=axis, metavar="SETTING=VALUES", help="the rows, in the same form; may be left out")
 
-    add = _command(
-        subs, "tune", tuned.tune, "find the fastest settings of each layer within a tolerance", settings=False
-    )
+    fastest = "find the fastest settings of each layer within a tolerance"
+    add = _command(subs, "tune", tuned.tune, fastest, settings=False)
     prompts = "prompts of the pictures to tune on (default: some of the model's)"
     add("--prompt", nargs="+", metavar="PROMPT", help=prompts)
     _model_options(add)
@@ -99,11 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--tuning", **_TUNING)
     add("--download", **_DOWNLOAD)
 
-    add = _command(subs, "demo", demo.demo, "draw a sheet of pictures with and without agent attention")
+    add = _command(subs, "demo", commands.demo, "draw a sheet of pictures with and without agent attention")
     add("--out", metavar="FOLDER", default="outputs/demo", help="where to put it (default: %(default)s)")
     add("--steps", type=whole("steps", 1, 1000), default=20, help="sampling steps (default: 20)")
     add("--prompts", type=whole("prompts", 1, 100), default=6, help="number of prompts (default: 6)")
-    add("--seed", type=whole("seed", 0, 2**63 - 1), default=0, help="seed of the pictures (default: 0)")
+    add("--seed", **{**_SEED, "help": "seed of the pictures (default: 0)"})
     add("--quiet", **_QUIET)
 
     page = "serve a page with the WebUI's panel, to this machine only"
@@ -119,15 +110,6 @@ def _playground(args: argparse.Namespace) -> None:
     serve(args.port, args.open)
 
 
-_QUIET: dict[str, Any] = {"action": "store_true", "help": "show no progress bars"}
-_DOWNLOAD: dict[str, Any] = {"action": "store_true", "help": "download what the hub's local cache lacks"}
-_TUNING: dict[str, Any] = {"metavar": "FILE", "help": "use the tuning that `tune` wrote, instead of settings"}
-_MODEL = (
-    "embedded (the small bundled model; the default), a diffusers folder, a .safetensors or .ckpt file, or a "
-    "hub id (owner/name, from the local cache)"
-)
-
-
 def _command(
     subs: Any, name: str, run: Callable[..., Any], text: str, arguments: str = "", settings: bool = True
 ) -> Callable[..., Any]:
@@ -137,14 +119,20 @@ def _command(
     sub.set_defaults(run=run, parser=sub, download=False)
     sub.add_argument("--debug", action="store_true", help="show where an error came from")
     if settings:
-        _settings(sub)
+        group = sub.add_argument_group("agent attention", "the settings of the WebUI's panel, with its defaults")
+        for row in ROWS.values():
+            names = ",".join(choice.replace(" ", "-") for choice in row.choices)
+            kind: dict[str, Any] = {"type": reader(row), "metavar": f"{{{names}}}" if names else row.name.upper()}
+            if row.kind == "flag":
+                kind = {"action": argparse.BooleanOptionalAction, "default": None}
+            told = f"{row.tooltip} (default: {row.format(row.default)})".replace("%", "%%")
+            group.add_argument(f"--{option_name(row)}", dest=f"setting_{row.name}", help=told, **kind)
     return sub.add_argument
 
 
-def _picture_options(add: Callable[..., Any], folder: bool = False) -> None:
+def _picture_options(add: Callable[..., Any], where: str = "FILE", what: str = "PNG file to write") -> None:
     add("prompt", help="what to draw; the embedded model knows emoji by name, such as 'a cat'")
     _model_options(add)
-    where, what = ("FOLDER", "folder to write to") if folder else ("FILE", "PNG file to write")
     add("--out", metavar=where, help=f"{what} (default: a new one in outputs/)")
     add("--tuning", **_TUNING)
     add("--quiet", **_QUIET)
@@ -155,22 +143,10 @@ def _model_options(add: Callable[..., Any]) -> None:
     add("--config", metavar="FOLDER", help="diffusers folder or hub id that tells how to read a single file")
     add("--download", **_DOWNLOAD)
     add("--negative", default="", metavar="PROMPT", help="negative prompt")
-    add("--seed", type=whole("seed", 0, 2**63 - 1), default=0, help="seed of the picture (default: 0)")
+    add("--seed", **_SEED)
     add("--steps", type=whole("steps", 1, 1000), help="sampling steps (default: 20)")
     add("--guidance", type=real("guidance", 0, 100), help="scale of classifier-free guidance")
     add("--size", type=size, help="size of the picture in pixels, such as 512 or 768x512 (width first)")
     add("--device", default="auto", help="torch device (default: a GPU if there is one)")
-    add("--dtype", default="auto", choices=DTYPES, help="default: float16 on a GPU, else float32")
-
-
-def _settings(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("agent attention", "the settings of the WebUI's panel, with its defaults")
-    for row in ROWS.values():
-        flag, dest = f"--{option_name(row)}", f"setting_{row.name}"
-        text = f"{row.tooltip} (default: {row.format(row.default)})".replace("%", "%%")
-        if row.kind == "flag":
-            group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            names = ",".join(choice.replace(" ", "-") for choice in row.choices)
-            choices = f"{{{names}}}" if names else row.name.upper()
-            group.add_argument(flag, dest=dest, type=reader(row), metavar=choices, help=text)
+    dtypes = ("auto", "float32", "float16", "bfloat16")
+    add("--dtype", default="auto", choices=dtypes, help="default: float16 on a GPU, else float32")

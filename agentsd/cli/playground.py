@@ -41,9 +41,8 @@ from ..settings import schema
 from ..settings.tunings import AUTO, FIRST
 from ..tuning.record import RecordedCall, record_calls
 from ..tuning.result import TuningCancelled, TuningError, headline
-from .distance import distance
+from .pictures import distance, enlarged
 from .runs import Run, draw
-from .sheets import enlarged
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,11 +65,7 @@ class Stopped(Exception):
 
 
 class Playground(Program):
-    """Actions of the page's controls.
-
-    Args:
-        model: the model.
-    """
+    """Actions of the page's controls."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -86,16 +81,7 @@ class Playground(Program):
     def draw(
         self, prompt: str, seed: float, steps: float, width: float, height: float, *values: Any, progress: Any = None
     ) -> tuple[tuple[Image, Image] | None, str, str]:
-        """Draw a picture without and with agent attention.
-
-        Args:
-            prompt: the prompt.
-            seed: seed of the initial noise.
-            steps: sampling steps.
-            width: width of the displayed picture in pixels.
-            height: height of the displayed picture in pixels.
-            *values: the panel's settings, in the table's order.
-            progress: called with (step, steps) and the label.
+        """Draw a picture of `width` × `height` displayed pixels without and with the settings, in the table's order.
 
         Returns:
             The pictures, or None if drawing failed; the table of timings, or the error message, as HTML; and the
@@ -109,14 +95,16 @@ class Playground(Program):
             with self.in_use:
                 return self._draw_both(request, settings, progress or (lambda *arguments, **options: None))
         except (Stopped, TuningCancelled):
-            return None, _message("Stopped."), ""
+            told = "Stopped."
         except (CommandError, SettingError, TuningError) as error:
-            return None, _message(str(error)), ""
+            told = str(error)
+        return None, f'<p role="alert">{escape(told)}</p>', ""
 
     def _draw_both(
         self, request: Request, values: Mapping[str, Any], progress: Any
     ) -> tuple[tuple[Image, Image], str, str]:
-        sampling = SamplingPass(self._latent(request), FIRST, evenly(request.steps))
+        latent = tuple(side // self.model.factor for side in request.size)
+        sampling = SamplingPass(latent, FIRST, evenly(request.steps))
         wanted = values["enabled"] and not is_left_out(values, hires=False)
         made = decide(values, sampling, ROWS, self) if wanted else None
         if made is not None and made.refused:
@@ -141,19 +129,16 @@ class Playground(Program):
         if tunes:
             STATUS.add(PassReport(name=str(sampling), tuned=self._tune(calls, values["tune"], progress)))
             made = decide({**values, "tuning": AUTO}, sampling, ROWS, self)
-        report = PassReport(made)
-        patched = draw_one("with agent attention", made, report) if made is not None and made.patches else None
+        report, patched = PassReport(made), None
         if made is not None:
+            if made.patches:
+                patched = draw_one("with agent attention", made, report)
+                if made.key:
+                    self.timings.add_calls(made.key, patched.seconds / request.steps, plain.seconds / request.steps)
             STATUS.add(report)
-        if made is not None and made.key and patched is not None:
-            self.timings.add_calls(made.key, patched.seconds / request.steps, plain.seconds / request.steps)
         pictures = (_shown(plain.picture), _shown((patched or plain).picture))
         status = "".join(f"<div>{escape(str(line))}</div>" for line in STATUS.lines())
         return pictures, _timings(plain, patched), status
-
-    def _latent(self, request: Request) -> tuple[int, int]:
-        height, width = request.size
-        return height // self.model.factor, width // self.model.factor
 
     def _tune(self, calls: list[RecordedCall], tolerance: float, progress: Any) -> str:
         """Tune on the picture that was just drawn, and say what came of it."""
@@ -190,26 +175,17 @@ def _shown(picture: Image) -> Image:
     return enlarged(picture, SCALE * max(picture.size))
 
 
-def _message(text: str) -> str:
-    return f'<p role="alert">{escape(text)}</p>'
-
-
 def _timings(plain: Run, patched: Run | None) -> str:
     """Format seconds and distance as a table."""
-    rows = [("without", plain, "1.00×", "")]
-    if patched is not None:
-        metrics = str(distance(plain.picture, patched.picture))
-        rows.append(("with", patched, f"{plain.seconds / patched.seconds:.2f}×", metrics))
-    head = "".join(f"<th>{text}</th>" for text in ("", "seconds", "U-Net seconds", "speed", "difference"))
-    lines = "".join(
-        f"<tr><td>{name}</td><td>{run.seconds:.2f}</td><td>{run.unet_seconds:.2f}</td><td>{speed}</td>"
-        f"<td>{escape(metrics)}</td></tr>"
-        for name, run, speed, metrics in rows
-    )
-    note = (
-        "" if patched is not None else "<p>With these settings agent attention is off: both pictures are the same.</p>"
-    )
-    return f"<table><tr>{head}</tr>{lines}</table>{note}"
+    head, rows = "".join(f"<th>{text}</th>" for text in ("", "seconds", "U-Net seconds", "speed", "difference")), []
+    for name, run in (("without", plain), ("with", patched)):
+        if run is not None:
+            far = str(distance(plain.picture, run.picture)) if run is not plain else ""
+            speed = f"{plain.seconds / run.seconds:.2f}×"
+            rows.append((name, f"{run.seconds:.2f}", f"{run.unet_seconds:.2f}", speed, far))
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
+    off = "<p>With these settings agent attention is off: both pictures are the same.</p>"
+    return f"<table><tr>{head}</tr>{lines}</table>{'' if patched else off}"
 
 
 @contextmanager
@@ -231,14 +207,9 @@ def build(playground: Playground) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=380):
-                prompt = gr.Dropdown(
-                    prompts,
-                    value=prompts[0] if prompts else "",
-                    label="Prompt",
-                    info="One of these, or words of them in another order.",
-                    allow_custom_value=True,
-                    elem_id=f"{TAB}_prompt",
-                )
+                about = {"label": "Prompt", "info": "One of these, or words of them in another order."}
+                first = prompts[0] if prompts else ""
+                prompt = gr.Dropdown(prompts, value=first, **about, allow_custom_value=True, elem_id=f"{TAB}_prompt")
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, elem_id=f"{TAB}_seed")
                     steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id=f"{TAB}_steps")
@@ -250,13 +221,8 @@ def build(playground: Playground) -> gr.Blocks:
                     stop = gr.Button("Stop", elem_id="playground_stop")
                 panel = controls.build(TAB, _accordion, tunings=PanelTunings(playground))
             with gr.Column(scale=3, min_width=420):
-                pictures = gr.ImageSlider(
-                    type="pil",
-                    format="png",
-                    label="Left: without. Right: with agent attention.",
-                    elem_id="playground_pictures",
-                    max_height=1024,
-                )
+                about = {"label": "Left: without. Right: with agent attention.", "elem_id": "playground_pictures"}
+                pictures = gr.ImageSlider(type="pil", format="png", max_height=1024, **about)
                 timings = gr.HTML("", elem_id="playground_timings")
 
         def drawn(*values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, str, str]:  # noqa: B008
@@ -273,13 +239,10 @@ def _own_files() -> dict[str, Any]:
     script, style = _FILES / "javascript" / "agent_attention.js", _FILES / "style.css"
     if not script.is_file():
         return {}
-    # the function that the WebUI provides to scripts
+    # the function that the WebUI provides to scripts; ours polls for the panel's controls, which gradio makes later
     host = "<script>function gradioApp() { return document; }</script>"
-    # the script polls for the panel's controls, which exist once gradio has rendered the page
-    return {
-        "head": f"{host}<script>{script.read_text(encoding='utf-8')}</script>",
-        "css": style.read_text(encoding="utf-8") + _STYLE,
-    }
+    head = f"{host}<script>{script.read_text(encoding='utf-8')}</script>"
+    return {"head": head, "css": style.read_text(encoding="utf-8") + _STYLE}
 
 
 # gradio 6 would squeeze a slider's description beside its number
@@ -293,19 +256,18 @@ _STYLE = """
 """
 
 
-class _Header:
+def _with_policy(app: Any) -> Any:
     """Middleware that adds the content security policy to every response."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+    async def answer(scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         async def sent(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        await self.app(scope, receive, sent)
+        await app(scope, receive, sent)
+
+    return answer
 
 
 def make_app(model: Model) -> FastAPI:
@@ -313,34 +275,20 @@ def make_app(model: Model) -> FastAPI:
     playground = Playground(model)
     app = FastAPI(openapi_url=None)
     Routes(playground).add(app)
-    app.add_middleware(_Header)
-    return gr.mount_gradio_app(
-        app,
-        build(playground),
-        path="",
-        server_name=HOST,
-        footer_links=[],
-        enable_monitoring=False,
-        ssr_mode=False,
-        **_own_files(),
-    )
+    app.add_middleware(_with_policy)
+    options = {"footer_links": [], "enable_monitoring": False, "ssr_mode": False, **_own_files()}
+    return gr.mount_gradio_app(app, build(playground), path="", server_name=HOST, **options)
 
 
 def serve(port: int = 7860, browser: bool = False) -> None:
-    """Serve the page to this machine until Ctrl-C.
-
-    Args:
-        port: the port, or 0 for any; if it is in use, another one is chosen.
-        browser: open the page in the browser.
-    """
+    """Serve the page to this machine until Ctrl-C, at another port if the port is in use, and open a browser on it."""
     app = make_app(open_model("embedded"))
     with _listening(port) as listener:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         print(f"The playground is at {url} (Ctrl-C ends it)", flush=True)
         if browser:
             webbrowser.open(url)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        server.run(sockets=[listener])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..apply import get_patch, patch_unet, remove_patch
+from ..apply import patch_unet, remove_patch
 from ..config import AgentConfig
 from ..methods import UNTOUCHED, method_of
 from ..patching.closeness import Closeness
@@ -28,28 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """One picture, and how it was drawn.
-
-    Attributes:
-        picture: the picture.
-        seconds: total time: text encoder, U-Net, sampler and decoder.
-        unet_seconds: time in the U-Net.
-        calls: number of U-Net calls.
-        actions: number of self-attention calls by action, such as "agents" or "untouched".
-        notes: reasons for leaving self-attention to the model, each with its number of calls.
-        closeness: how close attention was to full attention; None if nothing was patched.
-    """
+    """One picture, and how it was drawn."""
 
     picture: Image
-    seconds: float
+    seconds: float  # of text encoder, U-Net, sampler and decoder
     unet_seconds: float
-    calls: int
-    actions: Mapping[str, int]
-    notes: Mapping[str, int]
+    calls: int  # of the U-Net
+    actions: Mapping[str, int]  # self-attention calls by action, such as "agents" or "untouched"
+    notes: Mapping[str, int]  # calls left to the model, by reason
     closeness: Closeness | None = None
-
-    def timings(self) -> str:
-        return f"{self.seconds:.2f} s, {self.unet_seconds:.2f} s of it in {self.calls} calls of the U-Net"
 
     def faster(self, plain: Run) -> str:
         """Format the speed-up of the whole run over the unpatched one."""
@@ -70,17 +57,13 @@ class Run:
 def stopwatch(module: nn.Module) -> Iterator[list[float]]:
     """Time a module's calls in a `with` block; yields their seconds."""
     seconds: list[float] = []
-    begin = module.register_forward_pre_hook(lambda *_: seconds.append(-_now()))
 
     def end(*_: Any) -> None:
         seconds[-1] += _now()
 
-    handles = (begin, module.register_forward_hook(end))
-    try:
+    begin = module.register_forward_pre_hook(lambda *_: seconds.append(-_now()))
+    with begin, module.register_forward_hook(end):
         yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _now() -> float:
@@ -101,46 +84,38 @@ def draw(
     step: Callable[[], Any] | None = None,
     before_removal: Callable[[Patch], Any] | None = None,
 ) -> Run:
-    """Draw a picture.
+    """Draw the picture of a complete request under a config, or unpatched.
 
-    Args:
-        model: the model.
-        request: what to draw, complete.
-        config: the settings; None for unpatched.
-        label: label of the progress bar.
-        quiet: show no progress bar.
-        step: called after each sampling step; raising stops the drawing.
-        before_removal: called with the patch, if there is one, when the picture is done.
+    `step` is called after each sampling step, and may raise to stop the drawing; `before_removal` is called with the
+    patch, if there is one, when the picture is done.
     """
     bar = tqdm(total=request.steps, desc=label, unit="step", leave=False, disable=quiet)
-    with _patch(model.unet, config), bar, stopwatch(model.unet) as calls:
-        patch = get_patch(model.unet)
-        if patch:
-            patch.observe_closeness = True
-        start = _now()
-        picture = model.draw(request, lambda: (bar.update(), step and step()))
-        seconds = _now() - start
-        actions: Counter[str] = Counter()
-        for layer in patch.report() if patch else ():
-            actions.update(layer.calls)
-        notes = dict(patch.notes) if patch else {}
-        if patch and before_removal:
-            before_removal(patch)
-        closeness = patch.closeness() if patch else None
-    return Run(picture, seconds, sum(calls), len(calls), dict(actions), notes, closeness)
 
+    def after_step() -> None:
+        bar.update()
+        if step is not None:
+            step()
 
-@contextmanager
-def _patch(unet: nn.Module, config: AgentConfig | None) -> Iterator[None]:
-    if config is not None:
-        patch_unet(unet, config)
+    patch = None if config is None else patch_unet(model.unet, config)
     try:
-        yield
+        if patch is not None:
+            patch.observe_closeness = True
+        with bar, stopwatch(model.unet) as calls:
+            start = _now()
+            picture = model.draw(request, after_step)
+            seconds = _now() - start
+        found: tuple[Any, ...] = {}, {}
+        if patch is not None:
+            actions = sum((Counter(layer.calls) for layer in patch.report()), Counter())
+            found = actions, dict(patch.notes), patch.closeness()
+            if before_removal is not None:
+                before_removal(patch)
+        return Run(picture, seconds, sum(calls), len(calls), *found)
     finally:
-        remove_patch(unet)
+        remove_patch(model.unet)
 
 
-def warm_up(model: Model, request: Request, configs: list[AgentConfig | None], quiet: bool = False) -> None:
+def warm_up(model: Model, request: Request, configs: Iterable[AgentConfig | None], quiet: bool = False) -> None:
     """Run one step with each config, so that one-time costs (memory, kernels) do not count against the first."""
     for config in configs:
         draw(model, replace(request, steps=1), config, "warming up", quiet)
@@ -148,7 +123,6 @@ def warm_up(model: Model, request: Request, configs: list[AgentConfig | None], q
 
 def record(model: Model, request: Request, values: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
     """Make the metadata of a picture's file; `values` are the settings, None if unpatched."""
-    height, width = request.size
     return {
         "agentsd": __version__,
         "model": model.name,
@@ -158,8 +132,8 @@ def record(model: Model, request: Request, values: Mapping[str, Any] | None, **m
         "steps": request.steps,
         "sampler": model.sampler,
         "guidance": request.guidance,
-        "width": width,
-        "height": height,
+        "width": request.size[1],
+        "height": request.size[0],
         "agent_attention": None if values is None else dict(values),
         **more,
     }
@@ -167,16 +141,10 @@ def record(model: Model, request: Request, values: Mapping[str, Any] | None, **m
 
 def infotext_of(made: Mapping[str, Any]) -> str:
     """Format a record as the WebUI's infotext, for its "PNG Info" tab."""
-    lines = [made["prompt"]]
-    if made["negative_prompt"]:
-        lines.append(f"Negative prompt: {made['negative_prompt']}")
-    parts = {
-        "Steps": made["steps"],
-        "Sampler": made["sampler"],
-        "CFG scale": made["guidance"],
-        "Seed": made["seed"],
-        "Size": f"{made['width']}x{made['height']}",
-    }
+    negative = [f"Negative prompt: {made['negative_prompt']}"] if made["negative_prompt"] else []
+    names = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance", "Seed": "seed"}
+    parts = {label: made[name] for label, name in names.items()}
+    parts["Size"] = f"{made['width']}x{made['height']}"
     if made["agent_attention"] is not None:
         parts[infotext.KEY] = infotext.write(made["agent_attention"])
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in parts.items())])
+    return "\n".join([made["prompt"], *negative, ", ".join(f"{key}: {value}" for key, value in parts.items())])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,11 @@ from ..tuning.replay import compare
 from ..tuning.result import Tuning, TuningError
 from ..tuning.tuner import tune as tune_model
 from .errors import CommandError
-from .files import fresh, write_whole
 from .models import EMBEDDED, Model, Request, open_model
-from .options import TOLERANCE, config_of
+from .options import TOLERANCE
+from .pictures import fresh, write_whole
 from .runs import draw
 
-# Name under which a picture's settings hold the text of a tuning.
-TUNING = "tuning"
 # Presets that are compared with the tuning; those for a hires pass or another model say nothing here.
 _COMPARED = ("Fast", "Faithful")
 _PROMPTS = {EMBEDDED: ("red apple", "panda")}
@@ -45,10 +43,13 @@ def tune(args: argparse.Namespace) -> None:
         request = Request(prompt, args.seed + i, args.steps, args.guidance, args.negative, args.size)
         calls += recorded(model, model.complete(request), args.moments, args.quiet)
     tuning = tuned(model, calls, args.tolerance, args.methods, args.quiet)
-    others = rivals(model, calls[:: len(prompts)], args.quiet)
-    write_whole(path, lambda file: file.write(tuning.to_json().encode()))
+    configs = {name: to_config(check({"enabled": True, **PRESETS[name]})) for name in _COMPARED}
+    with _progress("comparing presets", args.quiet) as progress:
+        found = compare(model.unet, calls[:: len(prompts)], configs, progress=progress)
+    points = [PresetPoint(name, one.deviation, 1 / one.time) for name, one in found.items()]
     drawn = path.with_suffix(".svg")
-    write_whole(drawn, lambda file: file.write(standalone(chart(tuning, others)).encode()))
+    for file, text in ((path, tuning.to_json()), (drawn, standalone(chart(tuning, points)))):
+        write_whole(file, text.encode())
     print(tuning)
     print(f"\nThe tuning: {path}\nThe chart:  {drawn}")
     print(f'Use it:     python -m agentsd generate "{prompts[0]}" --model {args.model} --tuning {path}')
@@ -72,14 +73,6 @@ def tuned(
             raise CommandError(str(error)) from error
 
 
-def rivals(model: Model, calls: list[RecordedCall], quiet: bool) -> list[PresetPoint]:
-    """Measure presets on recorded calls."""
-    configs = {name: to_config(check({"enabled": True, **PRESETS[name]})) for name in _COMPARED}
-    with _progress("comparing presets", quiet) as progress:
-        found = compare(model.unet, calls, configs, progress=progress)
-    return [PresetPoint(name, one.deviation, 1 / one.time) for name, one in found.items()]
-
-
 @contextmanager
 def _progress(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     """Show a progress bar; yields what `agentsd.tune` calls."""
@@ -92,15 +85,8 @@ def _progress(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], Non
         yield show
 
 
-# How other commands use a tuning
-
-
 def loaded(path: str, unet: nn.Module) -> Tuning:
-    """Load the tuning of a file for a U-Net.
-
-    Raises:
-        CommandError: there is no such file, it is damaged, or it is for another model.
-    """
+    """Load the tuning of a file for a U-Net; a CommandError says why it cannot be used."""
     try:
         tuning = Tuning.load(path)
         tuning.config_for(unet)
@@ -111,50 +97,22 @@ def loaded(path: str, unet: nn.Module) -> Tuning:
     return tuning
 
 
-class Plain:
-    """The settings of a command line.
+def settings_for(
+    args: argparse.Namespace, model: Model, request: Request
+) -> Callable[..., tuple[dict[str, Any], AgentConfig]]:
+    """Make a function from changes to a command line's settings to (the settings for a picture's file, the config).
 
-    Attributes:
-        values: the settings by name, for the picture's file.
+    With a tuning, the settings are its text, and `tolerance` chooses from its frontier; what becomes of it at the size
+    of the request is printed.
     """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.values: dict[str, Any] = args.settings
-
-    def config(self, values: Mapping[str, Any] | None = None) -> AgentConfig:
-        """Make the config of these settings, or of others."""
-        return config_of(self.values if values is None else values)
-
-    def varied(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Change some of the settings."""
-        return {**self.values, **changes}
-
-
-class Tuned(Plain):
-    """A tuning instead: its settings are its text, and "tolerance" among them chooses from its frontier."""
-
-    def __init__(self, args: argparse.Namespace, model: Model) -> None:
-        super().__init__(args)
-        self.tuning, self.unet = loaded(args.tuning, model.unet), model.unet
-        self.values = {**args.settings, TUNING: self.tuning.text}
-
-    def config(self, values: Mapping[str, Any] | None = None) -> AgentConfig:
-        return self._at(values or {}).config_for(self.unet)
-
-    def varied(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self.values, **changes, TUNING: self._at(changes).text}
-
-    def _at(self, values: Mapping[str, Any]) -> Tuning:
-        return self.tuning.at(values[TOLERANCE.name]) if TOLERANCE.name in values else self.tuning
-
-
-def settings_for(args: argparse.Namespace, model: Model, request: Request) -> Plain:
-    """Return what a command line asks for; print what becomes of its tuning at the size of the request."""
     if not args.tuning:
-        return Plain(args)
-    chosen = Tuned(args, model)
-    height, width = request.size
-    advice = chosen.tuning.advice(height // model.factor, width // model.factor)
-    if advice:
+        return lambda **changes: ({**args.settings, **changes}, to_config({**args.settings, **changes}))
+    tuning = loaded(args.tuning, model.unet)
+    if advice := tuning.advice(*(side // model.factor for side in request.size)):
         print(advice)
+
+    def chosen(**changes: Any) -> tuple[dict[str, Any], AgentConfig]:
+        at = tuning.at(changes[TOLERANCE.name]) if changes else tuning
+        return {**args.settings, **changes, "tuning": at.text}, at.config_for(model.unet)
+
     return chosen
