@@ -248,7 +248,7 @@ class TestLifetime:
         broken.set_model_attn1_patch(fail)
         with pytest.raises(KeyboardInterrupt):
             run(broken, host)
-        assert patch_of(patched).shared.call() is None
+        assert patch_of(patched).call() is None
         assert torch.equal(run(patched, host), expected)
 
     def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, model, host, monkeypatch):

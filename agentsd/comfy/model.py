@@ -107,7 +107,7 @@ def attach_slot(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
         try:
             output = executor(*args, **kwargs)
         except BaseException:
-            slot.patch.shared.end()
+            slot.patch.end()
             raise
         slot.patch.end_call()
         return output
@@ -167,7 +167,7 @@ class ClonePatch(Patch):
 
     def __init__(self, unet: nn.Module, config: AgentConfig, since: float = 0.0) -> None:
         super().__init__(unet, config, answerer=_CloneAnswerer())
-        self.since = since
+        self.active, self.since = True, since
         self.last: PassReport | None = None
         self.sampled = PassReport(name="sampling")
         positions = {_position(layer.site.name): layer for layer in self._layers}
@@ -181,7 +181,7 @@ class ClonePatch(Patch):
         """Start the counts of a report."""
         self.notes.clear()
         self.sampled = PassReport(name="sampling")
-        self.shared.finite = FiniteCheck()
+        self.finite = FiniteCheck()
         self._note_idle_rules()
         for layer in self._layers:
             layer.calls.clear()
@@ -194,7 +194,7 @@ class ClonePatch(Patch):
 
     def end_call(self) -> None:
         """Note the blocks where somebody else has answered in our place."""
-        call = self.shared.call()
+        call = self.call()
         for layer in self._at.values() if call is not None and call.active else ():
             # a block that was not asked has not told its size
             planned = plan_block(self.config, layer.site.place, call.latent, call.part)
@@ -207,7 +207,7 @@ class ClonePatch(Patch):
         """Answer the self-attention of a block, from its queries, keys and values (B, N, C) and the host's options."""
         call = _ProjectedCall(q, k, v, options)
         layer = self._at.get((options["block"], options["block_index"]))
-        if layer is None or self.shared.call() is None:  # nobody patches outside of a sampling
+        if layer is None or self.call() is None:  # nobody patches outside of a sampling
             return call.proceed()
         layer.image.see(tuple(options["activations_shape"][-2:]))
         layer.match(k)

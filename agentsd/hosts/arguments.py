@@ -21,18 +21,18 @@ def output_tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output.sample
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    return args[0] if args else next((kwargs[name] for name in names if name in kwargs), None)
+def _find(place: int, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[place] if len(args) > place else next((kwargs[name] for name in names if name in kwargs), None)
 
 
 def read_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Read the tokens (B, N, C) from a block's arguments."""
-    return _first(args, kwargs, _TOKENS)
+    return _find(0, _TOKENS, args, kwargs)
 
 
 def find_timestep(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Find the timesteps among a U-Net's arguments, unread; None if there are none."""
-    return args[1] if len(args) > 1 else next((kwargs[name] for name in _TIMESTEPS if name in kwargs), None)
+    return _find(1, _TIMESTEPS, args, kwargs)
 
 
 def read_timestep(t: Any) -> float | None:
@@ -44,6 +44,6 @@ def read_timestep(t: Any) -> float | None:
 
 def read_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Read (height, width) off the image-shaped tensor (B, C, height, width) among a module's arguments."""
-    x = _first(args, kwargs, _IMAGES)
+    x = _find(0, _IMAGES, args, kwargs)
     shape = x.shape if isinstance(x, Tensor) else ()
     return (shape[2], shape[3]) if len(shape) == 4 else None

@@ -34,6 +34,7 @@ class Call:
         mask: the attention mask, if any.
         extras: other arguments that are neither None nor empty, by name.
         proceed: makes the host's original call; given tokens, makes the same call with these in place of x.
+        wanted: what the seam's `wants` returned for it.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class Call:
     mask: Any
     extras: Mapping[str, Any]
     proceed: Callable[..., Tensor]
+    wanted: Any = None
 
 
 Handler = Callable[[Call], Tensor]
@@ -62,8 +64,8 @@ class Seam(Protocol):
     attn: nn.Module
     obstacle: str
 
-    def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
-        """Send calls to `handler` while `wants()`, and the others on unread; at most once per seam."""
+    def install(self, handler: Handler, wants: Callable[[], Any] = always) -> None:
+        """Send calls to `handler` while `wants()` returns something, the others on unread; at most once per seam."""
 
     def refresh(self) -> None:
         """See whether the host computes the attention in another way since, and go on answering if that can be."""
@@ -138,24 +140,17 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def is_set(value: Any) -> bool:
     """Whether an argument can change the result: it is neither None, empty, zero nor False."""
-    if value is None:
-        return False
-    return bool(value) if isinstance(value, (bool, int, float, str, dict, list, tuple)) else True
+    # bool of a tensor would wait for the device, or raise
+    return bool(value) if isinstance(value, (bool, int, float, str, dict, list, tuple)) else value is not None
 
 
 def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Map the arguments of a call to names, given the names of the positional ones."""
-    arguments = dict(zip(names, args, strict=False), **kwargs)
-    arguments.update({f"argument {i}": value for i, value in enumerate(args[len(names) :])})
-    return arguments
+    more = {f"argument {i}": value for i, value in enumerate(args[len(names) :])}
+    return {**dict(zip(names, args, strict=False)), **kwargs, **more}
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether this is a BasicTransformerBlock whose self-attention has the expected parts.
-
-    Recognised by class name and attributes, since every host has its own class.
-    """
-    if not any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__):
-        return False
-    attn1 = getattr(module, "attn1", None)
-    return attn1 is not None and all(hasattr(attn1, name) for name in _PARTS)
+    """Whether this is a BasicTransformerBlock with self-attention, by names, since every host has its own class."""
+    named = any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__)
+    return named and all(hasattr(getattr(module, "attn1", None), name) for name in _PARTS)

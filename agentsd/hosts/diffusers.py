@@ -58,16 +58,14 @@ class ProcessorSeam:
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
         self.obstacle = _obstacle(attn)
-        self._answered: tuple[Handler, Callable[[], bool]] | None = None
+        self._answered: tuple[Handler, Callable[[], Any]] | None = None
         self._processor: _Processor | None = None
 
-    def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
-        """Send calls to `handler` while `wants()`, through whatever processor the host chooses."""
+    def install(self, handler: Handler, wants: Callable[[], Any] = always) -> None:
         self._answered = handler, wants
         self.refresh()
 
     def refresh(self) -> None:
-        """Go on answering where the host has chosen another processor since, unless it computes something else."""
         if self._answered is None or self.attn.processor is self._processor:
             return
         self.obstacle = _obstacle(self.attn)
@@ -106,7 +104,7 @@ class _Processor:
 
     _NAMES = ("encoder_hidden_states", "attention_mask", "temb")
 
-    def __init__(self, previous: Callable[..., Tensor], handler: Handler | None, wants: Callable[[], bool]) -> None:
+    def __init__(self, previous: Callable[..., Tensor], handler: Handler | None, wants: Callable[[], Any]) -> None:
         self.previous, self.handler, self.wants = previous, handler, wants
 
     def __reduce__(self) -> Any:
@@ -118,11 +116,12 @@ class _Processor:
 
     def answer(self, attn: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Answer a call of self-attention."""
-        if self.handler is None or not self.wants():
+        wanted = None if self.handler is None else self.wants()
+        if not wanted:
             return self.previous(attn, hidden_states, *args, **kwargs)
         if not args and all(value is None for value in kwargs.values()):  # nearly every call
             return self.handler(
-                Call(hidden_states, None, None, {}, lambda x=hidden_states: self.previous(attn, x, **kwargs))
+                Call(hidden_states, None, None, {}, lambda x=hidden_states: self.previous(attn, x, **kwargs), wanted)
             )
         arguments = named(self._NAMES, args, kwargs)
         context, mask = (arguments.pop(name, None) for name in self._NAMES[:2])
@@ -134,10 +133,10 @@ class _Processor:
             return self.previous(attn, tokens, **rest)
 
         extras = {name: value for name, value in arguments.items() if is_set(value)}
-        return self.handler(Call(hidden_states, context, mask, extras, proceed))
+        return self.handler(Call(hidden_states, context, mask, extras, proceed, wanted))
 
 
-def _around(previous: Callable[..., Tensor], handler: Handler, wants: Callable[[], bool]) -> _Processor:
+def _around(previous: Callable[..., Tensor], handler: Handler, wants: Callable[[], Any]) -> _Processor:
     return _processor_like(type(previous))(previous, handler, wants)
 
 

@@ -23,7 +23,8 @@ def layout_of(unet: nn.Module, name: str = "") -> Layout:
     blocks = tuple(CountedBlock(site.name, site.downsample, site.channels) for site in sites)
     constant = sum(_prompt_flops(site) for site in sites)
     inside = {id(module) for site in sites for module in site.block.modules()}
-    resampled, levels = dict(_resamplers(unet)), dict(downsamples(unet))
+    levels, kinds = dict(downsamples(unet)), {full: type(module).__name__ for full, module in unet.named_modules()}
+    resampled = {full: _RESAMPLED[kind] for full, kind in kinds.items() if kind in _RESAMPLED}
     rest: Counter[int] = Counter()
     for full, module in unet.named_modules():
         flops = 0 if id(module) in inside else _flops_per_position(module)
@@ -32,15 +33,12 @@ def layout_of(unet: nn.Module, name: str = "") -> Layout:
         if isinstance(module, nn.Linear) and not full.endswith(("proj_in", "proj_out")):
             constant += flops  # timestep and class embeddings
             continue
-        level = next((d for prefix, d in levels.items() if full.startswith(prefix + ".")), 1)
-        factor = next((f for prefix, f in resampled.items() if full.startswith(prefix + ".")), 1.0)
+        level, factor = (
+            next((value for prefix, value in found.items() if full.startswith(prefix + ".")), 1)
+            for found in (levels, resampled)
+        )
         rest[int(level * factor)] += flops
     return Layout(name, blocks, tuple(sorted(rest.items())), constant)
-
-
-def _resamplers(unet: nn.Module) -> list[tuple[str, float]]:
-    modules = ((full, type(module).__name__) for full, module in unet.named_modules())
-    return [(full, _RESAMPLED[kind]) for full, kind in modules if kind in _RESAMPLED]
 
 
 def _flops_per_position(module: nn.Module) -> int:

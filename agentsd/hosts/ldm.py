@@ -28,16 +28,19 @@ class LDM(Host):
         return ForwardSeam(attn)
 
     def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
+        def factor(stage: nn.Module, resampler: str) -> int:
+            return 2 if any(type(module).__name__ == resampler for module in stage.modules()) else 1
+
         if not hasattr(unet, "input_blocks"):
             return
         d = 1
         for i, stage in enumerate(unet.input_blocks):
-            d *= 2 if _has(stage, "Downsample") else 1
+            d *= factor(stage, "Downsample")
             yield f"input_blocks.{i}", d
         yield "middle_block", d
         for i, stage in enumerate(unet.output_blocks):
             yield f"output_blocks.{i}", d
-            d //= 2 if _has(stage, "Upsample") else 1
+            d //= factor(stage, "Upsample")
 
     def example_call(
         self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
@@ -56,10 +59,6 @@ class LDM(Host):
         return getattr(unet, "computation_dtype", None) or weight_of(unet).dtype  # Forge casts weights as it goes
 
 
-def _has(stage: nn.Module, class_name: str) -> bool:
-    return any(type(module).__name__ == class_name for module in stage.modules())
-
-
 class ForwardSeam:
     """Replacement of the `forward` of one LDM, sgm or Forge attention module, on the instance."""
 
@@ -74,10 +73,9 @@ class ForwardSeam:
         self._previous: Callable[..., Tensor] | None = None
         self._forward: Callable[..., Tensor] | None = None
         self._handler: Handler | None = None
-        self._wants: Callable[[], bool] = always
+        self._wants: Callable[[], Any] = always
 
-    def install(self, handler: Handler, wants: Callable[[], bool] = always) -> None:
-        """Send calls to `handler` while `wants()`; at most once per seam."""
+    def install(self, handler: Handler, wants: Callable[[], Any] = always) -> None:
         self._handler, self._wants = handler, wants
         self._previous = self.attn.__dict__.get("forward")
         # a bound method, not a closure, so that a deep copy of the model gets its own seam
@@ -101,18 +99,17 @@ class ForwardSeam:
 
     def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
         # without a handler it was removed, but a reference to this method survives
-        if self._handler is None or not self._wants():
-            return self._original(*args, **kwargs)
-        return self._handler(self._read(args, kwargs))
+        wanted = None if self._handler is None else self._wants()
+        return self._handler(self._read(args, kwargs, wanted)) if wanted else self._original(*args, **kwargs)
 
     def _original(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._previous is not None:
             return self._previous(*args, **kwargs)
         return type(self.attn).forward(self.attn, *args, **kwargs)
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Any) -> Call:
         if len(args) == 1 and all(value is None for value in kwargs.values()):  # nearly every call
-            return Call(args[0], None, None, {}, lambda x=args[0]: self._original(x, **kwargs))
+            return Call(args[0], None, None, {}, lambda x=args[0]: self._original(x, **kwargs), wanted)
         arguments = named(self._names, args, kwargs)
         x, context, mask = (arguments.pop(name, None) for name in (self._names[0], "context", "mask"))
         value = arguments.pop("value", None)
@@ -125,13 +122,12 @@ class ForwardSeam:
                 return self._original(*args, **kwargs)
             return self._original(tokens, **dict.fromkeys(sources, tokens), **arguments)
 
-        relevant = {name: value for name, value in arguments.items() if name not in self._HARMLESS}
-        extras = {name: value for name, value in relevant.items() if is_set(value)}
-        return Call(x, context, mask, extras if plain else {**extras, "value": value}, proceed)
+        extras = {} if plain else {"value": value}
+        extras |= {name: v for name, v in arguments.items() if name not in self._HARMLESS and is_set(v)}
+        return Call(x, context, mask, extras, proceed, wanted)
 
 
 def _positional_names(method: Callable[..., Any]) -> tuple[str, ...]:
     """List the names of a method's positional parameters without self; LDM's if a wrapper hides them."""
-    parameters = list(inspect.signature(method).parameters.values())[1:]
-    names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-    return names or ("x", "context", "mask")
+    _, *parameters = inspect.signature(method).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD) or ("x", "context", "mask")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,7 +61,9 @@ def find_unet(model: Any) -> nn.Module:
         UnsupportedModelError: the model has no U-Net with transformer blocks.
     """
     for path in (*(path for host in HOSTS for path in host.paths), ""):
-        unet = _follow(model, path)
+        unet = model
+        for name in filter(None, path.split(".")):
+            unet = getattr(unet, name, None)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile
         if isinstance(unet, nn.Module) and any(is_block(module) for module in unet.modules()):
             return unet
@@ -72,27 +73,16 @@ def find_unet(model: Any) -> nn.Module:
     )
 
 
-def _follow(model: Any, path: str) -> Any:
-    for name in filter(None, path.split(".")):
-        model = getattr(model, name, None)
-    return model
-
-
 def find_sites(unet: nn.Module) -> list[Site]:
     """List all transformer blocks of the U-Net, in the order of its modules."""
     levels, sites = dict(downsamples(unet)), []
     for name, module in unet.named_modules():
-        if not hasattr(module, "transformer_blocks"):
-            continue
-        for child_name, block in module.named_modules():
+        for child_name, block in module.named_modules() if hasattr(module, "transformer_blocks") else ():
             if is_block(block):
                 full = f"{name}.{child_name}".lstrip(".")
-                sites.append(Site(block, module, Block(full, _of_prefix(full, levels)), host_of(block.attn1)))
-    first = min((site.downsample for site in sites if site.downsample), default=1)
+                level = next((d for prefix, d in levels.items() if full.startswith(prefix + ".")), None)
+                sites.append(Site(block, module, Block(full, level), host_of(block.attn1)))
+    largest = min((site.downsample for site in sites if site.downsample), default=1)
     for site in sites:
-        site.place = replace(site.place, largest_level=first)
+        site.place = replace(site.place, largest_level=largest)
     return sites
-
-
-def _of_prefix(name: str, levels: Mapping[str, int]) -> int | None:
-    return next((d for prefix, d in levels.items() if name.startswith(prefix + ".")), None)

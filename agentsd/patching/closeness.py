@@ -33,11 +33,8 @@ class Closeness:
     calls: int
 
     def __str__(self) -> str:
-        return f"attention within {_percent(self.mean)} of full (worst block {_percent(self.worst)})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%" if share >= 0.0995 else f"{100 * share:.1f}%"
+        mean, worst = (f"{100 * e:.0f}%" if e >= 0.0995 else f"{100 * e:.1f}%" for e in (self.mean, self.worst))
+        return f"attention within {mean} of full (worst block {worst})"
 
 
 class ClosenessMeter:
@@ -82,42 +79,26 @@ class Watch:
 
     def attend(self, name: str, method: Method, attention: SelfAttention) -> Tensor:
         """Have `method` answer the attention of the block `name`, and compare the answer."""
-        watched = _Watched(attention)
-        out = method.attend(replace(attention, project=watched.project))
+        places, found = _places(attention.x.shape[1], attention.x.device), []
+
+        @torch.no_grad()
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention.full(q.index_select(1, places), k, v)
+
+        def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            projected = attention.project(x)
+            if x is attention.x and not found:  # before the method can change the tensors
+                found.append(attend(*projected))
+            return projected
+
+        out = method.attend(replace(attention, project=project))
         with torch.no_grad():
-            full, ours = attention.project_out(watched.full()).float(), watched.rows(out.detach()).float()
+            # the method may have projected other tokens, merged ones say
+            full = found[0] if found else attend(*attention.project(attention.x))
+            full, ours = attention.project_out(full).float(), out.detach().index_select(1, places).float()
             squares = torch.stack([(ours - full).square().sum(), full.square().sum()])
             self.squares[name] = self.squares.get(name, 0) + squares
         return out
-
-
-class _Watched:
-    """One self-attention call: full attention for some of its tokens."""
-
-    def __init__(self, attention: SelfAttention) -> None:
-        self.attention = attention
-        self.places = _places(attention.x.shape[1], attention.x.device)
-        self._full: Tensor | None = None
-
-    def rows(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.places)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project as the method asked, and compute full attention before the method can change the tensors."""
-        projected = self.attention.project(x)
-        if x is self.attention.x and self._full is None:
-            self._full = self._attend(*projected)
-        return projected
-
-    def full(self) -> Tensor:
-        """Full attention at the places (B, TOKENS, C), before the output projection."""
-        if self._full is None:  # the method projected other tokens, merged ones say
-            self._full = self._attend(*self.attention.project(self.attention.x))
-        return self._full
-
-    @torch.no_grad()
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attention.full(self.rows(q), k, v)
 
 
 @cache

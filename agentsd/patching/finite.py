@@ -58,12 +58,12 @@ class FiniteCheck:
         if self._bad:
             bad, self._bad = torch.stack(self._bad).any(), []
             if bad.device.type == "cpu":
-                self.failed = self.failed or bool(bad)
+                self.failed |= bool(bad)
             else:
                 self._sent = bad.to("cpu", non_blocking=True)
                 self._arrived = getattr(torch, bad.device.type).Event()
                 self._arrived.record()
         if self._arrived is not None and self._arrived.query():
             self._arrived = None
-            self.failed = self.failed or bool(self._sent)
+            self.failed |= bool(self._sent)
         return self.failed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,17 +42,11 @@ class Measurement:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.measured: Measured | None = None
-        self._runs: Counter[tuple[str, str]] = Counter()
-        self._with: dict[tuple[str, str], float] = {}
-        self._without: dict[tuple[str, str], float] = {}
+        # seconds (with, without) of each run, by the block's name and its part
+        self._runs: defaultdict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
 
     def time(
-        self,
-        name: str,
-        part: str,
-        ours: Callable[[], Any],
-        host: Callable[[], Any] | None,
-        device: torch.device,
+        self, name: str, part: str, ours: Callable[[], Any], host: Callable[[], Any] | None, device: torch.device
     ) -> Any:
         """Return what `ours` returns, and time it and the `host`'s answer, which is thrown away.
 
@@ -63,19 +57,17 @@ class Measurement:
             host: computes the same part without; None where the host does nothing of the kind, as matching.
             device: where they compute.
         """
-        key = name, part
         out, seconds = self.clock.timed(ours, device)
         try:
             host_seconds = 0.0 if host is None else self.clock.timed(host, device)[1]
         except RuntimeError:  # too little memory for what the patch replaces
             host_seconds = float("inf")
-        self._runs[key] += 1
-        if self._runs[key] == 2:  # the first time, kernels are loaded and memory is taken
-            self._with[key], self._without[key] = seconds, host_seconds
+        self._runs[name, part].append((seconds, host_seconds))
         return out
 
     def end_call(self) -> None:
         """Make the result, once every part that was seen has been timed twice."""
-        if self._runs and min(self._runs.values()) >= 2:
-            layers = len({name for name, _ in self._with})
-            self.measured = Measured(sum(self._with.values()), sum(self._without.values()), layers)
+        if self._runs and all(len(runs) >= 2 for runs in self._runs.values()):
+            # the first time, kernels are loaded and memory is taken
+            ours, host = zip(*(runs[1] for runs in self._runs.values()), strict=True)
+            self.measured = Measured(sum(ours), sum(host), len({name for name, _ in self._runs}))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +18,7 @@ from ..hosts import UnsupportedModelError, find_sites, find_timestep, read_size
 from ..methods import LayerPlan
 from ..plan import may_match, plan_block
 from ..schedule import MAX_TIMESTEP
-from .call import Answer, KVContext, ModelCall, Shared
+from .call import KVContext, ModelCall, PatchState
 from .closeness import Closeness, ClosenessMeter
 from .finite import NOTE as NOT_FINITE
 from .finite import FiniteCheck
@@ -28,7 +26,7 @@ from .layer import Answerer, Image, Layer, LayerReport
 from .measure import Measured, Measurement
 
 
-class Patch:
+class Patch(PatchState):
     """Agent attention on one U-Net. Created by `apply_patch`; `remove` undoes it.
 
     Threads may share a patched U-Net: what belongs to one call of it is a `ModelCall` (`agentsd.patching.call`).
@@ -39,11 +37,6 @@ class Patch:
         kv_context: maps the attention module and its input (B, N, C) to the inputs of the key and value projections,
             for a host's hypernetworks, say. None: the input itself.
         answerer: plans the blocks and answers their self-attention.
-
-    Attributes:
-        config: the settings.
-        notes: reasons for leaving self-attention to the host, each with its number of calls.
-        shared: what the blocks share, beside a call.
 
     Raises:
         UnsupportedModelError: the U-Net has no transformer blocks to patch.
@@ -57,51 +50,25 @@ class Patch:
         answerer: Answerer | None = None,
     ) -> None:
         answerer = Answerer() if answerer is None else answerer
-        self.config = config
-        self.shared = Shared(config, kv_context, outside=may_match(config) or not answerer.traceable)
+        super().__init__(config, kv_context, outside=may_match(config) or not answerer.traceable)
         self._unet = weakref.ref(unet)
         self._timed = config.timed
         self._measurement: Measurement | None = None
         sites = find_sites(unet)
-        images = {id(site.parent): Image(self.shared, site.parent) for site in sites}
+        images = {id(site.parent): Image(self, site.parent) for site in sites}
         self._images = list(images.values())
-        self._layers = [Layer(self.shared, answerer, site, images[id(site.parent)]) for site in sites]
+        self._layers = [Layer(self, answerer, site, images[id(site.parent)]) for site in sites]
         self._handles: list[Any] = []
         if not self._layers:
             raise UnsupportedModelError(f"{type(unet).__name__} has no transformer blocks to patch")
         self._note_idle_rules()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_unet": self._unet(), "_measurement": None}
+        of_this_run = {"last_call": None, "timing": None, "_measurement": None, "finite": FiniteCheck()}
+        return {**vars(self), "_unet": self._unet(), **of_this_run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _unet=weakref.ref(state["_unet"]))
-
-    @property
-    def notes(self) -> Counter[str]:
-        return self.shared.notes
-
-    @property
-    def observer(self) -> Callable[[Answer], None] | None:
-        """Is called with an `Answer` after every patched attention; None (the default) costs nothing.
-
-        It must not keep a tensor of the answer.
-        """
-        return self.shared.observer
-
-    @observer.setter
-    def observer(self, observer: Callable[[Answer], None] | None) -> None:
-        self.shared.observer = observer
-
-    @property
-    def last_call(self) -> ModelCall | None:
-        """The U-Net call that began last; None before the first, and where torch.compile made it part of a graph."""
-        return self.shared.last
-
-    @property
-    def active(self) -> bool:
-        """Whether the patch is installed."""
-        return bool(self._handles)
 
     def install(self) -> None:
         """Install hooks and replace self-attention, all or nothing. An existing patch is removed first."""
@@ -112,10 +79,10 @@ class Patch:
         if old is not None:
             old.remove()
         keep_out()
-        self.shared.installed, self.shared.finite = True, FiniteCheck()
+        self.active, self.finite = True, FiniteCheck()
         try:
             # a hook of the whole U-Net is outside of its graph, unless its call and not its `forward` is compiled
-            begin = self._begin_outside_graph if self._timed or self.shared.outside else self.begin_call
+            begin = self._begin_outside_graph if self._timed or self.outside else self.begin_call
             self._handles.append(unet.register_forward_pre_hook(begin, with_kwargs=True))
             for image in self._images:
                 self._handles.append(image.module.register_forward_pre_hook(image.look, with_kwargs=True))
@@ -135,8 +102,8 @@ class Patch:
         self._handles.clear()
         for layer in self._layers:
             layer.remove()
-        self.shared.installed = False
-        while self.shared.end() is not None:  # calls that were interrupted
+        self.active = False
+        while self.end() is not None:  # calls that were interrupted
             pass
 
     def report(self) -> list[LayerReport]:
@@ -156,11 +123,10 @@ class Patch:
             level in the U-Net is unknown. Where a tuning is used at another size than its own, `plan.note` says so, and
             `plan.reason` where that is not sound.
         """
-        plans = [plan_block(self.config, layer.site.place, (height, width), progress) for layer in self._layers]
-        return [
-            (layer.site.name, None if settings_and_plan is None else settings_and_plan[1])
-            for layer, settings_and_plan in zip(self._layers, plans, strict=True)
-        ]
+        plans = (
+            (layer, plan_block(self.config, layer.site.place, (height, width), progress)) for layer in self._layers
+        )
+        return [(layer.site.name, planned and planned[1]) for layer, planned in plans]
 
     @property
     def observe_closeness(self) -> bool:
@@ -168,15 +134,15 @@ class Patch:
 
         Off by default. No pixel depends on it. Setting it starts the measurement anew.
         """
-        return self.shared.meter is not None
+        return self.meter is not None
 
     @observe_closeness.setter
     def observe_closeness(self, on: bool) -> None:
-        self.shared.meter = ClosenessMeter() if on else None
+        self.meter = ClosenessMeter() if on else None
 
     def closeness(self) -> Closeness | None:
         """Return how close attention was to full attention; None if not observed. Waits for the device."""
-        return None if self.shared.meter is None else self.shared.meter.read()
+        return None if self.meter is None else self.meter.read()
 
     def measure(self, clock: Clock = WALL) -> None:
         """Time what the patch does beside what it replaces, within the next two U-Net calls that it changes.
@@ -184,16 +150,12 @@ class Patch:
         No U-Net call is made for that, and the outputs are those of the patch. `measured` has the result. What
         torch.compile made part of a graph can't be measured.
         """
-        self.shared.timing = self._measurement = Measurement(clock)
+        self.timing = self._measurement = Measurement(clock)
 
     @property
     def measured(self) -> Measured | None:
         """What `measure` found; None before two U-Net calls have been changed."""
         return None if self._measurement is None else self._measurement.measured
-
-    def note(self, reason: str) -> None:
-        """Count a reason for leaving a call to the host, and log it the first time."""
-        self.shared.note(reason)
 
     @followed
     def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -206,13 +168,13 @@ class Patch:
             return
         if not compiling():
             self._begin(args, kwargs)
-        elif self._timed or self.shared.stays_outside:
+        elif self._timed or self.stays_outside:
             self._begin_outside_graph(unet, args, kwargs)
         else:
             latent = read_size(args, kwargs)
-            self.shared.last = None
+            self.last_call = None
             # the length of a range is a number even where that of a tensor is a symbol
-            self.shared.key = latent and f"{len(range(latent[0]))} {len(range(latent[1]))} None"
+            self.key = latent and f"{len(range(latent[0]))} {len(range(latent[1]))} None"
 
     @not_compiled
     def _begin_outside_graph(
@@ -221,17 +183,16 @@ class Patch:
         self.begin_call(unet, args, kwargs)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a U-Net call."""
-        shared, latent = self.shared, read_size(args, kwargs)
-        call = ModelCall(shared, latent and Grid(*latent), find_timestep(args, kwargs))
+        latent = read_size(args, kwargs)
+        call = ModelCall(self, latent and Grid(*latent), find_timestep(args, kwargs))
         call.active = call.active and not self._failed(call) and (not self._timed or self._enter_part(call))
-        shared.key = f"{call.latent.height} {call.latent.width} {call.part}" if call.active else None
-        call.watch = None if shared.meter is None else shared.meter.watch()
-        shared.begin(call)
+        self.key = f"{call.latent.height} {call.latent.width} {call.part}" if call.active else None
+        call.watch = None if self.meter is None else self.meter.watch()
+        self.begin(call)
+        compiled = compiler_loaded()
         for layer in self._layers:
             layer.seam.refresh()
-        if compiler_loaded():
-            for layer in self._layers:
+            if compiled:
                 layer.set_aside()
 
     @followed
@@ -239,34 +200,29 @@ class Patch:
         if compiling():
             return
         if output is None:  # the call failed
-            self.shared.end()
+            self.end()
         else:
             self.end_call()
 
     def end_call(self) -> None:
         """Take stock of a call of the U-Net that has ended; its hook."""
-        shared, call = self.shared, self.shared.end()
+        call, timing = self.end(), self.timing
         if call is None:
             return
         for layer in self._layers:
-            block = call.blocks.get(layer)
-            if block is None or not block.asked:
-                layer.note_if_bypassed(call)
-        if call.watch is not None and shared.meter is not None:
-            shared.meter.add(call.watch)
-        timing = shared.timing
+            layer.end_call(call)
+        if call.watch is not None and self.meter is not None:
+            self.meter.add(call.watch)
         if timing is not None:
             timing.end_call()
-            if timing.measured is not None:
-                shared.timing = None
+            self.timing = timing if timing.measured is None else None
 
     def _failed(self, call: ModelCall) -> bool:
         """Whether the first answers of this pass were not finite, so that the host makes the rest of it."""
-        finite = self.shared.finite
-        if not finite.poll():
+        if not self.finite.poll():
             return False
-        if finite.is_over(call.timestep):
-            self.shared.finite = FiniteCheck()
+        if self.finite.is_over(call.timestep):
+            self.finite = FiniteCheck()
             return False
         self.note(NOT_FINITE)
         return True
@@ -275,7 +231,7 @@ class Patch:
         """Find the part of the diffusion that a call belongs to; return False if there is none."""
         progress = call.progress
         if progress is None or not 0.0 <= progress <= 1.0:
-            self.shared.note(f"stages and rules need a timestep from 0 to {MAX_TIMESTEP}", f"got {call.timestep}")
+            self.note(f"stages and rules need a timestep from 0 to {MAX_TIMESTEP}", f"got {call.timestep}")
             return False
         call.part = self._parts[bisect_right(self._parts, progress) - 1]
         return True
