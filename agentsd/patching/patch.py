@@ -248,7 +248,7 @@ class Patch(PatchState):
             if not any((anywhere if place.downsample is None else rule).names(place) for place in places):
                 note = f"rule {number} names no block of this model"
                 self.notes[note] = 0
-                self.shared.warn(note)
+                self.say_once(note)
 
 
 def patch_of(unet: nn.Module) -> Patch | None:
