@@ -43,7 +43,7 @@ def test_a_tuning_is_written_with_its_table_and_chart(stand_in, plan):
     assert "--tuning plan.json" in plan
     dots = [dot.get("class") for dot in ElementTree.parse("plan.svg").iter() if dot.tag.endswith("circle")]
     assert dots.count("agent-attention-chosen") == 1
-    assert dots.count("agent-attention-preset") == 2
+    assert dots.count("agent-attention-preset") == 3  # Fast, Balanced, Faithful
     assert agentsd.get_patch(stand_in.unet) is None
 
 

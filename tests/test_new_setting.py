@@ -42,7 +42,7 @@ assert to_config(values).sharpness == 1.5
 assert "sharpness=1.5" in infotext.write(values) and infotext.read(infotext.write(values)) == values
 assert infotext.read("ratio=0.3")["sharpness"] == 0.0
 # presets, page
-assert PRESETS["Faithful"]["sharpness"] == 1.0
+assert PRESETS["Balanced"]["sharpness"] == 1.0
 assert page_data()["help"]["sharpness"] == "How sharp it is."
 # X/Y/Z
 grid = SimpleNamespace(axis_options=[], AxisOption=lambda label, type, apply, **more: (label, type, apply))

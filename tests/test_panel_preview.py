@@ -290,7 +290,7 @@ def test_a_tuning_says_what_was_reached():
 def test_a_pass_without_a_tuning_says_which_preset_applies():
     lines = preview(PRESETS["Tuned"], [HERE, HIRES], 2, Host(kept=[KEPT]))["lines"]
     assert lines[0]["text"].startswith("512×512: tuned")
-    instead = "Hires 1024×1024: not tuned on this checkpoint at this size, so Faithful applies: 16384 tokens → 512"
+    instead = "Hires 1024×1024: not tuned on this checkpoint at this size, so Balanced applies: 16384 tokens → 512"
     assert lines[1]["text"].startswith(instead)
     lines = preview({"tuning": "auto", "method": "pool"}, [HERE], 2, Host())["lines"]
     assert "so Custom applies" in lines[0]["text"]

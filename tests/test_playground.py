@@ -227,7 +227,7 @@ def test_a_picture_is_drawn_both_ways_in_the_browser(page, url):
 
 
 def test_the_panel_is_that_of_the_webui(page):
-    assert page.input_value("#txt2img_agent_attention_preset input") == "Faithful"
+    assert page.input_value("#txt2img_agent_attention_preset input") == "Balanced"
     page.click("#txt2img_agent_attention_more button")
     for row in SETTINGS:
         if row.name != "enabled":

@@ -28,7 +28,7 @@ from .pictures import fresh, write_whole
 from .runs import draw
 
 # Presets that are compared with the tuning; those for a hires pass or another model say nothing here.
-_COMPARED = ("Fast", "Faithful")
+_COMPARED = ("Fast", "Balanced", "Faithful")
 _PROMPTS = {EMBEDDED: ("red apple", "panda")}
 _OTHERS = ("a photo of a cat",)
 

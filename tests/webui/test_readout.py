@@ -13,7 +13,7 @@ PREVIEW = "/agent-attention/preview"
 @pytest.fixture
 def panel(page, panel: Panel) -> Panel:
     panel.open()
-    panel.choose("Faithful")
+    panel.choose("Balanced")
     panel.set("method", "agent")
     panel.set("until", 0.6)
     panel.set("min_tokens", 0)
@@ -88,7 +88,7 @@ def test_img2img_counts_its_denoising_strength(page):
     page.locator("#tabs button", has_text="img2img").first.click()
     panel = Panel(page, "img2img")
     panel.open()
-    panel.choose("Faithful")
+    panel.choose("Balanced")
     panel.set("method", "agent")
     panel.set("until", 0.6)
     size(page, 640, 512, "img2img")

@@ -120,7 +120,7 @@ def test_a_bad_value_that_was_saved_stops_nothing(a1111: Host, page, label: str,
 
 
 def test_small_images_gain_nothing_and_are_left_alone(page, panel: Panel):
-    panel.choose("Faithful")
+    panel.choose("Balanced")
     panel.set("min_tokens", BY_NAME["min_tokens"].default)
     size(page, 128, 128)
     assert "Nothing is to be gained from layers of 256 tokens" in panel.said("128×128: nothing happens")

@@ -102,7 +102,7 @@ def test_the_sliders_lead_to_other_moments_and_layers(page, panel: Panel, told):
 
 
 def test_grid_agents_leave_the_images_colours(page, panel: Panel, told):
-    panel.choose("Faithful")
+    panel.choose("Balanced")
     panel.set("method", "agent")
     generate(page)
     assert "Dots: 48 agents, each the mean of its cell" in told("mean of its cell")
@@ -115,7 +115,7 @@ def test_grid_agents_leave_the_images_colours(page, panel: Panel, told):
 
 
 def test_the_map_of_a_new_image_comes_by_itself_and_goes_with_the_record(page, panel: Panel, told):
-    panel.choose("Faithful")
+    panel.choose("Balanced")
     generate(page)
     panel.said("one token of each cell", "map_text")
     record(page, False)
