@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .patching.patch import Patch
     from .plan import plan_layer
     from .rules import format_rules, parse_rules
-    from .schedule import Rule, Stage
+    from .schedule import Rule, Stage, progress_of_sigma
     from .tuning.record import record_calls
     from .tuning.result import Tuning, TuningCancelled, TuningError
     from .tuning.tuner import tune
@@ -41,7 +41,7 @@ _HOMES = {
     "patching.layer": ("LayerReport",),
     "patching.patch": ("Patch",),
     "plan": ("plan_layer",),
-    "schedule": ("Rule", "Stage"),
+    "schedule": ("Rule", "Stage", "progress_of_sigma"),
     "rules": ("format_rules", "parse_rules"),
     "tuning.result": ("Tuning", "TuningCancelled", "TuningError"),
     "tuning.record": ("record_calls",),
@@ -74,6 +74,7 @@ __all__ = [
     "patch_unet",
     "patched",
     "plan_layer",
+    "progress_of_sigma",
     "record_calls",
     "remove_patch",
     "tune",

@@ -11,9 +11,10 @@ from torch import nn
 
 from .checks import SettingError, check_names
 from .config import SETTINGS, AgentConfig
-from .hosts import UnsupportedModelError, find_unet
+from .hosts import UnsupportedModelError, find_unet, progress_by
 from .patching.call import KVContext
 from .patching.patch import Patch, patch_of
+from .schedule import Moment
 from .tuning.result import as_tuning
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ _DEFAULTS = AgentConfig()
 
 
 def apply_patch(
-    model: Model, *reference: Any, tuning: Tuning | str | PathLike[str] | None = None, **settings: Any
+    model: Model,
+    *reference: Any,
+    tuning: Tuning | str | PathLike[str] | None = None,
+    progress: Moment | None = None,
+    **settings: Any,
 ) -> Model:
     """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
 
@@ -34,6 +39,8 @@ def apply_patch(
         *reference: AgentSD's settings in its order, `ratio` to `merge_mlp`.
         tuning: a result of `agentsd.tune` for this model, its text, or the path of its file. It has settings of its
             own, beside which none may be given.
+        progress: maps the U-Net's timestep to the fraction of the diffusion that is done, 0–1. None: by the pipeline's
+            scheduler as it is now; without one, timesteps are training steps from 1000 to 0. See `progress_of_sigma`.
         **settings: the settings of `AgentConfig`, which documents their meanings and ranges.
 
     Returns:
@@ -55,13 +62,15 @@ def apply_patch(
         if given:
             raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
         config = as_tuning(tuning).config_for(unet)
-    patch_unet(unet, config)
+    patch_unet(unet, config, progress=progress or progress_by(model, unet))
     return model
 
 
-def patch_unet(unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None) -> Patch:
+def patch_unet(
+    unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None, progress: Moment | None = None
+) -> Patch:
     """Patch a U-Net with a config, replacing an existing patch; see `Patch` for the arguments."""
-    patch = Patch(unet, config, kv_context)  # may raise, before anything has been changed
+    patch = Patch(unet, config, kv_context, progress=progress)  # may raise, before anything has been changed
     patch.install()
     return patch
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
+from math import inf, log, log1p
 from types import MappingProxyType
 from typing import Any
 
@@ -22,12 +25,80 @@ SINCE, UNTIL = (Setting(name, "number", default) for name, default in (("since",
 
 def progress_of(t: float) -> float:
     """Return the fraction of the diffusion that is done at timestep `t` of 0–1000."""
+    # a quotient of whole numbers equals the float that `until` holds; 1 − t / 1000 may not
     return (MAX_TIMESTEP - t) / MAX_TIMESTEP
 
 
 def timestep_at(progress: float) -> float:
     """Return the timestep, 0–1000, at which the fraction `progress` of the diffusion is done."""
     return MAX_TIMESTEP * (1 - progress)
+
+
+@cache
+def _log_sigmas() -> list[float]:
+    """ln σ of Stable Diffusion at its training steps: β is a square, linear in its root."""
+    found, kept = [], 1.0
+    for step in range(MAX_TIMESTEP):
+        low, high = 0.00085**0.5, 0.012**0.5
+        kept *= 1 - (low + (high - low) * step / (MAX_TIMESTEP - 1)) ** 2
+        found.append(log((1 - kept) / kept) / 2)
+    return found
+
+
+def _progress_of_log_sigma(log_sigma: float) -> float:
+    table = _log_sigmas()
+    i = bisect_right(table, log_sigma)
+    if i in (0, MAX_TIMESTEP):
+        return float(i == 0)
+    return progress_of(i - 1 + (log_sigma - table[i - 1]) / (table[i] - table[i - 1]))
+
+
+def progress_of_sigma(sigma: float) -> float:
+    """Return the fraction of the diffusion that is done where Stable Diffusion has as much noise.
+
+    Args:
+        sigma: σ, the standard deviation of the noise over that of the images' scale, 0 or more: 14.6 is the beginning.
+    """
+    return _progress_of_log_sigma(log(sigma) if sigma > 0 else -inf)
+
+
+def progress_of_edm(t: float) -> float:
+    """The same where the timestep is EDM's c_noise = ln σ / 4 (Karras et al., 2022, arXiv 2206.00364, table 1)."""
+    return progress_of(t) if t > 2 else _progress_of_log_sigma(4 * t)  # no σ reaches e⁸; training steps do
+
+
+def progress_of_flow(t: float) -> float:
+    """The same where t / 1000 is the share of noise in (1 − t / 1000) · image + t / 1000 · noise."""
+    share = t / MAX_TIMESTEP
+    return 0.0 if share >= 1 else _progress_of_log_sigma(log(share) - log1p(-share) if share > 0 else -inf)
+
+
+Moment = Callable[[float], "float | None"]
+
+
+class Timesteps:
+    """Tells how far the diffusion is by the timesteps of a run, one call after the other.
+
+    Args:
+        told: maps a timestep to the fraction of the diffusion that is done; None: timesteps are training steps, 0–1000.
+            Where they can't be, the whole run has no progress, rather than one that is taken for its end.
+    """
+
+    def __init__(self, told: Moment | None = None) -> None:
+        self._told, self._last, self._steps = told, -inf, True
+
+    def progress(self, t: float) -> float | None:
+        """Return the fraction of the diffusion done at timestep `t` of the next call, 0–1; None if it isn't known."""
+        if self._told is not None:
+            try:
+                progress = self._told(t)
+            except Exception:  # the caller's; it must not cost the image
+                return None
+            return progress if progress is not None and 0 <= progress <= 1 else None
+        if not t <= self._last:  # another run; none of training steps begins at 1 or between two of the last
+            self._steps = t == 0 or 2 <= t <= MAX_TIMESTEP
+        self._last, self._steps = t, self._steps and 0 <= t <= MAX_TIMESTEP
+        return progress_of(t) if self._steps else None
 
 
 @dataclass(frozen=True)

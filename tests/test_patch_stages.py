@@ -71,7 +71,7 @@ class TestStages:
             out = run(unet, example)
         patch = get_patch(unet)
         (note,) = patch.notes
-        assert "0 to 1000" in note
+        assert "1000 to 0" in note
         assert patch.notes[note] == 2
         assert len(caplog.records) == 1
         remove_patch(unet)

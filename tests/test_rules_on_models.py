@@ -239,7 +239,7 @@ def test_timed_rules_stand_down_outside_the_diffusion(unet, t):
         out = run(unet, example)
         (note,) = get_patch(unet).notes
     assert torch.equal(out.nan_to_num(), plain.nan_to_num())
-    assert "0 to 1000" in note
+    assert "1000 to 0" in note
     with patched(unet, **GRID, rules=(Rule(POOL),)):
         run(unet, example)
         assert not get_patch(unet).notes

@@ -17,7 +17,6 @@ from ..attention.grid import Grid
 from ..attention.merging import Clusters
 from ..methods import LayerPlan
 from ..patching.call import Answer
-from ..schedule import MAX_TIMESTEP
 from .decision import fraction
 
 # Label of the checkbox that turns on recording
@@ -83,7 +82,7 @@ class Recording:
             if latent is not None and answer.latent != latent:
                 self.parts = True
                 return None
-            progress = None if answer.timestep is None else (MAX_TIMESTEP - answer.timestep) / MAX_TIMESTEP
+            progress = answer.call.progress
             moment = None if progress is None else int(MOMENTS * progress)
             if moment in moments:
                 return None

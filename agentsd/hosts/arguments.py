@@ -15,10 +15,15 @@ _TIMESTEPS = tuple(name for host in HOSTS for name in host.timesteps)
 
 
 def output_tensor(output: Any) -> Tensor:
-    """Extract the tensor from a U-Net's output: bare, first in a tuple, or in diffusers' output object."""
+    """Extract the tensor from a U-Net's output: bare, first in a tuple, or in diffusers' output object.
+
+    Of a ControlNet, which has an output for each stage, it is the middle's.
+    """
     if isinstance(output, Tensor):
         return output
-    return output[0] if isinstance(output, (tuple, list)) else output.sample
+    if isinstance(output, (tuple, list)):
+        return output[-1] if isinstance(output[0], (tuple, list)) else output[0]
+    return output.sample if hasattr(output, "sample") else output.mid_block_res_sample
 
 
 def _find(place: int, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -43,7 +48,7 @@ def read_timestep(t: Any) -> float | None:
 
 
 def read_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Read (height, width) off the image-shaped tensor (B, C, height, width) among a module's arguments."""
+    """Read (height, width) off the image (B, C, height, width), or video of five dimensions, among the arguments."""
     x = _find(0, _IMAGES, args, kwargs)
     shape = x.shape if isinstance(x, Tensor) else ()
-    return (shape[2], shape[3]) if len(shape) == 4 else None
+    return (shape[-2], shape[-1]) if len(shape) in (4, 5) else None

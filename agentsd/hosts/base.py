@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..schedule import Moment
+
 PROMPT_TOKENS = 77
 # What a block's self-attention must have
 _PARTS = ("to_q", "to_k", "to_v", "to_out", "heads")
@@ -93,6 +95,7 @@ class Host(ABC):
         images: names of the argument that holds an image-shaped tensor (B, C, height, width).
         tokens: names of the argument that holds tokens (B, N, C).
         timesteps: names of the U-Net's argument that holds the timestep.
+        temporal: names of modules whose transformer blocks attend over frames.
         resamplers: by class name of a resampling module, the downsample at which it convolves, relative to that of its
             stage.
     """
@@ -101,6 +104,7 @@ class Host(ABC):
     images: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     timesteps: tuple[str, ...] = ()
+    temporal: tuple[str, ...] = ()
     resamplers: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
@@ -128,6 +132,10 @@ class Host(ABC):
             t: timesteps, one per row of the batch.
         """
 
+    def moment(self, model: Any, unet: nn.Module) -> Moment | None:
+        """Return what maps a model's timestep to the fraction of the diffusion; None where it is a training step."""
+        return None
+
     def dtype(self, unet: nn.Module) -> torch.dtype:
         """Return the dtype in which the host computes this U-Net."""
         return weight_of(unet).dtype
@@ -153,4 +161,6 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, An
 def is_block(module: nn.Module) -> bool:
     """Whether this is a BasicTransformerBlock with self-attention, by names, since every host has its own class."""
     named = any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__)
-    return named and all(hasattr(getattr(module, "attn1", None), name) for name in _PARTS)
+    # in most blocks of the x4 upscaler both attentions are to the prompt
+    to_prompt = getattr(module, "only_cross_attention", False) or getattr(module, "disable_self_attn", False)
+    return named and not to_prompt and all(hasattr(getattr(module, "attn1", None), name) for name in _PARTS)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..schedule import Moment, progress_of_edm, progress_of_flow
 from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, is_set, named
 
 
@@ -18,6 +19,7 @@ class Diffusers(Host):
     images = ("sample", "hidden_states")
     tokens = ("hidden_states",)
     timesteps = ("timestep",)
+    temporal = ("motion_modules", "temp_attentions", "transformer_in")
     # a stage ends with its downsampler or upsampler
     resamplers = MappingProxyType({"Downsample2D": 2.0, "Upsample2D": 0.5})
 
@@ -33,11 +35,20 @@ class Diffusers(Host):
         d = 1
         for i, stage in enumerate(unet.down_blocks):
             yield f"down_blocks.{i}", d
-            d *= 2 if getattr(stage, "downsamplers", None) else 1
+            # ControlNet-XS has a second name for it
+            d *= 2 if getattr(stage, "downsamplers", None) or getattr(stage, "base_downsamplers", None) else 1
         yield "mid_block", d
-        for i, stage in enumerate(unet.up_blocks):
+        for i, stage in enumerate(getattr(unet, "up_blocks", ())):  # a ControlNet has none
             yield f"up_blocks.{i}", d
             d //= 2 if getattr(stage, "upsamplers", None) else 1
+
+    def moment(self, model: Any, unet: nn.Module) -> Moment | None:
+        scheduler = getattr(model, "scheduler", None)
+        name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+        continuous = (config.get("timestep_type"), config.get("prediction_type")) == ("continuous", "v_prediction")
+        if continuous or name.startswith("EDM") or type(unet).__name__ == "UNetSpatioTemporalConditionModel":
+            return progress_of_edm
+        return progress_of_flow if name.startswith("FlowMatch") or config.get("use_flow_sigmas") else None
 
     def example_call(
         self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor

@@ -18,6 +18,7 @@ class LDM(Host):
     images = ("x",)
     tokens = ("x",)
     timesteps = ("timesteps", "t")
+    temporal = ("time_stack",)
     # a stage begins with its Downsample and ends with its Upsample
     resamplers = MappingProxyType({"Downsample": 1.0, "Upsample": 0.5})
 
@@ -38,7 +39,7 @@ class LDM(Host):
             d *= factor(stage, "Downsample")
             yield f"input_blocks.{i}", d
         yield "middle_block", d
-        for i, stage in enumerate(unet.output_blocks):
+        for i, stage in enumerate(getattr(unet, "output_blocks", ())):  # a ControlNet has none
             yield f"output_blocks.{i}", d
             d //= factor(stage, "Upsample")
 

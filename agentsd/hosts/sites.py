@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 from ..schedule import Block
 from .base import Host, Seam, UnsupportedModelError, is_block
 from .families import HOSTS, downsamples, host_of
+
+_TEMPORAL = {name for host in HOSTS for name in host.temporal}
 
 
 @dataclass
@@ -65,7 +68,7 @@ def find_unet(model: Any) -> nn.Module:
         for name in filter(None, path.split(".")):
             unet = getattr(unet, name, None)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile
-        if isinstance(unet, nn.Module) and any(is_block(module) for module in unet.modules()):
+        if isinstance(unet, nn.Module) and any(_blocks(unet)):
             return unet
     raise UnsupportedModelError(
         f"model must be a Stable Diffusion model (LDM, sgm or diffusers) or its U-Net with transformer blocks, "
@@ -73,15 +76,21 @@ def find_unet(model: Any) -> nn.Module:
     )
 
 
+def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield (name, parent, block); none of a transformer by itself, whose input is no image."""
+    for name, module in unet.named_modules():
+        for child_name, block in module.named_modules() if name and hasattr(module, "transformer_blocks") else ():
+            full = f"{name}.{child_name}"
+            if is_block(block) and not _TEMPORAL.intersection(full.split(".")):
+                yield full, module, block
+
+
 def find_sites(unet: nn.Module) -> list[Site]:
     """List all transformer blocks of the U-Net, in the order of its modules."""
     levels, sites = dict(downsamples(unet)), []
-    for name, module in unet.named_modules():
-        for child_name, block in module.named_modules() if hasattr(module, "transformer_blocks") else ():
-            if is_block(block):
-                full = f"{name}.{child_name}".lstrip(".")
-                level = next((d for prefix, d in levels.items() if full.startswith(prefix + ".")), None)
-                sites.append(Site(block, module, Block(full, level), host_of(block.attn1)))
+    for name, parent, block in _blocks(unet):
+        level = next((d for prefix, d in levels.items() if name.startswith(prefix + ".")), None)
+        sites.append(Site(block, parent, Block(name, level), host_of(block.attn1)))
     largest = min((site.downsample for site in sites if site.downsample), default=1)
     for site in sites:
         site.place = replace(site.place, largest_level=largest)

@@ -23,7 +23,7 @@ from ..attention.merging import Clusters, Matching, Partition, match, partition,
 from ..config import AgentConfig
 from ..hosts import read_timestep
 from ..methods import LayerPlan
-from ..schedule import progress_of
+from ..schedule import Timesteps
 from .finite import FiniteCheck
 
 if TYPE_CHECKING:
@@ -118,10 +118,10 @@ class ModelCall:
         t, self._t = self._t, None
         return read_timestep(t)
 
-    @property
+    @cached_property
     def progress(self) -> float | None:
         """The fraction of the diffusion that is done."""
-        return None if self.timestep is None else progress_of(self.timestep)
+        return None if self.timestep is None else self.patch.timesteps.progress(self.timestep)
 
     def match(self, config: AgentConfig, x: Tensor, size: Grid, r: int, agent_r: int) -> Matching:
         """Cluster a block's tokens x (B, N, C), which form a grid of this size; r and agent_r as in `LayerPlan`."""
@@ -164,6 +164,7 @@ class PatchState:
         kv_context: maps an attention module and its input to the inputs of the key and value projections.
         outside: whether no answer may be part of a graph.
         active: whether the patch is installed.
+        timesteps: tells how far the diffusion is.
         notes: reasons for leaving self-attention to the host, each with its number of calls.
         observer: is called with an `Answer` after every patched attention, of which it must not keep a tensor; None
             (the default) costs nothing.
@@ -180,6 +181,7 @@ class PatchState:
     kv_context: KVContext | None = None
     outside: bool = False
     active: bool = False
+    timesteps: Timesteps = field(default_factory=Timesteps)
     notes: Counter[str] = field(default_factory=Counter)
     observer: Callable[[Answer], None] | None = None
     meter: ClosenessMeter | None = None

@@ -17,7 +17,7 @@ from ..eager import compiler_loaded, compiling, followed, keep_out, not_compiled
 from ..hosts import UnsupportedModelError, find_sites, find_timestep, read_size
 from ..methods import LayerPlan
 from ..plan import may_match, plan_block
-from ..schedule import MAX_TIMESTEP
+from ..schedule import MAX_TIMESTEP, Moment, Timesteps
 from .call import KVContext, ModelCall, PatchState
 from .closeness import Closeness, ClosenessMeter
 from .finite import NOTE as NOT_FINITE
@@ -37,6 +37,7 @@ class Patch(PatchState):
         kv_context: maps the attention module and its input (B, N, C) to the inputs of the key and value projections,
             for a host's hypernetworks, say. None: the input itself.
         answerer: plans the blocks and answers their self-attention.
+        progress: as for `apply_patch`.
 
     Raises:
         UnsupportedModelError: the U-Net has no transformer blocks to patch.
@@ -48,9 +49,11 @@ class Patch(PatchState):
         config: AgentConfig,
         kv_context: KVContext | None = None,
         answerer: Answerer | None = None,
+        progress: Moment | None = None,
     ) -> None:
         answerer = Answerer() if answerer is None else answerer
-        super().__init__(config, kv_context, outside=may_match(config) or not answerer.traceable)
+        outside = may_match(config) or not answerer.traceable
+        super().__init__(config, kv_context, outside=outside, timesteps=Timesteps(progress))
         self._unet = weakref.ref(unet)
         self._timed = config.timed
         self._measurement: Measurement | None = None
@@ -230,8 +233,9 @@ class Patch(PatchState):
     def _enter_part(self, call: ModelCall) -> bool:
         """Find the part of the diffusion that a call belongs to; return False if there is none."""
         progress = call.progress
-        if progress is None or not 0.0 <= progress <= 1.0:
-            self.note(f"stages and rules need a timestep from 0 to {MAX_TIMESTEP}", f"got {call.timestep}")
+        if progress is None:
+            reason = f"stages and rules need timesteps from {MAX_TIMESTEP} to 0 or to be told the progress"
+            self.note(reason, f"got {call.timestep}")
             return False
         call.part = self._parts[bisect_right(self._parts, progress) - 1]
         return True

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..checks import SettingError
 from ..eager import not_compiled
-from ..hosts import find_timestep, find_unet, output_tensor, read_size, read_timestep
-from ..schedule import MAX_TIMESTEP
+from ..hosts import find_timestep, find_unet, output_tensor, progress_by, read_size, read_timestep
+from ..schedule import Moment, Timesteps
 
 log = logging.getLogger("agentsd")
 
@@ -26,13 +26,15 @@ class RecordedCall(tuple[tuple[Any, ...], dict[str, Any]]):
 
     Attributes:
         output: what it returned while the picture was made; None if unknown.
+        progress: the fraction of the diffusion that was done; None if unknown.
     """
 
     output: Tensor | None = None
+    progress: float | None = None
 
 
 @contextmanager
-def record_calls(model: Any, moments: int = 6) -> Iterator[list[RecordedCall]]:
+def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -> Iterator[list[RecordedCall]]:
     """Collect calls of the model's U-Net, spread evenly over the diffusion, during a `with` block.
 
         with agentsd.record_calls(pipe) as calls:
@@ -41,18 +43,20 @@ def record_calls(model: Any, moments: int = 6) -> Iterator[list[RecordedCall]]:
 
     The arguments are copied, never more than those of 2 · `moments` timesteps at a time. Of one timestep up to two
     calls are kept, since cond and uncond may be evaluated separately. All are of the latent size that the first one
-    has; calls of other sizes are left out, and so is a call without a timestep.
+    has; calls of other sizes are left out, and so is a call whose moment is not known.
 
     Args:
         model: as for `apply_patch`.
         moments: number of timesteps, 1–100.
+        progress: as for `apply_patch`.
 
     Yields:
         The list of (args, kwargs), in the order of the diffusion; filled when the block ends, even by an error.
     """
     if isinstance(moments, bool) or not isinstance(moments, int) or not 1 <= moments <= 100:
         raise SettingError(f"moments must be a whole number from 1 to 100, got {moments!r}")
-    recorder, calls, unet = _Recorder(moments), [], find_unet(model)
+    calls, unet = [], find_unet(model)
+    recorder = _Recorder(moments, Timesteps(progress or progress_by(model, unet)))
     handles = [unet.register_forward_pre_hook(recorder.see, with_kwargs=True)]
     handles.append(unet.register_forward_hook(recorder.see_output))
     try:
@@ -61,6 +65,8 @@ def record_calls(model: Any, moments: int = 6) -> Iterator[list[RecordedCall]]:
         for handle in handles:
             handle.remove()
         calls += recorder.spread()
+        if recorder.lost:
+            log.warning("calls were not recorded: no progress is known at their timesteps")
 
 
 def copied(value: Any) -> Any:
@@ -74,18 +80,25 @@ def copied(value: Any) -> Any:
     return value
 
 
-def progress_of(call: RecordedCall) -> float | None:
-    """Return the fraction of the diffusion that is done at a call, 0–1; None if it has no timestep."""
-    t = read_timestep(find_timestep(*call))
-    return None if t is None or not 0 <= t <= MAX_TIMESTEP else (MAX_TIMESTEP - t) / MAX_TIMESTEP
+def progress_of(call: RecordedCall, timesteps: Timesteps | None = None) -> float | None:
+    """Return the fraction of the diffusion that is done at a call, 0–1; None if it isn't known.
+
+    Args:
+        call: the call; that of a plain (args, kwargs) is told by its timestep.
+        timesteps: where the calls before it were told.
+    """
+    said, t = getattr(call, "progress", None), read_timestep(find_timestep(*call))
+    return said if said is not None or t is None else (timesteps or Timesteps()).progress(t)
 
 
 @dataclass
 class _Recorder:
     moments: int
+    timesteps: Timesteps = field(default_factory=Timesteps)
     size: tuple[int, int] | None = None
     seen: dict[float, list[RecordedCall]] = field(default_factory=dict)
     under_way: RecordedCall | None = None
+    lost: bool = False
 
     @not_compiled
     def see(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,14 +120,16 @@ class _Recorder:
             log.debug("an output was not recorded", exc_info=True)
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        size, progress = read_size(args, kwargs), progress_of((args, kwargs))
+        size, progress = read_size(args, kwargs), progress_of((args, kwargs), self.timesteps)
         self.size = self.size or size
+        self.lost = self.lost or progress is None
         if size is None or size != self.size or progress is None:
             return
         calls = self.seen.setdefault(progress, [])
         if len(calls) < CALLS_OF_A_TIMESTEP:
             calls.append(RecordedCall((copied(args), copied(kwargs))))
             self.under_way = calls[-1]
+            self.under_way.progress = progress
         if len(self.seen) > 2 * self.moments:
             del self.seen[self._most_crowded()]
 

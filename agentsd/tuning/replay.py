@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..checks import SettingError
 from ..clock import WALL, Clock, peak_memory
 from ..config import AgentConfig
-from ..hosts import find_unet, output_tensor, read_size, weight_of
+from ..hosts import find_timestep, find_unet, output_tensor, read_size, read_timestep, weight_of
 from ..patching.call import KVContext
 from ..patching.patch import Patch
+from ..schedule import Timesteps
 from .probe import installed, norm, unpatched
 from .record import RecordedCall, copied, progress_of
 from .result import TuningCancelled
@@ -42,6 +43,7 @@ class Replay:
 
     Attributes:
         calls: the calls in the order of the diffusion.
+        moments: the fraction of the diffusion that is done at each; None if it isn't known.
         size: (height, width) of their latents.
         full: outputs with full attention, by the call's number, once `remember` has made them.
         done: number of calls made.
@@ -59,7 +61,11 @@ class Replay:
         kv_context: KVContext | None = None,
         clock: Clock = WALL,
     ) -> None:
-        self.calls = sorted(calls, key=lambda call: progress_of(call) or 0.0)
+        # as a run makes them, whatever their order
+        falling, timesteps = sorted(calls, key=lambda c: -(read_timestep(find_timestep(*c)) or 0.0)), Timesteps()
+        moments = {id(call): progress_of(call, timesteps) for call in falling}
+        self.calls = sorted(falling, key=lambda call: moments[id(call)] or 0.0)
+        self.moments = [moments[id(call)] for call in self.calls]
         sizes = {read_size(*call) for call in self.calls}
         if not sizes:
             raise SettingError("calls must hold at least one call of the U-Net, got none")
@@ -89,7 +95,8 @@ class Replay:
         if config is None:
             out, seconds = self.clock.timed(run, self.device)
         else:
-            with installed(Patch(self.unet, config, self.kv_context)):
+            moment = self.moments[number]
+            with installed(Patch(self.unet, config, self.kv_context, progress=lambda t: moment)):
                 out, seconds = self.clock.timed(run, self.device)
         return output_tensor(out).detach().float(), seconds
 

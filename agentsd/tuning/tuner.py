@@ -23,7 +23,7 @@ from ..words import percent
 from .choose import Option, choose, deviation
 from .fingerprint import adapters_of, ordered_sites, structure_of, weights_of
 from .probe import FULL, Probe, installed, unpatched
-from .record import RecordedCall, progress_of
+from .record import RecordedCall
 from .replay import MAX_ROUNDS, Progress, Replay, TimeRatio, timed_in_turn
 from .result import BASE, FULL_LETTER, LETTERS, Candidate, Deviation, TunedBlock, TunedPlan, Tuning
 
@@ -193,9 +193,8 @@ class Tuner:
         self.replay, self.unet, self.candidates = replay, replay.unet, candidates
         self.sites, self.base = ordered_sites(self.unet), AgentConfig(**BASE)
         replay.total = len(replay) * (1 + MAX_GROUPS + MAX_VERIFICATIONS) + 1 + 2 * MAX_ROUNDS
-        at = [progress_of(call) for call in replay.calls]
-        self.has_timesteps = None not in at
-        at = at if self.has_timesteps else [0.0] * len(at)
+        self.has_timesteps = None not in replay.moments
+        at = replay.moments if self.has_timesteps else [0.0] * len(replay)
         # the recorded timesteps, and the numbers of their calls
         self.moments = {p: [i for i, q in enumerate(at) if p == q] for p in sorted(set(at))}
         self.noise, self.notes = 0.0, []

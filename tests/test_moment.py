@@ -1,0 +1,178 @@
+"""How far the diffusion is, where the timestep is no training step from 1000 to 0."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+import agentsd
+from agentsd import Rule, get_patch, progress_of_sigma
+from agentsd.schedule import Timesteps, progress_of, progress_of_edm, progress_of_flow
+
+D = pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+
+from tiny_pipelines import CORRECTED, picture, run, tiny_sd, tiny_unet  # noqa: E402
+
+# The middle of the diffusion, and the σ that Stable Diffusion has there
+HALF = 0.5
+SIGMA_AT_HALF = 1.6183
+FULL = Rule(None)
+
+
+def test_the_noise_of_stable_diffusion_s_schedule():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)
+    sigmas = ((1 - kept) / kept).sqrt()
+    for t in (0, 1, 17, 500, 998):
+        assert progress_of_sigma(float(sigmas[t])) == pytest.approx(progress_of(t), abs=1e-9)
+    assert progress_of_sigma(SIGMA_AT_HALF) == pytest.approx(HALF, abs=1e-4)
+    assert (progress_of_sigma(0), progress_of_sigma(80), progress_of_sigma(math.inf)) == (1, 0, 0)
+
+
+def test_edm_and_flow_say_the_same_by_their_timesteps():
+    for sigma in (0.05, 1.0, 5.0):
+        expected = progress_of_sigma(sigma)
+        assert progress_of_edm(math.log(sigma) / 4) == pytest.approx(expected)
+        assert progress_of_flow(1000 * sigma / (1 + sigma)) == pytest.approx(expected)
+    assert (progress_of_flow(1000), progress_of_flow(0)) == (0, 1)
+    assert progress_of_edm(981) == progress_of(981)  # another scheduler since
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "expected"),
+    [
+        ([999, 500, 1, 0.3, 0], [0.001, 0.5, 0.999, 0.9997, 1]),
+        ([999, 20, 980, 0.3], [0.001, 0.98, 0.02, 0.9997]),
+        ([0], [1]),
+        ([1.09, 0.7, 0.0, -1.5], [None] * 4),  # EDM
+        ([1.0, 0.9, 0.0], [None] * 3),  # flows of 0 to 1
+        ([1095, 790, 420, -48], [None] * 4),  # consistency models
+        ([math.nan, 900], [None, 0.1]),
+        ([1.09, -1.5, 981], [None, None, 0.019]),  # another scheduler since
+    ],
+)
+def test_training_steps_or_nothing(timesteps, expected):
+    seen = Timesteps()
+    assert [seen.progress(t) for t in timesteps] == pytest.approx(expected)
+
+
+def halves(model, steps, **more):
+    """For each half of the diffusion: at which of the timesteps agents acted; and the notes."""
+    for since, until in ((0.0, HALF), (HALF, 1.0)):
+        rules = [FULL, Rule({"method": "corrected"}, since=since, until=until)]
+        agentsd.apply_patch(model, **CORRECTED, rules=rules, **more)
+        patch, acted = get_patch(model), []
+        for t in steps:
+            run(getattr(model, "unet", model), timestep=torch.as_tensor(t))
+            acted.append(any("corrected" in layer.calls for layer in patch.report()))
+            for layer in patch._layers:
+                layer.calls.clear()
+        yield acted, patch.notes
+
+
+def test_edm_s_timesteps_are_refused_once_for_the_run(caplog):
+    scheduler = D.EDMDPMSolverMultistepScheduler()
+    scheduler.set_timesteps(12)
+    with caplog.at_level(logging.INFO, "agentsd"):
+        for acted, notes in halves(tiny_unet(), scheduler.timesteps):
+            assert not any(acted)
+            assert list(notes.values()) == [12]
+    assert len(caplog.records) == 2  # a patch each
+    assert all("progress" in record.getMessage() for record in caplog.records)
+
+
+def test_the_caller_says_it():
+    scheduler = D.EDMDPMSolverMultistepScheduler()
+    scheduler.set_timesteps(12)
+    early = [float(sigma) > SIGMA_AT_HALF for sigma in scheduler.sigmas[:-1]]
+    (first, notes), (second, _) = halves(
+        tiny_unet(), scheduler.timesteps, progress=lambda t: progress_of_sigma(math.exp(4 * t))
+    )
+    assert (first, second) == (early, [not each for each in early])
+    assert 2 < sum(early) < 10
+    assert notes == {}
+
+
+def test_a_callback_that_fails_costs_no_image():
+    for acted, notes in halves(tiny_unet(), [900, 100], progress=lambda t: 1 / 0):
+        assert not any(acted)
+        assert list(notes.values()) == [2]
+
+
+def _edm():
+    return D.EDMEulerScheduler()
+
+
+def _continuous():
+    return D.EulerDiscreteScheduler(
+        timestep_type="continuous",
+        prediction_type="v_prediction",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=80,
+    )
+
+
+def _flow():
+    return D.FlowMatchEulerDiscreteScheduler()
+
+
+def _flow_sigmas():
+    return D.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="dpmsolver++"
+    )
+
+
+@pytest.mark.parametrize("make", [_edm, _continuous, _flow, _flow_sigmas], ids=lambda make: make.__name__)
+def test_a_pipeline_s_scheduler_says_it(make):
+    pipe = tiny_sd()
+    pipe.scheduler = make()
+    pipe.scheduler.set_timesteps(12)
+    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[: len(pipe.scheduler.timesteps)]]
+    if "flow" in make.__name__:
+        sigmas = [sigma / (1 - sigma) if sigma < 1 else math.inf for sigma in sigmas]
+    early = [sigma > SIGMA_AT_HALF for sigma in sigmas]
+    (first, notes), (second, _) = halves(pipe, pipe.scheduler.timesteps)
+    assert (first, second) == (early, [not each for each in early])
+    assert 1 < sum(early) < 11
+    assert notes == {}
+
+
+def test_svd_is_known_by_its_unet():
+    from test_diffusers_models import svd
+
+    unet, call = svd()  # at ln σ / 4 = 0.4
+    for until, acts in ((0.3, True), (0.05, False)):
+        agentsd.apply_patch(unet, **CORRECTED, rules=[FULL, Rule({"method": "corrected"}, until=until)])
+        with torch.no_grad():
+            call(unet)
+        assert any("corrected" in layer.calls for layer in get_patch(unet).report()) == acts
+        assert get_patch(unet).notes == {}
+
+
+def test_a_tuning_under_edm_has_parts_by_the_noise():
+    pipe = tiny_sd()
+    pipe.scheduler = _edm()
+    with agentsd.record_calls(pipe, moments=3) as calls:
+        picture(pipe, steps=10)
+    at = sorted({call.progress for call in calls})
+    assert at[0] == 0
+    assert at[-1] == 1
+    assert 0.1 < at[1] < 0.9
+    tuning = agentsd.tune(pipe, calls, 0.5, methods=["pool"])
+    assert [d.progress for d in tuning.plan.deviations] == at
+    agentsd.apply_patch(pipe, tuning=tuning)
+    picture(pipe)
+    assert get_patch(pipe).notes == {}
+
+
+def test_recording_says_why_it_keeps_nothing(caplog):
+    with caplog.at_level(logging.INFO, "agentsd"), agentsd.record_calls(unet := tiny_unet()) as calls:
+        run(unet, timestep=torch.tensor(1.09))
+        run(unet, timestep=torch.tensor(-0.5))
+    assert calls == []
+    assert len(caplog.records) == 1
