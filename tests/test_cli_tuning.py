@@ -51,7 +51,7 @@ def test_a_picture_is_drawn_with_it(stand_in, plan, capsys):
     given = ["a rose", *SMALL, "--seed", "3"]
     assert main(["generate", *given, "--tuning", "plan.json", "--out", "a.png"]) == 0
     said = capsys.readouterr().out
-    assert "attention within" in said
+    assert "error of attention" in said
     with agentsd.patched(stand_in.unet, tuning=agentsd.Tuning.load("plan.json")):
         expected = stand_in("a rose", seed=3, steps=2, height=16, width=16)[0]
     assert np.array_equal(pixels(Image.open("a.png")), pixels(pictures.enlarged(expected, 256)))

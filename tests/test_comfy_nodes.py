@@ -290,6 +290,8 @@ class TestTuned:
         plain, patched = run(model, host, self.STEPS), attach_tuned(model, 0.2)
         assert torch.equal(run(patched, host, self.STEPS), plain)
         assert "tuned on this sampling, used from the next one on" in report_on(patched)
+        assert "made without Agent Attention." in report_on(patched)
+        assert "left out" not in report_on(patched)
         tuned = run(patched, host, self.STEPS)
         assert difference(tuned, plain) > 1e-3
         assert (tuned - plain).norm() / plain.norm() < 0.2

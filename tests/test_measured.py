@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from fake_webui import Processing, fake_host, fake_unet, generate_like, state  # noqa: F401 - fixtures
+import torch
+from blocks import inputs, run
+from fake_webui import Processing, Sampler, fake_host, fake_unet, generate_like, state  # noqa: F401 - fixtures
 
 from agentsd.app.timings import SECTION, Timing, Timings
 from agentsd.panel.routes import Routes
@@ -36,8 +38,9 @@ class Clock:
 
 
 @pytest.fixture(autouse=True)
-def left_alone_where_slower(host):
+def left_alone_where_slower(host, monkeypatch):
     host.shared.opts.agent_attention_even_if_slower = False
+    monkeypatch.setattr(infotext, "_PASTED", set())
 
 
 @pytest.fixture
@@ -121,6 +124,49 @@ class TestOnACard:
         # for one image, as an API call's override settings or the page's
         assert is_changed(made(host, overrides=["agent_attention_even_if_slower: True"])[0])
         assert "measured here" in line(host, overrides=["agent_attention_even_if_slower: True"])["text"]
+
+    def test_the_settings_of_an_infotext_make_its_image_again(self, host, unet, card):
+        card(0.004, 0.002)
+        first, p = made(host)
+        written = {infotext.KEY: p.extra_generation_params[infotext.KEY]}
+        assert not is_changed(made(host)[0])
+        pasted = {name: infotext.reader(name)(written) for name in ("enabled", *ON)}
+        assert pasted == {"enabled": True, **ON}
+        again, p = made(host, pasted)
+        assert again["calls"] == first["calls"]
+        assert p.extra_generation_params.items() >= written.items()
+        assert "Slower than without; measured here" in line(host, pasted)["text"], "and the preview knows"
+
+    def test_where_one_pass_was_left_alone_the_entry_names_the_other(self, host, unet, card):
+        """Elsewhere both would be patched, and the image another one."""
+        state = {**STATE, "hires": {"scale": 1.5, "steps": 0}}
+        card(0.004, 0.002)
+        generate_like(host, state, {**ON, "passes": "hires"})
+        card(0.001, 0.002)
+        entry = generate_like(host, state, ON).extra_generation_params[infotext.KEY]
+        first, hires = host.session.STATUS.passes
+        assert (first.patched, hires.patched) == (True, False)
+        assert infotext.read(entry)["passes"] == "first"
+
+    def test_an_image_of_a_batch_has_its_own_entry(self, host, unet, card):
+        """The second is left alone, since the first was measured."""
+        card(0.004, 0.002)
+        entries, p = [], Processing(steps=1)
+        host.session.before_process(p)
+        host.session.process(p, [ON])
+        for p.iteration in range(2):
+            host.session.before_batch(p)
+            p.sampler = Sampler()
+            host.session.before_sampling(p, torch.empty(2, 4, 16, 16))
+            p.sampler.launch_sampling(1, lambda: [step(host, unet) for _ in range(2)])
+            host.session.after_batch(p)
+            entries.append(infotext.KEY in p.extra_generation_params)
+        assert entries == [True, False]
+
+
+def step(host, unet):
+    host.session.before_model_call()
+    run(unet, inputs())
 
 
 class TestOnACpu:

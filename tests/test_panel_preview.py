@@ -306,5 +306,5 @@ def test_a_plan_for_another_model_does_not_apply():
 def test_an_order_to_tune_is_said():
     told = preview({"tune": 0.005}, [HERE, HIRES], 2, Host())
     assert [line["text"] for line in told["lines"]] == [
-        "The next image is made without Agent Attention and used for tuning, to within 0.5%."
+        "The next image is made without Agent Attention and tuned on, to within 0.5%."
     ]

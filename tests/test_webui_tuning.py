@@ -75,7 +75,7 @@ def test_the_picture_is_made_without_us_and_tuned_on(host, unet):
     assert state(unet) == before
     assert vars(p.sampler) == {}
     assert keys(host) == ["small.safetensors|first|16x16"], entries
-    assert "used for tuning" in entries[infotext.NOTE]
+    assert "made without Agent Attention and tuned on" in entries[infotext.NOTE]
     assert infotext.KEY not in entries
     assert p.extra_generation_params == {"Other extension": "here"}, "nothing is written into an image without us"
     (found,) = tunings.read(entries[infotext.TUNED])
@@ -102,16 +102,16 @@ def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host,
 
 def test_a_run_says_how_close_it_was(host):
     make(host, {"until": 1.0, "min_tokens": 0})
-    assert re.search(r"Attention within [\d.]+% of full \(worst block [\d.]+%\)", host.session.STATUS.text())
+    assert re.search(r"Error of attention [\d.]+% \(worst block [\d.]+%\)", host.session.STATUS.text())
     (told,) = host.session.STATUS.as_dict()["passes"]
     assert 0 < told["closeness"]["mean"] <= told["closeness"]["worst"]
     make(host, {"until": 1.0, "min_tokens": 9999})
-    assert "Attention within" not in host.session.STATUS.text()
+    assert "Error of attention" not in host.session.STATUS.text()
     host.shared.opts.agent_attention_closeness = False
     make(host, {"until": 1.0, "min_tokens": 0})
     (told,) = host.session.STATUS.as_dict()["passes"]
     assert told["closeness"] is None
-    assert "Attention within" not in host.session.STATUS.text()
+    assert "Error of attention" not in host.session.STATUS.text()
 
 
 def test_how_close_chooses_among_the_plans_found(host, plan):
@@ -146,7 +146,7 @@ def test_a_plot_is_tuned_on_once_with_its_first_image(host, monkeypatch, ends):
     host.progress.current_task = "task(plot)"
     cells = [make(host, {"tune": 0.3, **ON}) for _ in range(3)]
     assert torch.equal(cells[0][0], plain)
-    assert "used for tuning" in cells[0][1][infotext.NOTE]
+    assert "made without Agent Attention and tuned on" in cells[0][1][infotext.NOTE]
     for made, entries, _ in cells[1:]:
         assert not torch.equal(made, plain)
         assert infotext.TUNED not in entries

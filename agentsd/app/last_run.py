@@ -87,9 +87,11 @@ class PassReport:
         self.steps += max(map(changed, counts.values()), default=0)
         self.of_steps += max((sum(count.values()) for count in counts.values()), default=0)
         self.see(patch.last_call and patch.last_call.latent)
+        if self.sizes and progress is not None:
+            self._add_plans(patch, counts, progress)
         self.closeness = patch.closeness() or self.closeness
-        if not self.sizes or progress is None:
-            return
+
+    def _add_plans(self, patch: Patch, counts: Mapping[str, Counter[str]], progress: float) -> None:
         planned = {name: plan for name, plan in patch.explain(*self.sizes[-1], progress) if plan is not None}
         acting = {name: plan for name, plan in planned.items() if plan.acts}
         self.skipped = bool(acting) and not any(counts[name].total() for name in acting)

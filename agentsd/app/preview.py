@@ -141,7 +141,7 @@ def sentence(hint: Hint) -> str:
 
 
 def _order_to_tune(tolerance: float) -> Line:
-    text = f"The next image is made without Agent Attention and used for tuning, to within {percent(tolerance)}"
+    text = f"The next image is made without Agent Attention and tuned on, to within {percent(tolerance)}"
     return Line(text, Hint("that takes as long as some dozens of steps; Skip ends it"))
 
 
@@ -201,6 +201,8 @@ def _gain(made: Decision, total: int) -> tuple[str, str]:
         share = 1.0 if not total else made.steps / total
         words, state = _speed(1 / (1 - share + share / timing.gain))
         return f"{words}; measured here: {timing.words()}", state
+    if timing is not None and timing.slower:
+        return f"slower than without; measured here: {timing.words()}", SLOWER
     words, state = _speed(1 / made.share, "about ")
     words += f" by FLOPs, at most {1 / made.least:.2f}×" if state == ACTS else " by FLOPs"
     return f"{words}; measured here: {timing.words()}" if timing else words, state

@@ -165,9 +165,9 @@ class ClonePatch(Patch):
         last: report of the last sampling; None before it has ended.
     """
 
-    def __init__(self, unet: nn.Module, config: AgentConfig, since: float = 0.0) -> None:
+    def __init__(self, unet: nn.Module, config: AgentConfig, since: float = 0.0, outcome: str = "") -> None:
         super().__init__(unet, config, answerer=_CloneAnswerer())
-        self.active, self.since = True, since
+        self.active, self.since, self.outcome = True, since, outcome
         self.last: PassReport | None = None
         self.sampled = PassReport(name="sampling")
         positions = {_position(layer.site.name): layer for layer in self._layers}
@@ -180,7 +180,7 @@ class ClonePatch(Patch):
     def begin_sampling(self) -> None:
         """Start the counts of a report."""
         self.notes.clear()
-        self.sampled = PassReport(name="sampling")
+        self.sampled = PassReport(name="sampling", tuned=self.outcome)
         self.finite = FiniteCheck()
         self._note_idle_rules()
         for layer in self._layers:

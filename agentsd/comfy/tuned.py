@@ -24,6 +24,7 @@ log = logging.getLogger("agentsd.comfy")
 
 MOMENTS = 4
 FULL = AgentConfig(merge_attn=False)
+WITHOUT = "made without Agent Attention"
 NOT_CALLED = "another node calls the U-Net's blocks itself, or skips the U-Net"
 # By model, LoRA, other nodes' patches, size and tolerance. What should outlive the program goes into the node's field.
 _TUNINGS: dict[Any, Tuning] = {}
@@ -52,7 +53,7 @@ class TunedSlot(Slot):
     """
 
     def __init__(self, unet: nn.Module, tolerance: float, given: Tuning | None) -> None:
-        super().__init__(ClonePatch(unet, FULL))
+        super().__init__(ClonePatch(unet, FULL, outcome=WITHOUT))
         self.unet, self.tolerance, self.given = unet, tolerance, given
         self.tuning: Tuning | None = None
         self.said = ""
@@ -94,7 +95,10 @@ class TunedSlot(Slot):
 
     def _use(self, tuning: Tuning | None) -> None:
         if tuning is None or tuning is not self.tuning:
-            self.patch = ClonePatch(self.unet, FULL if tuning is None else tuning.config_for(self.unet))
+            if tuning is None:
+                self.patch = ClonePatch(self.unet, FULL, outcome=WITHOUT)
+            else:
+                self.patch = ClonePatch(self.unet, tuning.config_for(self.unet))
             self.tuning = tuning
 
     def _tune(self, calls: list[RecordedCall]) -> None:

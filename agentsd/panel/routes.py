@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from fastapi import Body, FastAPI, HTTPException
-from pydantic import VERSION, BaseModel, Field, ValidationError
 
 from ..app.decision import Program, SamplingPass
 from ..app.last_run import STATUS
 from ..app.preview import page_data, preview
 from ..attention.grid import Grid
+from ..checks import Setting, SettingError, check_names, checked_sequence, reject
 from ..settings import tunings
 
 PREFIX = "/agent-attention"
 SMALLEST, LARGEST = 64, 4096  # sides of an image in pixels
-MOST_STEPS = 1000
-LONGEST = 60  # characters of a value to repeat in an error message
-_PYDANTIC_1 = VERSION.startswith("1.")
+
+
+def _whole(name: str, default: int | None, low: int, high: int) -> Setting:
+    return Setting(name, "whole", default, low=low, high=high)
+
+
+# The page's state beside our controls: the host's that determine the passes, and those of its hires pass
+_PAGE = (
+    Setting("tab", "text", "txt2img", high=7),
+    _whole("width", None, SMALLEST, LARGEST),
+    _whole("height", None, SMALLEST, LARGEST),
+    _whole("steps", 20, 1, 1000),
+    _whole("batch_size", 1, 1, 1000),
+    Setting("denoising", "number", 1.0),
+    Setting("sampler", "text", "", high=100),
+    Setting("scheduler", "text", "", high=100),
+)
+_HIRES = (
+    Setting("scale", "number", 2.0, low=0.1, high=64),
+    _whole("resize_x", 0, 0, LARGEST),
+    _whole("resize_y", 0, 0, LARGEST),
+    _whole("steps", 0, 0, 1000),
+    Setting("checkpoint", "text", "", high=500),
+)
+
+
+def _checked(given: Any, rows: Sequence[Setting], *others: str) -> dict[str, Any]:
+    """Check a part of a body, of these rows and others that are checked elsewhere.
+
+    Raises:
+        SettingError: something is missing, unknown or out of range.
+    """
+    if not isinstance(given, Mapping):
+        raise reject("body", given, "a mapping")
+    check_names(given, [*(row.name for row in rows), *others])
+    return {row.name: row.check(given.get(row.name, row.default)) for row in rows}
 
 
 def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: int) -> tuple[int, int]:
@@ -31,54 +65,27 @@ def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: i
     return resize_x, resize_y
 
 
-class HiresSliders(BaseModel, extra="forbid"):
-    """The host's controls of the hires pass."""
+def passes_of(page: Mapping[str, Any], hires: Mapping[str, Any] | None, host: Program) -> list[SamplingPass]:
+    """List the sampling passes of the image that would be generated.
 
-    scale: float = Field(2.0, ge=0.1, le=64)
-    resize_x: int = Field(0, ge=0, le=LARGEST)
-    resize_y: int = Field(0, ge=0, le=LARGEST)
-    steps: int = Field(0, ge=0, le=MOST_STEPS)
-    checkpoint: str = Field("", max_length=500)
+    Raises:
+        SettingError: the size of the hires pass would be out of range.
+    """
+    schedule, other = host.schedule(page["sampler"], page["scheduler"]), host.other_checkpoint()
 
+    def made(of: str, width: int, height: int, checkpoint: str = "", steps: int = 0) -> SamplingPass:
+        moments = host.moments(of, page["steps"], steps, page["denoising"], schedule)
+        return SamplingPass(Grid.of_pixels(height, width), of, moments, checkpoint or other)
 
-class PanelState(BaseModel, extra="forbid"):
-    """State of the page: our controls by name, and the host's controls that determine the passes."""
-
-    # pydantic 1 and Python 3.9 do not support "X | None" here
-    tab: str = Field("txt2img", max_length=7)
-    values: dict[str, Any]
-    width: int = Field(..., ge=SMALLEST, le=LARGEST)
-    height: int = Field(..., ge=SMALLEST, le=LARGEST)
-    steps: int = Field(20, ge=1, le=MOST_STEPS)
-    batch_size: int = Field(1, ge=1, le=1000)
-    denoising: float = Field(1.0, ge=0.0, le=1.0)
-    sampler: str = Field("", max_length=100)
-    scheduler: str = Field("", max_length=100)
-    hires: Optional[HiresSliders] = None  # noqa: UP045
-    overrides: list[str] = Field([], max_length=200)
-
-    def passes(self, host: Program) -> list[SamplingPass]:
-        """List the sampling passes of the image that would be generated.
-
-        Raises:
-            ValueError: the size of the hires pass would be out of range.
-        """
-        schedule, other = host.schedule(self.sampler, self.scheduler), host.other_checkpoint()
-
-        def made(of: str, width: int, height: int, checkpoint: str = "", steps: int = 0) -> SamplingPass:
-            moments = host.moments(of, self.steps, steps, self.denoising, schedule)
-            return SamplingPass(Grid.of_pixels(height, width), of, moments, checkpoint or other)
-
-        if self.tab == "img2img":
-            return [made(tunings.IMG2IMG, self.width, self.height)]
-        passes = [made(tunings.FIRST, self.width, self.height)]
-        if self.hires is not None:
-            sliders = self.hires.scale, self.hires.resize_x, self.hires.resize_y
-            width, height = hires_size(self.width, self.height, *sliders)
-            if not (SMALLEST <= width <= LARGEST and SMALLEST <= height <= LARGEST):
-                raise ValueError(f"sides of the hires pass must be from {SMALLEST} to {LARGEST}, got {width}×{height}")
-            passes.append(made(tunings.HIRES, width, height, self.hires.checkpoint, self.hires.steps))
-        return passes
+    size = page["width"], page["height"]
+    if page["tab"] == "img2img":
+        return [made(tunings.IMG2IMG, *size)]
+    if hires is None:
+        return [made(tunings.FIRST, *size)]
+    larger = hires_size(*size, hires["scale"], hires["resize_x"], hires["resize_y"])
+    for name, side in zip(("width", "height"), larger, strict=True):
+        _whole(f"{name} of the hires pass", None, SMALLEST, LARGEST).check(side)
+    return [made(tunings.FIRST, *size), made(tunings.HIRES, *larger, hires["checkpoint"], hires["steps"])]
 
 
 def last_run(task: Optional[str] = None) -> Any:  # noqa: UP045
@@ -93,14 +100,18 @@ class Routes:
         self.host = host
 
     def preview(self, body: Any = Body(...)) -> dict[str, Any]:  # noqa: B008
-        """Preview the settings; see `preview.preview`. The body is a `PanelState`."""
-        state = _read(body)
-        host = self.host.with_options(state.overrides)
+        """Preview the settings; see `preview.preview`. A bad body is answered with 422 and a sentence."""
         try:
-            passes = state.passes(host)
-        except (ValueError, OverflowError) as error:  # pydantic 1 converts an infinity to an integer
+            page = _checked(body, _PAGE, "values", "hires", "overrides")
+            hires = None if body.get("hires") is None else _checked(body["hires"], _HIRES)
+            overrides = checked_sequence("overrides", body.get("overrides", ()), str, "a list of texts")
+            host = self.host.with_options(overrides[:200])
+            passes = passes_of(page, hires, host)
+            if not isinstance(body.get("values"), Mapping):
+                raise reject("values", body.get("values"), "a mapping")
+        except SettingError as error:
             raise HTTPException(status_code=422, detail=str(error)) from error
-        return preview(state.values, passes, 2 * state.batch_size, host)
+        return preview(body["values"], passes, 2 * page["batch_size"], host)  # cond and uncond of each image
 
     def add(self, app: FastAPI) -> None:
         """Add all routes to the host's application."""
@@ -108,26 +119,6 @@ class Routes:
         for name, answer in (("page", page_data), ("status", last_run)):
             app.add_api_route(f"{PREFIX}/{name}", answer, dependencies=login)
         app.add_api_route(f"{PREFIX}/preview", self.preview, methods=["POST"], dependencies=login)
-
-
-def _read(body: Any) -> PanelState:
-    """Parse the state in a body; answer 422 with a sentence if it is invalid.
-
-    FastAPI's own validation would repeat the input in its answer, which fails if that contains an infinity.
-    """
-    try:
-        return PanelState.parse_obj(body) if _PYDANTIC_1 else PanelState.model_validate(body)
-    except ValidationError as error:
-        raise HTTPException(status_code=422, detail="; ".join(_sentence(e, body) for e in error.errors())) from error
-    except (ValueError, OverflowError) as error:
-        raise HTTPException(status_code=422, detail=str(error)) from error
-
-
-def _sentence(error: Any, body: Any) -> str:
-    value = body
-    for key in error["loc"]:
-        value = value.get(key) if isinstance(value, dict) else value
-    return f"{'.'.join(map(str, error['loc'])) or 'body'}: {error['msg']}, got {repr(value)[:LONGEST]}"
 
 
 def _login(app: FastAPI) -> list[Any]:

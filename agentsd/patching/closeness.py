@@ -34,7 +34,7 @@ class Closeness:
 
     def __str__(self) -> str:
         mean, worst = (f"{100 * e:.0f}%" if e >= 0.0995 else f"{100 * e:.1f}%" for e in (self.mean, self.worst))
-        return f"attention within {mean} of full (worst block {worst})"
+        return f"error of attention {mean} (worst block {worst})"
 
 
 class ClosenessMeter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +32,12 @@ def idle(values: Mapping[str, Any]) -> dict[str, str]:
 
     Rules may give any setting an effect.
     """
-    if values["rules"]:
-        return {}
+    return {} if values["rules"] else dict(_idle(tuple(METHODS), tuple(values.items())))
+
+
+@lru_cache(maxsize=64)  # asked for at every move of a slider
+def _idle(methods: tuple[str, ...], given: tuple[tuple[str, Any], ...]) -> dict[str, str]:
+    values = dict(given)
     read = _read(values)
     return {row.name: _reason(row.name, values) for row in SETTINGS if row.name not in read}
 

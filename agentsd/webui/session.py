@@ -81,7 +81,9 @@ class Generation:
         """Make what an API request is told and no image is: what was tuned, or why nothing was patched."""
         if self.tunes:
             refusals = _distinct(report.tuned for report in self.reports if report.refused)
-            told = {infotext.NOTE: infotext.note(["the image was used for tuning", *refusals])}
+            told = {
+                infotext.NOTE: infotext.note(["the image was made without Agent Attention and tuned on", *refusals])
+            }
             return {**told, infotext.TUNED: tunings.write(self.found)} if self.found else told
         reasons = _distinct(reason for report in self.reports for reason in (report.obstacle, *report.notes))
         unpatched = not any(report.patched for report in self.reports)

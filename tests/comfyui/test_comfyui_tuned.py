@@ -12,7 +12,7 @@ from test_comfyui import CHANGED, difference
 from agentsd.words import percent
 
 TUNED = "tuned on this sampling, used from the next one on: "
-SAMPLED = "Agent Attention: Sampling 256x256: nothing happened"
+SAMPLED = "Agent Attention: Sampling 256x256: made without Agent Attention"
 # Large enough that full attention takes most of the time, and a plan is found
 LARGE = {"size": (384, 384), "steps": 2}
 # Too small for any gain: seconds, where only when it tunes is of interest
