@@ -11,8 +11,9 @@ from torch import nn
 
 from .checks import SettingError, check_names
 from .config import SETTINGS, AgentConfig
-from .hosts import UnsupportedModelError, find_unet, progress_by
+from .hosts import UnsupportedModelError, family_of, find_model, progress_by
 from .patching.call import KVContext
+from .patching.joint import TransformerPatch
 from .patching.patch import Patch, patch_of
 from .schedule import Moment
 from .tuning.result import as_tuning
@@ -35,12 +36,14 @@ def apply_patch(
     """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
 
     Args:
-        model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, or a U-Net.
+        model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, a U-Net, or a transformer of
+            diffusers (SD 3, Flux and others).
         *reference: AgentSD's settings in its order, `ratio` to `merge_mlp`.
         tuning: a result of `agentsd.tune` for this model, its text, or the path of its file. It has settings of its
             own, beside which none may be given.
         progress: maps the U-Net's timestep to the fraction of the diffusion that is done, 0–1. None: by the pipeline's
             scheduler as it is now; without one, timesteps are training steps from 1000 to 0. See `progress_of_sigma`.
+            Of a transformer, it is given the share of noise in thousandths, and None is linear in that.
         **settings: the settings of `AgentConfig`, which documents their meanings and ranges.
 
     Returns:
@@ -50,27 +53,35 @@ def apply_patch(
         SettingError: a setting is unknown or outside its range. The model is unchanged.
         OSError: the file of a tuning cannot be read. The model is unchanged.
         TuningError: the tuning is damaged, or for another model. The model is unchanged.
-        UnsupportedModelError: the model has no transformer blocks. The model is unchanged.
+        UnsupportedModelError: the model has no transformer blocks, or is a transformer that is not known. The model is
+            unchanged.
     """
     check_names(settings, SETTINGS)
     names = SETTINGS[: SETTINGS.index("merge_mlp") + 1]
     if len(reference) > len(names) or set(names[: len(reference)]) & settings.keys():
         raise TypeError(f"settings without a name are {', '.join(names)} in this order, each once; got {reference}")
-    unet, config = find_unet(model), AgentConfig(*reference, **settings)
+    unet, config = find_model(model), AgentConfig(*reference, **settings)
+    family = family_of(unet)
     if tuning is not None:
+        if family is not None:
+            raise UnsupportedModelError(f"a tuning is of a U-Net, got {family.model}")
         given = [name for name in SETTINGS if getattr(config, name) != getattr(_DEFAULTS, name)]
         if given:
             raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
         config = as_tuning(tuning).config_for(unet)
-    patch_unet(unet, config, progress=progress or progress_by(model, unet))
+    patch_unet(unet, config, progress=progress or (progress_by(model, unet) if family is None else None))
     return model
 
 
 def patch_unet(
     unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None, progress: Moment | None = None
 ) -> Patch:
-    """Patch a U-Net with a config, replacing an existing patch; see `Patch` for the arguments."""
-    patch = Patch(unet, config, kv_context, progress=progress)  # may raise, before anything has been changed
+    """Patch a U-Net or transformer with a config, replacing an existing patch; see `Patch` for the arguments."""
+    # may raise, before anything has been changed
+    if family_of(unet) is None:
+        patch = Patch(unet, config, kv_context, progress=progress)
+    else:
+        patch = TransformerPatch(unet, config, progress=progress)
     patch.install()
     return patch
 
@@ -78,7 +89,7 @@ def patch_unet(
 def get_patch(model: Any) -> Patch | None:
     """Return the patch on the model, if any."""
     try:
-        return patch_of(find_unet(model))
+        return patch_of(find_model(model))
     except UnsupportedModelError:
         return None
 

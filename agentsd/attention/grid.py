@@ -42,6 +42,10 @@ class Grid(NamedTuple):
         """Return the tokens of a layer at this level of the U-Net (1, 2, 4 …), for a latent of this size."""
         return self.cells((level, level))
 
+    def patches(self, side: int) -> Grid:
+        """Return the number of whole patches of `side` × `side` positions along each side."""
+        return Grid(self.height // side, self.width // side)
+
     def level_of(self, layer: tuple[int, int]) -> int:
         """Return the level of a layer of (height, width) tokens: the power of two nearest to the ratio of the sides."""
         return 2 ** max(0, round(0.5 * math.log2(self.tokens / math.prod(layer))))

@@ -97,7 +97,7 @@ class AgentAttention(_OnModel):
 
     DESCRIPTION = (
         "Faster self-attention for large images, without training. Only the model that comes out is changed. "
-        "For SD 1, SD 2 and SDXL."
+        "For SD 1, SD 2 and SDXL; the method corrected for SD 3, Flux, Qwen-Image, Lumina and AuraFlow as well."
     )
 
     @classmethod
@@ -117,10 +117,14 @@ class AgentAttention(_OnModel):
 
     def apply(self, model: Any, **inputs: Any) -> tuple[Any]:
         from .model import attach
+        from .transformers import attach_transformer, transformer_of
 
         unused = {name: reason for name, reason in idle_inputs(inputs).items() if name in inputs}
         hints = [f"{name} is set: {why}" for name, why in unused.items() if inputs[name] != _widget(name)[1]["default"]]
-        return (attach(model, *config_of(inputs), hints),)
+        config, since = config_of(inputs)
+        if transformer_of(model) is not None:
+            return (attach_transformer(model, config, hints),)
+        return (attach(model, config, since, hints),)
 
 
 class AgentAttentionTuned(_OnModel):
@@ -171,8 +175,9 @@ class AgentAttentionReport:
 
     def report(self, model: Any, after: Any) -> tuple[str]:
         from .model import report_on
+        from .transformers import report_on_transformer
 
-        return (report_on(model),)
+        return (report_on_transformer(model) or report_on(model),)
 
 
 NODE_CLASS_MAPPINGS = {

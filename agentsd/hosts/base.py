@@ -46,6 +46,19 @@ class Call:
     proceed: Callable[..., Tensor]
     wanted: Any = None
 
+    def veto(self, tokens: int) -> str:
+        """Say why this is no plain self-attention of so many tokens; empty if it is."""
+        if self.mask is not None:
+            return "self-attention was given a mask"
+        if self.extras:
+            return f"self-attention was given {', '.join(sorted(self.extras))}"
+        if self.context is not None and self.context is not self.x:
+            return "self-attention was given a context of its own"
+        shape = self.x.shape
+        if len(shape) != 3 or shape[1] != tokens:
+            return "self-attention got another number of tokens than the layer has"
+        return ""
+
 
 Handler = Callable[[Call], Tensor]
 

@@ -68,9 +68,9 @@ class ProcessorSeam:
 
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
-        self.obstacle = _obstacle(attn)
+        self.obstacle = self.obstacle_of(attn)
         self._answered: tuple[Handler, Callable[[], Any]] | None = None
-        self._processor: _Processor | None = None
+        self._processor: Processor | None = None
 
     def install(self, handler: Handler, wants: Callable[[], Any] = always) -> None:
         self._answered = handler, wants
@@ -79,11 +79,11 @@ class ProcessorSeam:
     def refresh(self) -> None:
         if self._answered is None or self.attn.processor is self._processor:
             return
-        self.obstacle = _obstacle(self.attn)
+        self.obstacle = self.obstacle_of(self.attn)
         if self.obstacle:
             return
         self._retire()
-        self._processor = _around(host_processor(self.attn), *self._answered)
+        self._processor = self.wrap(host_processor(self.attn), *self._answered)
         self.attn.set_processor(self._processor)
 
     def remove(self) -> None:
@@ -93,6 +93,14 @@ class ProcessorSeam:
         self._retire()
         if processor is not None and self.attn.processor is processor:
             self.attn.set_processor(processor.previous)
+
+    def obstacle_of(self, attn: nn.Module) -> str:
+        """Say why the calls of an attention can't be answered; empty if they can."""
+        return _obstacle(attn)
+
+    def wrap(self, previous: Callable[..., Tensor], handler: Handler, wants: Callable[[], Any]) -> Processor:
+        """Make a processor around the host's."""
+        return around(Processor, previous, handler, wants)
 
     def _retire(self) -> None:
         """Let our processor pass calls on: others may keep it."""
@@ -105,21 +113,23 @@ class ProcessorSeam:
         return x
 
 
-class _Processor:
+class Processor:
     """A diffusers attention processor that asks a handler first.
 
     It presents the class and the call signature of the processor underneath: diffusers decides by the class (and
     creates a new instance of it when an IP-Adapter is loaded), and passes only the arguments that `__call__` names.
-    Made by `_around`, in a class of its own for each signature: torch.compile follows calls that a class defines.
+    Made by `around`, in a class of its own for each signature: torch.compile follows calls that a class defines.
     """
 
     _NAMES = ("encoder_hidden_states", "attention_mask", "temb")
+    _kind: type[Processor]
 
     def __init__(self, previous: Callable[..., Tensor], handler: Handler | None, wants: Callable[[], Any]) -> None:
         self.previous, self.handler, self.wants = previous, handler, wants
 
     def __reduce__(self) -> Any:
-        return _around, (self.previous, None, always), {"handler": self.handler, "wants": self.wants}
+        state = {name: value for name, value in vars(self).items() if name != "previous"}
+        return around, (self._kind, self.previous, None, always), state
 
     @property
     def __class__(self) -> type:
@@ -147,26 +157,37 @@ class _Processor:
         return self.handler(Call(hidden_states, context, mask, extras, proceed, wanted))
 
 
-def _around(previous: Callable[..., Tensor], handler: Handler, wants: Callable[[], Any]) -> _Processor:
-    return _processor_like(type(previous))(previous, handler, wants)
+def around(
+    kind: type[Processor], previous: Callable[..., Tensor], handler: Handler | None, wants: Callable[[], Any]
+) -> Processor:
+    return _processor_like(kind, type(previous))(previous, handler, wants)
+
+
+# Attributes by which diffusers chooses how processors compute
+_SETTINGS = ("_attention_backend", "_parallel_config")
+
+
+def _forwarded(name: str) -> property:
+    return property(lambda self: getattr(self.previous, name), lambda self, value: setattr(self.previous, name, value))
 
 
 @cache
-def _processor_like(cls: type) -> type[_Processor]:
-    """Make a subclass whose calls have the signature of `cls`."""
+def _processor_like(kind: type[Processor], cls: type) -> type[Processor]:
+    """Make a subclass of `kind` whose calls have the signature of `cls`."""
 
-    def call(self: _Processor, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self: Processor, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.answer(attn, hidden_states, args, kwargs)
 
     # not by functools.wraps, which the compiler does not follow; and it asks for the number of defaults
     call.__signature__, call.__defaults__ = inspect.signature(cls.__call__), ()
-    return type(_Processor.__name__, (_Processor,), {"__call__": call})
+    settings = {name: _forwarded(name) for name in _SETTINGS if hasattr(cls, name)}
+    return type(kind.__name__, (kind,), {"__call__": call, "_kind": kind, **settings})
 
 
 def host_processor(attn: nn.Module) -> Any:
     """Return an attention's processor, skipping ours that were removed but are still referenced by others."""
     processor = attn.processor
-    while issubclass(type(processor), _Processor) and processor.handler is None:
+    while issubclass(type(processor), Processor) and processor.handler is None:
         processor = processor.previous
     return processor
 

@@ -22,7 +22,7 @@ class Agents(Method):
     action = "agents"
     summary = "agent attention"
     phrase = "with agents"
-    merges = True
+    merges = averages = True
     reads = ("agent_ratio", "agent_source", "k_scale2", "k_shortcut", "max_agents", "attn_precision")
     candidates = ({"agent_ratio": 0.95},)
 

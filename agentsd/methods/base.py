@@ -103,6 +103,7 @@ class SelfAttention:
         project_q: maps tokens to queries.
         project_out: the host's output projection.
         proceed: makes the host's original call; given tokens, makes the same call with these in place of x.
+        text: keys and values (B, T, C) that every token attends to in full beside the image's; None if there are none.
     """
 
     x: Tensor
@@ -116,6 +117,7 @@ class SelfAttention:
     project_q: Callable[[Tensor], Tensor]
     project_out: Callable[[Tensor], Tensor]
     proceed: Callable[..., Tensor]
+    text: tuple[Tensor, Tensor] | None = None
 
     @property
     def merged(self) -> Clusters | None:
@@ -139,9 +141,13 @@ class SelfAttention:
             return apply([t.float() for t in tensors]).to(first.dtype)
 
     def full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Compute full attention of queries, keys and values, each (B, M, C)."""
+        """Compute full attention of queries, keys and values, each (B, M, C), and text."""
+        import torch
+
         from ..attention.tensors import scaled_dot_product_attention
 
+        if self.text is not None:
+            k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), self.text, strict=True))
         return self.by_heads(scaled_dot_product_attention, q, k, v)
 
 
@@ -160,6 +166,8 @@ class Method(ABC):
         phrase: description of its calls after their number: "40 `phrase`".
         selectable: whether the setting `method` can select it.
         merges: whether its self-attention works on the `r` merged tokens.
+        averages: whether it takes means of tokens, which say nothing where positions are rotations.
+        takes_text: whether it attends to `SelfAttention.text`.
         reads: names of the settings that `plan` and `attend` read, beside those of merging tokens; None for any.
         candidates: settings that are worth trying when a model is tuned, beside `method` itself.
         tuned_from: number of agents below which tuning doesn't try it, for what a few recorded calls would not show.
@@ -172,6 +180,8 @@ class Method(ABC):
     phrase: str = ""
     selectable: bool = True
     merges: bool = False
+    averages: bool = False
+    takes_text: bool = False
     reads: tuple[str, ...] | None = None
     candidates: tuple[Mapping[str, Any], ...] = ()
     tuned_from: int = 0

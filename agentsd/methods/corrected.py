@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ..attention.grid import HALO, WINDOW, cells, landmark_cell, landmark_places
@@ -29,6 +28,7 @@ class Corrected(Method):
         "matter, as many as exact_ratio says; uses neither k_scale2 nor k_shortcut"
     )
     reads = ("agent_ratio", "exact_ratio", "max_agents", "attn_precision")
+    takes_text = True
     tuned_from = MIN_AGENTS_TUNED
     candidates = tuple(  # cells of 8×8, 4×4 and 2×2
         {"agent_ratio": cells, "exact_ratio": exact}
@@ -55,8 +55,13 @@ class Corrected(Method):
         from ..attention.corrected import corrected_attention
 
         plan = attention.plan
-        step = partial(corrected_attention, size=attention.size, cell=plan.cell, opened=plan.opened)
-        return attention.project_out(attention.by_heads(step, *attention.project(attention.x)))
+
+        def step(q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
+            given = {"size": attention.size, "cell": plan.cell, "opened": plan.opened}
+            return corrected_attention(q, k, v, **given, text=text or None)
+
+        projected = attention.project(attention.x)
+        return attention.project_out(attention.by_heads(step, *projected, *(attention.text or ())))
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
         """Count projections, the agents' full attention, the queries' keys, and the fit at the agents of windows."""

@@ -21,6 +21,7 @@ class Pool(Method):
     noun = "pooled keys"
     candidates = ({"sx": 2, "sy": 2},)
     phrase = "pooled"
+    averages = takes_text = True
     reads = ("sx", "sy", "k_shortcut", "attn_precision")
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..attention.grid import Grid
 from ..attention.merging import Clusters, Matching, Partition, match, partition, partition_seed
 from ..config import AgentConfig
-from ..hosts import read_timestep
+from ..hosts import find_timestep, read_size, read_timestep
 from ..methods import LayerPlan
 from ..schedule import Timesteps
 from .finite import FiniteCheck
@@ -173,6 +173,7 @@ class PatchState:
         finite: compares the first answers with the host's.
         last_call: the U-Net call that began last; None before the first, and where torch.compile made it part of a
             graph. Gradient checkpointing makes blocks run again when it has ended.
+        sized_outside: whether sizes are read off values, which no graph can.
         key: size and part of the call that a compiled graph is in, as text, since torch.compile takes a number that
             changes for a dynamic one; None while nothing may be patched.
     """
@@ -188,8 +189,17 @@ class PatchState:
     timing: Measurement | None = None
     finite: FiniteCheck = field(default_factory=FiniteCheck)
     last_call: ModelCall | None = None
+    sized_outside: bool = False
     key: str | None = None
     _said: set[str] = field(default_factory=set)
+
+    def read_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """Read (height, width) off the arguments of the model, or of a part that sees tokens as an image."""
+        return read_size(args, kwargs)
+
+    def find_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Find the timesteps among the model's arguments, unread; None if there are none."""
+        return find_timestep(args, kwargs)
 
     @property
     def watched(self) -> bool:

@@ -17,7 +17,7 @@ from ..attention.grid import Grid
 from ..attention.merging import Clusters, Matching
 from ..config import AgentConfig
 from ..eager import compiler_loaded, compiling, constant, followed, not_compiled
-from ..hosts import Call, Site, read_size, read_tokens
+from ..hosts import Call, Site, read_tokens
 from ..methods import UNTOUCHED, LayerPlan, SelfAttention
 from ..plan import deepest_level, merged_tokens, plan_block
 from .call import COUNTING, UNPLANNED, Answer, BlockCall, ModelCall, PatchState, Planned
@@ -124,15 +124,15 @@ class Image:
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the size of the tokens for this U-Net call; the module's pre-hook."""
         if not compiling():
-            self.see(read_size(args, kwargs))
-        elif self.patch.stays_outside:
+            self.see(self.patch.read_size(args, kwargs))
+        elif self.patch.sized_outside or self.patch.stays_outside:
             self._look(args, kwargs)
         else:
-            self._foresee(read_size(args, kwargs))
+            self._foresee(self.patch.read_size(args, kwargs))
 
     @not_compiled
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.see(read_size(args, kwargs))
+        self.see(self.patch.read_size(args, kwargs))
 
     def see(self, size: tuple[int, int] | None) -> None:
         """Keep the size of the tokens for this U-Net call."""
@@ -340,7 +340,7 @@ class Layer:
 
     def _attend_in_graph(self, host: Call, planned: Planned) -> Tensor:
         """Attend while the compiler traces; it has to break its graph where something else than usual happens."""
-        if self.patch.stays_outside or _veto(host, planned.plan):
+        if self.patch.stays_outside or host.veto(planned.plan.tokens):
             return self._attend_outside_graph(host)
         try:
             return self.answerer.answer(self, host, planned, None)
@@ -356,7 +356,7 @@ class Layer:
 
     def _attend(self, host: Call, planned: Planned, matching: Matching | None) -> Tensor:
         patch, plan = self.patch, planned.plan
-        reason, shape = _veto(host, plan), None if matching is None else matching.shape
+        reason, shape = host.veto(plan.tokens), None if matching is None else matching.shape
         if not planned.clustered:
             matching = None
         elif not reason and self.answerer.clusters_first and shape != tuple(host.x.shape[:2]):
@@ -430,20 +430,6 @@ def _clusters(block: BlockCall, switch: str, x: Any) -> Clusters | None:
     if config is None or not getattr(config, switch) or matching is None or not isinstance(x, Tensor):
         return None
     return matching.merged if x.dim() == 3 and x.shape[:2] == matching.shape else None
-
-
-def _veto(host: Call, plan: LayerPlan) -> str:
-    """Return why a call is left to the host; empty if it isn't."""
-    if host.mask is not None:
-        return "self-attention was given a mask"
-    if host.extras:
-        return f"self-attention was given {', '.join(sorted(host.extras))}"
-    if host.context is not None and host.context is not host.x:
-        return "self-attention was given a context of its own"
-    shape = host.x.shape
-    if len(shape) != 3 or shape[1] != plan.tokens:
-        return "self-attention got another number of tokens than the layer has"
-    return ""
 
 
 class _Traced:

@@ -14,7 +14,7 @@ from ..attention.grid import Grid
 from ..clock import WALL, Clock
 from ..config import AgentConfig
 from ..eager import compiler_loaded, compiling, followed, keep_out, not_compiled
-from ..hosts import UnsupportedModelError, find_sites, find_timestep, read_size
+from ..hosts import Site, UnsupportedModelError, find_sites
 from ..methods import LayerPlan
 from ..plan import may_match, plan_block
 from ..schedule import MAX_TIMESTEP, Moment, Timesteps
@@ -57,7 +57,7 @@ class Patch(PatchState):
         self._unet = weakref.ref(unet)
         self._timed = config.timed
         self._measurement: Measurement | None = None
-        sites = find_sites(unet)
+        sites = self.sites(unet)
         images = {id(site.parent): Image(self, site.parent) for site in sites}
         self._images = list(images.values())
         self._layers = [Layer(self, answerer, site, images[id(site.parent)]) for site in sites]
@@ -73,6 +73,10 @@ class Patch(PatchState):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _unet=weakref.ref(state["_unet"]))
 
+    def sites(self, unet: nn.Module) -> list[Site]:
+        """List what can be patched, in order."""
+        return find_sites(unet)
+
     def install(self) -> None:
         """Install hooks and replace self-attention, all or nothing. An existing patch is removed first."""
         unet = self._unet()
@@ -85,7 +89,8 @@ class Patch(PatchState):
         self.active, self.finite = True, FiniteCheck()
         try:
             # a hook of the whole U-Net is outside of its graph, unless its call and not its `forward` is compiled
-            begin = self._begin_outside_graph if self._timed or self.outside else self.begin_call
+            outside = self._timed or self.outside or self.sized_outside
+            begin = self._begin_outside_graph if outside else self.begin_call
             self._handles.append(unet.register_forward_pre_hook(begin, with_kwargs=True))
             for image in self._images:
                 self._handles.append(image.module.register_forward_pre_hook(image.look, with_kwargs=True))
@@ -171,10 +176,10 @@ class Patch(PatchState):
             return
         if not compiling():
             self._begin(args, kwargs)
-        elif self._timed or self.stays_outside:
+        elif self._timed or self.sized_outside or self.stays_outside:
             self._begin_outside_graph(unet, args, kwargs)
         else:
-            latent = read_size(args, kwargs)
+            latent = self.read_size(args, kwargs)
             self.last_call = None
             # the length of a range is a number even where that of a tensor is a symbol
             self.key = latent and f"{len(range(latent[0]))} {len(range(latent[1]))} None"
@@ -186,8 +191,8 @@ class Patch(PatchState):
         self.begin_call(unet, args, kwargs)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latent = read_size(args, kwargs)
-        call = ModelCall(self, latent and Grid(*latent), find_timestep(args, kwargs))
+        latent = self.read_size(args, kwargs)
+        call = ModelCall(self, latent and Grid(*latent), self.find_timestep(args, kwargs))
         call.active = call.active and not self._failed(call) and (not self._timed or self._enter_part(call))
         self.key = f"{call.latent.height} {call.latent.width} {call.part}" if call.active else None
         call.watch = None if self.meter is None else self.meter.watch()

@@ -1,0 +1,219 @@
+"""Agent attention on one clone of a ComfyUI transformer: SD 3, Flux, Qwen-Image, Lumina and their kin.
+
+ComfyUI has one slot for whoever computes attention instead of the host, `optimized_attention_override`. It is filled
+anew in each model call, around what is there by then, and given back afterwards: nodes that install themselves at every
+step are neither lost nor in our way, and no module is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..attention.grid import Grid
+from ..attention.tensors import join_heads, split_heads
+from ..config import AgentConfig
+from ..eager import not_compiled
+from ..hosts import JointCall, Seam, Transformer, UnsupportedModelError
+from ..patching.finite import FiniteCheck
+from ..patching.joint import TransformerPatch
+from ..words import ascii_of
+
+log = logging.getLogger("agentsd.comfy")
+
+KEY, SLOT = "agent_attention", "optimized_attention_override"
+_WRAPPERS = ("apply_model", "sampler_sample")  # comfy.patcher_extension.WrappersMP
+
+
+class _NoSeam(Seam):
+    """Stands for a seam where the host calls us by itself."""
+
+    obstacle = ""
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
+
+
+class ComfyTransformer(Transformer):
+    """A family of transformers of ComfyUI; `attentions` are lists of blocks in the order in which they run.
+
+    The blocks of a list whose name ends in "refiner" see one of text and image alone, with a mask, and are left alone.
+    """
+
+    def seam(self, attn: nn.Module) -> Seam:
+        return _NoSeam(attn)
+
+    def names(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for part in self.attentions:
+            for i, block in enumerate(getattr(model, part, ())):
+                yield f"{part}.{i}", block
+                if getattr(getattr(block, "x_block", None), "x_block_self_attn", False):  # SD 3.5's second one
+                    yield f"{part}.{i}.attn2", block
+
+
+FAMILIES = {
+    family.model: family
+    for family in (
+        ComfyTransformer("OpenAISignatureMMDITWrapper", ("joint_blocks",), rotary=False),
+        ComfyTransformer("Flux", ("double_blocks", "single_blocks"), masks=True),
+        ComfyTransformer("Chroma", ("double_blocks", "single_blocks"), masks=True),
+        ComfyTransformer("QwenImageTransformer2DModel", ("transformer_blocks",), masks=True),
+        ComfyTransformer("NextDiT", ("context_refiner", "noise_refiner", "layers")),
+        ComfyTransformer("MMDiT", ("double_layers", "single_layers"), rotary=False),  # AuraFlow
+    )
+}
+
+
+def transformer_of(model: Any) -> tuple[nn.Module, ComfyTransformer] | None:
+    """Return the transformer of a ModelPatcher and its family; None if it is a U-Net or unknown."""
+    module = model.model.diffusion_model
+    family = FAMILIES.get(type(module).__name__)
+    return None if family is None else (module, family)
+
+
+class CloneTransformerPatch(TransformerPatch):
+    """A patch whose attention is called by the host: no hooks, and nothing to remove.
+
+    Attributes:
+        neighbour: who else computes attention in the last call; empty if nobody does.
+    """
+
+    def __init__(self, model: nn.Module, config: AgentConfig, family: ComfyTransformer) -> None:
+        super().__init__(model, config, family)
+        self.neighbour = ""
+        self._asked = 0
+
+    def read_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Read the grid of patches of the latent, which the host pads to whole ones."""
+        side = self._unet().patch_size
+        return None if kwargs.get("ref_latents") else Grid(*args[0].shape[-2:]).cells((side, side))
+
+    def find_timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return 1000 * args[1]  # σ of the flow
+
+    def begin_sampling(self) -> None:
+        """Start the counts of a report."""
+        self.notes.clear()
+        self.finite = FiniteCheck()
+        self._note_idle_rules()
+        for layer in self._layers:
+            layer.calls.clear()
+
+    def call(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call of the model, answering its attention."""
+        options = next((arg for arg in args if isinstance(arg, dict)), kwargs.get("transformer_options", {}))
+        before, self._asked = options.get(SLOT), 0
+        self.neighbour = "" if before is None else f"{before.__module__}.{getattr(before, '__qualname__', before)}"
+        self.begin_call(self._unet(), args, kwargs)
+        for image in self._images:
+            image.see(self.read_size(args, kwargs))
+        options[SLOT] = partial(self.answer, before)
+        try:
+            output = executor(*args, **kwargs)
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            if before is None:
+                del options[SLOT]
+            else:
+                options[SLOT] = before
+        self.end_call()
+        return output
+
+    @not_compiled
+    def answer(
+        self,
+        before: Callable[..., Tensor] | None,
+        func: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Answer a call of the host's attention function `func`, or of what overrides it."""
+        inner = func if before is None else partial(before, func)
+        if q.shape != k.shape or self._asked >= len(self._layers):
+            return inner(q, k, v, heads, mask=mask, **kwargs)
+        layer = self._layers[self._asked]
+        self._asked += 1
+        apart = kwargs.pop("skip_reshape", False), kwargs.pop("skip_output_reshape", False)
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+            shapes = {"skip_reshape": True, "skip_output_reshape": True}
+            return inner(q, k, v, heads, mask=attn_mask, **shapes, **kwargs)
+
+        if not apart[0]:
+            q, k, v = (split_heads(x, heads) for x in (q, k, v))
+        given = {} if mask is None else {"attn_mask": _by_rows(mask, q)}
+        single = layer.site.name.partition(".")[0].endswith("refiner")
+        call = JointCall(self.family, compute, q, k, v, given)
+        out = call.proceed() if single else layer.answer(call)
+        return out if apart[1] else join_heads(out)
+
+    def describe(self) -> str:
+        """Describe the last sampling."""
+        calls = sum((layer.calls for layer in self._layers), start=type(self._layers[0].calls)())
+        done = ", ".join(f"{n} {action}" for action, n in calls.items()) or "nothing was sampled yet"
+        size = None if self.last_call is None else self.last_call.latent
+        lines = [f"Agent Attention, {size or 'no'} tokens of the image: {done}."]
+        lines += [f"{reason} ({n} calls)" for reason, n in self.notes.items()]
+        return "\n".join([*lines, *([f"attention is computed by {self.neighbour}"] if self.neighbour else [])])
+
+
+def _by_rows(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask of the host's, of two to four dimensions, as (B, heads, queries, keys)."""
+    if mask.dim() == 2 and mask.shape == (len(q), q.shape[2]):
+        return mask[:, None, None]
+    return mask[None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+
+
+def attach_transformer(model: Any, config: AgentConfig, hints: Sequence[str] = ()) -> Any:
+    """Put agent attention on a clone of a model, instead of what an earlier node has put on it.
+
+    Args:
+        model: a ModelPatcher of ComfyUI around a transformer.
+        config: the settings.
+        hints: what else to say in reports.
+
+    Returns:
+        The clone.
+
+    Raises:
+        SettingError: the settings are none for this family.
+        UnsupportedModelError: the model is no known transformer.
+    """
+    clone = model.clone()
+    found = transformer_of(clone)
+    if found is None:
+        raise UnsupportedModelError(f"{type(clone.model.diffusion_model).__name__} is no known transformer")
+    patch = CloneTransformerPatch(found[0], config, found[1])
+
+    # closures, because clone() copies the options deeply
+    def model_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return patch.call(executor, args, kwargs)
+
+    def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        patch.begin_sampling()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            log.info(ascii_of(patch.describe()))
+
+    model_call.describe = lambda: "\n".join([patch.describe(), *hints])
+    wrappers = clone.model_options["transformer_options"].setdefault("wrappers", {})
+    for kind, wrapper in zip(_WRAPPERS, (model_call, sampling), strict=True):
+        wrappers.setdefault(kind, {})[KEY] = [wrapper]
+    return clone
+
+
+def report_on_transformer(model: Any) -> str:
+    """Describe what was done in the last sampling with a transformer; empty if ours has no part in it."""
+    wrappers = model.model_options["transformer_options"].get("wrappers", {}).get(_WRAPPERS[0], {}).get(KEY, ())
+    return next((wrapper.describe() for wrapper in wrappers if hasattr(wrapper, "describe")), "")

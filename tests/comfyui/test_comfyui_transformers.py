@@ -1,0 +1,52 @@
+"""The node on small transformers of random weights, sampled by a real ComfyUI in its own Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from comfyui_host import OFFLINE, REPOSITORY
+
+FAMILIES = ("Flux", "SD3")
+
+
+@pytest.fixture(scope="module")
+def results():
+    folder = os.environ.get("AGENTSD_COMFYUI")
+    if not folder:
+        pytest.skip("AGENTSD_COMFYUI does not name a ComfyUI folder")
+    root = Path(folder).resolve()
+    python = next(p for p in (root / "venv/bin/python", root.parent / "venv/bin/python") if p.exists())
+    script = Path(__file__).with_name("sample_transformers.py")
+    command = [str(python), str(script), str(REPOSITORY), *FAMILIES]
+    done = subprocess.run(command, cwd=root, env={**os.environ, **OFFLINE}, capture_output=True, text=True)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    assert line, done.stdout[-1000:] + done.stderr[-3000:]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_node_acts_and_leaves_the_model_alone(results, family):
+    found = results[family]
+    assert found["off"] == found["original"] == 0
+    assert 1e-5 < found["closer"] < found["on"] < 0.1
+    assert re.fullmatch(r"Agent Attention, 18×20 tokens of the image: \d+ corrected\.", found["report"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_chained_with_who_overrides_attention_already(results, family):
+    found = results[family]
+    assert found["neighbour"] > 0.01
+    assert 1e-5 < found["with neighbour"] < found["neighbour"]
+    assert found["calls with node"], "what is attended to in full is the neighbour's"
+    assert max(found["calls with node"]) < 360
+    assert "louder" in found["report with neighbour"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_is_refused(results, family):
+    assert results[family]["refused"]

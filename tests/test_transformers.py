@@ -1,0 +1,463 @@
+"""The patch on transformers of diffusers with random weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import agentsd
+from agentsd import Rule, get_patch
+from agentsd.attention.corrected import corrected_attention
+from agentsd.checks import SettingError
+from agentsd.hosts import UnsupportedModelError, find_sites, find_unet
+from agentsd.methods import LayerPlan, register, unregister
+from agentsd.methods.corrected import Corrected
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+
+import diffusers
+from tiny_pipelines import anatomy
+from tiny_transformers import TEXT, TINY, WIDTH
+
+SIZE = (20, 18)
+CORRECTED = {"method": "corrected", "exact_ratio": 0.2}
+SDPA = F.scaled_dot_product_attention
+by_family = pytest.mark.parametrize("family", TINY)
+# families whose masks close text alone, and how a mask is made
+MASKED = tuple(f"{name}Transformer2DModel" for name in ("QwenImage", "ZImage", "Chroma", "CogView4"))
+
+
+@torch.no_grad()
+def run(model, given):
+    out = model(**given, return_dict=False)[0]
+    return torch.stack(out) if isinstance(out, list) else out
+
+
+@pytest.fixture
+def everything():
+    """A method that opens every cell: full attention by way of everything that is ours."""
+
+    @register
+    class Everything(Corrected):
+        name = "everything"
+
+        def plan(self, settings, height, width, r):
+            n = -(-height // 4) * -(-width // 4)
+            return LayerPlan(self, height * width, height * width, n, (4, 4), opened=n)
+
+    yield {"method": "everything"}
+    unregister("everything")
+
+
+class Seen(TorchFunctionMode):
+    """Keeps the arguments of each attention whose queries and keys are as many."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is SDPA:
+            q, k, v = args[:3] if args else (kwargs[name] for name in ("query", "key", "value"))
+            if q.shape == k.shape:
+                self.calls.append((q, k, v))
+        return func(*args, **kwargs)
+
+
+# What is done
+
+
+@by_family
+def test_every_attention_that_sees_the_image_is_answered_and_the_patch_leaves_nothing_behind(family):
+    tiny = TINY[family]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    before, plain = anatomy(model), run(model, given)
+    with agentsd.patched(model, **CORRECTED):
+        patch, patched = get_patch(model), run(model, given)
+        report = patch.report()
+        assert patch.notes == {}
+        assert [(layer.size, layer.calls) for layer in report] == [(SIZE, {"corrected": 1})] * tiny.attentions
+        assert [plan for _, plan in patch.explain(2 * SIZE[0], 2 * SIZE[1])] == [layer.plan for layer in report]
+        assert torch.equal(run(model, given), patched)
+    assert get_patch(model) is None
+    assert 1e-4 < (patched - plain).norm() / plain.norm() < 0.2
+    assert anatomy(model) == before
+    assert torch.equal(run(model, given), plain)
+
+
+@by_family
+@pytest.mark.parametrize(("size", "batch"), [((13, 22), 1), ((16, 8), 3)])
+def test_with_every_cell_open_it_is_full_attention(family, size, batch, everything):
+    tiny = TINY[family]
+    model, given = tiny.make(), tiny.call(*size, batch=batch)
+    plain = run(model, given)
+    with agentsd.patched(model, **everything):
+        assert (run(model, given) - plain).norm() < 1e-5 * plain.norm()
+        assert all(layer.calls == {"everything": 1} for layer in get_patch(model).report())
+
+
+@by_family
+def test_image_tokens_get_corrected_attention_and_text_tokens_full_attention(family):
+    tiny = TINY[family]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    attn = next(site.attn for site in find_sites(model) if "refiner" not in site.name)
+    with Seen() as seen:
+        run(model, given)
+    answers = []
+    attn.to_out[0].register_forward_pre_hook(lambda _, args: answers.append(args[0]))
+    with agentsd.patched(model, **CORRECTED, rules=[Rule(None, blocks="noise_refiner.*")]):
+        run(model, given)
+        plan = get_patch(model).report()[-1].plan
+    (q, k, v), N = seen.calls[2 if hasattr(model, "noise_refiner") else 0], SIZE[0] * SIZE[1]
+    M, first = q.shape[2], tiny.text_first
+    cut = slice(M - N, M) if first else slice(0, N)
+    rest = slice(0, M - N) if first else slice(N, M)
+    image, text = [x[:, :, cut] for x in (q, k, v)], [x[:, :, rest] for x in (k, v)]
+    beside = text if M > N else None
+    ours = corrected_attention(*image, size=SIZE, cell=plan.cell, opened=plan.opened, text=beside)
+    expected = ours.transpose(1, 2).flatten(2)
+    got = answers[0]
+    if got.shape[1] == N:
+        torch.testing.assert_close(got, expected)
+    else:  # text as well
+        full = SDPA(q[:, :, rest], k, v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(got[:, cut], expected)
+        torch.testing.assert_close(got[:, rest], full)
+
+
+@by_family
+def test_a_batch_is_its_rows(family):
+    tiny = TINY[family]
+    model, given = tiny.make(), tiny.call(*SIZE, batch=2)
+    rows = {"img_ids", "txt_ids"} if family != "Flux2Transformer2DModel" else set()
+    first = {
+        name: value if name in rows or not isinstance(value, (torch.Tensor, list)) else value[:1]
+        for name, value in given.items()
+    }
+    with agentsd.patched(model, **CORRECTED):
+        torch.testing.assert_close(run(model, given)[:1], run(model, first), atol=2e-5, rtol=1e-4)
+
+
+@by_family
+def test_progress_is_read_off_the_noise_level(family):
+    tiny = TINY[family]
+    model = tiny.make()
+    agentsd.apply_patch(model, **CORRECTED, rules=[Rule(None, until=0.5)])
+    for sigma in (0.75, 0.25):
+        run(model, tiny.call(*SIZE, sigma=sigma))
+        assert get_patch(model).last_call.progress == pytest.approx(1 - sigma)
+    calls = {"untouched": 1, "corrected": 1}
+    assert all(layer.calls == calls for layer in get_patch(model).report())
+
+
+def test_rules_name_attentions():
+    tiny = TINY["SD3Transformer2DModel"]
+    model = tiny.make()
+    agentsd.apply_patch(model, **CORRECTED, rules=[Rule(None, blocks="*.attn2"), Rule(None, blocks="*blocks.1.*")])
+    run(model, tiny.call(*SIZE))
+    assert [(r.name, r.calls) for r in get_patch(model).report()] == [
+        ("transformer_blocks.0.attn", {"corrected": 1}),
+        ("transformer_blocks.0.attn2", {"untouched": 1}),
+        ("transformer_blocks.1.attn", {"untouched": 1}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("SD3Transformer2DModel", {"method": "pool", "sx": 2, "sy": 2}),
+        ("PixArtTransformer2DModel", {"method": "pool", "sx": 2, "sy": 2}),
+        ("PixArtTransformer2DModel", {"method": "agent", "ratio": 0, "agent_ratio": 0.9, "agent_source": "grid"}),
+    ],
+)
+def test_other_methods_act_where_they_make_sense(family, settings):
+    tiny = TINY[family]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    plain = run(model, given)
+    with agentsd.patched(model, **settings):
+        assert 1e-4 < (run(model, given) - plain).norm() / plain.norm() < 0.5
+        assert get_patch(model).notes == {}
+
+
+def test_closeness_compares_with_full_attention_over_text_and_image(everything):
+    tiny = TINY["FluxTransformer2DModel"]
+    model = tiny.make()
+    agentsd.apply_patch(model, **everything)
+    get_patch(model).observe_closeness = True
+    run(model, tiny.call(*SIZE))
+    closeness = get_patch(model).closeness()
+    assert closeness.calls == 1
+    assert closeness.mean < 1e-5
+
+
+@pytest.mark.parametrize("exact", [0.0, 0.2])
+def test_the_share_of_flops_is_that_of_the_counter(exact):
+    tiny = TINY["FluxTransformer2DModel"]
+    model, given = tiny.make(), tiny.call(32, 32, batch=1)
+
+    def counted():
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            model(**given)
+        return counter.get_total_flops()
+
+    full = 4 * 2 * (32 * 32 + TEXT) ** 2 * WIDTH
+    rest = counted() - full
+    agentsd.apply_patch(model, **CORRECTED | {"exact_ratio": exact})
+    share = get_patch(model).attention_share(64, 64, TEXT)
+    assert (counted() - rest) / full == pytest.approx(share, rel=0.25)
+
+
+# Masks, and what is left to the host
+
+
+def masked(family, given):
+    """The same arguments with some text of the first row closed."""
+    batch, open_text = 2, torch.ones(2, TEXT, dtype=torch.bool)
+    open_text[0, 5:] = False
+    if family == "ZImageTransformer2DModel":
+        return {**given, "cap_feats": [torch.randn(5, 32), torch.randn(40, 32)]}
+    if family == "ChromaTransformer2DModel":
+        image = torch.ones(batch, given["hidden_states"].shape[1], dtype=torch.bool)
+        return {**given, "attention_mask": torch.cat([open_text, image], dim=1)}
+    return {**given, "attention_mask" if family.startswith("CogView") else "encoder_hidden_states_mask": open_text}
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_masked_text_stays_closed(family, everything):
+    tiny = TINY[family]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    given = masked(family, given)
+    plain = run(model, given)
+    with agentsd.patched(model, **everything):
+        assert (run(model, given) - plain).norm() < 1e-5 * plain.norm()
+        assert get_patch(model).notes == {}
+
+
+def two_images(given, family):
+    """A second image of the same size behind the first."""
+    twice = torch.cat([given["hidden_states"]] * 2, dim=1)
+    if "img_shapes" in given:
+        return {**given, "hidden_states": twice, "img_shapes": [shapes * 2 for shapes in given["img_shapes"]]}
+    other = given["img_ids"].clone()
+    other[..., 0] = 1
+    return {**given, "hidden_states": twice, "img_ids": torch.cat([given["img_ids"], other], dim=-2)}
+
+
+def uneven_text(given, family):
+    mask = given["encoder_attention_mask"].clone()
+    mask[0, 4:] = False
+    return {**given, "encoder_attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("FluxTransformer2DModel", two_images, "do not form one grid"),
+        ("Flux2Transformer2DModel", two_images, "do not form one grid"),
+        ("QwenImageTransformer2DModel", two_images, "do not form one grid"),
+        ("Lumina2Transformer2DModel", uneven_text, "may close tokens of the image"),
+    ],
+)
+def test_other_calls_are_the_hosts_and_noted(family, change, reason):
+    tiny = TINY[family]
+    model = tiny.make()
+    given = change(tiny.call(*SIZE), family)
+    plain = run(model, given)
+    agentsd.apply_patch(model, **CORRECTED, rules=[Rule(None, blocks="noise_refiner.*")])
+    assert torch.equal(run(model, given), plain)
+    assert reason in " ".join(get_patch(model).notes)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("SD3Transformer2DModel", {}, "text stands beside the image"),
+        ("FluxTransformer2DModel", {}, "rotary positions"),
+        ("FluxTransformer2DModel", {"method": "pool"}, "rotary positions"),
+        ("PixArtTransformer2DModel", {}, "no tokens are merged there, got 0.4"),
+        ("PixArtTransformer2DModel", {"ratio": 0}, "no tokens are matched there"),
+        ("SD3Transformer2DModel", {"method": "merge"}, "text stands beside the image"),
+        ("SD3Transformer2DModel", {**CORRECTED, "merge_mlp": True}, "no tokens are merged there"),
+        ("SD3Transformer2DModel", {**CORRECTED, "rules": [Rule({"method": "agent"}, since=0.5)]}, "text stands"),
+    ],
+)
+def test_what_a_transformer_cannot_have_is_refused_at_once(family, settings, reason):
+    model = TINY[family].make()
+    with pytest.raises(SettingError, match=reason):
+        agentsd.apply_patch(model, **settings)
+    assert get_patch(model) is None
+
+
+def test_tuning_and_unknown_transformers_are_refused():
+    model = TINY["SD3Transformer2DModel"].make()
+    with pytest.raises(UnsupportedModelError, match="model must be a U-Net here"):
+        find_unet(model)
+    with pytest.raises(UnsupportedModelError, match="model must be a U-Net here"):
+        agentsd.tune(model, [], 0.02)
+    with pytest.raises(UnsupportedModelError, match="a tuning is of a U-Net"):
+        agentsd.apply_patch(model, tuning="")
+    with pytest.raises(UnsupportedModelError, match=r"FluxTransformer2DModel.*got Linear"):
+        agentsd.apply_patch(torch.nn.Linear(2, 2), **CORRECTED)
+
+
+# What diffusers does beside it
+
+
+@pytest.mark.parametrize("family", ["FluxTransformer2DModel", "QwenImageTransformer2DModel"])
+@pytest.mark.parametrize("after", [False, True])
+def test_the_chosen_backend_computes_what_is_full_attention(family, after, monkeypatch):
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    tiny = TINY[family]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    used = []
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    backends = registry._backends
+    math = backends["_native_math"]
+    monkeypatch.setitem(backends, "_native_math", lambda **kw: (used.append(kw["query"].shape[1]), math(**kw))[1])
+    with agentsd.patched(model, **CORRECTED):
+        expected = run(model, given)
+    if not after:
+        model.set_attention_backend("_native_math")
+    agentsd.apply_patch(model, **CORRECTED)
+    if after:
+        model.set_attention_backend("_native_math")
+    torch.testing.assert_close(run(model, given), expected)
+    assert used
+    assert set(used) == {TEXT}, "text queries alone"
+    agentsd.remove_patch(model)
+    used.clear()
+    run(model, given)
+    assert used == [TEXT + SIZE[0] * SIZE[1]] * 2, "the choice stays"
+
+
+@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_fused_projections_and_other_processors_are_answered_as_well(family):
+    tiny = TINY[family]
+    # diffusers itself can't fuse a second attention, and forgets norms
+    changes = {"dual_attention_layers": (), "qk_norm": None} if family.startswith("SD3") else {}
+    model, given = tiny.make(**changes), tiny.call(*SIZE)
+    agentsd.apply_patch(model, **CORRECTED)
+    expected = run(model, given)
+    model.set_attn_processor({name: type(p.previous)() for name, p in model.attn_processors.items()})
+    assert torch.equal(run(model, given), expected)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(run(model, given), expected)
+    model.unfuse_qkv_projections()
+    assert torch.equal(run(model, given), expected)
+    assert get_patch(model).notes == {}
+    assert all(layer.calls == {"corrected": 4} for layer in get_patch(model).report())
+    agentsd.remove_patch(model)
+    assert not any(hasattr(p, "handler") for p in model.attn_processors.values())
+
+
+def test_tokens_spread_over_devices_are_left_to_the_host():
+    tiny = TINY["FluxTransformer2DModel"]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    agentsd.apply_patch(model, **CORRECTED)
+    for processor in model.attn_processors.values():
+        processor._parallel_config = object()
+    with pytest.raises(Exception, match="context_parallel_config"):  # the host's own call
+        run(model, given)
+    assert all(layer.seam.obstacle.endswith("by context parallelism") for layer in get_patch(model)._layers)
+
+
+def test_a_cache_of_blocks_works_beside_it():
+    tiny = TINY["FluxTransformer2DModel"]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    agentsd.apply_patch(model, **CORRECTED)
+    expected = run(model, given)
+    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+    with model.cache_context("cond"):
+        torch.testing.assert_close(run(model, given), expected)
+    model.disable_cache()
+    assert torch.equal(run(model, given), expected)
+
+
+def test_a_copy_has_a_patch_of_its_own():
+    tiny = TINY["SD3Transformer2DModel"]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    plain = run(model, given)
+    agentsd.apply_patch(model, **CORRECTED)
+    patched, twin = run(model, given), copy.deepcopy(model)
+    agentsd.remove_patch(model)
+    assert torch.equal(run(twin, given), patched)
+    agentsd.remove_patch(twin)
+    assert torch.equal(run(twin, given), plain)
+
+
+def test_the_whole_is_one_graph():
+    tiny = TINY["SD3Transformer2DModel"]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    agentsd.apply_patch(model, **CORRECTED)
+    expected = run(model, given)
+    torch.compiler.reset()
+    torch.testing.assert_close(run(torch.compile(model, backend="eager", fullgraph=True), given), expected)
+
+
+def test_blocks_are_one_graph_each():
+    tiny = TINY["FluxTransformer2DModel"]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    plain = run(model, given)
+    agentsd.apply_patch(model, **CORRECTED)
+    expected = run(model, given)
+    torch.compiler.reset()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(model, given), expected)
+    torch.testing.assert_close(run(model, tiny.call(12, 14)).shape, (2, 168, 4))
+    agentsd.remove_patch(model)
+    torch.testing.assert_close(run(model, given), plain)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_pipelines_take_the_patch_and_give_it_back(name):
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
+
+    kind, family = {
+        "sd3": (StableDiffusion3Pipeline, "SD3Transformer2DModel"),
+        "flux": (FluxPipeline, "FluxTransformer2DModel"),
+    }[name]
+    vae = AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        norm_num_groups=1,
+        latent_channels=1 if name == "flux" else 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    parts = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
+    if name == "flux":
+        del parts["text_encoder_3"], parts["tokenizer_3"]
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=3.0)
+    pipe = kind(transformer=TINY[family].make(), vae=vae, scheduler=scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {
+        "prompt_embeds": torch.randn(1, TEXT, 32),
+        "pooled_prompt_embeds": torch.randn(1, 64 if name == "sd3" else 32),
+    }
+    if name == "sd3":
+        embeds.update({f"negative_{key}": -value for key, value in embeds.items()})
+
+    def picture():
+        generator = torch.Generator().manual_seed(1)
+        return pipe(**embeds, height=320, width=288, num_inference_steps=4, generator=generator, output_type="latent")[
+            0
+        ]
+
+    plain = picture()
+    assert agentsd.apply_patch(pipe, **CORRECTED, rules=[Rule(None, since=0.45)]) is pipe
+    patched = picture()
+    report = get_patch(pipe).report()
+    assert get_patch(pipe).notes == {}
+    assert {layer.size for layer in report} == {SIZE}
+    assert all(layer.calls == report[0].calls and set(layer.calls) == {"corrected", "untouched"} for layer in report)
+    agentsd.remove_patch(pipe)
+    assert (patched - plain).abs().max() > 1e-4
+    assert torch.equal(picture(), plain)
