@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -16,10 +17,13 @@ from .patching.call import KVContext
 from .patching.joint import TransformerPatch
 from .patching.patch import Patch, patch_of
 from .schedule import Moment
+from .tuning.fingerprint import adapters_of
 from .tuning.result import as_tuning
 
 if TYPE_CHECKING:
     from .tuning.result import Tuning
+
+log = logging.getLogger("agentsd")
 
 Model = TypeVar("Model")
 
@@ -68,7 +72,10 @@ def apply_patch(
         given = [name for name in SETTINGS if getattr(config, name) != getattr(_DEFAULTS, name)]
         if given:
             raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
-        config = as_tuning(tuning).config_for(unet)
+        made = as_tuning(tuning)
+        config = made.config_for(unet)
+        if doubts := made.doubts(adapters=adapters_of(unet)):
+            log.warning("a tuning is used for what it was not made on: %s", doubts)
     patch_unet(unet, config, progress=progress or (progress_by(model, unet) if family is None else None))
     return model
 

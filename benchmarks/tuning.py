@@ -189,8 +189,7 @@ class Bench:
                 self.store.get(f"pictures {case.name}, {i}", lambda i=i: self._pictures(case, configs, i))
 
     def _config(self, data: Mapping[str, Any]) -> AgentConfig:
-        tuning = Tuning.from_dict(data)
-        return agentsd.AgentConfig(**{**_fields(tuning.base), "rules": tuning.rules_for(self.unet)})
+        return Tuning.from_dict(data).config_for(self.unet)
 
     def _tune(self, case: Case) -> dict[str, Any]:
         start = time.perf_counter()
@@ -206,7 +205,6 @@ class Bench:
                 tuner.probe.full[kind] = [full]
                 mine = {k: s for (size, k), s in by_size.items() if size == kind[0] and k}
                 tuner.probe.ratios.update({(kind, k): [s / full] for k, s in mine.items()})
-            tuner.blocks = tuner.tunable()
             tuner.measure_effects()
             found = {str(t): tuner.tuning(t).to_dict() for t in TOLERANCES}
         tqdm.write(f"{case.name}: tuned in {time.perf_counter() - start:.0f} s, {replay.done} calls")
@@ -371,10 +369,6 @@ def _cost() -> dict[str, float]:
         "an observed call": extra,
         "observing closeness": extra / EVERY,
     }
-
-
-def _fields(config: AgentConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in agentsd.config.SETTINGS}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -54,7 +54,8 @@ class ModelPatcher:
     """A clone of a model: options of its own, the model shared."""
 
     def __init__(self, unet: nn.Module) -> None:
-        self.model = SimpleNamespace(diffusion_model=unet)
+        # here a sigma is a timestep
+        self.model = SimpleNamespace(diffusion_model=unet, model_sampling=SimpleNamespace(timestep=lambda sigma: sigma))
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.patches: dict[str, list[Any]] = {}  # of the weights
 
@@ -168,6 +169,7 @@ def sample(
             out = torch.cat(outs, dim=-1)
         return out
 
+    sigmas = torch.tensor([*map(float, timesteps), 0.0])
     return wrapped("sampler_sample", options, steps)(
-        SimpleNamespace(model_patcher=model), None, {}, None, x, None, None, False
+        SimpleNamespace(model_patcher=model), sigmas, {}, None, x, None, None, False
     )

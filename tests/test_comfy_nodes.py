@@ -15,15 +15,24 @@ from patching import CHANGED, GOLDEN, difference, tree
 from tuned_models import quick_tune
 
 import agentsd
-from agentsd import AgentConfig, SettingError, TuningError, UnsupportedModelError
+from agentsd import SettingError, TuningError, UnsupportedModelError
 from agentsd.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from agentsd.comfy.model import attach, patch_of, report_on
-from agentsd.comfy.nodes import CELLS, CUSTOM, AgentAttention, AgentAttentionReport, config_of, idle_inputs
-from agentsd.comfy.tuned import NOT_CALLED, attach_tuned
+from agentsd.comfy.model import NOT_CALLED, Slot, attach, report_on, slot_of
+from agentsd.comfy.nodes import (
+    CELLS,
+    CUSTOM,
+    AgentAttention,
+    AgentAttentionReport,
+    AgentAttentionTuned,
+    idle_inputs,
+    values_of,
+)
+from agentsd.comfy.tuned import attach_tuned
 from agentsd.methods import METHODS
+from agentsd.settings import check, to_config
 
 X, T, CONTEXT = inputs(2, 32, 32)
-GRID = {"ratio": 0.0, "agent_ratio": 0.75, "agent_source": "grid", "sx": 2, "sy": 2}
+GRID = {"method": "agent", "ratio": 0.0, "agent_ratio": 0.75, "agent_source": "grid", "sx": 2, "sy": 2}
 
 
 @pytest.fixture
@@ -41,21 +50,32 @@ def run(model, attention, timesteps=(500,), x=X, context=CONTEXT):
     return sample(model, attention, x, timesteps, context)
 
 
+def values(**settings):
+    return check({"enabled": True, "max_downsample": 1, "min_tokens": 0, **GRID, **settings})
+
+
 def on(model, **settings):
-    return attach(model, AgentConfig(**{**GRID, **settings}))
+    return attach(model, lambda unet: Slot(unet, values(**settings)))
+
+
+def last(model):
+    """Report of the last sampling."""
+    return slot_of(model).last
 
 
 class TestAnswers:
     @pytest.mark.parametrize(
         "settings",
-        [{}, {"method": "pool"}, {"method": "corrected"}, {"max_downsample": 2}, {"attn_precision": "fp32"}],
+        [{}, {"method": "pool"}, {"method": "corrected"}, {"max_downsample": 2, "min_tokens": 0}, {"fp32": True}],
         ids=["grid", "pool", "corrected", "two levels", "fp32"],
     )
     def test_as_the_patch_on_the_u_net_itself(self, model, host, settings):
-        settings = {**GRID, **settings}
         plain = run(model, host)
-        with agentsd.patched(GOLDEN, **settings):
+        patch = agentsd.patch_unet(GOLDEN, to_config(values(**settings)))
+        try:
             expected = GOLDEN(X, T, context=CONTEXT).detach()
+        finally:
+            patch.remove()
         out = run(on(model, **settings), host)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
         assert difference(out, plain) > CHANGED
@@ -66,7 +86,7 @@ class TestAnswers:
         plain = run(model, host, x=x)
         patched = on(model, method=method, ratio=0.4 if method == "merge" else 0.0)
         assert difference(run(patched, host, x=x, context=context), plain) > 1e-3
-        report = patch_of(patched).last
+        report = last(patched)
         assert report.patched
         assert not report.notes
 
@@ -77,7 +97,7 @@ class TestAnswers:
         first = run(patched, host)
         assert difference(first, plain) > CHANGED
         assert torch.equal(run(patched, host), first)
-        assert not patch_of(patched).last.notes
+        assert not last(patched).notes
 
     @pytest.mark.parametrize(("height", "width"), [(33, 25), (9, 40), (50, 12)])
     def test_odd_sizes(self, host, height, width):
@@ -87,7 +107,7 @@ class TestAnswers:
         out = run(patched, host, x=x, context=context)
         with agentsd.patched(flat := initialised(attention_resolutions=[1], channel_mult=[1]), **GRID):
             torch.testing.assert_close(out, flat(x, t, context=context).detach(), rtol=1e-4, atol=1e-4)
-        assert not patch_of(patched).last.notes
+        assert not last(patched).notes
 
     def test_sdxl_has_its_largest_layers_at_level_2(self, host):
         model = ModelPatcher(comfy_unet(sdxl_like_unet()))
@@ -97,17 +117,68 @@ class TestAnswers:
         assert "256 tokens → 64 agents" in report_on(patched)
 
     def test_settings_follow_the_timestep(self, model, host):
-        patched = on(model, stages=agentsd.early(0.4))
+        patched = on(model, until=0.4)
         assert torch.equal(run(patched, host, [300]), run(model, host, [300]))
         assert difference(run(patched, host, [900]), run(model, host, [900])) > CHANGED
 
     def test_rules_name_blocks_as_everywhere(self, model, host):
-        spared = on(model, rules=agentsd.parse_rules("blocks=*_block* full"))
+        spared = on(model, rules="blocks=*_block* full")
         assert torch.equal(run(spared, host), run(model, host))
-        some = on(model, rules=agentsd.parse_rules("blocks=output_blocks.* full"))
+        some = on(model, rules="blocks=output_blocks.* full")
         run(some, host)
-        changed = {layer.name.split(".")[0] for layer in patch_of(some).report() if layer.calls.get("agents")}
+        changed = {layer.name.split(".")[0] for layer in slot_of(some).patch.report() if layer.calls.get("agents")}
         assert changed == {"input_blocks"}
+
+
+class TestDecision:
+    @pytest.mark.parametrize("side", [32, 16])
+    @pytest.mark.parametrize("steps", [(500,), (900, 600, 300, 0)], ids=["one step", "four steps"])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"until": 0.6},
+            {"since": 0.5, "until": 0.8},
+            {"until": 0.05},
+            {"min_tokens": 512},
+            {"method": "pool", "max_downsample": 2},
+            {"rules": "blocks=output_blocks.* full"},
+            {"rules": "downsample=2 max_downsample=2 method=pool | until=0.5 full"},
+            agentsd.TOKEN_MERGING,
+        ],
+        ids=str,
+    )
+    def test_what_is_decided_is_what_is_done_and_reported(self, model, host, settings, steps, side):
+        x = X[..., :side, :side]
+        patched, plain = on(model, **settings), run(model, host, steps, x=x)
+        out = run(patched, host, steps, x=x)
+        made, report, told = slot_of(patched).made, last(patched), report_on(patched)
+        decided, done = (
+            {action: n for action, n in each.items() if n and action != "untouched"}
+            for each in (made.calls, report.calls)
+        )
+        assert decided == done
+        assert report.steps == made.steps
+        assert told.startswith(f"Sampling {8 * side}×{8 * side}: ")
+        if done:
+            assert set(report.layers) == set(made.layers)
+            assert f"in {made.steps} of {len(steps)} U-Net calls" in told or made.steps == len(steps) > 1
+        else:
+            assert torch.equal(out, plain)
+            assert "nothing happened" in told
+            assert made.patches or made.reason.text.lower() in told.lower()
+
+    def test_an_error_of_ours_in_it_costs_the_speed_and_not_the_image(self, model, host, monkeypatch):
+        monkeypatch.setattr("agentsd.comfy.model.decide", lambda *given: 1 / 0)
+        patched = on(model)
+        assert torch.equal(run(patched, host), run(model, host))
+        assert "An error of ours: ZeroDivisionError" in report_on(patched)
+
+    def test_another_version_of_the_host_may_not_tell_its_steps(self, model, host):
+        del model.model.model_sampling
+        patched = on(model)
+        run(patched, host)
+        assert report_on(patched).startswith("Sampling 256×256: 1024 tokens → 256 agents")
 
 
 class TestClones:
@@ -118,7 +189,7 @@ class TestClones:
         assert torch.equal(run(model, host), plain)
         assert tree(model.model.diffusion_model).keys() == before.keys()
         assert model.options == {}
-        assert patch_of(model) is None
+        assert slot_of(model) is None
 
     def test_two_branches_are_independent(self, model, host):
         one, other = on(model), on(model, method="pool")
@@ -130,12 +201,12 @@ class TestClones:
     def test_a_clone_of_a_clone_keeps_the_patch(self, model, host):
         patched = on(model)
         assert torch.equal(run(patched.clone(), host), run(patched, host))
-        assert patch_of(patched.clone()) is patch_of(patched)
+        assert slot_of(patched.clone()) is slot_of(patched)
 
     def test_a_later_node_replaces_an_earlier_one(self, model, host):
         both = on(on(model, method="pool"))
         assert torch.equal(run(both, host), run(on(model), host))
-        assert not patch_of(both).last.notes
+        assert not last(both).notes
 
     def test_a_model_without_transformer_blocks_is_refused(self):
         class Flux(torch.nn.Module):
@@ -166,7 +237,7 @@ class TestTheHostsAttention:
         assert (1024, 256, ("input", 1)) in asked
 
     def test_fp32_is_not_left_to_a_kernel_that_rounds(self, model, host):
-        run(on(model, attn_precision="fp32"), host)
+        run(on(model, fp32=True), host)
         assert (1024, 256) not in host.calls
 
     def test_where_nothing_is_planned_it_answers_to_the_bit(self, model, host):
@@ -174,42 +245,39 @@ class TestTheHostsAttention:
         assert torch.equal(run(on(model, min_tokens=5000), host), plain)
 
 
+def _tiles(n, k, v, extra):
+    return (n.unflatten(1, (4, -1)).flatten(0, 1), *(t.repeat_interleave(4, dim=0) for t in (k, v)))
+
+
 class TestOtherNodes:
-    def said(self, model, host, caplog, **settings):
-        patched = on(model, **settings)
+    @pytest.mark.parametrize(
+        ("patch", "after", "told"),
+        [
+            (
+                lambda n, k, v, extra: (n[:, ::2], k, v),
+                lambda n, extra: n.repeat_interleave(2, dim=1),
+                "512 queries for 1024 keys, as by token merging or HyperTile",
+            ),
+            (_tiles, lambda n, extra: n.unflatten(0, (-1, 4)).flatten(1, 2), "256 queries for 1024 keys"),
+            (
+                lambda n, k, v, extra: (n, torch.cat([k, 2 * k], 1), torch.cat([v, v], 1)),
+                lambda n, extra: n,
+                "1024 queries for 2048 keys",
+            ),
+        ],
+        ids=["token merging", "tiles", "a longer context"],
+    )
+    def test_what_tiles_or_merges_is_left_alone_and_said_once(self, model, host, caplog, patch, after, told):
+        model.set_model_attn1_patch(patch)
+        model.options["patches"]["attn1_output_patch"] = [after]
+        plain, patched = run(model, host), on(model)
         with caplog.at_level(logging.INFO, "agentsd"):
-            out = run(patched, host), run(patched, host)
-        assert torch.equal(*out)
-        notes = patch_of(patched).last.notes
-        told = [record for record in caplog.records if any(note in record.getMessage() for note in notes)]
-        assert len(told) == len(notes), "said once, however many samplings there are"
-        return out[0], list(notes)
-
-    def test_token_merging(self, model, host, caplog):
-        model.set_model_attn1_patch(lambda n, k, v, extra: (n[:, ::2], k, v))
-        model.options["patches"]["attn1_output_patch"] = [lambda n, extra: n.repeat_interleave(2, dim=1)]
-        plain = run(model, host)
-        out, notes = self.said(model, host, caplog)
-        assert torch.equal(out, plain)
-        assert notes == ["self-attention was given 512 queries for 1024 keys, as by token merging or HyperTile"]
-
-    def test_tiles(self, model, host, caplog):
-        def tiles(n, k, v, extra):
-            return (n.unflatten(1, (4, -1)).flatten(0, 1), *(t.repeat_interleave(4, dim=0) for t in (k, v)))
-
-        model.set_model_attn1_patch(tiles)
-        model.options["patches"]["attn1_output_patch"] = [lambda n, extra: n.unflatten(0, (-1, 4)).flatten(1, 2)]
-        plain = run(model, host)
-        out, notes = self.said(model, host, caplog)
-        assert torch.equal(out, plain)
-        assert "256 queries for 1024 keys" in notes[0]
-
-    def test_a_longer_context(self, model, host, caplog):
-        model.set_model_attn1_patch(lambda n, k, v, extra: (n, torch.cat([k, 2 * k], 1), torch.cat([v, v], 1)))
-        plain = run(model, host)
-        out, notes = self.said(model, host, caplog)
-        assert torch.equal(out, plain)
-        assert any("1024 queries for 2048 keys" in note for note in notes)
+            for _ in range(2):
+                assert torch.equal(run(patched, host), plain)
+        notes = last(patched).notes
+        assert any(told in note for note in notes)
+        said = [record for record in caplog.records if any(note in record.getMessage() for note in notes)]
+        assert len(said) == len(notes), "once, however many samplings there are"
 
     def test_a_node_that_only_looks_on_leaves_all_to_us(self, model, host):
         expected = run(on(model), host)
@@ -232,8 +300,8 @@ class TestOtherNodes:
         with caplog.at_level(logging.INFO, "agentsd"):
             run(patched, host)
         assert theirs == [("input", 1)]
-        assert list(patch_of(patched).last.notes) == ["another node answers self-attention in its place"]
-        assert patch_of(patched).last.patched, "the other blocks are ours"
+        assert list(last(patched).notes) == ["another node answers self-attention in its place"]
+        assert last(patched).patched, "the other blocks are ours"
 
 
 class TestLifetime:
@@ -248,7 +316,7 @@ class TestLifetime:
         broken.set_model_attn1_patch(fail)
         with pytest.raises(KeyboardInterrupt):
             run(broken, host)
-        assert patch_of(patched).call() is None
+        assert slot_of(patched).patch.call() is None
         assert torch.equal(run(patched, host), expected)
 
     def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, model, host, monkeypatch):
@@ -337,7 +405,7 @@ class TestTuned:
             sample(patched, host, x, self.STEPS, context, tile=16)
         (calls,) = tunes
         assert calls[0][0][0].shape[-2:] == (16, 16)
-        assert report_on(patched).splitlines()[0].startswith("Sampling 128×128")
+        assert report_on(patched).splitlines()[0].startswith("Sampling 256×128, in parts of 128×128: tuned")
 
     @pytest.mark.parametrize("prefix", ["", "plan: ", " plan: "])
     def test_a_plan_out_of_a_report_is_used_at_once(self, model, host, tunes, prefix):
@@ -352,7 +420,10 @@ class TestTuned:
 
     def test_a_damaged_plan_is_an_error_before_anything_is_done(self, model):
         with pytest.raises(TuningError):
-            attach_tuned(model, 0.2, "nonsense")
+            AgentAttentionTuned().apply(model, 0.2, "nonsense")
+        assert "damaged" in AgentAttentionTuned.VALIDATE_INPUTS(plan="nonsense")
+        for plan in (None, "", " "):
+            assert AgentAttentionTuned.VALIDATE_INPUTS(plan=plan) is True
 
     def test_a_u_net_that_is_not_called_is_told(self, model, host, tunes):
         """A node that caches steps calls the blocks itself."""
@@ -360,6 +431,11 @@ class TestTuned:
         sample(patched, host, X, [], CONTEXT)
         assert report_on(patched).startswith(f"not tuned: {NOT_CALLED}")
         assert not tunes
+        q, block = torch.randn(2, 1024, 32), {"block": ("input", 1), "block_index": 0, "n_heads": 2}
+        patched = on(model)
+        answer = next(iter(patched.options["patches_replace"]["attn1"].values()))
+        slot_of(patched).sample(lambda *args: answer(q, q, q, block), (), {})
+        assert f"left to the host: {NOT_CALLED} (1 call)" in report_on(patched).lower().replace("u-net", "U-Net")
 
     @pytest.mark.parametrize("what", ["fails", "is interrupted"])
     def test_a_tuning_that_ends_early_costs_no_image(self, model, host, monkeypatch, what, caplog):
@@ -392,9 +468,9 @@ class TestNodes:
         given = AgentAttention.INPUT_TYPES()
         inputs = {**given["required"], **given["optional"]}
         del inputs["model"]
-        config, since = config_of({name: options["default"] for name, (_, options) in inputs.items()})
-        assert since == 0.0
-        assert agentsd.plan_layer(config, 64, 64, 1).agents == 256
+        given = values_of({name: options["default"] for name, (_, options) in inputs.items()})
+        assert given["since"] == 0.0
+        assert agentsd.plan_layer(to_config(given), 64, 64, 1).agents == 256
         for name, (kind, options) in inputs.items():
             assert options["tooltip"], name
             assert not isinstance(kind, list) or options["default"] in kind
@@ -403,13 +479,14 @@ class TestNodes:
     @pytest.mark.parametrize("method", ["agent", "pool"])  # others bound the number of cells
     @pytest.mark.parametrize("cells", [name for name in CELLS if name != CUSTOM])
     def test_cells_are_what_their_name_says(self, method, cells):
-        config, _ = config_of({"method": method, "cells": cells, "ratio": 0.0})
+        config = to_config(values_of({"method": method, "cells": cells, "ratio": 0.0}))
         plan = agentsd.plan_layer(config, 256, 256, 1)
         assert plan.cell == (CELLS[cells],) * 2
 
     def test_custom_cells_are_of_the_agent_ratio(self):
-        assert config_of({"cells": CUSTOM, "agent_ratio": 0.8})[0].agent_ratio == 0.8
-        assert config_of({"cells": "4×4", "agent_ratio": 0.8})[0].agent_ratio == 1 - 1 / 16
+        assert values_of({"cells": CUSTOM, "agent_ratio": 0.8})["agent_ratio"] == 0.8
+        assert values_of({"cells": "4×4", "agent_ratio": 0.8})["agent_ratio"] == 1 - 1 / 16
+        assert values_of({"method": "corrected"})["exact_ratio"] == 0, "of a graph saved before there was one"
 
     @pytest.mark.parametrize(
         ("inputs", "said"),
@@ -456,60 +533,34 @@ class TestNodes:
         assert AgentAttentionReport().report(patched, None)[0].startswith("Sampling 256×256: 1024 tokens → 256 agents")
 
 
-class TestExamples:
-    """The graphs of docs/comfyui."""
+FOLDER = Path(agentsd.__file__).parents[1] / "docs/comfyui"
 
-    FOLDER = Path(agentsd.__file__).parents[1] / "docs/comfyui"
 
-    def test_there_are_some(self):
-        assert len(list(self.FOLDER.glob("*-api.json"))) >= 2
-
-    @pytest.mark.parametrize("file", sorted(FOLDER.glob("*-api.json")), ids=lambda file: file.stem)
-    def test_a_graph_for_the_api_gives_our_nodes_what_they_take(self, file):
-        ours = 0
-        graph = json.loads(file.read_text(encoding="utf-8"))
-        for node in graph.values():
-            given = [value for value in node["inputs"].values() if isinstance(value, list)]
-            assert all(source in graph for source, _ in given), "every link has a source"
-            cls = NODE_CLASS_MAPPINGS.get(node["class_type"])
-            if cls is None:
-                continue
-            ours += 1
-            required, optional = (cls.INPUT_TYPES().get(kind, {}) for kind in ("required", "optional"))
-            assert set(required) <= set(node["inputs"]) <= {*required, *optional}
-            for name, (kind, *_) in required.items():
-                assert not isinstance(kind, list) or node["inputs"][name] in kind
-        assert ours >= 2
-
-    @pytest.mark.parametrize("file", sorted(FOLDER.glob("*-api.json")), ids=lambda file: file.stem)
-    def test_its_graph_for_the_page_has_the_same_nodes_and_values(self, file):
-        api = json.loads(file.read_text(encoding="utf-8"))
-        page = json.loads(file.with_name(file.name.replace("-api", "")).read_text(encoding="utf-8"))
-        assert {str(node["id"]): node["type"] for node in page["nodes"]} == {
-            name: node["class_type"] for name, node in api.items()
-        }
-        for node in page["nodes"]:
-            cls, given = NODE_CLASS_MAPPINGS.get(node["type"]), api[str(node["id"])]["inputs"]
-            widgets = [] if cls is None else [n for kind in cls.INPUT_TYPES().values() for n in kind]
-            names = [name for name in widgets if name not in ("model", "after")]
-            for name, value in zip(names, node.get("widgets_values", []), strict=bool(names)):
-                assert given.get(name, value) == value
-
-    @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
-    def test_no_field_is_null_but_links(self, file):
-        """Newer frontends refuse a graph with others."""
-
-        def nulls(value):
-            if isinstance(value, dict):
-                return {key for key, entry in value.items() if entry is None}.union(*map(nulls, value.values()))
-            return set().union(*map(nulls, value)) if isinstance(value, list) else set()
-
-        assert nulls(json.loads(file.read_text(encoding="utf-8"))) <= {"link", "links"}
-
-    @pytest.mark.parametrize("file", ["agent-attention.json", "tuned.json"])
-    def test_the_inputs_of_our_nodes_are_those_that_they_have(self, file):
-        for node in json.loads((self.FOLDER / file).read_text(encoding="utf-8"))["nodes"]:
-            cls = NODE_CLASS_MAPPINGS.get(node["type"])
-            if cls is not None:
-                names = [name for kind in cls.INPUT_TYPES().values() for name in kind]
-                assert [given["name"] for given in node["inputs"]] == names
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*-api.json")), ids=lambda file: file.stem)
+def test_graphs_of_the_docs(file):
+    """The graph for the API gives our nodes what they take, and the graph for the page is the same."""
+    api = json.loads(file.read_text(encoding="utf-8"))
+    text = file.with_name(file.name.replace("-api", "")).read_text(encoding="utf-8")
+    page = {str(node["id"]): node for node in json.loads(text)["nodes"]}
+    nulls = set()
+    json.loads(text, object_hook=lambda entry: nulls.update(k for k, v in entry.items() if v is None) or entry)
+    assert nulls <= {"link", "links"}, "newer frontends refuse a graph with others"
+    assert {name: node["type"] for name, node in page.items()} == {
+        name: node["class_type"] for name, node in api.items()
+    }
+    ours = 0
+    for name, node in api.items():
+        given = node["inputs"]
+        assert all(value[0] in api for value in given.values() if isinstance(value, list)), "every link has a source"
+        cls = NODE_CLASS_MAPPINGS.get(node["class_type"])
+        if cls is None:
+            continue
+        ours += 1
+        required, optional = (cls.INPUT_TYPES().get(kind, {}) for kind in ("required", "optional"))
+        assert set(required) <= set(given) <= {*required, *optional}
+        assert all(given[n] in kind for n, (kind, *_) in required.items() if isinstance(kind, list))
+        assert [each["name"] for each in page[name]["inputs"]] == [*required, *optional]
+        widgets = [n for n in (*required, *optional) if n not in ("model", "after")]
+        shown = dict(zip(widgets, page[name].get("widgets_values", ()), strict=bool(widgets)))
+        assert {n: shown.get(n, value) for n, value in given.items()} == given
+    assert ours == 2

@@ -22,7 +22,7 @@ from agentsd.settings import ARGUMENTS, DEFAULTS, check, from_args, infotext, to
 from agentsd.settings.presets import PRESETS
 from agentsd.cli import parser
 from agentsd.webui import xyz
-from agentsd.comfy.nodes import AgentAttention, config_of
+from agentsd.comfy.nodes import AgentAttention, values_of
 from agentsd.app.preview import page_data
 
 assert AgentConfig().sharpness == 0.5 and AgentConfig(sharpness=2).sharpness == 2.0
@@ -58,7 +58,7 @@ assert parser.parse(["sweep", "a rose", "--x", "sharpness=0.1,0.2"]).x == ("shar
 *_, (name, (type_, options)) = AgentAttention.INPUT_TYPES()["optional"].items()
 assert (name, type_, options["default"], options["min"], options["max"]) == ("sharpness", "FLOAT", 1.0, 0.0, 2.0)
 assert options["tooltip"] == "How sharp it is."
-assert config_of({"sharpness": 0.25})[0].sharpness == 0.25
+assert to_config(values_of({"sharpness": 0.25})).sharpness == 0.25
 # the panel
 import gradio as gr
 from agentsd.panel.controls import build

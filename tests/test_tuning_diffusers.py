@@ -90,3 +90,20 @@ def test_a_lora_is_seen_fused_or_not(fused):
     assert agree(before[0], weights_of(unet))
     assert not agree(before[1], adapters_of(unet))
     assert agree(beside, adapters_of(unet))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_is_tuned_and_takes_the_tuning_of_the_one_it_was(every_gain_counts, bits):
+    quantization = pytest.importorskip("torchao.quantization")
+    unet = tiny_unet()
+    calls = [((), unet_inputs(unet, t=t)) for t in (900, 300)]
+    before = agentsd.tune(unet, calls, 0.5, methods=TRY)
+    config = quantization.IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"))
+    quantization.quantize_(unet, quantization.Int8WeightOnlyConfig() if bits == 8 else config)
+    after = agentsd.tune(unet, calls, 0.5, methods=TRY)
+    assert 0 < after.measured <= 0.5
+    plain = run(unet, **calls[0][1])
+    for tuning in (before, after):
+        with agentsd.patched(unet, tuning=tuning):
+            assert not torch.equal(run(unet, **calls[0][1]), plain)
+            assert not agentsd.get_patch(unet).notes

@@ -21,7 +21,7 @@ from ..costs import Estimate, Layout, estimate, layouts
 from ..methods import LayerPlan
 from ..settings import schema, tunings
 from ..tuning.result import Tuning, TuningError
-from .kept_tunings import Kept, config_of, plans
+from .kept_tunings import Kept, plans
 from .timings import Timing, Timings, case_of
 
 if TYPE_CHECKING:
@@ -235,7 +235,8 @@ def _with_tuning(made: Decision, values: Mapping[str, Any], unet: nn.Module | No
     sampling, auto, refusal = made.sampling, values["tuning"] == tunings.AUTO, None
     for tuning in plans(values, sampling.of, sampling.latent, program.kept(sampling) if auto else None):
         try:
-            config = made.config if unet is None else config_of(tuning, unet, made.config.attn_precision)
+            fp32 = made.config.attn_precision
+            config = made.config if unet is None else replace(tuning.config_for(unet), attn_precision=fp32)
         except TuningError as error:
             refusal = error
             continue

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..patching.call import KVContext
 from ..settings import tunings
 from ..settings.presets import PRESETS, TUNED
 from ..settings.schema import DEFAULTS, fraction_of, to_config
-from ..tuning.record import RecordedCall, progress_of
+from ..tuning.record import RecordedCall, progress_of, spread
 from ..tuning.replay import Progress, compare, comparing_takes
 from ..tuning.result import Tuning, TuningError
 from ..tuning.tuner import tune
@@ -37,36 +38,22 @@ _MOMENTS = 3
 
 @dataclass(frozen=True)
 class PresetPoint:
-    """Where a preset lies in the chart.
-
-    Attributes:
-        name: the preset.
-        deviation: the largest deviation of the U-Net's output over the moments tried.
-        speed_up: seconds without / seconds with, measured in turn.
-    """
+    """Where a preset lies in the chart."""
 
     name: str
-    deviation: float
-    speed_up: float
+    deviation: float  # of the U-Net's output, the largest over the moments tried
+    speed_up: float  # seconds without / seconds with, measured in turn
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A tuning as it is kept.
+    """A tuning as it is kept."""
 
-    Attributes:
-        checkpoint: the checkpoint's name.
-        of: the pass: one of `tunings.PASSES`.
-        tuning: the tuning.
-        presets: the presets beside it; none where a pass has none.
-        made: when it was made, in seconds since 1970.
-    """
-
-    checkpoint: str
-    of: str
+    checkpoint: str  # its name
+    of: str  # the pass: one of `tunings.PASSES`
     tuning: Tuning
-    presets: tuple[PresetPoint, ...] = ()
-    made: float = 0.0
+    presets: tuple[PresetPoint, ...] = ()  # beside it; none where a pass has none
+    made: float = 0.0  # when, in seconds since 1970
 
     @property
     def key(self) -> str:
@@ -74,8 +61,7 @@ class Kept:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
-        presets = [asdict(point) for point in self.presets]
-        return {**vars(self), "tuning": self.tuning.to_dict(), "presets": presets}
+        return {**vars(self), "tuning": self.tuning.to_dict(), "presets": [asdict(point) for point in self.presets]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Kept:
@@ -103,26 +89,18 @@ class Store:
     """
 
     def __init__(self, open_section: Callable[[str], MutableMapping[str, Any]]) -> None:
-        self._open = open_section
-
-    def _cache(self) -> MutableMapping[str, Any]:
-        return self._open(SECTION)
+        self._cache = partial(open_section, SECTION)
 
     def put(self, kept: Kept) -> None:
         self._cache()[kept.key] = kept.to_dict()
 
     def find(self, checkpoint: str, of: str, size: tuple[int, int]) -> Kept | None:
         """Return the tuning of a checkpoint for a pass at a size, or else of its first pass at that size."""
-        for kind in dict.fromkeys((of, tunings.FIRST)):
-            kept = self._read(_key(checkpoint, kind, size))
-            if kept is not None:
-                return kept
-        return None
+        return self._read(_key(checkpoint, of, size)) or self._read(_key(checkpoint, tunings.FIRST, size))
 
     def of_checkpoint(self, checkpoint: str) -> list[Kept]:
         """List a checkpoint's tunings, the newest first."""
-        found = (self._read(key) for key in self._keys(checkpoint))
-        return sorted((kept for kept in found if kept is not None), key=lambda kept: -kept.made)
+        return sorted(filter(None, map(self._read, self._keys(checkpoint))), key=lambda kept: -kept.made)
 
     def forget(self, checkpoint: str, key: str = "") -> int:
         """Forget a checkpoint's tunings, or the one of this key; return their number."""
@@ -135,40 +113,26 @@ class Store:
         return [key for key in list(self._cache()) if str(key).startswith(f"{checkpoint}|")]
 
     def _read(self, key: str) -> Kept | None:
-        data = self._cache().get(key)
         try:
-            return None if data is None else Kept.from_dict(data)
-        except TuningError:
+            return Kept.from_dict(self._cache()[key])
+        except (KeyError, TuningError):
             return None
-
-
-# Use
 
 
 def plans(values: Mapping[str, Any], of: str, size: tuple[int, int], kept: Kept | None) -> list[Tuning]:
     """Return the tunings that the settings name for a pass; none if the other settings apply.
 
     Args:
-        values: every setting, in canonical form.
+        values: every setting, in canonical form; without `how_close`, a kept tuning's own plan is the one.
         of: the pass.
         size: (height, width) of the latent.
         kept: what is kept for the checkpoint and the pass.
     """
     if values["tuning"] != tunings.AUTO:
         return tunings.matching(tunings.read(values["tuning"]), of, size)
-    return [] if kept is None else [kept.tuning.at(fraction_of(values["how_close"]))]
-
-
-def config_of(plan: Tuning, unet: nn.Module, precision: str | None) -> AgentConfig:
-    """Make the config of a plan.
-
-    Raises:
-        TuningError: the plan is for another model.
-    """
-    return replace(plan.config_for(unet), attn_precision=precision)
-
-
-# For the panel
+    if kept is None:
+        return []
+    return [kept.tuning.at(fraction_of(values["how_close"])) if values["how_close"] else kept.tuning]
 
 
 class PanelTunings:
@@ -185,8 +149,7 @@ class PanelTunings:
 
     def _kept(self) -> dict[str, Kept]:
         """The tunings by what the panel calls them."""
-        found = self._program.tunings.of_checkpoint(self._program.checkpoint())
-        return {title(kept): kept for kept in found}
+        return {title(kept): kept for kept in self._program.tunings.of_checkpoint(self._program.checkpoint())}
 
     def titles(self) -> list[str]:
         """List them by what they are for, such as "First pass, 512×512", the newest first."""
@@ -235,9 +198,6 @@ class PanelTunings:
         return f"Imported for {checkpoint}: {title(kept)}."
 
 
-# Tune
-
-
 def make(
     unet: nn.Module,
     calls: Sequence[RecordedCall],
@@ -250,23 +210,20 @@ def make(
     kv_context: KVContext | None = None,
     conditions: Mapping[str, str] | None = None,
 ) -> Kept:
-    """Tune a U-Net on the calls of a pass, and place the presets beside the result.
+    """Tune a U-Net on the calls of a pass, as `agentsd.tune` does, and place the presets beside the result.
 
     Args:
-        unet: the U-Net, as it was called.
-        calls: its recorded calls.
-        tolerance: upper limit on the deviation of its output.
+        unet, calls, tolerance, kv_context, conditions: as in `agentsd.tune`.
         checkpoint: the checkpoint's name.
         of: the pass.
         precision: `attn_precision` of all settings that are tried.
         progress: as in `agentsd.tune`; the text ends with the time left.
-        kv_context: as in `agentsd.Patch`.
-        conditions: what else the pass is made under, as in `agentsd.tune`.
 
     Raises:
         TuningCancelled: `progress` returned False.
     """
-    moments, configs = _moments(calls), _preset_configs(of, precision)
+    by_moment = {progress_of(call): call for call in calls}
+    moments, configs = [by_moment[at] for at in spread(by_moment, _MOMENTS)], _preset_configs(of, precision)
     more, made, start = comparing_takes(moments, configs), 0, time.monotonic()
 
     def tell(done: int, total: int, text: str) -> Any:
@@ -279,43 +236,27 @@ def make(
         made = total
         return tell(done, total + more, text)
 
+    common = {"attn_precision": precision} if precision else {}
+    methods = [
+        {"method": method.name, **settings, **common} for method in selectable() for settings in method.candidates
+    ]
+    conditions = {"pass": of, **(conditions or {})}
+    tuning = tune(unet, calls, tolerance, methods=methods, progress=show, kv_context=kv_context, conditions=conditions)
+
     def show_presets(done: int, total: int, text: str) -> Any:
         return tell(made + done, made + more, "Trying the presets")
 
-    methods = [
-        {"method": method.name, **settings, **({"attn_precision": precision} if precision else {})}
-        for method in selectable()
-        for settings in method.candidates
-    ]
-    tuning = tune(
-        unet,
-        calls,
-        tolerance,
-        methods=methods,
-        progress=show,
-        kv_context=kv_context,
-        conditions={"pass": of, **(conditions or {})},
-    )
     found = compare(unet, moments, configs, progress=show_presets, kv_context=kv_context)
     presets = tuple(PresetPoint(name, c.deviation, 1 / c.time) for name, c in found.items())
     return Kept(checkpoint, of, tuning, presets, time.time())
 
 
-def _moments(calls: Sequence[RecordedCall]) -> list[RecordedCall]:
-    """Choose calls at a few timesteps, spread over those recorded."""
-    at = list({progress_of(call): call for call in calls}.values())
-    count = min(_MOMENTS, len(at))
-    return [at[round(i * (len(at) - 1) / max(1, count - 1))] for i in range(count)]
-
-
 def _preset_configs(of: str, precision: str | None) -> dict[str, AgentConfig]:
     """Make the config of each preset in a pass; those that leave it alone, or equal an earlier one, have none."""
-    found: dict[str, AgentConfig] = {}
+    found: dict[AgentConfig, str] = {}
     for name, preset in PRESETS.items():
         values = {**DEFAULTS, **preset, "enabled": True}
         config = None if name == TUNED else to_config(values, hires=of == tunings.HIRES)
         if config is not None:
-            config = replace(config, attn_precision=precision)
-            if config not in found.values():
-                found[name] = config
-    return found
+            found.setdefault(replace(config, attn_precision=precision), name)
+    return {name: config for config, name in found.items()}

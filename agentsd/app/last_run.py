@@ -87,18 +87,19 @@ class PassReport:
         self.steps += max(map(changed, counts.values()), default=0)
         self.of_steps += max((sum(count.values()) for count in counts.values()), default=0)
         self.see(patch.last_call and patch.last_call.latent)
-        if self.sizes and progress is not None:
+        if progress is not None:
             self._add_plans(patch, counts, progress)
         self.closeness = patch.closeness() or self.closeness
 
     def _add_plans(self, patch: Patch, counts: Mapping[str, Counter[str]], progress: float) -> None:
-        planned = {name: plan for name, plan in patch.explain(*self.sizes[-1], progress) if plan is not None}
-        acting = {name: plan for name, plan in planned.items() if plan.acts}
-        self.skipped = bool(acting) and not any(counts[name].total() for name in acting)
-        # what was planned, but left to the host in every call, was not done
-        done = Counter(plan for name, plan in acting.items() if changed(counts[name]) or not self.steps)
-        self.layers += [each for each in done.items() if each not in self.layers]  # a refiner's do not add up
-        self.idle += [plan for plan in dict.fromkeys(planned.values()) if not plan.acts and plan not in self.idle]
+        for size in self.sizes:
+            planned = _explained(patch, size, progress)
+            acting = {name: plan for name, plan in planned.items() if plan.acts}
+            self.skipped = bool(acting) and not any(counts[name].total() for name in acting)
+            # what was planned, but left to the host in every call, was not done
+            done = Counter(plan for name, plan in acting.items() if changed(counts[name]) or not self.steps)
+            self.layers += [each for each in done.items() if each not in self.layers]  # a refiner's do not add up
+            self.idle += [plan for plan in dict.fromkeys(planned.values()) if not plan.acts and plan not in self.idle]
 
     @property
     def title(self) -> str:
@@ -107,7 +108,8 @@ class PassReport:
         others = " and ".join(f"{Grid(*size).pixels}" for size in self.sizes if size != own)
         if own is None:
             return f"{self.name} {others}".strip()
-        return f"{self.made.sampling}, in parts of {others}" if others else str(self.made.sampling)
+        name = f"{self.name} {self.made.sampling}".strip()
+        return f"{name}, in parts of {others}" if others else name
 
     @property
     def manner(self) -> tuple[Any, ...]:
@@ -163,6 +165,13 @@ class PassReport:
         else:
             why = last_veto(self.idle)
         return replace(why, text="; ".join(filter(None, (why.text, self._left_to_host()))))
+
+
+def _explained(patch: Patch, size: tuple[int, int], progress: float) -> dict[str, LayerPlan]:
+    """Plan the layers at `progress`, or else in the first part of the diffusion in which any is changed."""
+    parts = (since for since, _ in patch.config.parts())
+    plans = [{name: plan for name, plan in patch.explain(*size, at) if plan is not None} for at in (progress, *parts)]
+    return next((each for each in plans if any(plan.acts for plan in each.values())), plans[0])
 
 
 def summed(reports: Iterable[PassReport]) -> list[PassReport]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..attention.grid import Grid
 from ..settings import tunings
@@ -42,7 +41,8 @@ def html(kept: Sequence[Kept]) -> str:
         return "<p>Nothing is tuned yet for this checkpoint.</p>"
     charts = (
         f'<details data-pass="{one.of}" data-size="{Grid(*one.tuning.size).pixels}"{"" if number else " open"}>'
-        f"<summary>{escape(title(one))}</summary>{chart(one.tuning, one.presets)}{_notes(one.tuning)}</details>"
+        f"<summary>{escape(title(one))}</summary>{chart(one.tuning, one.presets)}"
+        f"{''.join(f'<p>{escape(note)}</p>' for note in one.tuning.notes)}</details>"
         for number, one in enumerate(kept)
     )
     return f"<p>{escape(kept[0].checkpoint)}</p>{table(kept)}{''.join(charts)}"
@@ -51,10 +51,6 @@ def html(kept: Sequence[Kept]) -> str:
 def title(kept: Kept) -> str:
     """Name a tuning, such as "First pass, 512×512"."""
     return f"{NAMES[kept.of]}, {Grid(*kept.tuning.size).pixels}"
-
-
-def _notes(tuning: Tuning) -> str:
-    return "".join(f"<p>{escape(note)}</p>" for note in tuning.notes)
 
 
 def table(kept: Iterable[Kept]) -> str:
@@ -81,15 +77,13 @@ def row(kept: Kept) -> list[str]:
     return [NAMES[kept.of], str(Grid(*tuning.size).pixels), *(cell or "–" for cell in cells)]
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """A point of the chart: `deviation`, `speed_up`, its label, and whether it belongs to the tuning's line."""
+class _Mark(NamedTuple):
+    """A point of the chart; `kind` is that of its dot: preset, plan, or chosen, the plan in force."""
 
     deviation: float
     speed_up: float
     label: str
-    tuned: bool = False
-    chosen: bool = False
+    kind: str = "preset"
 
 
 def chart(tuning: Tuning, presets: Sequence[PresetPoint] = ()) -> str:
@@ -101,21 +95,22 @@ def chart(tuning: Tuning, presets: Sequence[PresetPoint] = ()) -> str:
     for plan in tuning.frontier:
         if plan.acts and plan.deviation is not None and plan.speed_up:
             label = f"{percent(plan.tolerance)}: {plan.gain}"
-            marks.append(_Mark(plan.deviation, plan.speed_up, label, True, plan == tuning.plan))
+            marks.append(_Mark(plan.deviation, plan.speed_up, label, "chosen" if plan == tuning.plan else "plan"))
     if not marks:
         return ""
     axes = _Axes(marks)
-    line = " ".join(f"{axes.x(m.deviation):.1f},{axes.y(m.speed_up):.1f}" for m in marks if m.tuned)
+    line = " ".join(f"{axes.x(m.deviation):.1f},{axes.y(m.speed_up):.1f}" for m in marks if m.kind != "preset")
     told = ", ".join(f"{m.label} at {percent(m.deviation)}" for m in marks)
-    parts = [
-        *axes.drawn(),
-        f'<polyline class="agent-attention-frontier" points="{line}"/>',
-        *(_dot(axes, mark) for mark in marks),
-        *_labels(axes, marks),
-    ]
+    dots = (
+        f'<circle class="agent-attention-{m.kind}" cx="{axes.x(m.deviation):.1f}" cy="{axes.y(m.speed_up):.1f}" '
+        f'r="{6 if m.kind == "chosen" else 4}"/>'
+        for m in marks
+    )
+    drawn = [*axes.drawn(), f'<polyline class="agent-attention-frontier" points="{line}"/>', *dots]
     return (
         f'<svg class="agent-attention-chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(f"Speed-up over deviation. {told}", quote=True)}">{"".join(parts)}</svg>'
+        f'aria-label="{escape(f"Speed-up over deviation. {told}", quote=True)}">'
+        f"{''.join([*drawn, *_labels(axes, marks)])}</svg>"
     )
 
 
@@ -148,26 +143,21 @@ class _Axes:
         parts = [_text(_LEFT - 6, _TOP - 12, "speed, without = 1×", "start")]
         for value in (tick for tick in _TICKS if self.low <= tick <= self.high):
             x = self.x(value)
-            parts.append(f'<line class="agent-attention-grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-            parts.append(_text(x, bottom + 14, percent(value), "middle"))
+            parts += [_line(x, x, _TOP, bottom), _text(x, bottom + 14, percent(value), "middle")]
         for value in _steps(self.slowest, self.fastest):
             y = self.y(value)
-            parts.append(f'<line class="agent-attention-grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(_text(_LEFT - 6, y + 4, f"{value:g}×", "end"))
-        parts.append(_text((_LEFT + right) / 2, _HEIGHT - 8, "deviation of the U-Net's output", "middle"))
-        return parts
+            parts += [_line(_LEFT, right, y, y), _text(_LEFT - 6, y + 4, f"{value:g}×", "end")]
+        return [*parts, _text((_LEFT + right) / 2, _HEIGHT - 8, "deviation of the U-Net's output", "middle")]
+
+
+def _line(x1: float, x2: float, y1: float, y2: float) -> str:
+    return f'<line class="agent-attention-grid" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
 def _steps(low: float, high: float) -> list[float]:
     """Choose three to six round values between two speeds."""
     step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, math.inf) if (high - low) / s <= 6)
     return [] if math.isinf(step) else [round(step * i, 4) for i in range(math.ceil(low / step), int(high / step) + 1)]
-
-
-def _dot(axes: _Axes, mark: _Mark) -> str:
-    kind = "chosen" if mark.chosen else "plan" if mark.tuned else "preset"
-    place = f'cx="{axes.x(mark.deviation):.1f}" cy="{axes.y(mark.speed_up):.1f}"'
-    return f'<circle class="agent-attention-{kind}" {place} r="{6 if mark.chosen else 4}"/>'
 
 
 def _labels(axes: _Axes, marks: Sequence[_Mark]) -> Iterable[str]:
@@ -179,7 +169,7 @@ def _labels(axes: _Axes, marks: Sequence[_Mark]) -> Iterable[str]:
         while any(abs(x - other) < _LABEL and abs(y - above) < _LINE for other, above in taken):
             y += 2
         taken.append((x, y))
-        yield _text(x - 9 if anchor == "end" else x + 9, y, mark.label, anchor, strong=mark.chosen)
+        yield _text(x - 9 if anchor == "end" else x + 9, y, mark.label, anchor, strong=mark.kind == "chosen")
 
 
 def _text(x: float, y: float, text: str, anchor: str, strong: bool = False) -> str:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..app.decision import Decision, Hint, Program, SamplingPass, decide
+from ..app.kept_tunings import Kept
 from ..app.last_run import PassReport
+from ..app.preview import Line
 from ..attention.merging import Matching
 from ..attention.tensors import Kernel, attention_by, join_heads, split_heads
 from ..config import AgentConfig
 from ..eager import not_compiled
-from ..hosts import Call, find_unet
+from ..hosts import Call, find_unet, read_size
 from ..methods import SelfAttention
 from ..patching.call import Planned
 from ..patching.closeness import Watch
@@ -28,10 +32,17 @@ from ..patching.finite import FiniteCheck
 from ..patching.layer import Answerer, Layer
 from ..patching.patch import Patch
 from ..plan import plan_block
+from ..schedule import Timesteps
+from ..settings import to_config
+from ..settings.tunings import FIRST
+from ..tuning.result import Tuning
 from ..words import ascii_of
 
 log = logging.getLogger("agentsd.comfy")
 
+NOT_CALLED = "another node calls the U-Net's blocks itself, or skips the U-Net"
+OFF = "Agent Attention is off: this model has not passed through its node, or other nodes answer everywhere."
+MERGED = " Of merged models, only the first keeps its nodes: put ours behind the merge."
 # Name of our entries in a clone's options
 KEY = "agent_attention"
 _WRAPPERS = ("diffusion_model", "sampler_sample")  # comfy.patcher_extension.WrappersMP
@@ -42,46 +53,127 @@ _NAME = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?\.transformer
 Position = tuple[tuple[str, int], int]
 
 
+class ComfyUI(Program):
+    """What decisions ask of the host about one model.
+
+    Attributes:
+        tuning: the tuning to use; None if there is none.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._unet = unet
+        self.tuning: Tuning | None = None
+
+    def unet(self) -> nn.Module:
+        return self._unet
+
+    def kept(self, sampling: SamplingPass) -> Kept | None:
+        return None if self.tuning is None else Kept("", FIRST, self.tuning)
+
+
 class Slot:
-    """What answers for a clone, and for the clones made of it.
+    """What answers for a clone, and for the clones made of it, as is decided for each sampling.
+
+    Args:
+        unet: the model's U-Net.
+        values: every setting, in canonical form.
+        hints: what its node has to say about its inputs.
 
     Attributes:
         patch: the patch in force.
-        hints: what its node has to say about its inputs.
+        made: what was decided for the sampling; None before its first U-Net call.
+        last: report of the last sampling; None before it has ended.
     """
 
-    def __init__(self, patch: ClonePatch, hints: Sequence[str] = ()) -> None:
-        self.patch, self.hints = patch, hints
+    def __init__(self, unet: nn.Module, values: Mapping[str, Any], hints: Sequence[str] = ()) -> None:
+        self.unet, self.values, self.hints, self.program = unet, values, hints, ComfyUI(unet)
+        self.patch = ClonePatch(unet, to_config(values))
+        self.made: Decision | None = None
+        self.last: PassReport | None = None
+        self.report = PassReport()
+        self._sampling: tuple[Any, Any] = None, None
 
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a sampling of the host; by then it has loaded the model, with what other nodes do to its weights."""
+        self.made, self.report, self._sampling = None, PassReport(name="sampling"), _sampling(args)
         self.patch.begin_sampling()
         try:
             return executor(*args, **kwargs)
         finally:
-            self.patch.end_sampling()  # which may be another one by then
+            self.last, self.report.made = self.report, self.made
+            if self.acts:
+                self.report.add(self.patch, None if self.program.tuning else self.values["since"])
+            log.info("Agent Attention: %s", ascii_of(self.last.line().to_dict()["text"]))
 
-    def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Prepare for a call of the U-Net."""
-        self.patch.begin_call(unet, args, kwargs)
-        self.patch.sampled.see(self.patch.last_call.latent)
+    @property
+    def acts(self) -> bool:
+        """Whether anything may be changed in this sampling."""
+        return self.made is None or self.made.patches
 
-    def describe(self) -> str:
-        """Describe the last sampling."""
-        report = self.patch.last
-        if report is None:
+    @contextmanager
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Answer in a call of the U-Net; what is done is decided at the first one of a sampling."""
+        size = read_size(args, kwargs)
+        if self.made is None and size is not None:
+            latent, moments = self._sampling
+            self.made = self._decide(SamplingPass(latent or size, FIRST, moments), args, kwargs)
+        self.report.see(size)
+        if not self.acts:
+            yield
+            return
+        self.patch.begin_call(self.unet, args, kwargs)
+        try:
+            yield
+        except BaseException:
+            self.patch.end()
+            raise
+        self.patch.end_call()
+
+    def _decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
+        try:
+            made = self.decide(sampling, args, kwargs)
+            if made.patches and made.config != self.patch.config:
+                self.patch = ClonePatch(self.unet, made.config)
+            return made
+        except Exception as error:  # an error of ours costs no image
+            log.debug("nothing could be decided", exc_info=True)
+            return Decision(sampling, reason=Hint(f"an error of ours: {type(error).__name__}: {error}"), refused=True)
+
+    def decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
+        """Decide what is done in a sampling, given the arguments of its first U-Net call."""
+        return decide(self.values, sampling, len(args[0]), self.program)
+
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Answer the self-attention of a block; see `ClonePatch.answer`."""
+        if self.acts and self.patch.call() is None:
+            self.patch.note(NOT_CALLED)
+        return self.patch.answer(q, k, v, options)
+
+    def describe(self, word: Callable[[Line], str]) -> str:
+        """Describe the last sampling; `word` words a line of a report."""
+        if self.last is None:
             return "Agent Attention is on. Nothing was sampled with this model yet."
-        return "\n".join([str(report.line()), *self.hints])
+        return "\n".join([word(self.last.line()), *self.hints])
 
 
-def attach(model: Any, config: AgentConfig, since: float = 0.0, hints: Sequence[str] = ()) -> Any:
+def _sampling(args: tuple[Any, ...]) -> tuple[tuple[int, int] | None, tuple[float, ...] | None]:
+    """Return (height, width) of the latent that is sampled, and the progress at each step; None where not known."""
+    try:
+        guider, sigmas, _, _, noise, *_ = args
+        timesteps = guider.model_patcher.model.model_sampling.timestep(sigmas[:-1]).tolist()
+        moments = tuple(map(Timesteps().progress, timesteps))
+        return tuple(noise.shape[-2:]), None if None in moments else moments
+    except Exception:  # another version of the host
+        log.debug("the steps of a sampling are not known", exc_info=True)
+        return None, None
+
+
+def attach(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
     """Put agent attention on a clone of a model, instead of what an earlier node has put on it.
 
     Args:
         model: a ModelPatcher of ComfyUI.
-        config: the settings.
-        since: where the agents begin, for the report.
-        hints: what else to say in reports.
+        make: makes the slot for its U-Net.
 
     Returns:
         The clone.
@@ -89,28 +181,16 @@ def attach(model: Any, config: AgentConfig, since: float = 0.0, hints: Sequence[
     Raises:
         UnsupportedModelError: the model is no U-Net with transformer blocks.
     """
-    return attach_slot(model, lambda unet: Slot(ClonePatch(unet, config, since), hints))
-
-
-def attach_slot(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
-    """As `attach`, with the slot that `make` makes for the model's U-Net."""
     clone = model.clone()
-    unet = find_unet(clone.model)  # may raise, before anything has been changed
-    slot = make(unet)
+    slot = make(find_unet(clone.model))  # may raise, before anything has been changed
 
     # Closures, because clone() copies the options deeply: objects and their methods would be copied with all they hold
     def attention(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
-        return slot.patch.answer(q, k, v, options)
+        return slot.answer(q, k, v, options)
 
     def unet_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        slot.begin_call(unet, args, kwargs)
-        try:
-            output = executor(*args, **kwargs)
-        except BaseException:
-            slot.patch.end()
-            raise
-        slot.patch.end_call()
-        return output
+        with slot.call(args, kwargs):
+            return executor(*args, **kwargs)
 
     def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return slot.sample(executor, args, kwargs)
@@ -144,32 +224,22 @@ def slot_of(model: Any) -> Slot | None:
     return next((function.slot for function in _replaced(model).values() if is_ours(function)), None)
 
 
-def patch_of(model: Any) -> ClonePatch | None:
-    """Return the patch in force on a model of ComfyUI, if any."""
+def report_on(model: Any, word: Callable[[Line], str] = str) -> str:
+    """Describe what was done in the last sampling with a model of ComfyUI; `word` words a line."""
     slot = slot_of(model)
-    return None if slot is None else slot.patch
-
-
-def report_on(model: Any) -> str:
-    """Describe what was done in the last sampling with a model of ComfyUI."""
-    slot = slot_of(model)
-    if slot is None:
-        return "Agent Attention is off: this model has not passed through its node, or other nodes answer everywhere."
-    return slot.describe()
+    if slot is not None:
+        return slot.describe(word)
+    # weights out of another model are listed, those of a LoRA are objects or tuples
+    merged = any(isinstance(added[1], list) for every in getattr(model, "patches", {}).values() for added in every)
+    return OFF + MERGED if merged else OFF
 
 
 class ClonePatch(Patch):
-    """A patch whose attention is called by the host: no hooks, and nothing to remove.
+    """A patch whose attention is called by the host: no hooks, and nothing to remove."""
 
-    Attributes:
-        last: report of the last sampling; None before it has ended.
-    """
-
-    def __init__(self, unet: nn.Module, config: AgentConfig, since: float = 0.0, outcome: str = "") -> None:
+    def __init__(self, unet: nn.Module, config: AgentConfig) -> None:
         super().__init__(unet, config, answerer=_CloneAnswerer())
-        self.active, self.since, self.outcome = True, since, outcome
-        self.last: PassReport | None = None
-        self.sampled = PassReport(name="sampling")
+        self.active = True
         positions = {_position(layer.site.name): layer for layer in self._layers}
         self._at: dict[Position, Layer] = {p: layer for p, layer in positions.items() if p is not None}
 
@@ -180,17 +250,10 @@ class ClonePatch(Patch):
     def begin_sampling(self) -> None:
         """Start the counts of a report."""
         self.notes.clear()
-        self.sampled = PassReport(name="sampling", tuned=self.outcome)
         self.finite = FiniteCheck()
         self._note_idle_rules()
         for layer in self._layers:
             layer.calls.clear()
-
-    def end_sampling(self) -> None:
-        """Make the report."""
-        self.last = self.sampled
-        self.last.add(self, self.since)
-        log.info("Agent Attention: %s", ascii_of(self.last.line().to_dict()["text"]))
 
     def end_call(self) -> None:
         """Note the blocks where somebody else has answered in our place."""
@@ -206,8 +269,8 @@ class ClonePatch(Patch):
     def answer(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Answer the self-attention of a block, from its queries, keys and values (B, N, C) and the host's options."""
         call = _ProjectedCall(q, k, v, options)
-        layer = self._at.get((options["block"], options["block_index"]))
-        if layer is None or self.call() is None:  # nobody patches outside of a sampling
+        layer = self._at.get((options.get("block"), options.get("block_index")))
+        if layer is None or self.call() is None or "activations_shape" not in options:
             return call.proceed()
         layer.image.see(tuple(options["activations_shape"][-2:]))
         layer.match(k)

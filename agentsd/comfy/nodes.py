@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from ..checks import Setting, SettingError
 from ..settings import SETTINGS, check, to_config
 from ..settings.idle import idle
-
-if TYPE_CHECKING:
-    from ..config import AgentConfig
+from ..tuning.result import Tuning, TuningError
 
 CATEGORY = "model_patches/unet"
 CUSTOM = "custom: agent_ratio"
@@ -29,8 +28,9 @@ _REQUIRED = ("method", "cells")
 
 # The settings by the names of their inputs. Graphs keep the values by position: new ones come last.
 _ROWS: Mapping[str, Setting] = {row.node or row.name: row for row in SETTINGS if row.node is not None}
-_INPUTS = ("method", "cells", "from", "until", "layers")
-INPUTS = (*_INPUTS, *(name for name in _ROWS if name not in _INPUTS))
+INPUTS = tuple(dict.fromkeys(("method", "cells", "from", "until", "layers", *_ROWS)))
+# The inputs by the names of their settings
+_INPUT_OF = {"sx": "cells", "sy": "cells", "how_close": "tolerance"} | {row.name: name for name, row in _ROWS.items()}
 
 
 def _widget(name: str) -> tuple[Any, dict[str, Any]]:
@@ -63,14 +63,7 @@ def values_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
         to_config(values)
         return values
     except SettingError as error:  # which knows the inputs by the names of their settings
-        names = {row.name: name for name, row in _ROWS.items()}
-        raise SettingError(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(error))) from None
-
-
-def config_of(inputs: Mapping[str, Any]) -> tuple[AgentConfig, float]:
-    """Make the core's config from a node's inputs, and say where its agents begin; raises as `values_of` does."""
-    values = values_of(inputs)
-    return to_config(values), values["since"]
+        raise SettingError(re.sub(r"\w+", lambda word: _INPUT_OF.get(word[0], word[0]), str(error))) from None
 
 
 def idle_inputs(inputs: Mapping[str, Any]) -> dict[str, str]:
@@ -116,15 +109,15 @@ class AgentAttention(_OnModel):
         return True
 
     def apply(self, model: Any, **inputs: Any) -> tuple[Any]:
-        from .model import attach
+        from .model import Slot, attach
         from .transformers import attach_transformer, transformer_of
 
-        unused = {name: reason for name, reason in idle_inputs(inputs).items() if name in inputs}
-        hints = [f"{name} is set: {why}" for name, why in unused.items() if inputs[name] != _widget(name)[1]["default"]]
-        config, since = config_of(inputs)
+        changed = {name for name, value in inputs.items() if value != _widget(name)[1]["default"]}
+        hints = [f"{name} is set: {why}" for name, why in idle_inputs(inputs).items() if name in changed]
+        values = values_of(inputs)
         if transformer_of(model) is not None:
-            return (attach_transformer(model, config, hints),)
-        return (attach(model, config, since, hints),)
+            return (attach_transformer(model, to_config(values), hints),)
+        return (attach(model, lambda unet: Slot(unet, values, hints)),)
 
 
 class AgentAttentionTuned(_OnModel):
@@ -139,20 +132,26 @@ class AgentAttentionTuned(_OnModel):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         tolerance = {"default": 0.02, "min": 0.001, "max": 0.5, "step": 0.001, "round": 0.001}
         tolerance["tooltip"] = "Upper limit on the relative deviation of the U-Net's output: 0.02 is 2%."
-        plan = {
-            "default": "",
-            "multiline": True,
-            "tooltip": "A plan that a report has shown, to use instead of tuning.",
-        }
+        tip = "A plan that a report has shown, to use instead of tuning."
+        plan = {"default": "", "multiline": True, "tooltip": tip}
         return {
             "required": {"model": ("MODEL",), "tolerance": ("FLOAT", tolerance)},
             "optional": {"plan": ("STRING", plan)},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, plan: str | None = None) -> bool | str:
+        try:
+            if plan and plan.strip():  # None comes by a link
+                Tuning.from_text(plan)
+        except TuningError as error:
+            return str(error)
+        return True
+
     def apply(self, model: Any, tolerance: float, plan: str = "") -> tuple[Any]:
         from .tuned import attach_tuned
 
-        return (attach_tuned(model, tolerance, plan.strip().removeprefix("plan:")),)
+        return (attach_tuned(model, tolerance, plan),)
 
 
 class AgentAttentionReport:
@@ -177,7 +176,16 @@ class AgentAttentionReport:
         from .model import report_on
         from .transformers import report_on_transformer
 
-        return (report_on_transformer(model) or report_on(model),)
+        return (report_on_transformer(model) or report_on(model, _worded),)
+
+
+def _worded(line: Any) -> str:
+    """Word a line of a report, with the inputs of the nodes that would change it."""
+    if line.hint is None:
+        return str(line)
+    inputs = " or ".join(dict.fromkeys(_INPUT_OF[name] for name in line.hint.remedy if name in _INPUT_OF))
+    told = str(replace(line, hint=replace(line.hint, remedy=())))
+    return f"{told} Change {inputs}." if inputs else told
 
 
 NODE_CLASS_MAPPINGS = {

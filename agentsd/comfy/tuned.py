@@ -6,26 +6,28 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..app.decision import Decision, Hint, SamplingPass
+from ..app.preview import Line
 from ..attention.tensors import attention_by
-from ..config import AgentConfig
 from ..hosts import read_size
+from ..settings import check
+from ..settings.tunings import AUTO
 from ..tuning.fingerprint import adapters_of, ordered_sites, structure_of, weights_of
 from ..tuning.record import RecordedCall, progress_of, record_calls
 from ..tuning.result import Tuning, headline
 from ..tuning.tuner import tune
 from ..words import ascii_of
-from .model import ClonePatch, Slot, attach_slot, is_ours, kernel_of
+from .model import NOT_CALLED, Slot, attach, is_ours, kernel_of
 
 log = logging.getLogger("agentsd.comfy")
 
 MOMENTS = 4
-FULL = AgentConfig(merge_attn=False)
 WITHOUT = "made without Agent Attention"
-NOT_CALLED = "another node calls the U-Net's blocks itself, or skips the U-Net"
 # By model, LoRA, other nodes' patches, size and tolerance. What should outlive the program goes into the node's field.
 _TUNINGS: dict[Any, Tuning] = {}
 
@@ -43,7 +45,7 @@ def attach_tuned(model: Any, tolerance: float, plan: str = "") -> Any:
         UnsupportedModelError: the model is no U-Net with transformer blocks.
     """
     given = Tuning.from_text(plan) if plan.strip() else None
-    return attach_slot(model, lambda unet: TunedSlot(unet, tolerance, given))
+    return attach(model, lambda unet: TunedSlot(unet, tolerance, given))
 
 
 class TunedSlot(Slot):
@@ -53,53 +55,40 @@ class TunedSlot(Slot):
     """
 
     def __init__(self, unet: nn.Module, tolerance: float, given: Tuning | None) -> None:
-        super().__init__(ClonePatch(unet, FULL, outcome=WITHOUT))
-        self.unet, self.tolerance, self.given = unet, tolerance, given
-        self.tuning: Tuning | None = None
-        self.said = ""
-        self._use(given)
+        super().__init__(unet, {**check({}), "enabled": True, "tuning": AUTO, "how_close": ""})
+        self.tolerance, self.given, self.said = tolerance, given, ""
+        if given is not None:
+            given.config_for(unet)  # raises where it is for another model
+            self.program.tuning = given
 
-    def describe(self) -> str:
-        plan = [] if self.tuning is None else [f"plan: {self.tuning.text}"]
-        return "\n".join(filter(None, [self.said, super().describe(), *plan]))
+    def describe(self, word: Callable[[Line], str]) -> str:
+        tuning = self.program.tuning
+        plan = "" if tuning is None else f"plan: {tuning.text}"
+        return "\n".join(filter(None, [self.said, super().describe(word), plan]))
 
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.said, self._key, self._patcher = "", None, getattr(args[0] if args else None, "model_patcher", None)
-        self._use(self.given)
+        self.said, self._patcher, self.program.tuning = "", getattr(args[0], "model_patcher", None), self.given
         with ExitStack() as self._recording:
             calls = [] if self.given else self._recording.enter_context(record_calls(self.unet, MOMENTS))
             output = super().sample(executor, args, kwargs)
-        if self.tuning is None:
+        if self.program.tuning is None:
             self._tune(calls)
         return output
 
-    def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Choose the tuning at the first call of a sampling."""
-        if self._key is None:
-            size, options = read_size(args, kwargs), _options_of(args, kwargs)
-            lora, patches = _lora_of(self._patcher), _patches_of(options)
-            model = structure_of(ordered_sites(unet)), weights_of(unet), adapters_of(unet)
-            self._key = (*model, lora, patches, size, self.tolerance)
-            self._conditions = {"lora": lora, "patches": patches}
-            self._choose(size, progress_of((args, kwargs)) or 0.0)
-        super().begin_call(unet, args, kwargs)
-
-    def _choose(self, size: tuple[int, int] | None, start: float) -> None:
+    def decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
+        size, options, unet = read_size(args, kwargs), _options_of(args, kwargs), self.unet
+        self._conditions = {"lora": _lora_of(self._patcher), "patches": _patches_of(options)}
+        model = structure_of(ordered_sites(unet)), weights_of(unet), adapters_of(unet)
+        self._key = (*model, *self._conditions.values(), size, self.tolerance)
         kept = _TUNINGS.get(self._key)
-        if self.given is None and kept is not None and not kept.doubts(start=start):
-            self._recording.close()
-            self._use(kept)
-            self.patch.begin_sampling()
-        if self.tuning is not None and size is not None:
-            self.said = self.tuning.advice(*size)
-
-    def _use(self, tuning: Tuning | None) -> None:
-        if tuning is None or tuning is not self.tuning:
-            if tuning is None:
-                self.patch = ClonePatch(self.unet, FULL, outcome=WITHOUT)
-            else:
-                self.patch = ClonePatch(self.unet, tuning.config_for(self.unet))
-            self.tuning = tuning
+        if self.given is None and (kept is None or kept.doubts(start=progress_of((args, kwargs)) or 0.0)):
+            self.report.tuned = WITHOUT
+            return Decision(sampling)
+        self.program.tuning = tuning = self.given or kept
+        self._recording.close()
+        self.said = tuning.advice(*size)
+        made = super().decide(sampling, args, kwargs)
+        return made if made.tuning else replace(made, config=None, reason=Hint(made.instead), refused=True)
 
     def _tune(self, calls: list[RecordedCall]) -> None:
         """Tune on the calls of the sampling that has ended: its image is made, and nothing here may cost it."""
@@ -117,11 +106,9 @@ class TunedSlot(Slot):
         except Exception as error:
             self.said = f"not tuned: {type(error).__name__}: {error}"
         else:
-            _TUNINGS[self._key], report = tuning, self.patch.last
-            self._use(tuning)
-            self.patch.last = report  # what was sampled, until something is sampled again
-            self.said = f"tuned on this sampling, used from the next one on: {headline(tuning)}"
-            self.said += "".join(f"\n{note}" for note in tuning.notes)
+            _TUNINGS[self._key] = self.program.tuning = tuning
+            told = f"tuned on this sampling, used from the next one on: {headline(tuning)}"
+            self.said = "\n".join([told, *tuning.notes])
         finally:
             log.info("Agent Attention: %s", ascii_of(self.said))
 
@@ -139,41 +126,37 @@ def _lora_of(patcher: Any) -> str:
     for key in sorted(map(str, patches)):
         for strength, value, *_ in patches[key]:
             strengths.add(f"{strength:g}")
-            first = next(_tensors(getattr(value, "weights", value)), None)
+            first = _first_tensor(getattr(value, "weights", value))
             sample = "" if first is None else first.detach().flatten()[:4].float().tolist()
             digest.update(f"{key} {strength} {sample}".encode())
     strength = "+".join(sorted(strengths))
     return f"{len(patches)} weights at {strength} ({digest.hexdigest()[:6]})" if patches else ""
 
 
-def _tensors(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, (list, tuple)):
+        return next((found for entry in value if (found := _first_tensor(entry)) is not None), None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _theirs(options: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+    """What answers in place of blocks, by kind, without ours."""
+    replaced = options.get("patches_replace", {}).items()
+    return {kind: {at: f for at, f in functions.items() if not is_ours(f)} for kind, functions in replaced}
 
 
 def _patches_of(options: Mapping[str, Any]) -> str:
     """Name what other nodes have put on the model."""
-    replaced = {
-        kind
-        for kind, functions in options.get("patches_replace", {}).items()
-        if not all(map(is_ours, functions.values()))
-    }
-    return " ".join(sorted({*options.get("patches", {}), *replaced}))
+    return " ".join(sorted({*options.get("patches", {}), *(kind for kind, each in _theirs(options).items() if each)}))
 
 
 def _bare(call: RecordedCall) -> RecordedCall:
     """A call as the U-Net's own modules answer it: without our functions, and without wrappers that may skip it."""
     args, kwargs = call
     options: Mapping[str, Any] = kwargs["transformer_options"]
-    replaced = {
-        kind: {at: function for at, function in functions.items() if not is_ours(function)}
-        for kind, functions in options.get("patches_replace", {}).items()
-    }
     kept = {name: value for name, value in options.items() if name not in ("wrappers", "callbacks")}
-    bare = RecordedCall((args, {**kwargs, "transformer_options": {**kept, "patches_replace": replaced}}))
+    kept["patches_replace"] = _theirs(options)
+    bare = RecordedCall((args, {**kwargs, "transformer_options": kept}))
     bare.output = call.output
     return bare
 

@@ -11,6 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,7 @@ def read_pictures() -> Tensor:
 
 
 class TextEncoder(nn.Module):
-    """Word embeddings plus position embeddings: prompts of at most `tokens` words → (B, tokens, channels).
-
-    Token 0 is padding; the empty prompt, all padding, is the unconditional one.
-    """
+    """Word and position embeddings: prompts of at most `tokens` words → (B, tokens, channels). Token 0 is padding."""
 
     def __init__(self, vocabulary: Sequence[str], tokens: int, channels: int):
         super().__init__()
@@ -79,28 +77,21 @@ class TextEncoder(nn.Module):
             words = words_of(prompt)
             for word in words:
                 if word not in self.index:
-                    raise ValueError(self._unknown(word, prompt))
+                    near = difflib.get_close_matches(word, self.index, 5) or sorted(self.index)[:60:5]
+                    known = f"it knows, for example: {', '.join(near)}"
+                    raise ValueError(f"the embedded model does not know the word {word!r} (prompt {prompt!r}); {known}")
             if len(words) > self.tokens:
-                raise ValueError(
-                    f"the prompt {prompt!r} has {len(words)} words; the embedded model reads at most {self.tokens}"
-                )
+                most = f"the embedded model reads at most {self.tokens}"
+                raise ValueError(f"the prompt {prompt!r} has {len(words)} words; {most}")
             ids[row, : len(words)] = torch.tensor([self.index[word] for word in words], dtype=torch.long)
         return ids
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.word(ids) + self.position
 
-    def _unknown(self, word: str, prompt: str) -> str:
-        near = difflib.get_close_matches(word, self.index, 5, 0.6) or sorted(self.index)[:: len(self.index) // 12 or 1]
-        known = ", ".join(near)
-        return f"the embedded model does not know the word {word!r} (prompt {prompt!r}); it knows, for example: {known}"
-
 
 class Position(nn.Module):
-    """Learned projection of the position in the picture, added to features (B, C, h, w).
-
-    A U-Net would eventually learn positions from the zero padding of its convolutions; this gives them explicitly.
-    """
+    """Learned projection of the position in the picture, added to features (B, C, h, w)."""
 
     def __init__(self, channels: int, waves: int = 4):
         super().__init__()
@@ -149,11 +140,8 @@ class EmbeddedPipeline:
         prompts: list[str],
         norm: dict[str, list[float]],
     ):
-        self.unet, self.scheduler, self.prompts = unet, scheduler, prompts
-        self._text = text
-        self._mean = torch.tensor(norm["mean"]).view(1, -1, 1, 1)
-        self._std = torch.tensor(norm["std"]).view(1, -1, 1, 1)
-        self._pictures: Tensor | None = None
+        self.unet, self.scheduler, self.prompts, self._text = unet, scheduler, prompts, text
+        self._mean, self._std = (torch.tensor(norm[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +196,15 @@ class EmbeddedPipeline:
             latents: initial noise (B, 4, height, width) to use instead of the seed's.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        _check(prompts, steps, guidance, height, width)
+        for bad, what in (
+            (not prompts, "no prompt given"),
+            (not 1 <= steps <= 1000, f"steps {steps}, expected 1 to 1000"),
+            (not guidance >= 0, f"guidance {guidance}, expected 0 or more"),
+            (height < 16 or height % 8, f"height {height}, expected a multiple of 8, at least 16"),
+            (width < 16 or width % 8, f"width {width}, expected a multiple of 8, at least 16"),
+        ):
+            if bad:
+                raise ValueError(what)
         if latents is None:
             latents = self.noise(range(seed, seed + len(prompts)), height, width)
         elif latents.shape != (len(prompts), 4, height, width):
@@ -227,44 +223,32 @@ class EmbeddedPipeline:
                 callback(k + 1, steps)
         return x
 
-    def __call__(self, prompt: str | Sequence[str], *, scale: int = 1, **kwargs: Any) -> list[Image]:
-        """Sample, with the arguments of `sample`, and decode to RGB pictures enlarged `scale` times."""
-        return self.decode(self.sample(prompt, **kwargs), scale=scale)
+    def __call__(self, prompt: str | Sequence[str], **kwargs: Any) -> list[Image]:
+        """Sample, with the arguments of `sample`, and decode to RGB pictures."""
+        return self.decode(self.sample(prompt, **kwargs))
 
-    def decode(self, latents: Tensor, *, scale: int = 1, alpha: bool = False) -> list[Image]:
-        """Decode latents (B, 4, h, w) to B pictures enlarged `scale` times: RGB over white, or RGBA with `alpha`."""
+    def decode(self, latents: Tensor) -> list[Image]:
+        """Decode latents (B, 4, h, w) to B RGB pictures over white."""
         from PIL import Image
 
-        pixels = (self._pixels(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        pictures = [Image.fromarray(p[..., :3]) for p in pixels]
-        if alpha:
-            for picture, p in zip(pictures, pixels, strict=True):
-                picture.putalpha(Image.fromarray(p[..., 3]))
-        if scale == 1:
-            return pictures
-        return [p.resize((p.width * scale, p.height * scale), Image.Resampling.LANCZOS) for p in pictures]
+        pixels = (self._pixels(latents)[:, :3] * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        return list(map(Image.fromarray, pixels))
 
-    def nearest(self, pictures: Tensor | Sequence[Image]) -> tuple[Tensor, Tensor]:
-        """Find the nearest training picture of each of B pictures or latents (B, 4, 64, 64).
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the nearest training picture of each of B latents (B, 4, 64, 64).
 
         Returns:
             Its index in `prompts` (B,), and the distance (B,): the root mean square difference of the RGB values in
             [0, 1], over white, at 64×64 pixels.
         """
-        x = self._pixels(pictures)[:, :3] if isinstance(pictures, Tensor) else _rgb(pictures)
-        distance = (
-            torch.cdist(x.flatten(1), self.pictures[:, :3].flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-            / x[0].numel() ** 0.5
-        )
-        best = distance.min(1)
-        return best.indices, best.values
+        x, pictures = (pixels[:, :3].flatten(1) for pixels in (self._pixels(latents), self.pictures))
+        best = torch.cdist(x, pictures, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+        return best.indices, best.values / x.shape[1] ** 0.5
 
-    @property
+    @cached_property
     def pictures(self) -> Tensor:
         """The training pictures (100, 4, 64, 64) in [0, 1]: RGB over white, and alpha."""
-        if self._pictures is None:
-            self._pictures = read_pictures()
-        return self._pictures
+        return read_pictures()
 
     def latents_of(self, pictures: Tensor) -> Tensor:
         """Encode pictures (B, 4, h, w) in [0, 1], as in `pictures`, as latents."""
@@ -272,26 +256,6 @@ class EmbeddedPipeline:
 
     def _pixels(self, latents: Tensor) -> Tensor:
         return (latents.float().cpu() * self._std + self._mean).clamp(0, 1)
-
-
-def _check(prompts: list[str], steps: int, guidance: float, height: int, width: int) -> None:
-    if not prompts:
-        raise ValueError("no prompt given")
-    if not 1 <= steps <= 1000:
-        raise ValueError(f"steps {steps}, expected 1 to 1000")
-    if not guidance >= 0:
-        raise ValueError(f"guidance {guidance}, expected 0 or more")
-    for name, size in (("height", height), ("width", width)):
-        if size < 16 or size % 8:
-            raise ValueError(f"{name} {size}, expected a multiple of 8, at least 16")
-
-
-def _rgb(pictures: Sequence[Image]) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
-    small = [p.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX) for p in pictures]
-    return torch.stack([torch.from_numpy(np.array(p)) for p in small]).permute(0, 3, 1, 2).float() / 255
 
 
 def load(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> EmbeddedPipeline:

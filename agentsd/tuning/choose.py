@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import combinations_with_replacement, product
+from typing import Any
 
 # Bisections of the price of deviation; more change nothing.
 _BISECTIONS = 50
@@ -21,17 +22,11 @@ _MIN_SAVING = 1e-9
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a block.
+    """One way to run a block."""
 
-    Attributes:
-        candidate: number of the candidate, from 1; 0 is full attention.
-        seconds: seconds of the block's self-attention.
-        squares: squared deviation of the U-Net's output that it causes, one for each constraint.
-    """
-
-    candidate: int
-    seconds: float
-    squares: tuple[float, ...]
+    candidate: int  # its number, from 1; 0 is full attention
+    seconds: float  # of the block's self-attention
+    squares: tuple[float, ...]  # squared deviation of the U-Net's output that it causes, one for each constraint
 
 
 def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float], worth: float = 0.0) -> list[Option]:
@@ -89,9 +84,9 @@ def _chosen(blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> lis
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high) if low else high / 2
         low, high = (low, middle) if _holds(at(middle), limits) else (middle, high)
-    chosen = _filled(at(high), blocks, limits)
-    while exchanged := _exchanged(chosen, blocks, limits):
-        chosen = _filled(exchanged, blocks, limits)
+    chosen = at(high)
+    while better := _improved(chosen, blocks, limits):
+        chosen = better
     return chosen
 
 
@@ -100,33 +95,15 @@ def _holds(chosen: Sequence[_Priced], limits: Sequence[float]) -> bool:
     return all(sum(option.squares[k] for option in chosen) <= limit for k, limit in enumerate(limits))
 
 
-def _filled(chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> list[_Priced]:
-    """Switch single blocks to cheaper options while the constraints hold, those that save most first."""
-    while True:
-        switches = sorted(
-            ((chosen[b].cost - option.cost, b, option) for b, options in enumerate(blocks) for option in options),
-            key=lambda switch: -switch[0],
-        )
-        switched = ([*chosen[:b], option, *chosen[b + 1 :]] for saved, b, option in switches if saved > _MIN_SAVING)
-        better = next((each for each in switched if _holds(each, limits)), None)
-        if better is None:
-            return chosen
-        chosen = better
-
-
-def _exchanged(
-    chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]
-) -> list[_Priced] | None:
-    """Switch two blocks at once, one of them to a costlier option, where that saves most; None if nothing does."""
-    if sum(map(len, blocks)) ** 2 > _MAX_PAIRS:
-        return None
-    best, found = _MIN_SAVING, None
-    for a, b in permutations(range(len(blocks)), 2):
-        for costlier, cheaper in product(blocks[a], blocks[b]):
-            lost, saved = costlier.cost - chosen[a].cost, chosen[b].cost - cheaper.cost
-            if lost > 0 and saved - lost > best:
-                switched = [*chosen]
-                switched[a], switched[b] = costlier, cheaper
-                if _holds(switched, limits):
-                    best, found = saved - lost, switched
+def _improved(chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> Any:
+    """Switch a block, or two of them if they are few, where that saves most; None if nothing does."""
+    numbers, best, found = range(len(blocks)), _MIN_SAVING, None
+    few = sum(map(len, blocks)) ** 2 <= _MAX_PAIRS
+    for a, b in combinations_with_replacement(numbers, 2) if few else zip(numbers, numbers, strict=True):
+        for one, other in product(blocks[a], blocks[b]):
+            switched = [*chosen]
+            switched[a], switched[b] = one, other
+            saved = sum(chosen[k].cost - switched[k].cost for k in {a, b})
+            if saved > best and _holds(switched, limits):
+                best, found = saved, switched
     return found

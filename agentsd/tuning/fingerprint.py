@@ -57,9 +57,10 @@ def adapters_of(unet: nn.Module) -> str:
 def _effective(linear: nn.Module) -> Any:
     """A linear layer's weight; peft keeps what is not fused beside it."""
     weight = getattr(linear, "weight", None)
-    names = () if getattr(linear, "merged", False) else getattr(linear, "active_adapters", ())
-    deltas = [linear.get_delta_weight(name) for name in names if name in linear.lora_A]
-    return sum(deltas, getattr(weight, "data", weight)) if deltas and _readable(weight) else weight
+    if not _readable(weight) or getattr(linear, "merged", False):
+        return weight
+    names = [name for name in getattr(linear, "active_adapters", ()) if name in linear.lora_A]
+    return sum((linear.get_delta_weight(name) for name in names), weight.data)
 
 
 def _readable(weight: Any) -> bool:

@@ -33,34 +33,24 @@ MAX_TIME_TRIED = 1.1
 
 @dataclass
 class Trials:
-    """What was measured in one block.
+    """What was measured in one block."""
 
-    Attributes:
-        kind: blocks of the same kind take the same time: (height, width) of the tokens, and their shape.
-        errors: for each call, the error of each candidate, ‖candidate − full‖ / ‖h‖, h: the tokens that the block was
-            given, to which attention is added. Empty for a call in which the block did not run.
-    """
-
-    kind: Any = None
+    kind: Any = None  # blocks of the same kind take the same time: (height, width) of the tokens, and their shape
+    # for each call, the error of each candidate, ‖candidate − full‖ / ‖h‖, h: the tokens that the block was given, to
+    # which attention is added; empty for a call in which the block did not run
     errors: list[dict[int, float]] = field(default_factory=list)
 
 
 class Probe(Patch):
-    """A patch that answers every call with the host's attention, and tries candidates beside it.
-
-    Attributes:
-        candidates: the settings to try, numbered from 1.
-        trials: what was measured, by the block's name.
-        full: seconds of full attention, by the kind of block.
-        ratios: time of each candidate, full attention in the same call = 1, by the kind of block and its number.
-    """
+    """A patch that answers every call with the host's attention, and tries candidates, numbered from 1, beside it."""
 
     def __init__(
         self, unet: nn.Module, candidates: Sequence[AgentConfig], kv_context: KVContext | None, clock: Clock
     ) -> None:
         self.candidates, self.clock = dict(enumerate(candidates, 1)), clock
-        self.trials: defaultdict[str, Trials] = defaultdict(Trials)
-        self.full: defaultdict[Any, list[float]] = defaultdict(list)
+        self.trials: defaultdict[str, Trials] = defaultdict(Trials)  # by the block's name
+        self.full: defaultdict[Any, list[float]] = defaultdict(list)  # seconds of full attention, by the kind of block
+        # time of each candidate, full attention in the same call = 1, by the kind of block and its number
         self.ratios: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
         self.streams: dict[str, float] = {}
         super().__init__(unet, candidates[0], kv_context, _Trying(self))
@@ -81,10 +71,6 @@ class Probe(Patch):
         for layer in self._layers:
             self.trials[layer.site.name].errors.append({})
 
-    def is_slow(self, kind: Any, k: int) -> bool:
-        """Whether a candidate took so long in blocks of this kind that it need not be tried again."""
-        return min(self.ratios.get((kind, k), (0.0,))) > MAX_TIME_TRIED
-
     def seconds(self, name: str) -> Mapping[int, float]:
         """Return the seconds of each candidate, and of full attention (0), in blocks of this one's kind: medians."""
         kind = self.trials[name].kind
@@ -93,8 +79,6 @@ class Probe(Patch):
 
 
 class _Trying(Answerer):
-    """Answers with the host's attention, and tries all candidates beside it."""
-
     clusters_first = False  # they are made in each trial
     traceable = False
 
@@ -105,16 +89,18 @@ class _Trying(Answerer):
         return self.probe.candidates.values()
 
     def plan(self, layer: Layer, call: ModelCall, size: Grid) -> tuple[AgentConfig, LayerPlan] | None:
-        """Plan the first candidate that does anything here; which one doesn't matter, all are tried."""
+        """Plan the first candidate that does anything here; which one doesn't matter: all are tried."""
         return next((plan for _, plan in self._plans(layer, call, size)), None)
 
     def _plans(self, layer: Layer, call: ModelCall, size: Grid) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
         seen = set()
         for k, config in self.probe.candidates.items():
             found = plan_block(config, layer.site.place, call.latent, None, size)
+            if found is None or not found[1].acts or found[1].agents < found[1].method.tuned_from:
+                continue
             # in small layers, different cells and shares come to the same
-            same = found and (found[1], replace(found[0], agent_ratio=0.0, exact_ratio=0.0))
-            if found is not None and _tried(found[1]) and same not in seen:
+            same = found[1], replace(found[0], agent_ratio=0.0, exact_ratio=0.0)
+            if same not in seen:
                 seen.add(same)
                 yield k, found
 
@@ -127,7 +113,7 @@ class _Trying(Answerer):
         full, seconds = timed(host.proceed, host.x.device)
         probe.full[trials.kind].append(seconds)
         for k, (config, plan) in self._plans(layer, call, size):
-            if probe.is_slow(trials.kind, k):
+            if min(probe.ratios.get((trials.kind, k), (0.0,))) > MAX_TIME_TRIED:
                 continue
             trial = partial(self._try, layer, host, call, Planned(config, plan, size))
             try:
@@ -153,28 +139,18 @@ def norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32))
 
 
-def _tried(plan: LayerPlan) -> bool:
-    return plan.acts and plan.agents >= plan.method.tuned_from
-
-
 @contextmanager
-def installed(patch: Patch) -> Iterator[Patch]:
-    """Install a patch for the length of a `with` block."""
-    patch.install()
-    try:
-        yield patch
-    finally:
-        patch.remove()
-
-
-@contextmanager
-def unpatched(unet: nn.Module) -> Iterator[None]:
-    """Remove the patch from a U-Net for the length of a `with` block."""
+def alone(unet: nn.Module, patch: Patch | None = None) -> Iterator[None]:
+    """Have a patch, or none, on a U-Net for the length of a `with` block, in place of the one that is on it."""
     outer = patch_of(unet)
     if outer is not None:
         outer.remove()
     try:
+        if patch is not None:
+            patch.install()
         yield
     finally:
+        if patch is not None:
+            patch.remove()
         if outer is not None:
             outer.install()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,15 +22,10 @@ CALLS_OF_A_TIMESTEP = 2
 
 
 class RecordedCall(tuple[tuple[Any, ...], dict[str, Any]]):
-    """One call of a U-Net: its arguments (args, kwargs).
+    """One call of a U-Net: its arguments (args, kwargs)."""
 
-    Attributes:
-        output: what it returned while the picture was made; None if unknown.
-        progress: the fraction of the diffusion that was done; None if unknown.
-    """
-
-    output: Tensor | None = None
-    progress: float | None = None
+    output: Tensor | None = None  # what it returned while the picture was made; None if unknown
+    progress: float | None = None  # the fraction of the diffusion that was done; None if unknown
 
 
 @contextmanager
@@ -42,8 +37,8 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
         tuning = agentsd.tune(pipe, calls)
 
     The arguments are copied, never more than those of 2 · `moments` timesteps at a time. Of one timestep up to two
-    calls are kept, since cond and uncond may be evaluated separately. All are of the latent size that the first one
-    has; calls of other sizes are left out, and so is a call whose moment is not known.
+    calls are kept, since cond and uncond may be evaluated separately. Calls of another latent size than the first one's
+    are left out, and so is a call whose moment is not known.
 
     Args:
         model: as for `apply_patch`.
@@ -89,6 +84,15 @@ def progress_of(call: RecordedCall, timesteps: Timesteps | None = None) -> float
     """
     said, t = getattr(call, "progress", None), read_timestep(find_timestep(*call))
     return said if said is not None or t is None else (timesteps or Timesteps()).progress(t)
+
+
+def spread(values: Iterable[float], count: int) -> list[float]:
+    """Choose `count` of some values, spread evenly over their range; all of them if there are fewer."""
+    at = sorted(values)
+    if len(at) <= count:
+        return at
+    wanted = [at[0] + (at[-1] - at[0]) * (i / (count - 1) if count > 1 else 0.5) for i in range(count)]
+    return sorted({min(at, key=lambda value, w=w: abs(value - w)) for w in wanted})
 
 
 @dataclass
@@ -140,10 +144,4 @@ class _Recorder:
 
     def spread(self) -> list[RecordedCall]:
         """Return the calls, thinned out to the number of timesteps asked for."""
-        at = sorted(self.seen)
-        if len(at) > self.moments:
-            low, high = at[0], at[-1]
-            share = [i / (self.moments - 1) for i in range(self.moments)] if self.moments > 1 else [0.5]
-            wanted = [low + (high - low) * s for s in share]
-            at = sorted({min(at, key=lambda p, w=w: abs(p - w)) for w in wanted})
-        return [call for progress in at for call in self.seen[progress]]
+        return [call for progress in spread(self.seen, self.moments) for call in self.seen[progress]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import comb
 from statistics import fmean, median
 from typing import Any
@@ -18,7 +20,7 @@ from ..hosts import find_timestep, find_unet, output_tensor, read_size, read_tim
 from ..patching.call import KVContext
 from ..patching.patch import Patch
 from ..schedule import Timesteps
-from .probe import installed, norm, unpatched
+from .probe import alone, norm
 from .record import RecordedCall, copied, progress_of
 from .result import TuningCancelled
 
@@ -32,22 +34,14 @@ _COMPARED = 2
 
 
 class Replay:
-    """Recorded calls of a U-Net, which can be made again.
-
-    Args:
-        unet: the U-Net.
-        calls: its calls, in any order.
-        progress: called with (done, total, text) before each call; the calls stop if it returns False.
-        kv_context: as for `agentsd.Patch`.
-        clock: measures their seconds.
+    """Recorded calls of a U-Net, which can be made again; the arguments are those of `agentsd.tune`.
 
     Attributes:
         calls: the calls in the order of the diffusion.
         moments: the fraction of the diffusion that is done at each; None if it isn't known.
         size: (height, width) of their latents.
         full: outputs with full attention, by the call's number, once `remember` has made them.
-        done: number of calls made.
-        total: number of calls expected.
+        done, total: numbers of calls made, and expected.
 
     Raises:
         SettingError: there are no calls, or their latents are of several sizes.
@@ -91,13 +85,10 @@ class Replay:
             raise TuningCancelled(f"cancelled after {self.done} U-Net calls")
         self.done += 1
         args, kwargs = copied(tuple(self.calls[number]))
-        run = lambda: self.unet(*args, **kwargs)  # noqa: E731
-        if config is None:
-            out, seconds = self.clock.timed(run, self.device)
-        else:
-            moment = self.moments[number]
-            with installed(Patch(self.unet, config, self.kv_context, progress=lambda t: moment)):
-                out, seconds = self.clock.timed(run, self.device)
+        moment = self.moments[number]
+        patch = config and Patch(self.unet, config, self.kv_context, progress=lambda t: moment)
+        with nullcontext() if patch is None else alone(self.unet, patch):
+            out, seconds = self.clock.timed(lambda: self.unet(*args, **kwargs), self.device)
         return output_tensor(out).detach().float(), seconds
 
     def remember(self, number: int, text: str) -> float:
@@ -114,26 +105,13 @@ class Replay:
 
 @dataclass(frozen=True)
 class TimeRatio:
-    """Seconds with / seconds without.
+    """Seconds with / seconds without."""
 
-    Attributes:
-        ratio: the ratio: mean over the calls of medians over rounds.
-        low: where it begins with `CONFIDENCE`; 0 where too few rounds were made to tell.
-        high: where it ends.
-        seconds: seconds without, averaged over the calls.
-        peaks: most bytes on the device without and with; None if it does not tell.
-    """
-
-    ratio: float
-    low: float
-    high: float
-    seconds: float = 0.0
-    peaks: tuple[int | None, int | None] = (None, None)
-
-    @property
-    def told(self) -> bool:
-        """Whether it is told from 1."""
-        return self.low > 1 or self.high < 1
+    ratio: float  # mean over the calls of medians over rounds
+    low: float  # where it begins, with `CONFIDENCE`; 0 where too few rounds were made to tell
+    high: float  # where it ends; infinite where too few were made
+    seconds: float = 0.0  # without, averaged over the calls
+    peaks: tuple[int | None, int | None] = (None, None)  # most bytes on the device, without and with
 
 
 def interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -155,42 +133,32 @@ def timed_in_turn(replay: Replay, configs: Mapping[int, AgentConfig], text: str)
     A round is one call, without and with, and the next round the next call in the other order: what else the machine
     does meanwhile meets both.
     """
-    ratios: dict[int, list[float]] = {number: [] for number in configs}
-    seconds: dict[int, list[float]] = {number: [] for number in configs}
-    peaks: tuple[list[int], list[int]] = ([], [])
+    spent: dict[int, list[tuple[float, float]]] = {number: [] for number in configs}
+    peaks: dict[bool, int | None] = {}
     numbers = list(configs)
     for round_ in range(MAX_ROUNDS):
-        number = numbers[round_ % len(numbers)]
-        spent = {}
-        for which in (1, 0) if round_ // len(numbers) % 2 else (0, 1):
-            config = configs[number] if which else None
-            spent[which], peak = peak_memory(lambda c=config, n=number: replay.call(n, text, c)[1], replay.device)
-            peaks[which].extend([] if peak is None else [peak])
-        ratios[number].append(spent[1] / spent[0])
-        seconds[number].append(spent[0])
-        low, high = interval([ratio for each in ratios.values() for ratio in each])
+        number, order = numbers[round_ % len(numbers)], (False, True)
+        seconds = {}
+        for ours in reversed(order) if round_ // len(numbers) % 2 else order:
+            call = partial(replay.call, number, text, configs[number] if ours else None)
+            (_, seconds[ours]), peak = peak_memory(call, replay.device)
+            peaks[ours] = peak and max(peak, peaks.get(ours, 0))
+        spent[number].append((seconds[False], seconds[True]))
+        low, high = interval([ours / full for each in spent.values() for full, ours in each])
         if round_ + 1 >= MIN_ROUNDS and (low > 1 or high < 1):
             break
-    return TimeRatio(
-        fmean(map(median, filter(None, ratios.values()))),
-        low,
-        high,
-        fmean(map(median, filter(None, seconds.values()))),
-        (max(peaks[0], default=None), max(peaks[1], default=None)),
-    )
+    made = [each for each in spent.values() if each]
+    ratio = fmean(median(ours / full for full, ours in each) for each in made)
+    full = fmean(median(full for full, _ in each) for each in made)
+    return TimeRatio(ratio, low, high, full, (peaks[False], peaks[True]))
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What settings do to recorded calls.
+    """What settings do to recorded calls."""
 
-    Attributes:
-        deviation: ‖out − full‖ / ‖full‖ of the U-Net's output, the largest of all calls.
-        time: time of a call, full attention in the same round = 1: the median of all rounds.
-    """
-
-    deviation: float
-    time: float
+    deviation: float  # ‖out − full‖ / ‖full‖ of the U-Net's output, the largest of all calls
+    time: float  # of a call, full attention in the same round = 1: the median of all rounds
 
 
 def comparing_takes(calls: Sized, configs: Sized) -> int:
@@ -210,20 +178,13 @@ def compare(
     """Make recorded calls with full attention and under each of several settings, in turn.
 
     Args:
-        model: as for `apply_patch`. A patch on it is removed meanwhile.
-        calls: as for `agentsd.tune`.
-        configs: the settings, by names of the caller's.
-        progress: as for `agentsd.tune`.
-        kv_context: as for `agentsd.Patch`.
-        clock: as for `agentsd.tune`.
-
-    Returns:
-        The comparison for each name.
+        configs: the settings, by names of the caller's, which those of what is returned are.
+        model, calls, progress, kv_context, clock: as for `agentsd.tune`.
     """
     replay = Replay(find_unet(model), calls, progress, kv_context, clock)
     replay.total = comparing_takes(replay, configs)
     found: dict[str, list[Compared]] = {name: [] for name in configs}
-    with torch.no_grad(), unpatched(replay.unet):
+    with torch.no_grad(), alone(replay.unet):
         for number in range(len(replay)):
             replay.remember(number, "Full attention")
             for _ in range(_COMPARED):

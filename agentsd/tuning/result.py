@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from operator import attrgetter
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..attention.grid import Grid
 from ..checks import Setting, SettingError, shown
@@ -52,12 +53,7 @@ class TuningCancelled(Exception):
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """What tunings know of a block besides its place in the order of the U-Net.
-
-    Attributes:
-        name: the block's name in the U-Net that was tuned; another family of models may name it differently.
-        downsample: its level in the U-Net: 1, 2, 4 …; None if unknown.
-    """
+    """A block: its name in the U-Net that was tuned, and its level there, 1, 2, 4 …; None if unknown."""
 
     name: str
     downsample: int | None
@@ -65,38 +61,23 @@ class TunedBlock:
 
 @dataclass(frozen=True)
 class Deviation:
-    """‖out − full‖ / ‖full‖ of the U-Net's output at one recorded timestep: the largest of its calls.
+    """‖out − full‖ / ‖full‖ of the U-Net's output at one recorded timestep: the largest of its calls."""
 
-    Attributes:
-        progress: fraction of the diffusion that is done there, 0–1.
-        predicted: by the errors of single blocks, scaled by what plans were measured to deviate there.
-        measured: of the whole plan; None if it was not run.
-    """
-
-    progress: float
-    predicted: float
-    measured: float | None = None
+    progress: float  # fraction of the diffusion that is done there, 0–1
+    predicted: float  # by the errors of single blocks, scaled by what plans were measured to deviate there
+    measured: float | None = None  # of the whole plan; None if it was not run
 
 
 @dataclass(frozen=True)
 class TunedPlan:
-    """What each block does in each part of the diffusion.
+    """What each block does in each part of the diffusion."""
 
-    Attributes:
-        tolerance: the deviation that it was chosen for.
-        choices: one text for each part: a letter for each block in the order of the U-Net, "." for full attention.
-        deviations: what it deviates by at the recorded timesteps.
-        time: time of a U-Net call, full attention = 1, averaged over the recorded timesteps; None if unknown.
-        timed: whether `time` was measured on whole calls; otherwise it is expected from the times of the blocks.
-        peak: most bytes on the device during a call; None if it was not run, or the device does not tell.
-    """
-
-    tolerance: float
-    choices: tuple[str, ...]
-    deviations: tuple[Deviation, ...] = ()
-    time: float | None = None
-    timed: bool = False
-    peak: int | None = None
+    tolerance: float  # the deviation that it was chosen for
+    choices: tuple[str, ...]  # of each part: a letter for each block in the order of the U-Net, "." for full attention
+    deviations: tuple[Deviation, ...] = ()  # at the recorded timesteps
+    time: float | None = None  # of a U-Net call, full attention = 1, averaged over these timesteps; None if unknown
+    timed: bool = False  # whether that was measured on whole calls; otherwise it is expected from the blocks' times
+    peak: int | None = None  # most bytes on the device during a call; None if unknown
 
     @property
     def acts(self) -> bool:
@@ -139,6 +120,10 @@ class TunedPlan:
         return f"{percent(self.deviation)} {'expected' if self.measured is None else 'measured'}"
 
 
+def _of_plan(name: str) -> Any:
+    return property(attrgetter(f"plan.{name}"))
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Result of `agentsd.tune`: data, which can be saved, printed and applied.
@@ -177,42 +162,18 @@ class Tuning:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    # Of the plan in force
-
-    @property
-    def tolerance(self) -> float:
-        """Upper limit on the deviation of the U-Net's output that the plan in force was chosen for."""
-        return self.plan.tolerance
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        return self.plan.choices
-
-    @property
-    def acts(self) -> bool:
-        return self.plan.acts
-
-    @property
-    def measured(self) -> float | None:
-        return self.plan.measured
-
-    @property
-    def predicted(self) -> float | None:
-        return self.plan.predicted
-
-    @property
-    def speed_up(self) -> float | None:
-        return self.plan.speed_up
+    # Of the plan in force, as `TunedPlan` documents them
+    tolerance: ClassVar[float] = _of_plan("tolerance")
+    choices: ClassVar[tuple[str, ...]] = _of_plan("choices")
+    acts: ClassVar[bool] = _of_plan("acts")
+    measured: ClassVar[float | None] = _of_plan("measured")
+    predicted: ClassVar[float | None] = _of_plan("predicted")
+    speed_up: ClassVar[float | None] = _of_plan("speed_up")
 
     @property
     def seconds(self) -> float | None:
         """Seconds of a U-Net call with the plan in force: measured if `plan.timed`, otherwise expected."""
         return self.seconds_full * self.plan.time if self.seconds_full and self.plan.time else None
-
-    @property
-    def by_letter(self) -> dict[str, Candidate]:
-        """The candidates by the letters that stand for them in `choices`."""
-        return dict(zip(LETTERS, self.candidates, strict=False))
 
     def at(self, tolerance: float) -> Tuning:
         """Return the tuning for another tolerance: the fastest plan of the frontier that is to keep it.
@@ -229,47 +190,26 @@ class Tuning:
 
     # As settings
 
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The plan as rules for the U-Net that was tuned; they belong to `base`."""
-        if not self.blocks:
-            raise TuningError("a tuning read from text knows no block names: use rules_for(unet)")
-        return self._rules(self.blocks)
-
-    def rules_for(self, unet: Any) -> tuple[Rule, ...]:
-        """Return the plan as rules for a U-Net of the same structure, whatever its blocks are called.
-
-        Raises:
-            TuningError: the U-Net's blocks are others than those of the tuned one.
-        """
-        from .fingerprint import ordered_sites, structure_of
-
-        sites = ordered_sites(unet)
-        if structure_of(sites) != self.structure:
-            raise TuningError(f"this tuning is for another model: of {len(self.choices[0])} blocks, not {len(sites)}")
-        return self._rules([TunedBlock(site.name, site.downsample) for site in sites])
-
-    @property
-    def base(self) -> AgentConfig:
-        """The settings that the rules override."""
-        return AgentConfig(**BASE)
-
     def config_for(self, unet: Any) -> AgentConfig:
-        """Return the settings for a U-Net.
+        """Return the settings for a U-Net, whatever its blocks are called.
 
         Raises:
             TuningError: the U-Net isn't the one that was tuned: its blocks or its weights are others.
         """
-        from .fingerprint import agree, weights_of
+        from .fingerprint import agree, ordered_sites, structure_of, weights_of
 
-        rules = self.rules_for(unet)
+        sites = ordered_sites(unet)
+        if structure_of(sites) != self.structure:
+            raise TuningError(f"this tuning is for another model: of {len(self.choices[0])} blocks, not {len(sites)}")
         if not agree(self.weights, weights_of(unet)):
             raise TuningError("this tuning is for another model: same blocks, but other weights")
-        return TunedConfig(**BASE, rules=rules, tuned_for=self.size)
+        blocks = [TunedBlock(site.name, site.downsample) for site in sites]
+        return TunedConfig(**BASE, rules=self.rules(blocks), tuned_for=self.size)
 
-    def _rules(self, blocks: Sequence[TunedBlock]) -> tuple[Rule, ...]:
+    def rules(self, blocks: Sequence[TunedBlock]) -> tuple[Rule, ...]:
+        """Return the plan as rules beside `BASE`; `blocks` are those of a U-Net, in its order."""
         rules, ends = [Rule(None)], (*self.since[1:], 1.0)
-        for letter, candidate in self.by_letter.items():
+        for letter, candidate in zip(LETTERS, self.candidates, strict=False):
             # runs of parts in which the same blocks use this candidate
             users = [tuple(i for i, c in enumerate(part) if c == letter) for part in self.choices]
             for which, run in groupby(range(len(users)), key=users.__getitem__):
@@ -277,22 +217,14 @@ class Tuning:
                 by_tokens: dict[int, list[str]] = {}
                 for i in which:
                     by_tokens.setdefault(self._tokens(blocks[i]), []).append(blocks[i].name)
-                rules += [
-                    Rule(
-                        {**candidate, "min_tokens": tokens},
-                        blocks=tuple(names),
-                        since=self.since[parts[0]],
-                        until=ends[parts[-1]],
-                    )
-                    for tokens, names in sorted(by_tokens.items())
-                ]
+                for tokens, names in sorted(by_tokens.items()):
+                    settings = {**candidate, "min_tokens": tokens}
+                    rules.append(Rule(settings, blocks=tuple(names), since=self.since[parts[0]], until=ends[parts[-1]]))
         return tuple(rules)
 
     def _tokens(self, block: TunedBlock) -> int:
         """Number of tokens of a block at the tuned size: with fewer, cells would be coarser than what was measured."""
-        if block.downsample is None:
-            return 0
-        return Grid(*self.size).at(block.downsample).tokens
+        return 0 if block.downsample is None else Grid(*self.size).at(block.downsample).tokens
 
     # What it does not hold for
 
@@ -304,10 +236,9 @@ class Tuning:
         here, there = height * width, self.size[0] * self.size[1]
         if here < there:
             return f"{tuned}: this one is smaller, and gets full attention"
-        other = "larger" if here > there else "of another shape"
         return (
-            f"{tuned}: this one is {other}; cells stay as they are, where they would be coarser full attention does, "
-            "and the deviation was not measured here"
+            f"{tuned}: this one is {'larger' if here > there else 'of another shape'}; cells stay as they are, where "
+            "they would be coarser full attention does, and the deviation was not measured here"
         )
 
     def doubts(self, conditions: Mapping[str, str] | None = None, start: float = 0.0, adapters: str = "") -> str:
@@ -318,11 +249,10 @@ class Tuning:
             start: progress at which it begins, 0–1.
             adapters: as in the tuning, of the U-Net as it is now.
         """
-        from_tuning = {name: self.conditions.get(name, "") for name in conditions or {}}
         found = [
-            f"tuned with {name} {from_tuning[name] or 'none'} and not {value or 'none'}"
+            f"tuned with {name} {tuned or 'none'} and not {value or 'none'}"
             for name, value in (conditions or {}).items()
-            if self.blocks and from_tuning[name] != value
+            if self.blocks and (tuned := self.conditions.get(name, "")) != value
         ]
         if self.adapters and adapters and not found:
             from .fingerprint import agree
@@ -340,15 +270,14 @@ class Tuning:
 
         Without commas, colons, semicolons, quotes and line breaks. `from_text` reads it.
         """
-        height, width = self.size
-        head = f"tuning {VERSION} {width}x{height} {self.tolerance} {self.structure}"
-        used = {c: candidate for c, candidate in self.by_letter.items() if any(c in part for part in self.choices)}
-        settings = [format_rules([Rule(candidate)]) for candidate in used.values()]
+        head = f"tuning {VERSION} {self.size[1]}x{self.size[0]} {self.tolerance} {self.structure}"
+        by_letter = zip(LETTERS, self.candidates, strict=False)
+        used = {c: candidate for c, candidate in by_letter if any(c in part for part in self.choices)}
         renamed = str.maketrans(dict(zip(used, LETTERS, strict=False)))
         # parts that do the same are written once
         runs = [next(run) for _, run in groupby(zip(self.since, self.choices, strict=True), lambda part: part[1])]
         parts = [f"{since} {choices.translate(renamed)}" for since, choices in runs]
-        return " | ".join([head, *settings, *parts])
+        return " | ".join([head, *(format_rules([Rule(each)]) for each in used.values()), *parts])
 
     @classmethod
     def from_text(cls, text: str) -> Tuning:
@@ -363,14 +292,13 @@ class Tuning:
             if word != "tuning" or int(version) != VERSION:
                 raise TuningError(f"this tuning has version {version}, and {VERSION} is what can be read")
             width, height = map(int, size.split("x"))
-            settings = [part for part in rest if "=" in part]
-            parts = [part.split() for part in rest if "=" not in part]
-            candidates = tuple(rule.settings for part in settings for rule in parse_rules(part))
-            plan = TunedPlan(float(tolerance), tuple(choices for _, choices in parts))
-            return cls((height, width), candidates, tuple(float(a) for a, _ in parts), plan, structure).checked()
+            candidates = tuple(rule.settings for part in rest if "=" in part for rule in parse_rules(part))
+            since, choices = zip(*(part.split() for part in rest if "=" not in part), strict=True)
+            plan = TunedPlan(float(tolerance), choices)
+            return cls((height, width), candidates, tuple(map(float, since)), plan, structure).checked()
         except TuningError:
             raise
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError) as error:
             raise TuningError(f"this tuning is damaged: {error}") from error
 
     def checked(self) -> Tuning:
@@ -380,29 +308,29 @@ class Tuning:
             TuningError: it doesn't.
         """
         plans = [self.plan, *self.frontier]
-        numbers = [("tolerance", plan.tolerance, 1.0) for plan in plans]
-        numbers += [("time", plan.time, 1e3) for plan in plans]
-        for plan in plans:
-            for each in plan.deviations:
-                numbers += [("progress", each.progress, 1.0), ("deviation", each.predicted, 1e6)]
-                numbers.append(("deviation", each.measured, 1e6))
-        numbers += [("seconds", self.seconds_full, 1e6), *(("covers", edge, 1.0) for edge in self.covers)]
+        found = [each for plan in plans for each in plan.deviations]
+        parts = [set(part) for plan in plans for part in plan.choices]
+        shares = (*self.since, *self.covers, *(plan.tolerance for plan in plans), *(each.progress for each in found))
+        known = (self.seconds_full, self.peak_full, *(plan.time for plan in plans), *(plan.peak for plan in plans))
         try:
-            for name, value, high in numbers:
-                optional = name in ("time", "seconds", "deviation")
-                Setting(name, "number", None, high=high, optional=optional).check(value)
+            for name, values, high, optional in (
+                ("a share", shares, 1.0, False),
+                ("a deviation", (each.predicted for each in found), 1e6, False),
+                ("a measurement", (*known, *(each.measured for each in found)), 1e18, True),
+            ):
+                for value in values:
+                    Setting(name, "number", None, high=high, optional=optional).check(value)
             for candidate in self.candidates:
                 AgentConfig(**BASE, rules=(Rule(candidate),))
         except SettingError as error:
             raise TuningError(f"this tuning is damaged: {error}") from error
-        known = {*self.by_letter, FULL_LETTER}
         sound = (
             all(plan.tolerance > 0 or not plan.acts for plan in plans)
             and self.since[:1] == (0.0,)
             and all(a < b for a, b in zip(self.since, (*self.since[1:], 1.0), strict=True))
             and all(len(plan.choices) == len(self.since) for plan in plans)
             and len({len(part) for plan in plans for part in plan.choices} | {len(self.blocks) or None} - {None}) == 1
-            and all(set(part) <= known for plan in plans for part in plan.choices)
+            and set().union(*parts) <= {*LETTERS[: len(self.candidates)], FULL_LETTER}
             and len(self.size) == 2
             and all(isinstance(side, int) and 0 < side < 2**16 for side in self.size)
             and all(isinstance(text, str) for text in (self.structure, self.weights, self.adapters, *self.notes))
@@ -423,12 +351,10 @@ class Tuning:
             TuningError: it is damaged.
         """
         try:
-            given = dict(data)
+            given = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
             given["plan"] = _plan_from(given["plan"])
             given["frontier"] = tuple(map(_plan_from, given.get("frontier", ())))
             given["blocks"] = tuple(TunedBlock(**block) for block in given.get("blocks", ()))
-            for name in ("size", "candidates", "since", "covers", "notes"):
-                given[name] = tuple(given.get(name, getattr(cls, name, ())))
             for name in ("conditions", "versions"):
                 given[name] = {str(key): str(value) for key, value in dict(given.get(name, {})).items()}
             return cls(**given).checked()
@@ -443,29 +369,9 @@ class Tuning:
         whole = {"format": FORMAT, "version": VERSION, "checksum": _checksum(data), "tuning": data}
         return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write the tuning to a JSON file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
-
-    @classmethod
-    def from_json(cls, text: str, name: str = "this file") -> Tuning:
-        """Read what `to_json` wrote; `name` is what errors call it.
-
-        Raises:
-            TuningError: it is no tuning, is damaged, or is of a later version.
-        """
-        try:
-            whole = json.loads(text)
-            if whole["format"] != FORMAT:
-                raise KeyError("format")
-            version, checksum, data = whole["version"], whole["checksum"], whole["tuning"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TuningError(f"{name} is no tuning, or is damaged") from error
-        if version != VERSION:
-            raise TuningError(f"{name} has version {shown(version)}, and {VERSION} is what can be read")
-        if checksum != _checksum(data):
-            raise TuningError(f"{name} is damaged: its checksum is another one")
-        return cls.from_dict(data)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Tuning:
@@ -475,16 +381,44 @@ class Tuning:
             OSError: the file cannot be read.
             TuningError: it is no tuning, is damaged, or is of a later version.
         """
-        return cls.from_json(Path(path).read_bytes().decode("utf-8", "replace"), str(path))
+        try:
+            whole = json.loads(Path(path).read_bytes().decode("utf-8", "replace"))
+            if whole["format"] != FORMAT:
+                raise KeyError("format")
+            version, checksum, data = whole["version"], whole["checksum"], whole["tuning"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TuningError(f"{path} is no tuning, or is damaged") from error
+        if version != VERSION:
+            raise TuningError(f"{path} has version {shown(version)}, and {VERSION} is what can be read")
+        if checksum != _checksum(data):
+            raise TuningError(f"{path} is damaged: its checksum is another one")
+        return cls.from_dict(data)
 
     def __str__(self) -> str:
         """Describe what was promised, what was reached, and what the blocks do in each part of the diffusion."""
-        lines = [headline(self), *self.notes, ""]
-        lines += aligned(["part of the diffusion", "deviation", "blocks"], _part_rows(self))
+        parts = zip(self.since, (*self.since[1:], 1.0), self.choices, strict=True)
+        rows = [
+            [f"{percent(since)} – {percent(until)}", self._deviation_in(since, until), self._actions(choices)]
+            for since, until, choices in parts
+        ]
+        lines = [headline(self), *self.notes, "", *aligned(["part of the diffusion", "deviation", "blocks"], rows)]
         if self.frontier:
-            rows = [[percent(p.tolerance), p.reached, p.gain] for p in self.frontier]
+            rows = [[percent(plan.tolerance), plan.reached, plan.gain] for plan in self.frontier]
             lines += ["", *aligned(["how close", "deviation", "speed"], rows)]
         return "\n".join(lines)
+
+    def _deviation_in(self, since: float, until: float) -> str:
+        """Format the largest deviation in a part of the diffusion."""
+        inside = [d for d in self.plan.deviations if since <= d.progress < until or d.progress == until == 1]
+        return percent(max(d.predicted if d.measured is None else d.measured for d in inside)) if inside else ""
+
+    def _actions(self, choices: str) -> str:
+        """Describe how many blocks use which settings, such as "3 corrected agent_ratio=0.95, 13 full"."""
+        words = {
+            letter: format_rules([Rule(each)]).replace("method=", "")
+            for letter, each in zip(LETTERS, self.candidates, strict=False)
+        }
+        return ", ".join(f"{count} {words.get(letter, 'full')}" for letter, count in Counter(choices).most_common())
 
 
 def as_tuning(value: Any) -> Tuning:
@@ -503,6 +437,18 @@ def as_tuning(value: Any) -> Tuning:
     return Tuning.from_text(text) if text.startswith(("tuning ", "plan:")) else Tuning.load(value)
 
 
+def headline(tuning: Tuning) -> str:
+    """Describe in a sentence what was asked for and reached."""
+    plan = tuning.plan
+    told = [f"deviation {plan.reached}" if plan.acts and plan.reached else "", plan.gain]
+    if plan.acts and plan.timed and tuning.seconds:
+        told.append(f"{tuning.seconds_full:.3g} → {tuning.seconds:.3g} s a U-Net call")
+    memory = mebibytes(tuning.peak_full, plan.peak)
+    told.append(f"peak memory {memory}" if memory else "")
+    height, width = tuning.size
+    return f"tuned to {percent(tuning.tolerance)} at a latent of {width}×{height}: {', '.join(filter(None, told))}"
+
+
 def _plan_from(data: Mapping[str, Any]) -> TunedPlan:
     deviations = tuple(Deviation(**each) for each in data.get("deviations", ()))
     return TunedPlan(**{**data, "choices": tuple(map(str, data["choices"])), "deviations": deviations})
@@ -510,33 +456,3 @@ def _plan_from(data: Mapping[str, Any]) -> TunedPlan:
 
 def _checksum(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def headline(tuning: Tuning) -> str:
-    """Describe in a sentence what was asked for and reached."""
-    height, width = tuning.size
-    told = [f"deviation {tuning.plan.reached}" if tuning.acts and tuning.plan.reached else "", tuning.plan.gain]
-    if tuning.acts and tuning.plan.timed and tuning.seconds:
-        told.append(f"{tuning.seconds_full:.3g} → {tuning.seconds:.3g} s a U-Net call")
-    memory = mebibytes(tuning.peak_full, tuning.plan.peak)
-    told.append(f"peak memory {memory}" if memory else "")
-    return f"tuned to {percent(tuning.tolerance)} at a latent of {width}×{height}: {', '.join(filter(None, told))}"
-
-
-def _part_rows(tuning: Tuning) -> list[list[str]]:
-    """Describe each part of the diffusion: where it is, its deviation, and how many blocks do what."""
-    return [
-        [f"{percent(since)} – {percent(until)}", _deviation_in(tuning.plan, since, until), _actions(tuning, choices)]
-        for since, until, choices in zip(tuning.since, (*tuning.since[1:], 1.0), tuning.choices, strict=True)
-    ]
-
-
-def _deviation_in(plan: TunedPlan, since: float, until: float) -> str:
-    inside = [d for d in plan.deviations if since <= d.progress < until or d.progress == until == 1]
-    return percent(max(d.predicted if d.measured is None else d.measured for d in inside)) if inside else ""
-
-
-def _actions(tuning: Tuning, choices: str) -> str:
-    """Describe how many blocks use which settings, such as "3 corrected agent_ratio=0.95, 13 full"."""
-    words = {c: format_rules([Rule(each)]).replace("method=", "") for c, each in tuning.by_letter.items()}
-    return ", ".join(f"{count} {words.get(letter, 'full')}" for letter, count in Counter(choices).most_common())

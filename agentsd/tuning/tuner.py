@@ -22,37 +22,24 @@ from ..version import VERSION
 from ..words import percent
 from .choose import Option, choose, deviation
 from .fingerprint import adapters_of, ordered_sites, structure_of, weights_of
-from .probe import FULL, Probe, installed, unpatched
+from .probe import FULL, Probe, alone
 from .record import RecordedCall
 from .replay import MAX_ROUNDS, Progress, Replay, TimeRatio, timed_in_turn
 from .result import BASE, FULL_LETTER, LETTERS, Candidate, Deviation, TunedBlock, TunedPlan, Tuning
 
-# Tolerances of the frontier, beside the one that is asked for.
-FRONTIER = (0.005, 0.01, 0.02, 0.05, 0.1)
-# Time, full attention = 1, up to which a candidate counts as faster: a smaller gain is noise.
-MAX_TIME = 0.95
-# Share of all that could be saved which a block must save, or it keeps full attention.
-MIN_SHARE_OF_SAVING = 0.01
-# Share of full attention's time that using up the tolerance must save: to deviate for less is not worth it.
-MIN_SAVING_BY_TOLERANCE = 0.03
-# Groups of blocks for which the effect on the output is measured: one U-Net call each.
-MAX_GROUPS = 6
-# Rounds of choosing and running the whole plan.
-MAX_VERIFICATIONS = 4
-# Share of the tolerance that is aimed at: other images deviate a little more, or less, than those recorded.
-AIM = 0.8
-# Share of the aim that a plan should use: less means it can be faster.
-MIN_USED = 0.8
-# Share of the tolerance by which the same call may differ from time to time.
-MAX_NOISE = 0.25
-# Fraction of the diffusion around a single timestep for which a plan is used.
-REACH = 0.1
-# Fraction of the diffusion that may lie beyond the outermost parts: they are extended to the end.
-MARGIN = 0.02
-# Timesteps at which the plan is timed
-MAX_TIMED = 2
-# Time that a plan of the frontier must save beside a closer one, full attention = 1
-MIN_STEP = 0.005
+FRONTIER = (0.005, 0.01, 0.02, 0.05, 0.1)  # tolerances to plan for, beside the one that is asked for
+MAX_TIME = 0.95  # full attention = 1, up to which a candidate counts as faster: a smaller gain is noise
+MIN_SHARE_OF_SAVING = 0.01  # of all that could be saved, which a block must save, or it keeps full attention
+MIN_SAVING_BY_TOLERANCE = 0.03  # share of full attention's time that using up the tolerance must save to be worth it
+MAX_GROUPS = 6  # of blocks, for which the effect on the output is measured: one U-Net call each
+MAX_VERIFICATIONS = 4  # rounds of choosing and running the whole plan
+AIM = 0.8  # share of the tolerance that is aimed at: other images deviate a little more, or less, than those recorded
+MIN_USED = 0.8  # share of the aim that a plan should use: less means it can be faster
+MAX_NOISE = 0.25  # share of the tolerance by which the same call may differ from time to time
+REACH = 0.1  # fraction of the diffusion around a single timestep for which a plan is used
+MARGIN = 0.02  # fraction that may lie beyond the outermost parts: they are extended to the end
+MAX_TIMED = 2  # timesteps at which the plan is timed
+MIN_STEP = 0.005  # time that a plan of the frontier must save beside a closer one, full attention = 1
 
 
 def tune(
@@ -68,12 +55,8 @@ def tune(
 ) -> Tuning:
     """Find the fastest settings of each block that keep the U-Net's output within a tolerance, on this machine.
 
-    Each recorded call is made once with full attention, while all candidates are tried in all blocks: their errors and
-    their seconds. A few more calls tell what such errors do to the output. Then each block gets its settings for each
-    part of the diffusion, so that the deviation stays below the tolerance; the whole is run on the recorded calls, and
-    tightened until the measured deviation is below the tolerance at every moment. At last whole calls are timed without
-    and with it in turn: a plan that cannot be told to be faster is not used. Where nothing was recorded, full attention
-    stays. The model is left as it was, also by an error or an interrupt.
+    docs/library.md says how. A plan that cannot be told to be faster on whole calls is not used; where nothing was
+    recorded, full attention stays. The model is left as it was, also by an error or an interrupt.
 
     Args:
         model: as for `apply_patch`. A patch on it is removed meanwhile.
@@ -91,18 +74,14 @@ def tune(
         TuningCancelled: `progress` returned False.
         UnsupportedModelError: the model has no transformer blocks.
     """
-    tolerance = _checked_tolerance(tolerance)
-    candidates = checked_candidates(methods)
-    tuner = Tuner(Replay(find_unet(model), calls, progress, kv_context, clock), candidates)
-    with torch.no_grad(), unpatched(tuner.unet):
-        tuner.measure()
-        return replace(tuner.tuning(tolerance), conditions=dict(conditions or {}))
-
-
-def _checked_tolerance(tolerance: Any) -> float:
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 1:
         raise SettingError(f"tolerance must be a number above 0 and at most 1, got {tolerance!r}")
-    return float(tolerance)
+    candidates = checked_candidates(methods)
+    tuner = Tuner(Replay(find_unet(model), calls, progress, kv_context, clock), candidates)
+    with torch.no_grad(), alone(tuner.unet):
+        tuner.observe()
+        tuner.measure_effects()
+        return replace(tuner.tuning(float(tolerance)), conditions=dict(conditions or {}))
 
 
 def checked_candidates(methods: Any = None) -> list[Candidate]:
@@ -112,98 +91,88 @@ def checked_candidates(methods: Any = None) -> list[Candidate]:
         raise SettingError(f"methods must be a list of names or settings, got {methods!r}")
     found: list[Candidate] = []
     for entry in entries:
-        if isinstance(entry, str):
-            if entry not in METHODS:
-                raise SettingError(f"methods must be of {', '.join(METHODS)}, got {entry!r}")
+        if not isinstance(entry, str):
+            found.append(dict(Rule(entry).settings or {}))
+        elif entry in METHODS:
             found += [{"method": entry, **settings} for settings in method_named(entry).candidates]
         else:
-            found.append(dict(Rule(entry).settings or {}))
+            raise SettingError(f"methods must be of {', '.join(METHODS)}, got {entry!r}")
     if not 1 <= len(found) <= len(LETTERS):
         raise SettingError(f"methods must name 1 to {len(LETTERS)} settings to try, got {len(found)}")
     AgentConfig(**BASE, rules=tuple(map(Rule, found)))  # checks names and ranges
     return found
 
 
+# The option chosen for each block that may change, by the block's name
+Chosen = Mapping[str, Option]
+
+
+def _seconds(chosen: Chosen) -> float:
+    return sum(option.seconds for option in chosen.values())
+
+
 @dataclass
 class _Part:
-    """A part of the diffusion: around the recorded calls of one timestep.
+    """A part of the diffusion: around the recorded calls of one timestep."""
 
-    Attributes:
-        progress: where these calls are.
-        calls: their numbers.
-        constraints: numbers of calls whose squared deviations are averaged: those of this part, and halfway to its
-            neighbours.
-        options: options of each block that may change.
-        scale: ratio of measured to predicted deviation.
-        chosen: options chosen for now; None once they are settled.
-        measured: deviation of the calls under `chosen`.
-        best: options that were measured to keep the tolerance, and their deviation.
-    """
-
-    progress: float
-    calls: list[int]
+    progress: float  # where these calls are
+    calls: list[int]  # their numbers
+    # numbers of calls whose squared deviations are averaged: those of this part, and halfway to its neighbours
     constraints: list[tuple[int, ...]]
-    options: list[list[Option]]
-    scale: float = 1.0
-    chosen: list[Option] | None = None
-    measured: float = 0.0
-    best: tuple[list[Option], float] | None = None
+    options: dict[str, list[Option]]  # of each block that may change, full attention first
+    scale: float = 1.0  # ratio of measured to predicted deviation
+    chosen: Chosen | None = None  # for now; None once they are settled
 
-    def choose(self, tolerance: float) -> list[Option]:
-        worth = MIN_SAVING_BY_TOLERANCE * sum(options[0].seconds for options in self.options)
-        return choose(self.options, [tolerance / self.scale] * len(self.constraints), worth)
+    def __post_init__(self) -> None:
+        # what was measured to keep the tolerance, and its deviation
+        self.best: tuple[Chosen, float] = self.full, 0.0
 
-    def predicted(self, chosen: Sequence[Option]) -> float:
+    @property
+    def full(self) -> Chosen:
+        return {name: options[0] for name, options in self.options.items()}
+
+    def choose(self, tolerance: float) -> Chosen:
+        limits = [tolerance / self.scale] * len(self.constraints)
+        worth = MIN_SAVING_BY_TOLERANCE * _seconds(self.full)
+        return dict(zip(self.options, choose(list(self.options.values()), limits, worth), strict=True))
+
+    def predicted(self, chosen: Chosen) -> float:
         """Predict the largest deviation of this part's own calls."""
         own = [k for k, of in enumerate(self.constraints) if len(of) == 1]
-        return self.scale * max(deviation(chosen, k) for k in own)
+        return self.scale * max(deviation(list(chosen.values()), k) for k in own)
 
-    def settle(self, tolerance: float, last: bool) -> None:
+    def settle(self, measured: float, tolerance: float, last: bool) -> None:
         """Choose what to run next, given what was measured."""
-        kept, chosen = self.measured <= tolerance, self.chosen
-        if kept and (self.best is None or _seconds(chosen) < _seconds(self.best[0])):
-            self.best = chosen, self.measured
+        kept, chosen = measured <= tolerance, self.chosen
+        if kept and _seconds(chosen) < _seconds(self.best[0]):
+            self.best = chosen, measured
         predicted = self.predicted(chosen)
-        if predicted and self.measured:
-            self.scale *= self.measured / predicted
+        if predicted and measured:
+            self.scale *= measured / predicted
         self.chosen = None
-        if last or (kept and self.measured >= MIN_USED * tolerance):
+        if last or (kept and measured >= MIN_USED * tolerance):
             return
         following = self.choose(tolerance)
         if following == chosen and not kept:
             self.scale *= 1.1
             following = self.choose(tolerance)
-        if self.best is None or _seconds(following) < _seconds(self.best[0]):
+        if following != chosen and _seconds(following) < _seconds(self.best[0]):
             self.chosen = following
 
 
 class Tuner:
-    """The state of one tuning. `measure` comes first; `tuning` may be called for several tolerances.
-
-    Args:
-        replay: the recorded calls.
-        candidates: settings to try in every block.
-
-    Attributes:
-        noise: by how much the same call differs from time to time.
-        notes: what could not be seen.
-    """
+    """The state of one tuning: `observe` and `measure_effects` come first, then `tuning` for any tolerances."""
 
     def __init__(self, replay: Replay, candidates: Sequence[Candidate]) -> None:
         self.replay, self.unet, self.candidates = replay, replay.unet, candidates
-        self.sites, self.base = ordered_sites(self.unet), AgentConfig(**BASE)
+        self.sites = ordered_sites(self.unet)
         replay.total = len(replay) * (1 + MAX_GROUPS + MAX_VERIFICATIONS) + 1 + 2 * MAX_ROUNDS
         self.has_timesteps = None not in replay.moments
-        at = replay.moments if self.has_timesteps else [0.0] * len(replay)
         # the recorded timesteps, and the numbers of their calls
-        self.moments = {p: [i for i, q in enumerate(at) if p == q] for p in sorted(set(at))}
-        self.noise, self.notes = 0.0, []
-
-    def measure(self) -> None:
-        """Measure what each candidate does to each block, and what that does to the output."""
-        self.observe()
-        self.blocks = self.tunable()
-        self.measure_effects()
+        self.moments: dict[float, list[int]] = {}
+        for number, progress in enumerate(replay.moments if self.has_timesteps else [0.0] * len(replay)):
+            self.moments.setdefault(progress, []).append(number)
+        self.noise, self.notes = 0.0, []  # by how much the same call differs from time to time; what can't be seen
 
     def tuning(self, tolerance: float) -> Tuning:
         """Choose, verify and time."""
@@ -216,25 +185,20 @@ class Tuner:
 
     def observe(self) -> None:
         """Make each call with full attention, and try all candidates in all blocks."""
-        configs, differs = [AgentConfig(**{**BASE, **candidate}) for candidate in self.candidates], 0.0
-        self.probe = Probe(self.unet, configs, self.replay.kv_context, self.replay.clock)
-        with installed(self.probe):
-            for number in range(len(self.replay)):
+        configs, replay = [AgentConfig(**{**BASE, **candidate}) for candidate in self.candidates], self.replay
+        self.probe = Probe(self.unet, configs, replay.kv_context, replay.clock)
+        with alone(self.unet, self.probe):
+            for number in range(len(replay)):
                 self.probe.make_room()
-                differs = max(differs, self.replay.remember(number, "Trying the methods in every block"))
-        again, self.seconds = self.replay.call(0, "Making a call again")
-        self.noise = max(differs, self.replay.deviation(0, again))
+                differs = replay.remember(number, "Trying the methods in every block")
+                self.noise = max(self.noise, differs)
+        again, self.seconds = replay.call(0, "Making a call again")
+        self.noise = max(self.noise, replay.deviation(0, again))
         self.notes = list(self.probe.notes)
         trials = [self.probe.trials[site.name] for site in self.sites]
-        skipped = sum(len(each.errors) < len(self.replay) or not all(each.errors) for each in trials if each.kind)
+        skipped = sum(len(each.errors) < len(replay) or not all(each.errors) for each in trials if each.kind)
         if skipped:
             self.notes.append(f"{skipped} of {len(trials)} blocks did not run in every recorded call")
-
-    def tunable(self) -> list[Site]:
-        """Return the blocks in which a notable share of the time would be saved."""
-        savings = [self._saving(site) for site in self.sites]
-        least = MIN_SHARE_OF_SAVING * sum(savings)
-        return [site for site, saving in zip(self.sites, savings, strict=True) if saving > least]
 
     def useful(self, site: Site) -> dict[int, float]:
         """Return the seconds of each candidate that was always tried in a block, and is faster than full attention."""
@@ -252,11 +216,17 @@ class Tuner:
         return self.probe.seconds(site.name)[FULL] - min(useful.values()) if useful else 0.0
 
     def measure_effects(self) -> None:
-        """Measure what errors in each block do to the U-Net's output: the ratio is the same for all candidates."""
+        """Measure what errors in a block do to the U-Net's output, where a notable share of the time would be saved.
+
+        The ratio is the same for all candidates.
+        """
+        savings = [self._saving(site) for site in self.sites]
+        least = MIN_SHARE_OF_SAVING * sum(savings)
+        self.blocks = [site for site, saving in zip(self.sites, savings, strict=True) if saving > least]
         self.effects: dict[str, list[float]] = {}
         for group in self.groups():
             tried = {site.name: self._typical(site) for site in group}
-            config, ratios = self.config([Rule(self.candidates[k - 1], blocks=name) for name, k in tried.items()]), []
+            config, ratios = self.config(tried), []
             for number in range(len(self.replay)):
                 error = math.hypot(*(self.probe.trials[name].errors[number][k] for name, k in tried.items()))
                 moved = self.deviation(number, config, "Measuring what each block does to the image")
@@ -282,28 +252,27 @@ class Tuner:
             groups[at : at + 1] = [largest[:middle], largest[middle:]]
         return groups
 
-    def config(self, rules: Sequence[Rule]) -> AgentConfig:
-        return replace(self.base, rules=(Rule(None), *rules))
+    def config(self, numbers: Mapping[str, int]) -> AgentConfig:
+        """Make the config of the candidates chosen for some blocks, by name and number."""
+        rules = (Rule(self.candidates[k - 1], blocks=name) for name, k in numbers.items() if k != FULL)
+        return AgentConfig(**BASE, rules=(Rule(None), *rules))
 
     def deviation(self, number: int, config: AgentConfig, text: str) -> float:
         """Make a call under a config; return its deviation."""
         return self.replay.deviation(number, self.replay.call(number, text, config)[0])
 
-    # Choose
+    # Choose and verify
 
     def parts(self) -> list[_Part]:
         """A part of the diffusion for each recorded timestep."""
-        numbers = list(self.moments.values())
-        return [
-            self._part(progress, numbers[i], [numbers[j] for j in (i - 1, i + 1) if 0 <= j < len(numbers)])
-            for i, progress in enumerate(self.moments)
-        ]
-
-    def _part(self, progress: float, calls: list[int], neighbours: list[list[int]]) -> _Part:
-        constraints = [(i,) for i in calls]
-        # a part reaches halfway to its neighbours; what is between two timesteps is taken to lie between them
-        constraints += [(i, j) for others in neighbours for i in calls for j in others]
-        return _Part(progress, calls, constraints, [self._options(site, constraints) for site in self.blocks])
+        parts, numbers = [], list(self.moments.values())
+        for i, (progress, calls) in enumerate(self.moments.items()):
+            others = [j for k in (i - 1, i + 1) if 0 <= k < len(numbers) for j in numbers[k]]
+            # a part reaches halfway to its neighbours; what is between two timesteps is taken to lie between them
+            constraints = [*((i,) for i in calls), *((i, j) for j in others for i in calls)]
+            options = {site.name: self._options(site, constraints) for site in self.blocks}
+            parts.append(_Part(progress, calls, constraints, options))
+        return parts
 
     def _options(self, site: Site, constraints: list[tuple[int, ...]]) -> list[Option]:
         errors, effect = self.probe.trials[site.name].errors, self.effects[site.name]
@@ -313,41 +282,30 @@ class Tuner:
             options.append(Option(k, spent, tuple(fmean(squares[i] for i in of) for of in constraints)))
         return options
 
-    # Verify
-
     def verify(self, parts: list[_Part], tolerance: float) -> None:
         """Run the whole plan, and choose again until every part keeps the tolerance and uses most of it."""
         for part in parts:
             part.chosen = part.choose(tolerance)
         for round_ in range(MAX_VERIFICATIONS):
-            pending = [part for part in parts if part.chosen is not None]
-            for part in pending:
-                config = self.config(self.rules(part.chosen))
-                part.measured = max(self.deviation(number, config, "Verifying the plan") for number in part.calls)
-            for part in pending:
-                part.settle(tolerance, last=round_ == MAX_VERIFICATIONS - 1)
-
-    def rules(self, chosen: Sequence[Option]) -> list[Rule]:
-        return [
-            Rule(self.candidates[option.candidate - 1], blocks=site.name)
-            for site, option in zip(self.blocks, chosen, strict=True)
-            if option.candidate != FULL
-        ]
+            for part in [part for part in parts if part.chosen is not None]:
+                config = self.config(_numbers(part.chosen))
+                measured = max(self.deviation(number, config, "Verifying the plan") for number in part.calls)
+                part.settle(measured, tolerance, last=round_ == MAX_VERIFICATIONS - 1)
 
     # Result
 
     def result(self, parts: list[_Part], tolerance: float) -> Tuning:
-        kept = [part.best or (self._full(part), 0.0) for part in parts]
-        chosen = [options for options, _ in kept]
+        chosen = [part.best[0] for part in parts]
         ratio = self.time(parts, chosen)
-        wanted = self.plan(parts, chosen, tolerance, [measured for _, measured in kept])
+        wanted = self.plan(parts, chosen, tolerance, [part.best[1] for part in parts])
         plan = replace(wanted, time=ratio.ratio, timed=True, peak=ratio.peaks[1])
         if not wanted.acts or ratio.high >= 1:  # nothing is faster, or nobody can tell
-            full = self.plan(parts, list(map(self._full, parts)), tolerance, [0.0] * len(parts))
+            full = self.plan(parts, [part.full for part in parts], tolerance, [0.0] * len(parts))
             plan = replace(full, time=1.0, peak=ratio.peaks[0])
         trusted = plan.acts or not wanted.acts
         since, before, after = self.edges()
         weight = weight_of(self.unet)
+        device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
         return Tuning(
             size=self.replay.size,
             candidates=tuple(self.candidates),
@@ -357,7 +315,7 @@ class Tuner:
             weights=weights_of(self.unet),
             adapters=adapters_of(self.unet),
             blocks=tuple(TunedBlock(site.name, site.downsample) for site in self.sites),
-            frontier=self.frontier(parts, plan, self._saved(parts, chosen)) if trusted else (plan,),
+            frontier=self.frontier(parts, plan, _saved(parts, chosen)) if trusted else (plan,),
             seconds_full=ratio.seconds or self.seconds,
             peak_full=ratio.peaks[0],
             covers=(since[1] if before else 0.0, since[-1] if after else 1.0),
@@ -365,7 +323,7 @@ class Tuner:
             versions={
                 "agentsd": VERSION,
                 "torch": torch.__version__,
-                "device": _device_name(weight.device),
+                "device": device,
                 "dtype": str(weight.dtype).removeprefix("torch."),
             },
         )
@@ -377,30 +335,25 @@ class Tuner:
                 f"not tuned within {percent(tolerance)}: the same U-Net call differs by {percent(self.noise)} from "
                 "time to time, as beside a cache of steps or random merging"
             ]
-        if plan.acts and not ratio.told:
+        if plan.acts and ratio.low <= 1 <= ratio.high:
             return ["it cannot be told whether the plan is faster: the machine is busy, or the gain is too small"]
         return []
 
-    def _full(self, part: _Part) -> list[Option]:
-        return [options[0] for options in part.options]
-
     def plan(
-        self, parts: list[_Part], chosen: Sequence[Sequence[Option]], tolerance: float, measured: Sequence[float | None]
+        self, parts: list[_Part], chosen: Sequence[Chosen], tolerance: float, measured: Sequence[float | None]
     ) -> TunedPlan:
         """Write the chosen options of each part, without their time."""
-        deviations = (
+        deviations = tuple(
             Deviation(part.progress, part.predicted(options) if options else 0.0, value)
             for part, options, value in zip(parts, chosen, measured, strict=True)
         )
         _, before, after = self.edges()
         full = FULL_LETTER * len(self.sites)
-        choices = (*[full] * before, *map(self._letters, chosen), *[full] * after)
-        return TunedPlan(tolerance, choices, tuple(deviations))
+        return TunedPlan(tolerance, (*[full] * before, *map(self._letters, chosen), *[full] * after), deviations)
 
-    def _letters(self, chosen: Sequence[Option]) -> str:
-        by_name = {site.name: option.candidate for site, option in zip(self.blocks, chosen, strict=True)}
-        numbers = [by_name.get(site.name, FULL) for site in self.sites]
-        return "".join(FULL_LETTER if k == FULL else LETTERS[k - 1] for k in numbers)
+    def _letters(self, chosen: Chosen) -> str:
+        numbers = _numbers(chosen)
+        return "".join((FULL_LETTER + LETTERS)[numbers.get(site.name, FULL)] for site in self.sites)
 
     def edges(self) -> tuple[tuple[float, ...], bool, bool]:
         """Return where parts begin, and whether full attention is in front of the first and behind the last of them.
@@ -411,16 +364,18 @@ class Tuner:
         if not self.has_timesteps:
             return (0.0,), False, False
         at = list(self.moments)
-        middles = [(a + b) / 2 for a, b in pairwise(at)] or [at[0] + REACH]
-        first, last = 2 * at[0] - middles[0], 2 * at[-1] - (middles[-1] if len(at) > 1 else at[0] - REACH)
+        middles = [(a + b) / 2 for a, b in pairwise(at)]
+        first = at[0] - (middles[0] - at[0] if middles else REACH)
+        last = at[-1] + (at[-1] - middles[-1] if middles else REACH)
         before, after = first > MARGIN, last < 1 - MARGIN
-        since = [0.0, *([first] if before else []), *(middles if len(at) > 1 else []), *([last] if after else [])]
+        since = [0.0, *([first] if before else []), *middles, *([last] if after else [])]
         return tuple(round(edge, 4) for edge in since), before, after
 
-    def time(self, parts: list[_Part], chosen: Sequence[Sequence[Option]]) -> TimeRatio:
+    def time(self, parts: list[_Part], chosen: Sequence[Chosen]) -> TimeRatio:
         """Time whole U-Net calls without and with the plan, in turn."""
-        wanted = {len(parts) * (2 * i + 1) // (2 * MAX_TIMED) for i in range(MAX_TIMED)}
-        acting = {parts[i].calls[0]: self.config(rules) for i in sorted(wanted) if (rules := self.rules(chosen[i]))}
+        wanted = sorted({len(parts) * (2 * i + 1) // (2 * MAX_TIMED) for i in range(MAX_TIMED)})
+        numbers = {parts[i].calls[0]: _numbers(chosen[i]) for i in wanted}
+        acting = {call: self.config(each) for call, each in numbers.items() if any(each.values())}
         return timed_in_turn(self.replay, acting, "Timing the plan") if acting else TimeRatio(1.0, 1.0, 1.0)
 
     def frontier(self, parts: list[_Part], plan: TunedPlan, saved: float) -> tuple[TunedPlan, ...]:
@@ -437,7 +392,7 @@ class Tuner:
                 best = min(best, plan.time)
             elif self.blocks and self.noise <= MAX_NOISE * tolerance:
                 chosen = [part.choose(AIM * tolerance) for part in parts]
-                time = max(1 - scale * self._saved(parts, chosen), MIN_STEP)
+                time = max(1 - scale * _saved(parts, chosen), MIN_STEP)
                 if tolerance < plan.tolerance:
                     time = max(time, plan.time + MIN_STEP)
                 point = self.plan(parts, chosen, tolerance, [None] * len(parts))
@@ -446,15 +401,11 @@ class Tuner:
                     best = time
         return tuple(points)
 
-    def _saved(self, parts: list[_Part], chosen: Sequence[Sequence[Option]]) -> float:
-        """Return the seconds that the chosen options save in a U-Net call, by the times of their blocks."""
-        saved = (_seconds(self._full(part)) - _seconds(options) for part, options in zip(parts, chosen, strict=True))
-        return fmean(saved)
+
+def _numbers(chosen: Chosen) -> dict[str, int]:
+    return {name: option.candidate for name, option in chosen.items()}
 
 
-def _seconds(chosen: Sequence[Option]) -> float:
-    return sum(option.seconds for option in chosen)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _saved(parts: Sequence[_Part], chosen: Sequence[Chosen]) -> float:
+    """Return the seconds that the chosen options save in a U-Net call, by the times of their blocks."""
+    return fmean(_seconds(part.full) - _seconds(options) for part, options in zip(parts, chosen, strict=True))

@@ -181,12 +181,15 @@ class Graph:
         """Put ours on it."""
         return self.on_model("AgentAttention", name, **{**DEFAULTS, **inputs})
 
-    def sampled(self, name: str = "out", positive: Any = ("tiny", 1), **sampling: Any) -> Graph:
-        """Sample the model as it is now."""
+    def sampled(self, name: str = "out", after: str = "", positive: Any = ("tiny", 1), **sampling: Any) -> Graph:
+        """Sample the model as it is now: from noise, or as a hires pass over what was sampled `after`."""
         width, height = self.size
         latent = self.add(f"{name} noise", "EmptyLatentImage", width=width, height=height, batch_size=self.batch)
-        given = {**self.sampling, **sampling}
-        given |= {"denoise": 1.0, "scheduler": "normal", "positive": list(positive), "negative": ["tiny", 2]}
+        if after:
+            size = {"width": width, "height": height, "upscale_method": "bilinear", "crop": "disabled"}
+            latent = self.add(f"{name} upscaled", "LatentUpscale", samples=[f"{after} sampler", 0], **size)
+        given = {"denoise": 0.5 if after else 1.0, **self.sampling, **sampling}
+        given |= {"scheduler": "normal", "positive": list(positive), "negative": ["tiny", 2]}
         samples = self.add(f"{name} sampler", "KSampler", model=self.model, latent_image=latent, **given)
         self.add(name, "ExactLatent", latent=samples)
         return self

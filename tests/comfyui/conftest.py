@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -55,3 +57,16 @@ def plain(comfyui) -> Callable[..., np.ndarray]:
         return made[key]
 
     return latent
+
+
+@pytest.fixture(scope="session")
+def lora(comfyui) -> tuple[str, dict[str, object]]:
+    """A node that loads a LoRA of the small model's self-attention, and its inputs."""
+    generator = torch.Generator().manual_seed(3)
+    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_"
+    parts = {
+        f"{name}{p}.lora_{way}.weight": shape for p in "qkv" for way, shape in (("up", (64, 4)), ("down", (4, 64)))
+    }
+    tensors = {key: torch.randn(shape, generator=generator) for key, shape in parts.items()}
+    save_file(tensors, comfyui.base / "models/loras/tiny.safetensors")
+    return "LoraLoaderModelOnly", {"lora_name": "tiny.safetensors", "strength_model": 1.0}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from comfyui_host import ComfyUI, Graph
-from safetensors.torch import save_file
 from test_comfyui import CHANGED, difference
 
 HYPERTILE = {"tile_size": 64, "swap_size": 1, "max_depth": 0, "scale_depth": False}
@@ -116,17 +114,7 @@ def test_an_override_of_attention_serves_our_small_attentions(comfyui, plain):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["LoRA first", "ours first"])
-def test_lora(comfyui, plain, first):
-    generator = torch.Generator().manual_seed(3)
-    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_"
-    parts = {
-        f"{name}{p}.lora_{way}.weight": shape for p in "qkv" for way, shape in (("up", (64, 4)), ("down", (4, 64)))
-    }
-    save_file(
-        {key: torch.randn(shape, generator=generator) for key, shape in parts.items()},
-        comfyui.base / "models/loras/tiny.safetensors",
-    )
-    lora = ("LoraLoaderModelOnly", {"lora_name": "tiny.safetensors", "strength_model": 1.0})
+def test_lora(comfyui, lora, plain, first):
     loaded, _ = ran(comfyui, lora)
     assert difference(loaded, plain()) > CHANGED
     both, said = ran(comfyui, *((lora, OURS) if first else (OURS, lora)))
@@ -135,3 +123,33 @@ def test_lora(comfyui, plain, first):
     assert difference(both, loaded) > CHANGED
     assert "left to the host" not in said
     assert np.array_equal(ran(comfyui)[0], plain())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["theirs first", "ours first"])
+def test_a_node_that_calls_the_blocks_itself_is_told(comfyui, plain, first):
+    theirs = ("Blocks", {})
+    alone, _ = ran(comfyui, theirs)
+    assert difference(alone, plain()) < 1e-5
+    both, said = ran(comfyui, *((theirs, OURS) if first else (OURS, theirs)))
+    assert np.array_equal(both, alone)
+    assert said.startswith("Sampling: nothing happened. Left to the host: another node calls the U-Net's blocks itself")
+
+
+def test_tiles(comfyui, plain):
+    alone, _ = ran(comfyui, ("Tiles", {}), size=(512, 256))
+    both, said = ran(comfyui, ("Tiles", {}), ("agents", {"rules": "min_tokens=0"}), size=(512, 256))
+    assert difference(both, alone) > CHANGED
+    assert said.startswith("Sampling 512×256, in parts of 256×128: 512 tokens → 32 agents in 5 layers, in all")
+
+
+@pytest.mark.parametrize("on", ["model1", "model2"])
+def test_a_merge_keeps_the_first_model_s_nodes(comfyui, on):
+    graph = Graph().agents()
+    other = graph.add("other", "TinyModel", layout="SD 1", weights=3)
+    models = {"model1": graph.model, "model2": other} if on == "model1" else {"model1": other, "model2": graph.model}
+    graph.model = graph.add("merge", "ModelMergeSimple", **models, ratio=0.5)
+    said = comfyui.run(graph.sampled().reported().nodes).text()
+    if on == "model1":
+        assert said.startswith("Sampling 256×256: 1024 tokens → 64 agents")
+    else:
+        assert said.endswith("Of merged models, only the first keeps its nodes: put ours behind the merge.")

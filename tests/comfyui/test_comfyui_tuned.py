@@ -35,27 +35,30 @@ class TestPlan:
         first, _ = samplings
         assert np.array_equal(first.latent(), plain(**LARGE))
         assert first.text().startswith(f"{TUNED}tuned to {percent(TOLERANCE)} at a latent of 48×48: deviation")
+        assert "Sampling 384×384: made without Agent Attention." in first.text()
 
     def test_the_second_uses_the_plan(self, plain, samplings):
         _, second = samplings
         assert difference(second.latent(), plain(**LARGE)) > CHANGED
         assert difference(second.latent(), plain(**LARGE)) < 1
-        assert second.text().startswith("Sampling 384×384: 2304 tokens")
+        assert second.text().startswith("Sampling 384×384: tuned, U-Net output within 30% (deviation ")
+        assert "measured), in all 2 U-Net calls" in second.text()
         assert "left to the host" not in second.text()
 
-    def test_the_plan_is_in_the_report_and_needs_no_tuning(self, comfyui, samplings):
+    @pytest.mark.parametrize("prefix", ["", "plan: "])
+    def test_the_plan_is_in_the_report_and_needs_no_tuning(self, comfyui, samplings, prefix):
         _, second = samplings
-        plan = second.text().rsplit("plan: ", 1)[1]
+        plan = prefix + second.text().rsplit("plan: ", 1)[1]
         given = comfyui.run(tuned(LARGE, tolerance=0.01, plan=plan).nodes)
         assert np.array_equal(given.latent(), second.latent())
-        assert f"plan: {plan}" in given.text()
+        assert given.text().endswith(plan)
 
     def test_off_afterwards(self, comfyui, plain, samplings):
         assert np.array_equal(comfyui.run(Graph(**LARGE).sampled().nodes).latent(), plain(**LARGE))
 
     def test_a_damaged_plan_is_named(self, comfyui):
         with pytest.raises(GraphError, match="tuning"):
-            comfyui.run(tuned(SMALL, plan="nonsense").nodes)
+            comfyui.queue(tuned(SMALL, plan="nonsense").nodes)
 
     def test_a_plan_for_another_layout_is_an_error(self, comfyui, samplings):
         plan = samplings[1].text().rsplit("plan: ", 1)[1]
@@ -81,6 +84,51 @@ class TestWhenItTunes:
         assert tunes(weights=2)
         assert tunes(layout="SDXL")
         assert not any((tunes(), tunes(tolerance=0.1), tunes(size=(192, 128)), tunes(weights=2), tunes(layout="SDXL")))
+
+    def test_anew_for_a_changed_lora(self, comfyui, lora):
+        def tunes(strength: float) -> bool:
+            graph, (kind, inputs) = Graph(**SMALL), lora
+            graph.on_model(kind, **{**inputs, "strength_model": strength})
+            graph.on_model("AgentAttentionTuned", tolerance=0.21).sampled().reported()
+            return comfyui.run(graph.nodes).text().startswith(TUNED)
+
+        assert [tunes(strength) for strength in (0.0, 1.0, 1.0, 0.5, 0.0, 0.5)] == [
+            True,
+            True,
+            False,
+            True,
+            False,
+            False,
+        ]
+
+    def test_anew_for_an_earlier_part_of_the_diffusion(self, comfyui, plain):
+        def run(denoise: float) -> Outputs:
+            graph = Graph(**{**SMALL, "steps": 2}).on_model("AgentAttentionTuned", tolerance=0.22)
+            return comfyui.run(graph.sampled(denoise=denoise).reported().nodes)
+
+        made = [run(denoise) for denoise in (0.2, 0.2, 1.0, 1.0, 0.2)]
+        assert [each.text().startswith(TUNED) for each in made] == [True, False, True, False, False]
+        assert np.array_equal(made[2].latent(), plain(**{**SMALL, "steps": 2}))
+
+    def test_for_each_size_of_a_hires_pass(self, comfyui):
+        graph = Graph(**SMALL).on_model("AgentAttentionTuned", tolerance=0.23).sampled("first")
+        graph.reported("first text", "first")
+        graph.size = (192, 192)
+        graph.sampled("second", after="first", steps=2).reported("second text", "second")
+        for expected in (True, False):
+            outputs = comfyui.run(graph.nodes)
+            assert [outputs.text(name).startswith(TUNED) for name in ("first text", "second text")] == [expected] * 2
+        assert "Sampling 192×192" in outputs.text("second text")
+
+    def test_for_the_tile_where_the_image_is_made_in_tiles(self, comfyui, plain):
+        graph = Graph(**SMALL).on_model("AgentAttentionTuned", tolerance=0.24).on_model("Tiles").sampled().reported()
+        first, second = (comfyui.run(graph.nodes).text() for _ in range(2))
+        assert first.startswith(f"{TUNED}tuned to 24% at a latent of 8×8")
+        assert second.startswith("Sampling 128×128, in parts of 64×64")
+
+    def test_a_node_that_calls_the_blocks_itself_is_told(self, comfyui):
+        graph = Graph(**SMALL).on_model("AgentAttentionTuned", tolerance=0.25).on_model("Blocks").sampled().reported()
+        assert comfyui.run(graph.nodes).text().startswith("not tuned: another node calls the U-Net's blocks itself")
 
     def test_a_merged_model_is_another_one(self, comfyui):
         """The host merges when it loads: before, the weights are those of whatever was sampled last."""

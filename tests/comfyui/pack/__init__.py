@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
 
 CHANNELS = 64
 LAYOUTS = {
@@ -117,4 +118,53 @@ class Louder:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"TinyModel": TinyModel, "ExactLatent": ExactLatent, "Louder": Louder}
+class Around:
+    """Calls the model by a function of its own."""
+
+    CATEGORY, FUNCTION = "testing", "wrap"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def wrap(self, model):
+        model = model.clone()
+        model.set_model_unet_function_wrapper(lambda apply, given: self.call(apply, **given))
+        return (model,)
+
+
+class Blocks(Around):
+    """Calls the U-Net's blocks itself, as a cache of deep features does."""
+
+    def call(self, apply, input, timestep, c, cond_or_uncond):
+        model, options = apply.__self__, c["transformer_options"]
+        unet, sampling = model.diffusion_model, model.model_sampling
+        t = sampling.timestep(timestep).float()
+        emb = unet.time_embed(timestep_embedding(t, unet.model_channels))
+        h, hs = sampling.calculate_input(timestep, input), []
+        for id, block in enumerate(unet.input_blocks):
+            options["block"] = ("input", id)
+            h = forward_timestep_embed(block, h, emb, c["c_crossattn"], options)
+            hs.append(h)
+        options["block"] = ("middle", 0)
+        h = forward_timestep_embed(unet.middle_block, h, emb, c["c_crossattn"], options)
+        for id, block in enumerate(unet.output_blocks):
+            options["block"] = ("output", id)
+            h = torch.cat([h, hs.pop()], dim=1)
+            shape = hs[-1].shape if hs else None
+            h = forward_timestep_embed(block, h, emb, c["c_crossattn"], options, shape)
+        return sampling.calculate_denoised(timestep, unet.out(h).float(), input)
+
+
+class Tiles(Around):
+    """Calls the model on four tiles, as Tiled Diffusion does."""
+
+    def call(self, apply, input, timestep, c, cond_or_uncond):
+        rows = (
+            torch.cat([apply(tile, timestep, **c) for tile in half.chunk(2, -1)], -1) for half in input.chunk(2, -2)
+        )
+        return torch.cat(list(rows), -2)
+
+
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (TinyModel, ExactLatent, Louder, Blocks, Tiles)}
