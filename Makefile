@@ -9,11 +9,13 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export GRADIO_ANALYTICS_ENABLED ?= False
 
+STRESS_SECONDS ?= 3600
+
 # Python of the machine with the card, which has no network: `make gpu-wheels` fetches wheels for it.
 GPU_PYTHON ?= 3.12
 GPU_PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 
-.PHONY: help demo test test-webui lint types format bench bench-quick gpu gpu-wheels playground release clean
+.PHONY: help demo test stress test-webui lint types format bench bench-quick gpu gpu-wheels playground release clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +38,9 @@ test: $(READY) ## all tests, and the linter
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -n auto --dist loadscope
+
+stress: $(READY) ## 20,000 random cases on tiny models, for as long as STRESS_SECONDS
+	$(PY) tests/stress.py --seconds $(STRESS_SECONDS)
 
 test-webui: $(READY) ## the tests on a real WebUI; AGENTSD_WEBUI names its folder
 	$(PY) -m pytest tests/webui
