@@ -297,7 +297,7 @@ class _ProjectedCall(Call):
         self.q, self.k, self.v, self.options = q, k, v, options
         extras = {}
         if not q.shape == k.shape == v.shape:
-            extras = {f"{q.shape[1]} queries for {k.shape[1]} keys, as by token merging or HyperTile": True}
+            extras = {"queries and keys of different numbers, as by token merging or HyperTile": True}
         super().__init__(k, None, None, extras, partial(_attention, q, k, v, options["n_heads"], options))
 
 

@@ -27,6 +27,8 @@ log = logging.getLogger("agentsd")
 
 # Levels of a U-Net, and those that something which shrinks the latent on the way may lead to
 _LEVELS = (1, 2, 4, 8, 16, 32)
+# Calls in a row that something else takes, after which no tokens are matched for it: more than cond and uncond
+_PATIENCE = 3
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class Layer:
         self.traced = ""
         self._compiled: Any = None
         self._checked: Any = None
+        self._vetoed = 0  # calls in a row that something else took
         ever = list(answerer.settings(patch.config, site))
         self.acts = any(settings.merge_attn or settings.merge_crossattn or settings.merge_mlp for settings in ever)
         self._merging = [
@@ -202,7 +205,7 @@ class Layer:
 
     def install(self) -> Iterator[Any]:
         """Install the block's hooks, yielding each handle at once, so that none is lost if a later hook fails."""
-        self.seam = self.site.seam()
+        self.seam, self._vetoed = self.site.seam(), 0
         if not self.acts:
             return
         block = self.site.block
@@ -241,6 +244,7 @@ class Layer:
             return
         if getattr(self.site.block, "_compiled_call_impl", None) is None:
             if planned.name:
+                self._vetoed += 1
                 self.patch.note(self.seam.obstacle or "something else answers self-attention in its place")
             else:
                 self._count(UNTOUCHED)
@@ -284,7 +288,8 @@ class Layer:
         block.matching = None
         config, plan, size = block.planned.config, block.planned.plan, block.planned.size
         r, agent_r = (0, 0) if plan is None else (merged_tokens(config, plan), plan.agent_r)
-        if not r and not agent_r:
+        unused = self._vetoed >= _PATIENCE and not self._merging
+        if unused or not (r or agent_r):
             return
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != plan.tokens:
             self.patch.note("a block got tokens that do not form the grid of its layer", f"{size}")
@@ -357,10 +362,13 @@ class Layer:
     def _attend(self, host: Call, planned: Planned, matching: Matching | None) -> Tensor:
         patch, plan = self.patch, planned.plan
         reason, shape = host.veto(plan.tokens), None if matching is None else matching.shape
+        unmatched, self._vetoed = self._vetoed >= _PATIENCE, self._vetoed + 1 if reason else 0
         if not planned.clustered:
             matching = None
         elif not reason and self.answerer.clusters_first and shape != tuple(host.x.shape[:2]):
             reason = "self-attention got other tokens than the block was given"
+            if unmatched:
+                reason = "self-attention is plain again and its tokens are matched from the next call on"
         self._count(UNTOUCHED if reason else plan.action)
         if reason:
             patch.note(reason, f"{tuple(host.x.shape)} in a layer of {plan.tokens} tokens")

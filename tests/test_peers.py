@@ -1,0 +1,116 @@
+"""Peers that take the self-attention which would be ours: said once a cause, and nothing is matched for them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import agentsd
+from agentsd import get_patch
+from agentsd.patching.call import ModelCall
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+tomesd = pytest.importorskip("tomesd", reason="needs tomesd")
+
+from tiny_pipelines import GRID, SIMILARITY, run, tiny_unet  # noqa: E402
+
+CALLS = 8
+
+
+def merged(unet):
+    """tomesd: all of the largest layers' self-attention gets fewer tokens."""
+    tomesd.apply_patch(unet, ratio=0.5, use_rand=False)
+    return lambda: tomesd.remove_patch(unet)
+
+
+def answered(unet):
+    """T-GATE and caches: the attention's forward on the instance, which ours doesn't see."""
+    attentions = [module for name, module in unet.named_modules() if name.endswith("attn1")]
+    for attn in attentions:
+        attn.forward = lambda hidden_states, **kwargs: hidden_states
+    return lambda: [vars(attn).pop("forward") for attn in attentions]
+
+
+def windows(unet):
+    """MSW-MSA of HiDiffusion: self-attention in four windows."""
+    attentions = [module for name, module in unet.named_modules() if name.endswith("attn1")]
+    for attn in attentions:
+        own = type(attn).forward.__get__(attn)
+        attn.forward = lambda x, own=own, **kwargs: own(x.unflatten(1, (4, -1)).flatten(0, 1)).view_as(x)
+    return lambda: [vars(attn).pop("forward") for attn in attentions]
+
+
+PEERS = {
+    merged: "self-attention got another number of tokens than the layer has",
+    answered: "something else answers self-attention in its place",
+    windows: "self-attention got another number of tokens than the layer has",
+}
+
+
+@pytest.fixture
+def matchings(monkeypatch):
+    """How often tokens were matched."""
+    made, match = [], ModelCall.match
+    monkeypatch.setattr(ModelCall, "match", lambda *args: made.append(1) or match(*args))
+    return made
+
+
+def at(unet, sides=((16, 16),)):
+    """The outputs of calls at these sizes of the latent."""
+    samples = [torch.randn(2, 4, *side, generator=torch.Generator().manual_seed(3)) for side in sides]
+    return [run(unet, sample=sample) for sample in samples]
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.__name__)
+@pytest.mark.parametrize("settings", [GRID, SIMILARITY], ids=["grid", "similarity"])
+def test_one_note_and_one_warning_a_cause(peer, settings, caplog):
+    unet = tiny_unet()
+    peer(unet)
+    sides = [(16, 16), (16, 24), (24, 24), (32, 16)]
+    alone = at(unet, sides)
+    agentsd.apply_patch(unet, **settings)
+    with caplog.at_level(logging.INFO, "agentsd"):
+        assert all(torch.equal(a, b) for a, b in zip(at(unet, sides), alone, strict=True))
+    assert list(get_patch(unet).notes) == [PEERS[peer]]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.__name__)
+def test_no_tokens_are_matched_for_calls_that_are_not_ours(peer, matchings):
+    unet = tiny_unet()
+    agentsd.apply_patch(unet, **SIMILARITY)
+    (ours,) = at(unet)
+    layers, undo = len(matchings), peer(unet)
+    matchings.clear()
+    for _ in range(CALLS):
+        at(unet)
+    assert len(matchings) == 3 * layers, "so many calls in a row before it counts as taken"
+    undo()
+    at(unet)
+    assert torch.equal(at(unet)[0], ours), "a call later they are ours again"
+
+
+def test_tokens_are_matched_where_others_take_every_second_call(matchings):
+    """As where one prompt of several has its attention changed."""
+    unet = tiny_unet()
+    agentsd.apply_patch(unet, **SIMILARITY)
+    (ours,) = at(unet)
+    for _ in range(CALLS):
+        undo = merged(unet)
+        at(unet)
+        undo()
+        assert torch.equal(at(unet)[0], ours)
+
+
+def test_they_are_matched_for_the_mlp_alone(matchings):
+    unet = tiny_unet()
+    agentsd.apply_patch(unet, **SIMILARITY, merge_mlp=True)
+    answered(unet)
+    at(unet)
+    layers = len(matchings)
+    for _ in range(CALLS):
+        at(unet)
+    assert len(matchings) == (CALLS + 1) * layers
