@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from math import inf, log, log1p
+from itertools import accumulate
+from math import exp, inf, log
+from operator import mul
 from types import MappingProxyType
 from typing import Any
 
@@ -37,20 +39,9 @@ def timestep_at(progress: float) -> float:
 @cache
 def _log_sigmas() -> list[float]:
     """ln σ of Stable Diffusion at its training steps: β is a square, linear in its root."""
-    found, kept = [], 1.0
-    for step in range(MAX_TIMESTEP):
-        low, high = 0.00085**0.5, 0.012**0.5
-        kept *= 1 - (low + (high - low) * step / (MAX_TIMESTEP - 1)) ** 2
-        found.append(log((1 - kept) / kept) / 2)
-    return found
-
-
-def _progress_of_log_sigma(log_sigma: float) -> float:
-    table = _log_sigmas()
-    i = bisect_right(table, log_sigma)
-    if i in (0, MAX_TIMESTEP):
-        return float(i == 0)
-    return progress_of(i - 1 + (log_sigma - table[i - 1]) / (table[i] - table[i - 1]))
+    low, high = 0.00085**0.5, 0.012**0.5
+    betas = ((low + (high - low) * step / (MAX_TIMESTEP - 1)) ** 2 for step in range(MAX_TIMESTEP))
+    return [log((1 - kept) / kept) / 2 for kept in accumulate((1 - beta for beta in betas), mul)]
 
 
 def progress_of_sigma(sigma: float) -> float:
@@ -59,18 +50,21 @@ def progress_of_sigma(sigma: float) -> float:
     Args:
         sigma: σ, the standard deviation of the noise over that of the images' scale, 0 or more: 14.6 is the beginning.
     """
-    return _progress_of_log_sigma(log(sigma) if sigma > 0 else -inf)
+    table, log_sigma = _log_sigmas(), log(sigma) if sigma > 0 else -inf
+    i = bisect_right(table, log_sigma)
+    if i in (0, MAX_TIMESTEP):
+        return float(i == 0)
+    return progress_of(i - 1 + (log_sigma - table[i - 1]) / (table[i] - table[i - 1]))
 
 
 def progress_of_edm(t: float) -> float:
     """The same where the timestep is EDM's c_noise = ln σ / 4 (Karras et al., 2022, arXiv 2206.00364, table 1)."""
-    return progress_of(t) if t > 2 else _progress_of_log_sigma(4 * t)  # no σ reaches e⁸; training steps do
+    return progress_of(t) if t > 2 else progress_of_sigma(exp(4 * t))  # no σ reaches e⁸; training steps do
 
 
 def progress_of_flow(t: float) -> float:
-    """The same where t / 1000 is the share of noise in (1 − t / 1000) · image + t / 1000 · noise."""
-    share = t / MAX_TIMESTEP
-    return 0.0 if share >= 1 else _progress_of_log_sigma(log(share) - log1p(-share) if share > 0 else -inf)
+    """The same where an image is (1 − t / 1000) · image + t / 1000 · noise."""
+    return progress_of_sigma(t / (MAX_TIMESTEP - t)) if t < MAX_TIMESTEP else 0.0
 
 
 Moment = Callable[[float], "float | None"]

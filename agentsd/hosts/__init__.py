@@ -2,7 +2,8 @@
 
 from .arguments import find_timestep, output_tensor, read_size, read_timestep, read_tokens
 from .base import Call, Handler, Seam, UnsupportedModelError, weight_of
-from .families import HOSTS, downsamples, example_call, progress_by
+from .diffusers import progress_by
+from .families import HOSTS, downsamples, example_call
 from .sites import Site, find_model, find_sites, find_unet
 from .transformers import FAMILIES, JointCall, Transformer, family_of
 

@@ -15,15 +15,10 @@ _TIMESTEPS = tuple(name for host in HOSTS for name in host.timesteps)
 
 
 def output_tensor(output: Any) -> Tensor:
-    """Extract the tensor from a U-Net's output: bare, first in a tuple, or in diffusers' output object.
-
-    Of a ControlNet, which has an output for each stage, it is the middle's.
-    """
+    """Extract the tensor from a U-Net's output: bare or first in it; of a ControlNet, the last."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, (tuple, list)):
-        return output[-1] if isinstance(output[0], (tuple, list)) else output[0]
-    return output.sample if hasattr(output, "sample") else output.mid_block_res_sample
+    return output[0] if isinstance(output[0], Tensor) else output[-1]
 
 
 def _find(place: int, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..schedule import Moment
-
 PROMPT_TOKENS = 77
 # What a block's self-attention must have
 _PARTS = ("to_q", "to_k", "to_v", "to_out", "heads")
@@ -144,10 +142,6 @@ class Host(ABC):
             size: (height, width) of the latent.
             t: timesteps, one per row of the batch.
         """
-
-    def moment(self, model: Any, unet: nn.Module) -> Moment | None:
-        """Return what maps a model's timestep to the fraction of the diffusion; None where it is a training step."""
-        return None
 
     def dtype(self, unet: nn.Module) -> torch.dtype:
         """Return the dtype in which the host computes this U-Net."""

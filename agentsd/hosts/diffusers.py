@@ -42,14 +42,6 @@ class Diffusers(Host):
             yield f"up_blocks.{i}", d
             d //= 2 if getattr(stage, "upsamplers", None) else 1
 
-    def moment(self, model: Any, unet: nn.Module) -> Moment | None:
-        scheduler = getattr(model, "scheduler", None)
-        name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-        continuous = (config.get("timestep_type"), config.get("prediction_type")) == ("continuous", "v_prediction")
-        if continuous or name.startswith("EDM") or type(unet).__name__ == "UNetSpatioTemporalConditionModel":
-            return progress_of_edm
-        return progress_of_flow if name.startswith("FlowMatch") or config.get("use_flow_sigmas") else None
-
     def example_call(
         self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
     ) -> ExampleCall:
@@ -61,6 +53,16 @@ class Diffusers(Host):
             pooled = unet.add_embedding.linear_1.in_features - ids * config.addition_time_embed_dim
             more["added_cond_kwargs"] = {"text_embeds": noise(len(t), pooled), "time_ids": noise(len(t), ids)}
         return ExampleCall((noise(len(t), config.in_channels, *size), t, prompt), more)
+
+
+def progress_by(model: Any, unet: nn.Module) -> Moment | None:
+    """Return what the timesteps of a model's U-Net mean; None where they are training steps, as far as it tells."""
+    scheduler = getattr(model, "scheduler", None)
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    continuous = (config.get("timestep_type"), config.get("prediction_type")) == ("continuous", "v_prediction")
+    if continuous or name.startswith("EDM") or type(unet).__name__ == "UNetSpatioTemporalConditionModel":
+        return progress_of_edm
+    return progress_of_flow if name.startswith("FlowMatch") or config.get("use_flow_sigmas") else None
 
 
 class ProcessorSeam:

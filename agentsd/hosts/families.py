@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..schedule import Moment, timestep_at
+from ..schedule import timestep_at
 from .base import ExampleCall, Host, is_block, weight_of
 from .diffusers import Diffusers
 from .ldm import LDM
@@ -28,11 +27,6 @@ def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
         if stages:
             yield from stages
             return
-
-
-def progress_by(model: Any, unet: nn.Module) -> Moment | None:
-    """Return what the timesteps of a model's U-Net mean; None where they are training steps, as far as it tells."""
-    return next(filter(None, (host.moment(model, unet) for host in HOSTS)), None)
 
 
 def example_call(unet: nn.Module, height: int, width: int, progress: float, rows: int = 2) -> ExampleCall:

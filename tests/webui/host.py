@@ -81,7 +81,7 @@ SDNEXT_CONFIG = {
     "diffusers_dir": "models/Diffusers",
     "sd_checkpoint_autoload": True,
     "sdnq_dequantize_compile": False,
-    "theme_type": "Standard",
+    "theme_type": os.environ.get("AGENTSD_SDNEXT_THEME", "Standard"),
     "agent_attention_even_if_slower": True,
 }
 # A user's own defaults: other values than ours, and whole numbers where ours have a fraction
