@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -13,34 +14,33 @@ from agentsd.patching.call import ModelCall
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
-tomesd = pytest.importorskip("tomesd", reason="needs tomesd")
 
-from tiny_pipelines import GRID, SIMILARITY, run, tiny_unet  # noqa: E402
+from tiny_pipelines import GRID, SIMILARITY, run, tiny_unet
 
 CALLS = 8
 
 
+def taken(unet, call):
+    """Let `call(own, x)` answer all self-attention, where `own` is the host's; return what undoes it."""
+    attentions = [module for name, module in unet.named_modules() if name.endswith("attn1")]
+    for attn in attentions:
+        attn.forward = partial(lambda own, x, **kwargs: call(own, x), type(attn).forward.__get__(attn))
+    return lambda: [vars(attn).pop("forward") for attn in attentions]
+
+
 def merged(unet):
-    """tomesd: all of the largest layers' self-attention gets fewer tokens."""
-    tomesd.apply_patch(unet, ratio=0.5, use_rand=False)
-    return lambda: tomesd.remove_patch(unet)
+    """tomesd, CA-ToMe: it gets fewer tokens."""
+    return taken(unet, lambda own, x: own(x[:, ::2]).repeat_interleave(2, dim=1))
 
 
 def answered(unet):
-    """T-GATE and caches: the attention's forward on the instance, which ours doesn't see."""
-    attentions = [module for name, module in unet.named_modules() if name.endswith("attn1")]
-    for attn in attentions:
-        attn.forward = lambda hidden_states, **kwargs: hidden_states
-    return lambda: [vars(attn).pop("forward") for attn in attentions]
+    """T-GATE and caches: it isn't asked."""
+    return taken(unet, lambda own, x: x)
 
 
 def windows(unet):
-    """MSW-MSA of HiDiffusion: self-attention in four windows."""
-    attentions = [module for name, module in unet.named_modules() if name.endswith("attn1")]
-    for attn in attentions:
-        own = type(attn).forward.__get__(attn)
-        attn.forward = lambda x, own=own, **kwargs: own(x.unflatten(1, (4, -1)).flatten(0, 1)).view_as(x)
-    return lambda: [vars(attn).pop("forward") for attn in attentions]
+    """MSW-MSA of HiDiffusion: it gets four windows."""
+    return taken(unet, lambda own, x: own(x.unflatten(1, (4, -1)).flatten(0, 1)).view_as(x))
 
 
 PEERS = {
