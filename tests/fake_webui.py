@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-import threading
 from contextlib import contextmanager, nullcontext
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -14,6 +14,7 @@ from blocks import as_model, golden_unet, inputs, run
 from PIL import Image
 
 import agentsd.webui
+from agentsd import get_patch
 from agentsd.settings.schema import ARGUMENTS, RECORD
 
 ON = {"until": 1.0, "min_tokens": 0}  # the U-Net's layers are small
@@ -63,23 +64,30 @@ class Loaded:
         return self._shared.sd_model
 
 
+def stand_in(monkeypatch, name):
+    """Make a module of the host, which `find_spec` finds too, and the attribute of its package."""
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, module)
+    if "." in name:
+        parent, _, child = name.rpartition(".")
+        setattr(sys.modules[parent], child, module)
+    return module
+
+
+def stand_ins(monkeypatch, parts):
+    """Make the host's package `modules` with these parts: modules by name."""
+    return {name: stand_in(monkeypatch, name) for name in ("modules", *(f"modules.{part}" for part in parts.split()))}
+
+
 @pytest.fixture(name="host")
 def fake_host(monkeypatch):
     """The WebUI's modules, as far as we import them, around a small U-Net."""
-    parts = (
-        "cache call_queue devices extensions infotext_utils progress script_callbacks scripts shared sd_models sd_unet "
-        "ui_components"
-    )
-    names = ("modules", *(f"modules.{part}" for part in parts.split()))
-    fake = {name: ModuleType(name) for name in names}
-    for name, module in fake.items():
-        monkeypatch.setitem(sys.modules, name, module)
-        if "." in name:
-            setattr(fake["modules"], name.split(".")[1], module)
+    parts = "cache extensions infotext_utils progress script_callbacks scripts shared sd_models sd_unet ui_components"
+    fake = stand_ins(monkeypatch, parts)
     fake["modules.scripts"].scripts_data = []
     fake["modules.ui_components"].InputAccordion = object
     fake["modules.sd_unet"].current_unet = None
-    fake["modules.call_queue"].queue_lock = threading.Lock()
     shared = fake["modules.shared"]
     # what a test expects must not hang on the clock of a busy machine; tests of what was measured set it back
     shared.opts, shared.loaded_hypernetworks = SimpleNamespace(agent_attention_even_if_slower=True), []
@@ -146,6 +154,16 @@ def generate(host, settings=ON, p=None, steps=None, passes=(False,), record=Fals
     )
     host.session.postprocess(p, p.processed)
     return made
+
+
+def left_to_others(host):
+    """A step whose self-attention another extension answers."""
+    unet = host.shared.sd_model.model.diffusion_model
+    host.session.before_model_call()
+    for layer in get_patch(unet)._layers:
+        layer.seam.remove()
+        layer.seam.obstacle = "another extension answers"
+    run(unet, inputs())
 
 
 def state(unet):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -96,21 +94,7 @@ def test_the_api_order_is_a_contract():
     assert set(ARGUMENTS) == {*NAMES, RECORD}
 
 
-def test_imports_neither_gradio_nor_the_webui():
-    code = (
-        "import sys, agentsd.settings.schema, agentsd.settings.infotext, agentsd.webui.xyz, agentsd.app.last_run as s; "
-        "print(sorted({'gradio', 'modules'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 # Values
-
-
-@given(settings_of())
-def test_canonical_values_stay_as_they_are(values):
-    assert check(values) == values
 
 
 def test_a_cleared_field_is_the_default():
@@ -214,11 +198,7 @@ def test_list_and_dictionary_mean_the_same(values, n):
 )
 def test_what_arguments_mean(args, overrides, expected):
     assert from_args(args, overrides).items() >= expected.items()
-
-
-def test_the_record_is_asked_for_after_the_settings():
-    asked = [[*([True] + [None] * 22), *more] for more in ([True], [], [False, "ratio=0.2"])]
-    assert [wants_record(args) for args in asked] == [True, False, False]
+    assert wants_record(args) is (len(args) > 23), "it is asked for after the settings"
 
 
 def test_a_list_in_the_older_extensions_order_is_refused_with_the_order_that_is_expected():
@@ -439,16 +419,6 @@ def is_plain(text: str) -> bool:
 @given(settings_of(enabled=True))
 def test_every_entry_keeps_to_the_alphabet(values):
     assert is_plain(infotext.write(values))
-
-
-@pytest.mark.parametrize("row", SETTINGS, ids=NAMES)
-def test_every_value_of_a_setting_keeps_to_the_alphabet(row):
-    values = {"flag": (True, False), "choice": row.choices, "text": (*RULES, *TUNINGS)}.get(
-        row.kind, (row.low, row.high)
-    )
-    for value in values:
-        assert set(row.format(value)) <= ALPHABET
-    assert set(row.name) <= ALPHABET
 
 
 def test_the_longest_entry_fits():

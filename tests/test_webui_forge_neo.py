@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-import threading
-from contextlib import nullcontext
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from blocks import golden_unet, inputs, run
+from fake_webui import ON, Processing, Sampler, stand_in, stand_ins, state
 from fake_webui import _forget_ours as forget_ours
-from fake_webui import state
 
 from agentsd.app.decision import SamplingPass
 from agentsd.settings import infotext
 from agentsd.settings.schema import SETTINGS
-
-ON = {"until": 1.0, "min_tokens": 0}
 
 
 class FakeInitialModel:
@@ -34,51 +29,17 @@ class AxisOption:
         self.confirm, self.cost, self.choices, self.prepare = confirm, cost, choices, prepare
 
 
-class Sampler:
-    def launch_sampling(self, steps, func):
-        return func()
-
-
-class Processing:
-    """Forge Neo's, whose token merging is asked for by pass, and whose hires pass is announced twice."""
-
-    def __init__(self, merging=0.0):
-        self.extra_generation_params, self.sampler, self.is_hr_pass = {}, Sampler(), False
-        self.token_merging = merging
-
-    def get_token_merging_ratio(self, for_hr=False):
-        return self.token_merging
-
-
 def with_unet(unet):
     patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=unet))
     return SimpleNamespace(forge_objects=SimpleNamespace(unet=patcher), is_sd2=False)
 
 
-def stand_in(monkeypatch, name):
-    """A module of the host, which `find_spec` finds too."""
-    module = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)
-    monkeypatch.setitem(sys.modules, name, module)
-    if "." in name:
-        parent, _, child = name.rpartition(".")
-        setattr(sys.modules[parent], child, module)
-    return module
-
-
 @pytest.fixture(params=["Forge", "reForge"])
 def host(request, monkeypatch):
     """Forge Neo, and reForge with `ldm_patched` in the place of `backend`."""
-    parts = ("call_queue", "devices", "progress", "script_callbacks", "scripts", "shared", "sd_models", "sd_unet")
-    parts += ("ui_components",)
-    own = {"Forge": ("backend", "memory_management"), "reForge": ("ldm_patched.modules", "model_management")}
-    home, memory = own[request.param]
-    for name in ("modules", "modules_forge", *(f"modules.{part}" for part in parts), home.split(".")[0]):
+    stand_ins(monkeypatch, "progress script_callbacks scripts shared sd_models sd_unet ui_components")
+    for name in ("modules_forge", {"Forge": "backend", "reForge": "ldm_patched"}[request.param]):
         stand_in(monkeypatch, name)
-    if "." in home:
-        stand_in(monkeypatch, home)
-    loaded = []
-    stand_in(monkeypatch, f"{home}.{memory}").load_model_gpu = loaded.append
     comfy = stand_in(monkeypatch, "comfy")  # Forge Neo has part of such a package: whoever imports it is misled
     monkeypatch.setattr(comfy, "__path__", [], raising=False)
     modules = sys.modules
@@ -87,13 +48,11 @@ def host(request, monkeypatch):
     modules["modules.scripts"].scripts_data = [SimpleNamespace(script_class=script_class, module=plot)]
     modules["modules.ui_components"].InputAccordion = object
     modules["modules.sd_unet"].current_unet = None
-    modules["modules.call_queue"].queue_lock = threading.Lock()
-    modules["modules.devices"].autocast = nullcontext
     modules["modules.shared"].opts = SimpleNamespace()  # no HyperTile, no upcast
     modules["modules.shared"].OptionHTML = str
     forget_ours()
     session = importlib.import_module("agentsd.webui.session")
-    ours = SimpleNamespace(session=session, host=session.compat.HOST, plot=plot, loaded=loaded, name=request.param)
+    ours = SimpleNamespace(session=session, host=session.compat.HOST, plot=plot, name=request.param)
 
     def load(model):
         modules["modules.shared"].sd_model = model
@@ -136,10 +95,10 @@ def test_both_passes_are_patched_once(host):
 
 
 def test_stands_down_beside_its_token_merging(host):
-    unet, p = host.host.current_unet(), Processing(merging=0.5)
+    unet, p = host.host.current_unet(), Processing(get_token_merging_ratio=lambda for_hr=False: 0.5)
     assert torch.equal(generate(host, p, unet)[0], run(unet, inputs()))
     assert "token merging" in host.session.STATUS.text()
-    assert p.extra_generation_params == {}
+    assert p.extra_generation_params == {"Other extension": "here"}
 
 
 def test_an_axis_for_every_setting_once(host):
@@ -161,4 +120,4 @@ def test_models_without_a_u_net(host, model):
     p = Processing()
     generate(host, p, golden_unet())
     assert host.session.NO_UNET in host.session.STATUS.text()
-    assert p.extra_generation_params == {}
+    assert p.extra_generation_params == {"Other extension": "here"}

@@ -9,10 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 from blocks import blocks_of, inputs, run
-from fake_webui import ON, Processing, fake_host, fake_unet, generate  # noqa: F401 - fixtures
+from fake_webui import ON, Processing, fake_host, fake_unet, generate, left_to_others  # noqa: F401 - fixtures
 from test_webui_session import SIMILARITY
 
-from agentsd import get_patch
 from agentsd.app import token_map as tokenmap
 from agentsd.settings import infotext, schema
 
@@ -102,16 +101,8 @@ def test_the_hosts_last_generation_has_our_settings(host, settings):
 
 def test_what_was_foreseen_and_did_not_come_is_withdrawn(host):
     """Every call is left to another extension, which nobody could know before."""
-
-    def steps():
-        host.session.before_model_call()
-        for layer in get_patch(host.shared.sd_model.model.diffusion_model)._layers:
-            layer.seam.remove()
-            layer.seam.obstacle = "another extension answers"
-        run(host.shared.sd_model.model.diffusion_model, inputs())
-
     p = Processing()
-    generate(host, p=p, steps=steps)
+    generate(host, p=p, steps=lambda: left_to_others(host))
     assert infotext.KEY in p.params_txt
     assert infotext.KEY not in p.extra_generation_params
     p = Processing()
@@ -161,14 +152,7 @@ def test_the_reason_given_is_the_reason(host, unet):
     parts = reason({**ON, "min_tokens": 200}, steps=lambda: call(500, height=8))
     assert parts == "Nothing is to be gained from layers of 128 tokens."
 
-    def others():
-        host.session.before_model_call()
-        for layer in get_patch(unet)._layers:
-            layer.seam.remove()
-            layer.seam.obstacle = "another extension answers"
-        run(unet, inputs())
-
-    assert reason(ON, steps=others).startswith("Left to the host: another extension answers (")
+    assert reason(ON, steps=lambda: left_to_others(host)).startswith("Left to the host: another extension answers (")
 
 
 def test_parts_of_an_image_are_named(host, unet):

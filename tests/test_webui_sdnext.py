@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import threading
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
 from fake_webui import _forget_ours as forget_ours
-from fake_webui import state
+from fake_webui import stand_ins, state
 from tiny_pipelines import tiny_unet
 
 from agentsd import get_patch
@@ -42,20 +41,8 @@ class Processing:
 @pytest.fixture
 def host(monkeypatch):
     """SD.Next's modules, as far as we import them, around a tiny U-Net."""
-    fake = {"modules": ModuleType("modules")}
-    for part in (
-        "processing_callbacks",
-        "progress",
-        "script_callbacks",
-        "scripts",
-        "shared",
-        "sd_models",
-        "ui_components",
-    ):
-        fake[part] = module = ModuleType(f"modules.{part}")
-        setattr(fake["modules"], part, module)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(sys.modules, "modules", fake["modules"])
+    parts = "processing_callbacks progress script_callbacks scripts shared sd_models ui_components"
+    fake = {name.rpartition(".")[2]: module for name, module in stand_ins(monkeypatch, parts).items()}
     fake["ui_components"].InputAccordion = object
     fake["scripts"].scripts_data = []
     fake["processing_callbacks"].p = None

@@ -29,13 +29,6 @@ def test_patched_during_the_pass_and_not_a_moment_longer(host, unet):
     assert infotext.read(p.extra_generation_params[infotext.KEY])["until"] == 1.0
 
 
-def test_off_does_nothing(host, unet):
-    p = Processing()
-    (made,) = generate(host, None, p)
-    assert torch.equal(made, run(unet, inputs()))
-    assert p.extra_generation_params == {"Other extension": "here"}
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
 def test_whatever_ends_the_pass(host, unet, error):
     before = state(unet)
@@ -80,41 +73,20 @@ def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):
     assert p.extra_generation_params == {"Other extension": "here"}
 
 
-def test_a_model_without_blocks_is_told_of(host):
-    host.shared.sd_model = as_model(torch.nn.Linear(1, 1))
+NOT_MADE = {
+    "NO_UNET": {"steps": lambda: None},
+    "NO_PASS": {"passes": ()},
+    "NOT_CHOSEN": {"settings": {**ON, "passes": "hires"}},
+}
+
+
+@pytest.mark.parametrize("reason", NOT_MADE)
+def test_why_no_pass_was_made_is_told(host, reason):
+    if reason == "NO_UNET":
+        host.shared.sd_model = as_model(torch.nn.Linear(1, 1))
     p = Processing()
-    assert generate(host, p=p, steps=lambda: None) == []
-    assert host.session.NO_UNET in host.session.STATUS.text()
-    assert p.extra_generation_params == {"Other extension": "here"}
-
-
-def test_a_host_that_announces_no_pass_is_told_of(host):
-    p = Processing()
-    generate(host, p=p, passes=())
-    assert host.session.NO_PASS in host.session.STATUS.text()
-    assert p.extra_generation_params == {"Other extension": "here"}
-
-
-def test_a_pass_that_was_not_chosen_is_told_of(host):
-    p = Processing()
-    generate(host, {**ON, "passes": "hires"}, p)
-    assert host.session.NOT_CHOSEN in host.session.STATUS.text()
-    assert p.extra_generation_params == {"Other extension": "here"}
-
-
-def test_what_others_answer_is_not_ours(host, unet):
-    """Every call that the patch was to change is left to others: the settings made nothing of the image."""
-
-    def steps():
-        host.session.before_model_call()
-        for layer in get_patch(unet)._layers:
-            layer.seam.remove()
-            layer.seam.obstacle = "another extension answers"
-        run(unet, inputs())
-
-    p = Processing()
-    generate(host, p=p, steps=steps)
-    assert "another extension answers" in host.session.STATUS.text()
+    generate(host, p=p, **NOT_MADE[reason])
+    assert getattr(host.session, reason) in host.session.STATUS.text()
     assert p.extra_generation_params == {"Other extension": "here"}
 
 
@@ -240,8 +212,10 @@ def test_stands_down_and_says_so_once(host, unet, capsys, caplog, monkeypatch, r
     p = Processing()
     host.session.STATUS._said.clear()
     for _ in range(2):
-        (made,) = generate(host, p=p)
+        (made,) = generate(host, p=p, record=True)
     assert torch.equal(made, run(unet, inputs()))
+    seen = host.session.token_map("", 1, 1)
+    assert (seen.image, reason in seen.text) == (None, True)
     assert (capsys.readouterr().out + caplog.text).count(reason) == 1
     assert reason in host.session.STATUS.text()
     assert p.extra_generation_params == {"Other extension": "here"}
@@ -328,16 +302,6 @@ def test_a_refiners_calls_are_recorded_too(host, unet):
 
     generate(host, steps=steps, record=True)
     assert [call.progress for call in host.session.STATUS.recording.calls] == [0.1, 0.9]
-
-
-@pytest.mark.parametrize("reason", OBSTACLES)
-def test_an_obstacle_is_why_there_is_no_map(host, unet, monkeypatch, reason):
-    monkeypatch.setattr(Processing, "get_token_merging_ratio", Processing.get_token_merging_ratio)
-    OBSTACLES[reason](host)
-    generate(host, record=True)
-    seen = host.session.token_map("", 1, 1)
-    assert seen.image is None
-    assert reason in seen.text
 
 
 def test_tiles_have_no_map(host, unet):

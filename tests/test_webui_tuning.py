@@ -181,15 +181,6 @@ def test_a_given_plan_for_another_model_is_refused_and_the_image_made_without_us
     assert torch.equal(made, make(host, None)[0])
 
 
-@pytest.mark.parametrize("bad", [{"tuning": "first tuning 1"}, {"tuning": 7}, {"tune": 2}, {"tune": "much"}])
-def test_a_bad_value_is_told_and_the_image_made_without_us(host, bad):
-    made, entries, p = make(host, bad)
-    (name,) = bad
-    assert f"{name} must be" in entries[infotext.NOTE]
-    assert f"{name} must be" in p.comments[0]
-    assert torch.equal(made, make(host, None)[0])
-
-
 STOPS = ("skipped", "interrupted", "stopping_generation")
 
 
@@ -213,13 +204,6 @@ def test_skip_and_interrupt_end_the_tuning_and_keep_the_image(host, unet, plan, 
     assert host.shared.state.textinfo is None
 
 
-def test_an_interrupted_image_is_not_tuned_on(host):
-    _, entries, _ = make(host, {"tune": 0.3}, between=lambda t: setattr(host.shared.state, "interrupted", True))
-    assert "the image was interrupted" in entries[infotext.NOTE]
-    assert host.shared.state.interrupted  # it is the host's affair
-    assert keys(host) == []
-
-
 @pytest.mark.parametrize("where", ["tune", "compare", "put"])
 def test_a_tuning_that_fails_costs_no_image_and_nothing_that_was_kept(host, unet, plan, monkeypatch, where):
     kept, before = dict(host.cache[SECTION]), state(unet)
@@ -229,15 +213,6 @@ def test_a_tuning_that_fails_costs_no_image_and_nothing_that_was_kept(host, unet
     assert torch.equal(made, make(host, None)[0])
     assert "an error of ours - ZeroDivisionError" in entries[infotext.NOTE]
     assert host.cache[SECTION] == kept
-    assert state(unet) == before
-
-
-def test_calls_that_cannot_be_recorded_cost_no_image(host, unet, monkeypatch):
-    plain, before = make(host, None)[0], state(unet)
-    monkeypatch.setattr(record, "copied", lambda value: 1 / 0)
-    made, entries, _ = make(host, {"tune": 0.3})
-    assert torch.equal(made, plain)
-    assert "not tuned; the U-Net was not called" in entries[infotext.NOTE]
     assert state(unet) == before
 
 
@@ -269,11 +244,35 @@ def other_weights(host, t):
     host.shared.sd_model.sd_checkpoint_info = SimpleNamespace(name="refiner.safetensors")
 
 
-@pytest.mark.parametrize("take_over", [refiner, other_weights])
-def test_a_refiner_is_refused(host, take_over):
-    _, entries, _ = make(host, {"tune": 0.3}, between=lambda t: take_over(host, t))
-    assert "another checkpoint took over" in entries[infotext.NOTE]
+def interrupted(host, t):
+    host.shared.state.interrupted = True
+
+
+def nothing(host, t):
+    pass
+
+
+REFUSED = {
+    "another checkpoint took over": refiner,
+    "another checkpoint took over ": other_weights,
+    "the image was interrupted": interrupted,
+    "token merging": nothing,
+    "not tuned; the U-Net was not called": nothing,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_tuned_on_costs_no_image(host, unet, monkeypatch, reason):
+    plain, before = make(host, None)[0], state(unet)
+    if reason == "token merging":
+        monkeypatch.setattr(Processing, "get_token_merging_ratio", lambda self, for_hr=False: 0.5)
+    if "not called" in reason:
+        monkeypatch.setattr(record, "copied", lambda value: 1 / 0)
+    made, entries, _ = make(host, {"tune": 0.3}, between=lambda t: REFUSED[reason](host, t))
+    assert reason.strip() in entries[infotext.NOTE]
     assert keys(host) == []
+    assert state(unet) == before
+    assert REFUSED[reason] is refiner or torch.equal(made, plain)
 
 
 def test_a_refiner_loaded_into_the_same_unet_loses_the_plan(host, plan):
@@ -283,13 +282,6 @@ def test_a_refiner_loaded_into_the_same_unet_loses_the_plan(host, plan):
     usual = make(host, {})[0]
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[1:], usual[1:])
-
-
-def test_the_hosts_own_changes_are_refused(host, monkeypatch):
-    monkeypatch.setattr(Processing, "get_token_merging_ratio", lambda self, for_hr=False: 0.5)
-    _, entries, _ = make(host, {"tune": 0.3})
-    assert "token merging" in entries[infotext.NOTE]
-    assert keys(host) == []
 
 
 def test_a_pass_that_is_left_out_is_not_tuned(host):

@@ -88,7 +88,8 @@ def preview(values: Mapping[str, Any], passes: Sequence[SamplingPass], rows: int
     else:
         preset = preset_of(checked)
         if checked["tune"]:
-            lines = [_order_to_tune(checked["tune"])]
+            text = f"The next image is made without Agent Attention and tuned on, to within {percent(checked['tune'])}"
+            lines = [Line(text, Hint("that takes as long as some dozens of steps; Skip ends it"))]
         else:
             decisions = [decide(checked, sampling, rows, program) for sampling in passes]
             lines = _lines(decisions, checked, program)
@@ -140,11 +141,6 @@ def sentence(hint: Hint) -> str:
     return f"{text[0].upper()}{text[1:]}.{change}"
 
 
-def _order_to_tune(tolerance: float) -> Line:
-    text = f"The next image is made without Agent Attention and tuned on, to within {percent(tolerance)}"
-    return Line(text, Hint("that takes as long as some dozens of steps; Skip ends it"))
-
-
 # Words of a pass, for the last run as well
 
 
@@ -176,7 +172,7 @@ def tuned_in_words(made: Decision) -> str:
 
 def layers_in_words(layers: Iterable[tuple[LayerPlan, int]]) -> str:
     """Say what is done in which layers."""
-    words = (f"{plan.method.words(plan)} {in_layers(count)}" for plan, count in layers)
+    words = (f"{plan.method.words(plan)} in {n} layer{'' if n == 1 else 's'}" for plan, n in layers)
     return ", ".join(words) or "tokens merged outside self-attention"
 
 
@@ -185,11 +181,6 @@ def steps_in_words(changed: int, total: int, noun: str) -> str:
     if not total:
         return ""
     return f", in all {total} {noun}" if changed == total > 1 else f", in {changed} of {total} {noun}"
-
-
-def in_layers(count: int) -> str:
-    """Format a number of layers, as in "in 5 layers"."""
-    return f"in {count} layer{'' if count == 1 else 's'}"
 
 
 def _gain(made: Decision, total: int) -> tuple[str, str]:

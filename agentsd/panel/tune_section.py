@@ -23,15 +23,10 @@ REFUSED = (
 
 
 class Section:
-    """The controls of the section.
-
-    Args:
-        ids: makes the element id of a control's name.
-        tunings: the tunings; None where they are of no use. Where nothing can be tuned, the controls are hidden.
-    """
+    """The controls of the section; where nothing can be tuned, they are hidden."""
 
     def __init__(self, ids: Any, tunings: PanelTunings | None) -> None:
-        self._id, self.tunings = ids, tunings
+        self._id, self.tunings = ids, tunings  # what makes an element id of a name, and the tunings, if of use
         self.tunes = tunings is not None and not tunings.refusal
 
     def order(self) -> dict[str, Any]:

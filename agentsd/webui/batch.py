@@ -20,11 +20,7 @@ from . import compat, session
 
 
 class Batch:
-    """A batch of images that the host is making.
-
-    Args:
-        p: the host's processing object.
-    """
+    """A batch of images that the host is making by the processing object `p`."""
 
     def __init__(self, p: Any) -> None:
         self.p = p

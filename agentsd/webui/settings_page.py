@@ -31,22 +31,17 @@ def register(
 ) -> None:
     """Add our section to the host's options, in a category of its own where the host has categories.
 
-    Args:
-        opts: the host's options.
-        option: makes an option: `modules.shared.OptionInfo`.
-        text: makes a paragraph between options: `modules.shared.OptionHTML`.
-        category: registers a category by its id and label; None if the host has none.
+    `option` is the host's `OptionInfo`, `text` makes a paragraph, `category` registers one by its id and label.
     """
     import gradio as gr
 
     if category is not None:
         category(CATEGORY, SECTION[1])
-    choices = {"choices": [AS_SAVED, *PRESETS]}
     rows = {
         "agent_attention_about": text(_ABOUT),
-        PRESET: option(AS_SAVED, "Agent Attention: preset when the page loads", gr.Dropdown, choices).info(
-            "“as saved” leaves the controls at your defaults"
-        ),
+        PRESET: option(
+            AS_SAVED, "Agent Attention: preset when the page loads", gr.Dropdown, {"choices": [AS_SAVED, *PRESETS]}
+        ).info("“as saved” leaves the controls at your defaults"),
         LEVEL: option("info", "Agent Attention: messages in the console", gr.Radio, {"choices": list(LEVELS)}).info(
             "info: a line for each patched pass; debug: also the library's messages; warning: neither"
         ),

@@ -50,9 +50,15 @@ test("the last run is told after each generation, with its time and its mark", a
     assert.equal(page.text("status"), "Last run, 12:34: Not applied: x");
     assert.ok(page.find("status", ".agent-attention-wrong"));
     assert.ok(page.find("status").classList.contains("agent-attention-alert"), "goes to the top");
+    ran(page, {"task(1)": {...run("First."), lines: [{text: "First.", hint: "", state: "acts"},
+        {text: "Hires.", hint: "HyperTile is on.", state: "nothing"}]}});
     await generate(page);
     assert.ok(!page.find("status").classList.contains("agent-attention-alert"));
+    assert.equal(page.find("status", ".agent-attention-nothing").textContent, "Hires. HyperTile is on.");
     assert.equal(page.count("GET status"), 3);
+    page.context.opts = {...READY, agent_attention_status_line: false};
+    await generate(page);
+    assert.equal(page.text("status"), "", "it can be left out");
 });
 
 test("after Interrupt, whose button is swapped for another, the last run is told when the host has ended", async (page) => {
@@ -89,41 +95,24 @@ const ordered = (page, value) => {
 };
 const done = (page) => page.pressed.filter((id) => id.endsWith("tune_done")).length;
 
-test("after tuning, what was found is shown and its preset chosen", async (page) => {
-    page.context.opts = READY;
-    ordered(page, 0.02);
-    page.server["GET status"] = {...run("Tuned"), preset: "Paper"};
-    page.load();
-    page.open();
-    await page.wait(1000);
-    await generate(page);
-    await page.wait(2000);
-    assert.equal(done(page), 1);
-    assert.equal(page.find("preset", "input").value, "Paper");
-    assert.equal(page.find("ratio", "input").value, 0.4);
-});
-
-test("a tuning that was not to be ends the order and changes no preset", async (page) => {
-    page.context.opts = READY;
-    ordered(page, 0.02);
-    page.server["GET status"] = {...run("Not tuned", "wrong"), preset: ""};
-    page.load();
-    page.open();
-    await page.wait(1000);
-    await generate(page);
-    await page.wait(2000);
-    assert.equal(done(page), 1);
-    assert.equal(page.find("preset", "input").value, "Fast");
-});
-
-test("without an order nothing is asked for after an image", async (page) => {
+test("after tuning, what was found is shown and its preset chosen, if there is one", async (page) => {
     page.context.opts = READY;
     ordered(page, 0);
     page.load();
     page.open();
     await page.wait(1000);
     await generate(page);
-    assert.equal(done(page), 0);
+    assert.equal(done(page), 0, "nothing was ordered");
+    for (const [preset, shown] of [["", "Fast"], ["Paper", "Paper"]]) {
+        page.type("tune", "0.02");
+        page.server["GET status"] = {...run("Tuned", preset ? "acts" : "wrong"), preset};
+        await page.wait(1000);
+        await generate(page, {task: `task(${preset})`});
+        await page.wait(2000);
+        assert.equal(page.find("preset", "input").value, shown);
+    }
+    assert.equal(done(page), 2);
+    assert.equal(page.find("ratio", "input").value, 0.4);
 });
 
 test("the token map is asked for with the page's own request", async (page) => {
@@ -158,23 +147,6 @@ test("a run keeps its page's id, whatever another page puts into the browser's s
     assert.equal(page.text("status"), "Last run, 12:34: Mine");
 });
 
-test("each pass has a line of its own, with its mark", async (page) => {
-    page.context.opts = READY;
-    const lines = [{text: "First.", hint: "", state: "acts"}, {text: "Hires.", hint: "HyperTile is on.", state: "wrong"}];
-    page.server["GET status"] = {run: 1, at: 45240, state: "wrong", lines};
-    page.load();
-    await generate(page);
-    assert.equal(page.find("status", ".agent-attention-acts").textContent, "Last run, 12:34: First.");
-    assert.equal(page.find("status", ".agent-attention-wrong").textContent, "Hires. HyperTile is on.");
-});
-
-test("the last run can be left out", async (page) => {
-    page.context.opts = {...READY, agent_attention_status_line: false};
-    page.load();
-    await generate(page);
-    assert.equal(page.text("status"), "");
-});
-
 test("the map of a new image comes by itself where it was asked for and is to be seen", async (page) => {
     const shown = () => page.pressed.filter((id) => id.endsWith("_map_show")).length;
     await opened(page);
@@ -191,9 +163,11 @@ test("the map of a new image comes by itself where it was asked for and is to be
 // The keyboard
 
 test("what is folded opens by Enter and Space", async (page) => {
+    page.find("map", "> .label-wrap").tagName = "BUTTON";
     await opened(page);
     const label = page.find("more", "> .label-wrap");
     assert.equal(label.tabIndex, 0);
+    assert.equal(page.find("map", "> .label-wrap").getAttribute("role"), null, "a button already");
     assert.equal(label.getAttribute("role"), "button");
     assert.equal(label.getAttribute("aria-expanded"), "false");
     label.addEventListener("click", () => { label.className = "label-wrap open"; });
@@ -210,8 +184,3 @@ test("what is folded opens by Enter and Space", async (page) => {
     assert.equal(press(" "), true);
 });
 
-test("labels that are buttons already are left alone", async (page) => {
-    page.find("more", "> .label-wrap").tagName = "BUTTON";
-    await opened(page);
-    assert.equal(page.find("more", "> .label-wrap").getAttribute("role"), null);
-});

@@ -18,14 +18,19 @@ test("everything the server needs is sent", async (page) => {
     assert.deepEqual(page.previews, [{tab: "txt2img", values, ...host, hires: null, overrides: []}]);
 });
 
-test("the answer is shown, hints apart", async (page) => {
-    const lines = [{text: "Much.", hint: "Beware."}, {text: "", hint: "Less."}];
+test("the answer is shown, each line with its mark, and names controls as they are shown", async (page) => {
+    page.context.getTranslation = (text) => ({From: "Ab"})[text];
+    const hint = "Agents begin at 0.7. Change “From” or “Until”.";
+    const lines = [{text: "Much.", hint: "Beware."}, {text: "Nothing.", hint, state: "nothing"}, {text: "", hint: "Less."}];
     page.server["POST preview"] = {lines, preset: "Fast"};
     await opened(page);
-    assert.equal(page.text("summary"), "Much. Beware.Less.");
-    const hints = page.find("summary").querySelectorAll(".agent-attention-hint");
-    assert.deepEqual(hints.map((hint) => hint.textContent), ["Beware.", "Less."]);
+    const hints = page.find("summary").querySelectorAll(".agent-attention-hint").map((one) => one.textContent);
+    assert.deepEqual(hints, ["Beware.", "Agents begin at 0.7. Change “Ab” or “Until”.", "Less."]);
+    assert.equal(page.find("summary", ".agent-attention-nothing").textContent, `Nothing. ${hints[1]}`);
     assert.equal(page.find("summary", ".prose").getAttribute("role"), "status");
+    const before = page.asked.length;
+    await page.wait(60000);
+    assert.equal(page.asked.length, before, "nothing is asked while nothing changes");
 });
 
 test("every kind of control is read", async (page) => {
@@ -46,15 +51,8 @@ test("a number out of its range goes to the server, which says what is wrong", a
     page.type("ratio", "7");
     await page.wait(20000);
     assert.equal(page.previews.at(-1).values.ratio, 7);
-    assert.equal(page.text("summary"), "ratio must be a number from 0 to 0.95, got 7.0");
+    assert.equal(page.find("summary", ".agent-attention-wrong").textContent, "ratio must be a number from 0 to 0.95, got 7.0");
     assert.equal(page.count("POST preview"), 2, "a refusal is an answer, and not asked for again");
-});
-
-test("an empty field is the default", async (page) => {
-    await opened(page);
-    page.type("min_tokens", "");
-    await page.wait(500);
-    assert.equal(page.previews.at(-1).values.min_tokens, null);
 });
 
 test("half a number or half a choice leaves the value as it was", async (page) => {
@@ -67,6 +65,9 @@ test("half a number or half a choice leaves the value as it was", async (page) =
     await page.wait(500);
     assert.equal(page.count("POST preview"), 2);
     assert.deepEqual([page.previews[1].values.ratio, page.previews[1].values.method], [0.5, "agent"]);
+    page.type("min_tokens", ""); // an empty field is the default
+    await page.wait(500);
+    assert.equal(page.previews.at(-1).values.min_tokens, null);
 });
 
 test("controls that are not drawn are at what gradio last said of them, or at their defaults", async (page) => {
@@ -144,13 +145,6 @@ test("an answer comes within half a second of the last change", async (page) => 
     page.find("ratio", "input").value = "0.2"; // moved by the host, which fires no event
     await page.wait(450);
     assert.equal(page.text("summary"), "512×512 at 0.2");
-});
-
-test("nothing is asked while nothing changes", async (page) => {
-    await opened(page);
-    const before = page.asked.length;
-    await page.wait(60000);
-    assert.equal(page.asked.length, before);
 });
 
 test("nothing is asked while the panel is not to be seen", async (page) => {
@@ -272,30 +266,18 @@ test("a server that is not there when the page loads is found later", async (pag
     assert.equal(page.text("summary"), "512×512 at 0");
 });
 
-test("a server that accepts the question and then says nothing counts as one that does not answer", async (page) => {
-    page.hold("POST preview");
+test("whatever else is wrong with the server is told", async (page) => {
     await opened(page);
-    await page.wait(10000);
+    for (const [status, words] of [[401, "log in again"], [404, "restart the server, which runs another version"],
+        [500, "the server failed (500)"]]) {
+        page.server["POST preview"] = {status, content: {detail: "x"}};
+        page.type("ratio", `0.${status}`);
+        await page.wait(6000);
+        assert.equal(page.text("summary"), `The preview is not available: ${words}.`);
+    }
+    page.hold("POST preview"); // it accepts the question and then says nothing
+    await page.wait(16000);
     assert.equal(page.text("summary"), UNREACHABLE);
-});
-
-test("who is not logged in any more is told so", async (page) => {
-    await opened(page);
-    page.server["POST preview"] = {status: 401, content: {detail: "Not authenticated"}};
-    page.type("ratio", "0.1");
-    await page.wait(500);
-    assert.equal(page.text("summary"), "The preview is not available: log in again.");
-});
-
-test("a server of another version and one that fails are told apart", async (page) => {
-    await opened(page);
-    page.server["POST preview"] = {status: 404, content: {detail: "Not Found"}};
-    page.type("ratio", "0.1");
-    await page.wait(500);
-    assert.match(page.text("summary"), /restart the server/);
-    page.server["POST preview"] = {status: 500, content: "Internal Server Error"};
-    await page.wait(6000);
-    assert.equal(page.text("summary"), "The preview is not available: the server failed (500).");
 });
 
 // Help and marks
@@ -307,21 +289,6 @@ test("help is a tooltip of each control, in the host's translation", async (page
     assert.equal(page.find("preset").title, "By intention.");
     const header = page.document.querySelector("#txt2img_agent_attention > .label-wrap");
     assert.equal(header.title, "Faster.");
-});
-
-test("each line is marked by what it tells, and names controls as they are shown", async (page) => {
-    page.context.getTranslation = (text) => ({From: "Ab"})[text];
-    const hint = "Agents begin at 0.7. Change “From” or “Until”.";
-    page.server["POST preview"] = {lines: [{text: "Nothing.", hint, state: "nothing"}], preset: "Fast"};
-    await opened(page);
-    assert.equal(page.text("summary"), "Nothing. Agents begin at 0.7. Change “Ab” or “Until”.");
-    assert.ok(page.find("summary", ".agent-attention-nothing"));
-});
-
-test("what is refused is marked as wrong", async (page) => {
-    page.server["POST preview"] = {status: 422, content: {detail: "width: too small"}};
-    await opened(page);
-    assert.equal(page.find("summary", ".agent-attention-wrong").textContent, "width: too small");
 });
 
 test("a control without effect is greyed, with the reason in its tooltip", async (page) => {

@@ -244,12 +244,8 @@ def test_ways_out(a1111: Host, leaves_no_trace, plain: Result, action: str, step
 
 
 BAD = {
-    "a number": [True, -1],
     "a list": [True, [0.4]],
-    "switch": ["yes"],
-    "unknown name": [{"rato": 0.4}],
     "nothing between": [{"since": 0.7, "until": 0.6}],
-    "rules that are no rules": [{"rules": 7}],
     "a long text": [{"method": "x" * 200_000}],
     "the older extension's list": [True, True, 20, 4, 4, 0.4, 0.95, 2, 2, 0.4, 0.5, False, 1, False],
 }
@@ -291,15 +287,6 @@ def test_rules_by_level_and_block(a1111: Host, leaves_no_trace, plain: Result):
     restored = a1111.txt2img(infotext=made.infotext)
     assert restored.pixels == made.pixels
     assert entry(restored) == entry(made)
-
-
-def test_list_short_list_and_dictionary_are_the_same(a1111: Host):
-    values = check({"enabled": True, "ratio": 0.4, "agent_ratio": 0.9})
-    short = a1111.txt2img([True, 0.4, 0.9], **LARGER)
-    assert a1111.txt2img(in_order(values), **LARGER).pixels == short.pixels
-    named = a1111.txt2img([{"ratio": 0.4, "agent_ratio": 0.9, **TABLES}], **LARGER)
-    assert named.pixels == short.pixels
-    assert entry(named) == entry(short) == values
 
 
 RULES = "downsample=2 until=0.5 max_downsample=2 method=pool | blocks=middle_block.*+output_blocks.11.* full"
@@ -407,23 +394,6 @@ def test_stands_down_for_what_the_host_has(a1111: Host, case: str):
     assert len(said) == 1
     assert a1111.txt2img(**size).pixels == before.pixels
     assert a1111.txt2img(ON, **size).pixels != before.pixels
-
-
-def test_token_merging_of_the_hires_pass_only(a1111: Host, leaves_no_trace):
-    with a1111.options(token_merging_ratio_hr=0.5):
-        made = a1111.txt2img(ON, **HIRES)
-        first, hires = a1111.status()["passes"]
-    assert first["calls"]["agents"] > 0
-    assert hires["obstacles"]
-    assert not hires["calls"]
-    assert infotext.KEY in made.infotext
-    assert infotext.NOTE in made.infotext
-
-
-def test_stands_down_for_another_unet(a1111: Host, leaves_no_trace, plain: Result):
-    with a1111.interference(sd_unet=True):
-        assert a1111.txt2img(ON).pixels == plain.pixels
-        assert "SD Unet" in a1111.status()["text"]
 
 
 def test_leaves_a_foreign_context_to_the_host(a1111: Host, leaves_no_trace):

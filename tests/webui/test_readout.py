@@ -66,15 +66,6 @@ def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
     panel.set("max_agents", 0)
 
 
-def test_rules_are_followed_as_they_are_typed(page, panel: Panel):
-    panel.type("rules", "downsample=1 full")
-    panel.said("nothing happens")
-    panel.type("rules", "downsample=1 fool")
-    panel.said("'fool'")
-    panel.type("rules", "")
-    panel.said("→ 256 agents")
-
-
 def test_what_is_wrong_is_named_while_it_is_typed(page, panel: Panel):
     panel.type("agent_ratio", "7")
     assert "Agent ratio must be a number from" in panel.said("got 7")

@@ -61,7 +61,7 @@ def test_each_option_is_explained_and_does_what_it_says(a1111: Host, page):
     assert panel.text("status").strip() == ""
     a1111.call("/sdapi/v1/options", {"agent_attention_log_level": "info"})
     a1111.txt2img([{"method": "agent"}], width=64, height=64, steps=1)
-    assert "[Agent Attention] first pass" in a1111.console()[quiet:]
+    assert "[Agent Attention] 64×64: " in a1111.console()[quiet:]
 
 
 def test_the_webuis_own_defaults_keep_the_panels_controls(a1111: Host, page):

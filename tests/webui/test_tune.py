@@ -37,7 +37,7 @@ def test_the_plan_is_used_and_carried_by_the_image(a1111: Host, tuned):
     auto = a1111.txt2img([{"tuning": "auto", "how_close": 0.05}], **SMALL)
     assert auto.pixels == a1111.txt2img([{"tuning": plan}], **SMALL).pixels
     assert f"tuning={plan}" in auto.infotext
-    assert "tuned to within 5%" in a1111.status()["text"]
+    assert "U-Net output within 5%" in a1111.status()["text"]
     batch = a1111.txt2img([{"tuning": plan}], **SMALL, batch_size=2)
     assert batch.info["all_seeds"][0] == auto.info["all_seeds"][0]
 
@@ -63,44 +63,14 @@ def test_what_is_loaded_is_tuned_with(a1111: Host, tuned, what: str):
     plan = made.info["extra_generation_params"][infotext.TUNED]
     assert plan.startswith(PLAN)
     kept = a1111.call(PROBE + "/tunings")[0]
-    assert all(moment["measured"] <= 0.05 for moment in kept["tuning"]["moments"])
+    assert all(moment["measured"] <= 0.05 for moment in kept["tuning"]["plan"]["deviations"])
     assert {preset["name"] for preset in kept["presets"]} >= {"Fast", "Faithful"}
     assert all(preset["deviation"] < 0.5 for preset in kept["presets"])
     used = a1111.txt2img([{"tuning": plan}], **SMALL, **prompt)
-    assert "tuned to within 5%" in a1111.status()["text"]
+    assert "U-Net output within 5%" in a1111.status()["text"]
     assert a1111.status()["notes"] == []
     assert used.pixels == a1111.txt2img([{"tuning": "auto", "how_close": 0.05}], **SMALL, **prompt).pixels
     assert a1111.state()["hooks"] == 0
-
-
-def test_a_plot_is_tuned_on_once_with_its_first_cell(a1111: Host):
-    plot = a1111.plot(("Seed", "1, 2, 3"), agents=[{"tune": 0.05, "until": 1}], **SMALL)
-    assert a1111.status()["preset"] == TUNED
-    texts = plot.info["infotexts"][1:]
-    assert [infotext.KEY + ": " in text for text in texts] == [False, True, True]
-    assert "Agent Attention" not in texts[0]
-    assert plot.pixels[1] == a1111.txt2img(**SMALL).pixels[0]
-    assert plot.pixels[2] == a1111.txt2img([{"until": 1}], **SMALL, seed=2).pixels[0]
-    made = a1111.txt2img([{"tune": 0.05}], **SMALL)
-    assert infotext.TUNED in made.info["extra_generation_params"], "the next request gives an order of its own"
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [({"tune": 7}, "tune must be a number"), ({"tuning": "first tuning 1"}, "tuning must be")],
-)
-def test_a_bad_value_is_told_and_the_image_made_without_us(a1111: Host, settings, reason):
-    made = a1111.txt2img([settings], **SMALL)
-    assert made.pixels == a1111.txt2img(**SMALL).pixels
-    assert reason in made.info["extra_generation_params"][infotext.NOTE]
-    assert infotext.NOTE not in made.infotext
-
-
-def test_a_refiner_is_refused(a1111: Host):
-    refiner = {"refiner_checkpoint": "tinysd1b", "refiner_switch_at": 0.5}
-    made = a1111.txt2img([{"tune": 0.05}], **SMALL, **refiner)
-    assert made.pixels == a1111.txt2img(**SMALL, **refiner).pixels
-    assert "another checkpoint took over" in made.info["extra_generation_params"][infotext.NOTE]
 
 
 @pytest.mark.parametrize("button", ["skip", "interrupt"])
@@ -124,7 +94,7 @@ def test_skip_and_interrupt_end_the_tuning_and_keep_the_image(a1111: Host, butto
     assert a1111.txt2img([{"tuning": "auto"}], **SMALL).infotext == before
 
 
-def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
+def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host, tmp_path):
     with browser(a1111.url) as page:
         panel = Panel(page)
         panel.open()
@@ -136,7 +106,7 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
             panel.press("tune_forget_all")
         panel.set("how_close", "5%")
         panel.press("tune_next")
-        panel.said("tuned on: to within 5%")
+        panel.said("tuned on, to within 5%")
         page.locator("#txt2img_generate").click()
         page.wait_for_function(
             "document.querySelector('#txt2img_results .progress')?.innerText.includes('Tuning')", timeout=120 * SECONDS
@@ -149,7 +119,7 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
         chart = page.locator(f"#{element_id('txt2img', 'tuned')} svg")
         assert {"Fast", "Faithful", "5%"} <= set(chart.locator("text").all_text_contents())
         assert panel.get("tune") == 0
-        panel.said("tuned to within 5%")
+        panel.said("U-Net output within 5%")
         text = generate(page)
         assert f"tuning={PLAN}" in text
         first = shown(page)
@@ -159,6 +129,28 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host):
         assert panel.get("tuning").startswith(PLAN)
         assert generate(page) == text
         assert shown(page) == first
+        exported_and_imported(page, panel, tmp_path)
+
+
+def exported_and_imported(page, panel: Panel, folder) -> None:
+    """A tuning leaves as a file, is forgotten, which the preview notices, and comes back."""
+    panel.choose(TUNED)
+    panel.said("U-Net output within 5%")
+    panel.unfold("tuner")
+    panel.press("tune_export")
+    link = page.locator(f"#{element_id('txt2img', 'tune_file')} a").first
+    link.wait_for(timeout=20 * SECONDS)
+    with page.expect_download() as download:
+        link.click()
+    file = folder / download.value.suggested_filename
+    download.value.save_as(file)
+    assert file.name.endswith(f"first-{SIDE}x{SIDE}.tuning.json")
+    panel.press("tune_forget")
+    panel.said("ot tuned on this checkpoint at this size")
+    with page.expect_file_chooser() as chooser:
+        panel.press("tune_import")
+    chooser.value.set_files(file)
+    panel.said("U-Net output within 5%")
 
 
 def shown(page) -> bytes:
