@@ -253,6 +253,11 @@ class TestStructure:
             theirs = {other for other in imports(file) if other.split(".")[0] in roots}
             assert not theirs or name.startswith("agentsd.webui"), (name, theirs)
 
+    def test_only_what_shows_a_page_imports_gradio(self):
+        users = {name for name, file in MODULES.items() if any(m.split(".")[0] == "gradio" for m in imports(file))}
+        allowed = ("agentsd.panel.", "agentsd.cli.playground", "agentsd.webui.compat.", "agentsd.webui.settings_page")
+        assert all(name.startswith(allowed) for name in users), users
+
     def test_only_the_nodes_import_comfyui(self):
         users = {name for name, file in MODULES.items() if any(m.split(".")[0] == "comfy" for m in imports(file))}
         assert users == {"agentsd.comfy.model", "agentsd.comfy.tuned"}

@@ -12,6 +12,7 @@ from blocks import blocks_of, inputs, run
 from fake_webui import ON, Processing, fake_host, fake_unet, generate, left_to_others  # noqa: F401 - fixtures
 from test_webui_session import SIMILARITY
 
+from agentsd import get_patch
 from agentsd.app import token_map as tokenmap
 from agentsd.settings import infotext, schema
 
@@ -152,6 +153,16 @@ def test_the_reason_given_is_the_reason(host, unet):
     parts = reason({**ON, "min_tokens": 200}, steps=lambda: call(500, height=8))
     assert parts == "Nothing is to be gained from layers of 128 tokens."
 
+    def skipping():  # as DeepCache does with most blocks, and EasyCache with all
+        host.session.before_model_call()
+        x, t, context = inputs()
+        get_patch(unet).begin_call(unet, (x, t), {"context": context})
+        get_patch(unet).end_call()
+
+    assert reason(ON, steps=skipping).startswith("The U-Net was called, but something else skips the blocks")
+    idle_rule = {**ON, "since": 0.4, "until": 0.5, "rules": "blocks=nothing.* full"}
+    told = reason(idle_rule, steps=lambda: call(900))
+    assert told == "No step lay between From and Until; rule 1 names no block of this model.", "which is no call"
     assert reason(ON, steps=lambda: left_to_others(host)).startswith("Left to the host: another extension answers (")
 
 

@@ -1,7 +1,6 @@
 """What happens in a sampling pass: decided here, and nowhere else.
 
-The preview, the run, an API's answer, the playground and the ComfyUI nodes ask `decide`. Imports neither gradio nor a
-WebUI.
+The preview, the run, an API's answer, the playground and the ComfyUI nodes ask `decide`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The last run: for the panel's status lines, the console and the status route.
 
 A run is everything that one request of the host has made: each image of a plot, each pass, and what other extensions
-make in between. Imports neither gradio nor the WebUI.
+make in between.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The preview: what the settings will do at the current size, in a sentence for each sampling pass.
 
-The page's script reads the controls and asks; all wording is here, and the last run's is the same. Imports neither
-gradio nor a WebUI.
+The page's script reads the controls and asks; all wording is here, and the last run's is the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Seconds of passes with and without agents: of the last run, and what was measured here before.
 
 On an accelerator the first pass of its kind times its own layers (`agentsd.Patch.measure`). On a CPU the seconds of
-ordinary U-Net calls do, with and without. Imports neither gradio nor a WebUI: the host's cache is passed in.
+ordinary U-Net calls do, with and without.
 """
 
 from __future__ import annotations

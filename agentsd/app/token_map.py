@@ -1,7 +1,7 @@
 """The token map: which tokens of the last image were merged, and where its agents sat.
 
 The map shows the clusters that were actually used: they are copied during generation, if recording is on, and never
-recomputed. Imports neither gradio nor the WebUI.
+recomputed.
 """
 
 from __future__ import annotations

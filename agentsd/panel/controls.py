@@ -1,4 +1,4 @@
-"""The panel, built from the table of settings. Imports gradio, but no WebUI."""
+"""The panel, built from the table of settings."""
 
 from __future__ import annotations
 

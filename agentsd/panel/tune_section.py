@@ -1,4 +1,4 @@
-"""The panel's section Tune: how close, with the next image, what was found. Imports gradio.
+"""The panel's section Tune: how close, with the next image, what was found.
 
 The page's script presses `tune_done` when an image is there.
 """

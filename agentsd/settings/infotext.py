@@ -1,7 +1,6 @@
 """Settings in an image's infotext: one compact entry, written while the extension is on and read back exactly.
 
-Everything that we write into images keeps to one alphabet, since some thirty programs read it. Imports neither gradio
-nor the WebUI.
+Everything that we write into images keeps to one alphabet, since some thirty programs read it.
 """
 
 from __future__ import annotations

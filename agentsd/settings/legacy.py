@@ -1,7 +1,4 @@
-"""Read the infotext of the older extension sd-webui-agentattention ("AgAt …" keys).
-
-Imports neither gradio nor the WebUI.
-"""
+"""Read the infotext of the older extension sd-webui-agentattention ("AgAt …" keys)."""
 
 from __future__ import annotations
 

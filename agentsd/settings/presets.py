@@ -1,7 +1,4 @@
-"""Presets: settings by intention. The page offers them and names the one that the controls match.
-
-Imports neither gradio nor the WebUI.
-"""
+"""Presets: settings by intention. The page offers them and names the one that the controls match."""
 
 from __future__ import annotations
 

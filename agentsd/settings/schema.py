@@ -1,6 +1,6 @@
 """The table of settings: those of `AgentConfig`, and the panel's own.
 
-Panel, infotext, X/Y/Z plot, API, command line and ComfyUI are read off it. Imports neither gradio nor a WebUI.
+Panel, infotext, X/Y/Z plot, API, command line and ComfyUI are read off it.
 """
 
 from __future__ import annotations
