@@ -1,6 +1,6 @@
 """The setting `tuning`: the tunings kept for the checkpoint, or plans as text, each with the pass that it is for.
 
-    first tuning 1 64x64 0.02 1f00… | method=corrected … & hires tuning 1 128x128 0.02 1f00… | …
+first tuning 1 64x64 0.02 1f00… | method=corrected … & hires tuning 1 128x128 0.02 1f00… | …
 """
 
 from __future__ import annotations
