@@ -92,7 +92,9 @@ def preview(values: Mapping[str, Any], passes: Sequence[SamplingPass], rows: int
         else:
             decisions = [decide(checked, sampling, rows, program) for sampling in passes]
             lines = _lines(decisions, checked, program)
-            no_effect = _no_effect(checked, decisions)
+            tuned = bool(decisions) and all(made.tuning is not None for made in decisions)
+            others = [name for name in BY_NAME if name not in (*KEPT, "tuning", "passes")]
+            no_effect = dict.fromkeys(others, "No effect beside the tuning that is used.") if tuned else idle(checked)
     return {
         "lines": [line.to_dict() for line in lines],
         "preset": preset,
@@ -120,14 +122,6 @@ def _lines(decisions: Sequence[Decision], values: Mapping[str, Any], program: Pr
     if program.unet() is None:
         return [*lines, Line(f"No model is loaded yet: figures are those of {USUAL}")]
     return [*lines, *(Line("", hint) for hint in program.advice(values))]
-
-
-def _no_effect(values: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, str]:
-    """Say which controls have no effect, and why: {name: sentence}."""
-    if decisions and all(decision.tuning is not None for decision in decisions):
-        others = (name for name in BY_NAME if name not in KEPT and name not in ("tuning", "passes"))
-        return dict.fromkeys(others, "No effect beside the tuning that is used.")
-    return idle(values)
 
 
 def sentence(hint: Hint) -> str:

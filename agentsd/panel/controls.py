@@ -74,7 +74,12 @@ def build(
     with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:
         controls = {"enabled": switch}
         with gr.Row(elem_classes=["agent-attention-line"]):
-            preset, sync = _preset(tab)
+            choices, value = [*PRESETS, CUSTOM], preset_of(DEFAULTS)
+            preset = gr.Dropdown(choices=choices, value=value, label="Preset", elem_id=element_id(tab, "preset"))
+            # through which the page's script sets it
+            sync = gr.Button("", elem_id=element_id(tab, "sync"), elem_classes=["agent-attention-hidden"])
+            # the preset follows from the other controls: nothing to save
+            preset.do_not_save_to_config = sync.do_not_save_to_config = True
             controls.update(section.order())
         gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
         others = [row for row in SETTINGS if row.name not in controls]
@@ -85,27 +90,12 @@ def build(
         record = None if token_map is None else _token_map(tab, token_map)
         # the style sheet moves it to the top where it says that nothing was applied
         status = gr.HTML("", elem_id=element_id(tab, "status"), elem_classes=["agent-attention-status"])
-    _connect(tab, preset, sync, [controls[row.name] for row in SETTINGS if row is not enabled])
-    return Panel({row.name: controls[row.name] for row in SETTINGS}, status, record)
-
-
-def _preset(tab: str) -> tuple[Any, Any]:
-    """Make the preset dropdown, and a hidden button through which the page sets it."""
-    choices, value = [*PRESETS, CUSTOM], preset_of(DEFAULTS)
-    preset = gr.Dropdown(choices=choices, value=value, label="Preset", elem_id=element_id(tab, "preset"))
-    sync = gr.Button("", elem_id=element_id(tab, "sync"), elem_classes=["agent-attention-hidden"])
-    # the preset follows from the other controls: nothing to save
-    preset.do_not_save_to_config = sync.do_not_save_to_config = True
-    return preset, sync
-
-
-def _connect(tab: str, preset: Any, sync: Any, controls: list[Any]) -> None:
-    """Let the page's script fill the controls without asking the server."""
-    both = [preset, *controls]
+    both = [preset, *(controls[row.name] for row in SETTINGS if row is not enabled)]
     for listen, call in ((preset.input, "choose"), (sync.click, "sync")):
-        # gradio appends the outputs' values to the inputs'
+        # the page's script fills them, without the server; gradio appends the outputs' values to the inputs'
         code = f"(...values) => agentAttentionReadout.{call}('{tab}', values.slice(0, {len(both)}))"
         listen(fn=None, inputs=both, outputs=both, **{_JS: code})
+    return Panel({row.name: controls[row.name] for row in SETTINGS}, status, record)
 
 
 _GRADIO_3 = gr.__version__.startswith("3.")

@@ -40,9 +40,18 @@ class Section:
         # the page's script reads it, so it has to be drawn
         more = {"label": tune.label, "elem_id": self._id(tune.name), "elem_classes": ["agent-attention-hidden"]}
         self.value = gr.Slider(tune.low, tune.high, tune.default, step=tune.step, **more)
+
+        def ordered(how_close: str, value: float) -> tuple[float, Any]:
+            """Order a tuning with the next image, or take the order back."""
+            return (0.0, gr.update(value=TUNE)) if value else (fraction_of(how_close), gr.update(value=DONT_TUNE))
+
+        def changed(how_close: str, value: float) -> float:
+            """Change the order that was given, if any."""
+            return fraction_of(how_close) if value else 0.0
+
         controls = [how_close, self.value]
-        self.button.click(_ordered, controls, [self.value, self.button], show_progress="hidden")
-        how_close.input(_changed, controls, self.value, show_progress="hidden")
+        self.button.click(ordered, controls, [self.value, self.button], show_progress="hidden")
+        how_close.input(changed, controls, self.value, show_progress="hidden")
         self.button.do_not_save_to_config = self.value.do_not_save_to_config = True
         return {"how_close": how_close, "tune": self.value}
 
@@ -92,13 +101,3 @@ class Section:
         done.click(lambda: (*shown(), 0.0, gr.update(value=TUNE)), None, [*seen, self.value, self.button], **quiet)
         for control in (which, forget, export, upload, forget_all, file, done):
             control.do_not_save_to_config = True
-
-
-def _ordered(how_close: str, value: float) -> tuple[float, Any]:
-    """Order a tuning with the next image, or take the order back."""
-    return (0.0, gr.update(value=TUNE)) if value else (fraction_of(how_close), gr.update(value=DONT_TUNE))
-
-
-def _changed(how_close: str, value: float) -> float:
-    """Change the order that was given, if any."""
-    return fraction_of(how_close) if value else 0.0

@@ -29,7 +29,9 @@ def tuned_on(p: Any, values: Mapping[str, Any], sampling: SamplingPass, report: 
     The block gets a list, in which the tuning is afterwards, if there is one. Never raises for its own sake.
     """
     unet, checkpoint = compat.HOST.current_unet(), compat.HOST.checkpoint()
-    conditions, kept, calls, why_not = conditions_of(p), [], [], ""
+    cfg = getattr(p, "cfg_scale", None)
+    conditions = {**compat.HOST.program(p).conditions(), "cfg": "" if cfg is None else f"{cfg:g}"}
+    kept, calls, why_not = [], [], ""
     with ExitStack() as stack:
         try:
             why_not = _obstacle(p, unet, sampling)
@@ -85,12 +87,6 @@ def _obstacle(p: Any, unet: nn.Module | None, sampling: SamplingPass) -> str:
 def panel_tunings() -> PanelTunings:
     """The tunings of the current checkpoint, for the panel."""
     return PanelTunings(compat.HOST, "" if compat.HOST.announces_passes else NO_END)
-
-
-def conditions_of(p: Any) -> dict[str, str]:
-    """Say what a tuning of a pass holds for: its LoRA, with their weights, and its guidance."""
-    cfg = getattr(p, "cfg_scale", None)
-    return {**compat.HOST.program(p).conditions(), "cfg": "" if cfg is None else f"{cfg:g}"}
 
 
 def sentence(kept: Kept) -> str:

@@ -165,8 +165,9 @@ class WebUI(Program):
         return SamplingPass(latent, of, self.moments(of, *asked, self.schedule(sampler, scheduler)))
 
     def schedule(self, sampler: str, scheduler: str) -> Schedule:
-        made = self._sampler(sampler)
-        if made is None:
+        try:
+            made = _module("sd_samplers").create_sampler(sampler, self.model())
+        except Exception:  # there is none of that name, or no model is loaded
             return Schedule()
 
         def progress(steps: int) -> Sequence[float]:
@@ -176,13 +177,6 @@ class WebUI(Program):
                 return evenly(steps)
 
         return Schedule(progress, 1 if hasattr(made, "get_sigmas") else -1)
-
-    def _sampler(self, name: str) -> Any:
-        """Make one of the host's samplers; None if that can't be, or no model is loaded."""
-        try:
-            return _module("sd_samplers").create_sampler(name, self.model())
-        except Exception:
-            return None
 
     def other_checkpoint(self) -> str:
         wanted = self.options.get("sd_model_checkpoint")
