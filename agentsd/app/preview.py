@@ -12,7 +12,7 @@ from typing import Any
 from ..checks import SettingError
 from ..methods import LayerPlan
 from ..settings.idle import idle
-from ..settings.presets import CUSTOM, KEPT, PRESETS, preset_of
+from ..settings.presets import CUSTOM, PRESETS, preset_of
 from ..settings.schema import BY_NAME, DEFAULTS, HIRES, SETTINGS, check, labelled
 from ..words import percent
 from .decision import USUAL, Decision, Hint, Program, SamplingPass, decide, is_left_out
@@ -93,7 +93,8 @@ def preview(values: Mapping[str, Any], passes: Sequence[SamplingPass], rows: int
             decisions = [decide(checked, sampling, rows, program) for sampling in passes]
             lines = _lines(decisions, checked, program)
             tuned = bool(decisions) and all(made.tuning is not None for made in decisions)
-            others = [name for name in BY_NAME if name not in (*KEPT, "tuning", "passes")]
+            beside = ("enabled", "fp32", "passes", "tuning")
+            others = [row.name for row in SETTINGS if not row.local and row.name not in beside]
             no_effect = dict.fromkeys(others, "No effect beside the tuning that is used.") if tuned else idle(checked)
     return {
         "lines": [line.to_dict() for line in lines],

@@ -69,7 +69,7 @@ class Section:
         # a function: asked for whenever the page loads
         results = gr.HTML(tunings.results, elem_id=self._id("tuned"), elem_classes=["agent-attention-tuned"])
         with gr.Row():
-            which = gr.Dropdown(tunings.titles(), label="Tuning", elem_id=self._id("tune_which"))
+            which = gr.Dropdown(tunings.titles(), label="Kept tuning", elem_id=self._id("tune_which"))
             forget = gr.Button(FORGET, elem_id=self._id("tune_forget"))
             export = gr.Button("Export this tuning", elem_id=self._id("tune_export"))
         with gr.Row():
@@ -78,26 +78,29 @@ class Section:
         file = gr.File(visible=False, label="Exported", elem_id=self._id("tune_file"))
         done = gr.Button("", elem_id=self._id("tune_done"), elem_classes=["agent-attention-hidden"])
 
-        def shown(said: str = "") -> tuple[str, Any]:
-            """Show the tunings anew, below what was done."""
+        def listed() -> Any:
             titles = tunings.titles()
-            told = f"<p>{escape(said)}</p>" if said else ""
-            return told + tunings.results(), gr.update(choices=titles, value=next(iter(titles), None))
+            return gr.update(choices=titles, value=next(iter(titles), None))
+
+        def shown(said: str = "") -> str:
+            """Show the tunings anew, below what was done."""
+            return (f"<p>{escape(said)}</p>" if said else "") + tunings.results()
 
         def really(label: str) -> tuple[Any, ...]:
             """Ask once, then forget."""
             sure = label == SURE
-            return (*shown(tunings.forget() if sure else ""), gr.update(value=FORGET_ALL if sure else SURE))
+            return shown(tunings.forget() if sure else ""), gr.update(value=FORGET_ALL if sure else SURE)
 
         def exported(title: str) -> Any:
             path = tunings.export(title or "")
             return gr.update(value=path, visible=path is not None)
 
-        seen, quiet = [results, which], {"show_progress": "hidden"}
-        forget.click(lambda title: shown(tunings.forget(title) if title else ""), which, seen, **quiet)
-        forget_all.click(really, forget_all, [*seen, forget_all], **quiet)
+        quiet = {"show_progress": "hidden"}
+        results.change(listed, None, which, **quiet)
+        forget.click(lambda title: shown(tunings.forget(title) if title else ""), which, results, **quiet)
+        forget_all.click(really, forget_all, [results, forget_all], **quiet)
         export.click(exported, which, file, **quiet)
-        upload.upload(lambda given: shown(tunings.load(given.name)), upload, seen, **quiet)
-        done.click(lambda: (*shown(), 0.0, gr.update(value=TUNE)), None, [*seen, self.value, self.button], **quiet)
+        upload.upload(lambda given: shown(tunings.load(given.name)), upload, results, **quiet)
+        done.click(lambda: (shown(), 0.0, gr.update(value=TUNE)), None, [results, self.value, self.button], **quiet)
         for control in (which, forget, export, upload, forget_all, file, done):
             control.do_not_save_to_config = True
