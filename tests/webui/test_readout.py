@@ -47,7 +47,7 @@ def test_the_hires_pass_has_a_line(page, panel: Panel):
     number(page, "txt2img_hr_resize_x", 0)
     panel.set("hires_until", 0.2)
     number(page, "txt2img_denoising_strength", 0.5)
-    assert "Change “Until, hires pass”" in panel.said("0.5 of the diffusion is done when this pass begins")
+    assert "Change “Until, hires pass”" in panel.said("of the diffusion is done when this pass begins")
 
 
 def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
@@ -86,7 +86,7 @@ def test_img2img_counts_its_denoising_strength(page):
     number(page, "img2img_denoising_strength", 0.75)
     panel.said("640×512: 5120 tokens → 320 agents")
     number(page, "img2img_denoising_strength", 0.3)
-    assert "Change “Until”" in panel.said("0.7 of the diffusion is done")
+    assert "Change “Until”" in panel.said("of the diffusion is done when this pass begins")
     page.locator("#tabs button", has_text="txt2img").first.click()
 
 
