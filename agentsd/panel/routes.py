@@ -7,9 +7,9 @@ from typing import Any, Optional
 
 from fastapi import Body, FastAPI, HTTPException
 
-from ..app.decision import Program, SamplingPass
+from ..app.decision import Hint, Program, SamplingPass
 from ..app.last_run import STATUS
-from ..app.preview import page_data, preview
+from ..app.preview import page_data, preview, sentence
 from ..attention.grid import Grid
 from ..checks import Setting, SettingError, check_names, checked_sequence, reject
 from ..settings import tunings
@@ -110,7 +110,7 @@ class Routes:
             if not isinstance(body.get("values"), Mapping):
                 raise reject("values", body.get("values"), "a mapping")
         except SettingError as error:
-            raise HTTPException(status_code=422, detail=str(error)) from error
+            raise HTTPException(status_code=422, detail=sentence(Hint(str(error)))) from error
         return preview(body["values"], passes, 2 * page["batch_size"], host)  # cond and uncond of each image
 
     def add(self, app: FastAPI) -> None:
