@@ -277,7 +277,10 @@ def test_a_hint_without_words_is_none():
 
 def test_a_tuning_says_what_was_reached():
     tuned = {**PRESETS["Tuned"], "how_close": "2%"}
-    (line,) = preview(tuned, [HERE], 2, Host(kept=[KEPT]))["lines"][:1]
+    told = preview(tuned, [HERE], 2, Host(kept=[KEPT]))
+    line, greyed = told["lines"][0], set(told["idle"])
+    assert greyed >= {"method", "seed", "min_tokens", "rules"}
+    assert not greyed & {"fp32", "passes", "tuning", "how_close"}
     assert line["text"] == "512×512: tuned, U-Net output within 2% (deviation 1.7% measured). 1.60× measured."
     assert line["state"] == ACTS
     none = replace(KEPT, tuning=replace(KEPT.tuning, frontier=KEPT.tuning.frontier[1:]))
