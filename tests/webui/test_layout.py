@@ -144,7 +144,7 @@ def test_a_fold_opens_and_closes_by_keyboard(page, panel: Panel, name: str):
         page.keyboard.press(key)
         page.wait_for_timeout(SECONDS)
         assert label.get_attribute("aria-expanded") == state
-        inner = {"more": "seed", "tuner": "how_close", "map": "record"}[name]
+        inner = {"more": "seed", "tuner": "tune_which", "map": "record"}[name]
         assert page.locator(f"#{element_id('txt2img', inner)}").is_visible() is (state == "true")
 
 
