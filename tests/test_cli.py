@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import csv
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
 from drawing import GRID, PROMPTS, SMALL, pixels, read_record
+from tiny_pipelines import tiny_unet
 
 import agentsd
-from agentsd.cli import main, models, options, pictures
+from agentsd.cli import main, models, options, pictures, runs
 from agentsd.cli.parser import parse
+from agentsd.cli.pictures import distance
 from agentsd.config import FIELDS
 from agentsd.settings import DEFAULTS, check, to_config
 
@@ -133,25 +136,18 @@ def test_generate_draws_the_picture_that_the_settings_ask_for(stand_in, capsys, 
     assert "agent attention: off" in said
 
 
-def test_a_picture_carries_its_settings(stand_in):
-    main(["generate", "a red apple", *SMALL, "--seed", "3", "--agent-ratio", "0.8", "--out", "a.png"])
-    with Image.open("a.png") as picture:
-        text = dict(picture.text)
-    made = json.loads(text["agentsd"])
-    assert made == read_record("a.png")
+def test_a_picture_carries_its_settings_and_can_be_drawn_again(stand_in):
+    main(["generate", "a red apple", *SMALL, "--seed", "3", "--until", "0.9", "--k-scale2", "0.5", "--out", "a.png"])
+    made = read_record("a.png")
     assert (made["prompt"], made["seed"], made["steps"], made["model"]) == ("a red apple", 3, 2, "embedded")
     assert (made["width"], made["height"]) == (16, 16)
-    assert made["agent_attention"].items() >= {**DEFAULTS, "enabled": True, "agent_ratio": 0.8}.items()
+    assert made["agent_attention"].items() >= {**DEFAULTS, "enabled": True, "until": 0.9, "k_scale2": 0.5}.items()
     assert made["seconds"] > 0
-    assert text["parameters"].startswith(
-        "a red apple\nSteps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 3, Size: 16x16, Agent Attention: "
-    )
-    assert "agent_ratio=0.8" in text["parameters"]
-
-
-def test_a_picture_can_be_drawn_again_from_what_it_carries(stand_in):
-    main(["generate", "a rose", *SMALL, "--until", "0.9", "--k-scale2", "0.5", "--out", "a.png"])
-    made = read_record("a.png")
+    with Image.open("a.png") as picture:
+        infotext = picture.text["parameters"]
+    about = "Steps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 3, Size: 16x16, Agent Attention: "
+    assert infotext.startswith(f"a red apple\n{about}")
+    assert "k_scale2=0.5" in infotext
     agentsd.patch_unet(stand_in.unet, to_config(made["agent_attention"]))
     again = stand_in(made["prompt"], seed=made["seed"], steps=made["steps"], height=16, width=16)[0]
     agentsd.remove_patch(stand_in.unet)
@@ -168,23 +164,18 @@ def test_compare_measures_the_two_pictures_that_it_shows(stand_in, capsys):
     given = ["a rose", *SMALL, *GRID]
     assert main(["compare", *given, "--out", "both.png"]) == 0
     said = capsys.readouterr().out
-    config = to_config(parse(["compare", *given]).settings)
     plain = stand_in("a rose", steps=2, height=16, width=16)[0]
-    agentsd.patch_unet(stand_in.unet, config)
+    agentsd.patch_unet(stand_in.unet, to_config(parse(["compare", *given]).settings))
     ours = stand_in("a rose", steps=2, height=16, width=16)[0]
     agentsd.remove_patch(stand_in.unet)
-    apart = pictures.distance(plain, ours)
+    apart = distance(plain, ours)
     made = read_record("both.png")
-    assert made["distance"] == {
-        "rmse": round(apart.rmse, 4),
-        "psnr": round(apart.psnr, 3),
-        "ssim": round(apart.ssim, 5),
-    }
+    assert made["distance"] == apart.record()
+    assert apart.record() == {"rmse": round(apart.rmse, 4), "psnr": round(apart.psnr, 3), "ssim": round(apart.ssim, 5)}
     assert set(made["seconds"]) == {"with", "without"}
     assert f"PSNR {apart.psnr:.1f} dB, SSIM {apart.ssim:.3f}" in said
-    page = Image.open("both.png")
-    assert page.width > 3 * 256
-    assert page.height > 256
+    width, height = Image.open("both.png").size
+    assert (width > 3 * 256, height > 256) == (True, True)
 
 
 def test_settings_that_change_nothing_are_told_as_such(stand_in, capsys):
@@ -195,31 +186,31 @@ def test_settings_that_change_nothing_are_told_as_such(stand_in, capsys):
     assert read_record("both.png")["distance"]["psnr"] is None
 
 
+def rows_of(path: str) -> list[dict[str, str]]:
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_sweep_measures_every_cell(stand_in):
     axes = ["--x", "agent_ratio=0.75,0.9", "--y", "k-scale2=0.2:0.6:0.2"]
     assert main(["sweep", "a rose", *SMALL, *GRID, *axes, "--out", "swept"]) == 0
-    swept = Path("swept")
-    with (swept / "sweep.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("swept/sweep.csv")
     names = [(row["agent_ratio"], row["k_scale2"]) for row in rows]
     assert names == [("without", "without"), *((x, y) for y in ("0.2", "0.4", "0.6") for x in ("0.75", "0.9"))]
     assert all(float(row["seconds"]) > 0 for row in rows)
-    cells = sorted(path.name for path in swept.glob("0*.png"))
-    assert cells == ["01-01.png", "01-02.png", "02-01.png", "02-02.png", "03-01.png", "03-02.png"]
-    made = read_record(swept / "02-01.png")
+    cells = sorted(path.name for path in Path("swept").glob("0*.png"))
+    assert cells == [f"0{i}-0{j}.png" for i in (1, 2, 3) for j in (1, 2)]
+    made = read_record("swept/02-01.png")
     assert (made["agent_attention"]["agent_ratio"], made["agent_attention"]["k_scale2"]) == (0.75, 0.4)
     assert str(made["distance"]["psnr"]) == rows[3]["psnr"]
     assert len({row["rmse"] for row in rows}) == 7, "every cell has a picture of its own"
-    grid = Image.open(swept / "sweep.png")
-    assert grid.width > 3 * 256
-    assert grid.height > 3 * 256
-    assert read_record(swept / "sweep.png")["sweep"] == {"agent_ratio": [0.75, 0.9], "k_scale2": [0.2, 0.4, 0.6]}
+    assert min(Image.open("swept/sweep.png").size) > 3 * 256
+    assert read_record("swept/sweep.png")["sweep"] == {"agent_ratio": [0.75, 0.9], "k_scale2": [0.2, 0.4, 0.6]}
 
 
 def test_sweep_shows_what_differs(stand_in):
     assert main(["sweep", "a rose", *SMALL, "--x", "min-tokens=99999,0", "--until", "1", "--out", "swept"]) == 0
-    with Path("swept/sweep.csv").open(encoding="utf-8", newline="") as file:
-        apart = [float(row["rmse"]) for row in csv.DictReader(file)]
+    apart = [float(row["rmse"]) for row in rows_of("swept/sweep.csv")]
     page = Image.open("swept/difference.png").convert("RGB")
     assert page.size == Image.open("swept/sweep.png").size
     width = page.width // 3
@@ -238,8 +229,7 @@ def test_sweep_over_one_setting(stand_in, capsys):
 def test_demo_draws_a_sheet_and_a_table(stand_in, capsys):
     assert main(["demo", "--steps", "2", "--prompts", "3", "--quiet", "--out", "demo"]) == 0
     said = capsys.readouterr().out
-    with Path("demo/demo.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("demo/demo.csv")
     assert len(rows) == 3
     assert {row["prompt"] for row in rows} < set(PROMPTS)
     assert "mean" in said
@@ -289,13 +279,91 @@ def test_ctrl_c_leaves_whole_files_only(stand_in, capsys, monkeypatch):
     monkeypatch.setattr(models.EmbeddedModel, "draw", draw)
     assert main(["sweep", "a rose", *SMALL, "--x", "agent_ratio=0.6,0.75,0.9", "--out", "swept"]) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert sorted(path.name for path in Path("swept").iterdir()) == [
-        "01-01.png",
-        "01-02.png",
-        "sweep.csv",
-        "without.png",
-    ]
+    names = sorted(path.name for path in Path("swept").iterdir())
+    assert names == ["01-01.png", "01-02.png", "sweep.csv", "without.png"]
     for path in Path("swept").glob("*.png"):
         Image.open(path).load()
     assert len(Path("swept/sweep.csv").read_text(encoding="utf-8").splitlines()) == 4
     assert agentsd.get_patch(stand_in.unet) is None
+
+
+# Parts
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("before", [None, b"the file of before"])
+def test_a_file_appears_whole_or_not_at_all(error, before, monkeypatch):
+    def write_half(path, data, original=Path.write_bytes):
+        original(path, data[: len(data) // 2])
+        raise error
+
+    path = Path("file.bin")
+    if before:
+        path.write_bytes(before)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(error):
+        pictures.write_whole(path, b"all of it")
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert list(Path().glob(".*")) == []
+
+
+def test_written_files_have_the_usual_mode():
+    Path("usual").touch()
+    pictures.write_whole(Path("ours"), b"x")
+    assert Path("ours").stat().st_mode == Path("usual").stat().st_mode
+
+
+def flat(value: int, side: int = 16) -> Image.Image:
+    return Image.new("RGB", (side, side), (value,) * 3)
+
+
+def test_distances_are_what_they_are_called():
+    assert str(distance(flat(9), flat(9))) == "no difference"
+    assert distance(flat(9), flat(9)).psnr == float("inf")
+    apart = distance(flat(100), flat(110))
+    assert apart.rmse == pytest.approx(10)
+    assert apart.psnr == pytest.approx(20 * np.log10(255 / 10))
+    # of two flat pictures only the luminance term is left
+    c1 = (0.01 * 255) ** 2
+    assert apart.ssim == pytest.approx((2 * 100 * 110 + c1) / (100**2 + 110**2 + c1))
+    with pytest.raises(ValueError, match="same size"):
+        distance(flat(1), flat(1, side=32))
+
+
+def test_without_scikit_image_there_is_no_ssim(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    assert distance(flat(100), flat(110)).ssim is None
+    assert "SSIM" not in str(distance(flat(100), flat(110)))
+
+
+def test_the_difference_map_is_black_where_pictures_agree():
+    a, b = flat(100), flat(100)
+    b.putpixel((3, 4), (110, 100, 0))
+    found = pictures.difference(a, b)
+    assert found.getpixel((3, 4)) == (40, 0, 255)
+    assert np.count_nonzero(pixels(found)) == 2
+
+
+def test_a_sheet_shows_its_pictures_as_they_are():
+    red, blue = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (40, 30), "blue")
+    page = pictures.sheet(
+        [[red, None], [blue, red]], columns=["one", "two"], labels=["a", "b"], captions=[["x"], ["y\nz"]]
+    )
+    colours = {colour: count for count, colour in page.getcolors(page.width * page.height)}
+    assert colours[(255, 0, 0)] == 2 * 40 * 30
+    assert colours[(0, 0, 255)] == 40 * 30
+
+
+def test_small_pictures_are_enlarged_by_whole_numbers():
+    assert pictures.enlarged(flat(1, 64), 256).size == (256, 256)
+    assert pictures.enlarged(flat(1, 512), 256).size == (512, 512)
+
+
+def test_the_stopwatch_leaves_no_hooks():
+    unet = tiny_unet()
+    with runs.stopwatch(unet) as seconds:
+        unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 7, 32))
+    assert len(seconds) == 1
+    assert seconds[0] > 0
+    assert not unet._forward_hooks
+    assert not unet._forward_pre_hooks

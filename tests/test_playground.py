@@ -38,9 +38,11 @@ def model():
     return EmbeddedModel(embedded.EmbeddedPipeline(tiny_unet(), scheduler, text, PROMPTS, norm))
 
 
-def draw(model, prompt="red apple", **changes):
+def draw(page, prompt="red apple", steps=2, progress=None, **changes):
+    """Draw on a page, or on a new one of a model."""
+    page = page if isinstance(page, playground.Playground) else playground.Playground(page)
     values = {**ON, **changes}
-    return playground.Playground(model).draw(prompt, 3, 2, 256, 256, *(values[row.name] for row in SETTINGS))
+    return page.draw(prompt, 3, steps, 256, 256, *(values[row.name] for row in SETTINGS), progress=progress)
 
 
 def test_before_and_after_are_the_models_pictures(model):
@@ -56,17 +58,12 @@ def test_before_and_after_are_the_models_pictures(model):
 
 def test_it_tunes_with_the_next_picture_and_uses_what_was_tuned(model, every_gain_counts):
     page = playground.Playground(model)
-
-    def drawn(**changes):
-        values = {**ON, **changes}
-        return page.draw("red apple", 3, 4, 256, 256, *(values[row.name] for row in SETTINGS))
-
     assert "Nothing is tuned" in PanelTunings(page).results()
-    (before, tuned), _, status = drawn(tune=0.5)
+    (before, tuned), _, status = draw(page, steps=4, tune=0.5)
     assert "tuned to 50%" in status
     assert before.tobytes() != tuned.tobytes()
     assert "<svg" in PanelTunings(page).results()
-    again, _, status = drawn(tuning="auto", how_close="5%")
+    again, _, status = draw(page, steps=4, tuning="auto", how_close="5%")
     assert again[0].tobytes() == before.tobytes()
     assert "tuned, U-Net output within 5%" in status
     assert PanelTunings(page).forget().startswith("1 tuning of ")
@@ -74,17 +71,10 @@ def test_it_tunes_with_the_next_picture_and_uses_what_was_tuned(model, every_gai
     assert get_patch(model.unet) is None
 
 
-def test_stop_ends_tuning_and_keeps_nothing(model, every_gain_counts):
+@pytest.mark.parametrize(("changes", "at"), [({}, "without"), ({"tune": 0.5}, "method")])
+def test_stop_ends_drawing_and_tuning_and_keeps_nothing(model, every_gain_counts, changes, at):
     page = playground.Playground(model)
-    values = {**ON, "tune": 0.5}
-
-    def progress(at, desc):
-        if "method" in desc:
-            page.stop()
-
-    pictures, told, _ = page.draw(
-        "red apple", 3, 2, 256, 256, *(values[row.name] for row in SETTINGS), progress=progress
-    )
+    pictures, told, _ = draw(page, progress=lambda done, desc: page.stop() if at in desc else None, **changes)
     assert pictures is None
     assert "Stopped" in told
     assert "Nothing is tuned" in PanelTunings(page).results()
@@ -108,16 +98,6 @@ def test_what_is_wrong_is_told_in_words(model, prompt, changes, message):
     assert pictures is None
     assert message in told
     assert "<b>" not in told
-
-
-def test_stop_ends_the_drawing(model):
-    page = playground.Playground(model)
-    pictures, told, _ = page.draw(
-        "banana", 0, 50, 256, 256, *(ON[row.name] for row in SETTINGS), progress=lambda *given, **named: page.stop()
-    )
-    assert pictures is None
-    assert "Stopped" in told
-    assert get_patch(model.unet) is None
 
 
 def test_the_routes_of_the_panels_script_answer(model):

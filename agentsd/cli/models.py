@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -39,6 +38,12 @@ class Request:
     guidance: float | None = None
     negative: str = ""
     size: tuple[int, int] | None = None
+
+    @property
+    def stem(self) -> str:
+        """A short file name."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40].strip("-")
+        return f"{words or 'picture'}-seed{self.seed}"
 
 
 class Model:
@@ -92,16 +97,10 @@ class DiffusersModel(Model):
         pipe.set_progress_bar_config(disable=True)
 
     def draw(self, request: Request, step: Callable[[], None]) -> Image:
-        return self.pipe(
-            request.prompt,
-            negative_prompt=request.negative or None,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            height=request.size[0],
-            width=request.size[1],
-            generator=torch.Generator().manual_seed(request.seed),
-            callback_on_step_end=lambda *_: step() or {},  # changes no tensors
-        ).images[0]
+        given = {"negative_prompt": request.negative or None, "num_inference_steps": request.steps}
+        given |= {"guidance_scale": request.guidance, "height": request.size[0], "width": request.size[1]}
+        given |= {"generator": torch.Generator().manual_seed(request.seed)}
+        return self.pipe(request.prompt, **given, callback_on_step_end=lambda *_: step() or {}).images[0]
 
 
 def open_model(
@@ -169,8 +168,7 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: str | None, downlo
     try:
         config = config or fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
         if not Path(config).is_dir():  # diffusers would ask the hub even where only local files are allowed
-            patterns = ["**/*.json", "*.json", "**/*.txt"]
-            config = snapshot_download(config, local_files_only=not download, allow_patterns=patterns)
+            config = snapshot_download(config, local_files_only=not download, allow_patterns=["*.json", "*.txt"])
         return cls.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CommandError(f"{path} cannot be loaded: {_first_line(error)} ({NO_CONFIG})") from error
@@ -224,8 +222,15 @@ def bare_unet(name: str, download: bool = False) -> tuple[nn.Module, int, int]:
 
         config, size, factor = read_json("config.json")["unet"], SIZE, 1
     else:
-        single = Path(name).suffix in SINGLE_FILES
-        config = config_of_checkpoint(shapes_of(Path(name))) if single else _read_config(name, download)
+        if Path(name).suffix in SINGLE_FILES:
+            config = config_of_checkpoint(shapes_of(Path(name)))
+        else:
+            try:
+                given = {"subfolder": "unet", "local_files_only": not download}
+                config = UNet2DConditionModel.load_config(folder_or_hub_id(name), **given)
+            except (OSError, ValueError) as error:
+                no_unet = f"{name} has no U-Net: there is no unet/config.json"
+                raise CommandError(no_unet if Path(name).is_dir() else NOT_CACHED.format(name)) from error
         if config is None:
             raise CommandError(f"{name} has no U-Net of Stable Diffusion's layout")
         size, factor = config.get("sample_size") or 64, 8
@@ -234,21 +239,6 @@ def bare_unet(name: str, download: bool = False) -> tuple[nn.Module, int, int]:
             return UNet2DConditionModel.from_config(dict(config)), size, factor
     except Exception as error:  # an invalid configuration can raise all kinds of errors
         raise CommandError(f"the U-Net of {name} cannot be built: {error}") from error
-
-
-def _read_config(name: str, download: bool) -> dict[str, Any]:
-    folder = Path(folder_or_hub_id(name))
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(name, local_files_only=not download, allow_patterns=["unet/config.json"]))
-        except (OSError, ValueError) as error:
-            raise CommandError(NOT_CACHED.format(name)) from error
-    file = folder / "unet" / "config.json"
-    if not file.is_file():
-        raise CommandError(f"{name} has no U-Net: there is no unet/config.json")
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def config_of_checkpoint(state: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from .. import __version__
 from ..checks import SettingError
 from ..methods import METHODS
 from ..settings import check, to_config
-from . import commands, info, tuned
+from . import commands
 from .options import ROWS, TOLERANCE, axis, option_name, reader, real, size, whole
 
 _SEED = {"type": whole("seed", 0, 2**63 - 1), "default": 0, "help": "seed of the picture (default: 0)"}
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--y", type=axis, metavar="SETTING=VALUES", help="the rows, in the same form; may be left out")
 
     fastest = "find the fastest settings of each layer within a tolerance"
-    add = _command(subs, "tune", tuned.tune, fastest, settings=False)
+    add = _command(subs, "tune", commands.tune, fastest, settings=False)
     prompts = "prompts of the pictures to tune on (default: some of the model's)"
     add("--prompt", nargs="+", metavar="PROMPT", help=prompts)
     _model_options(add)
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", **_QUIET)
 
     layers = "show which layers of a model would be patched, and what that saves"
-    add = _command(subs, "info", info.info, layers, "[MODEL] ")
+    add = _command(subs, "info", commands.info, layers, "[MODEL] ")
     add("model", nargs="?", default="embedded", metavar="MODEL", help=_MODEL)
     add("--size", type=size, nargs="+", metavar="SIZE", help="picture sizes in pixels, such as 512 or 768x512")
     add("--layers", action="store_true", help="list every layer by its name")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,14 +163,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(text.rjust(width) if number else text.ljust(width) for text, width, number in cells).rstrip())
 
 
-def fresh(stem: str, suffix: str = ".png") -> Path:
-    """Return an unused path in the output folder."""
-    path, number = OUTPUTS / f"{stem}{suffix}", 2
-    while path.exists():
-        path, number = OUTPUTS / f"{stem}-{number}{suffix}", number + 1
-    return path
-
-
-def slug(text: str) -> str:
-    """Make a short file name from a text."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "picture"
+def target(out: str | None, stem: str, suffix: str = ".png") -> Path:
+    """Where to write: the command line's --out, or an unused path in the output folder."""
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    paths = (OUTPUTS / f"{name}{suffix}" for name in names)
+    return Path(out) if out else next(path for path in paths if not path.exists())

@@ -1,7 +1,6 @@
 """A local page with the WebUI's panel, the embedded model, and a slider between before and after.
 
-It is served to this machine only. A content security policy, which browsers enforce, keeps the page from loading
-anything from elsewhere.
+It is served to this machine only, and a content security policy keeps it from loading anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -154,8 +153,6 @@ class Playground(Program):
     def checkpoint_hash(self) -> str:
         """No file has one here."""
         return ""
-
-    # What decisions ask: see `agentsd.app.decision.Program`
 
     def unet(self) -> nn.Module:
         return self.model.unet
