@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from agentsd.attention.tensors import join_heads
 
@@ -49,13 +49,16 @@ class Attention:
         return float(entropy.exp()), float((p * near).sum(-1).mean())
 
 
+Kind = Callable[[int, int, tuple[int, int], Generator], Attention]
+
+
 def positions(size: tuple[int, int]) -> Tensor:
     """(row, column) of each token, from the middle of the grid (N, 2)."""
     axes = [torch.arange(length) - (length - 1) / 2 for length in size]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
-def fields(heads: int, channels: int, size: tuple[int, int], draw: torch.Generator, rough: float = 0.3) -> Tensor:
+def fields(heads: int, channels: int, size: tuple[int, int], draw: Generator, rough: float = 0.3) -> Tensor:
     """Random features (1, H, N, channels) of unit variance: octaves of smooth noise, and a share `rough` of white."""
     total = rough * torch.randn(heads, channels, *size, generator=draw)
     for side in (3, 6, 12, 24, 48):
@@ -65,7 +68,7 @@ def fields(heads: int, channels: int, size: tuple[int, int], draw: torch.Generat
 
 
 def content(
-    heads: int, d: int, size: tuple[int, int], draw: torch.Generator, sharpness: float
+    heads: int, d: int, size: tuple[int, int], draw: Generator, sharpness: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values; queries and keys are alike, as in real models, and scores spread by `sharpness`."""
     base = fields(heads, d, size, draw)
@@ -92,156 +95,121 @@ def _of_the_model(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     from agentsd.embedded import load
     from agentsd.hosts import find_sites
 
-    pipe, found, draw = load(), [], torch.Generator().manual_seed(0)
-    seams = []
+    pipe, found, draw = load(), [], Generator().manual_seed(0)
+    layers = [site.block.attn1 for site in find_sites(pipe.unet) if site.downsample == 1]
 
-    def watch(site):
-        def answer(call):
-            attn = site.block.attn1
-            found.append([to(call.x) for to in (attn.to_q, attn.to_k, attn.to_v)])
-            return call.proceed()
+    def watch(attn, args):
+        found.append([to(args[0]) for to in (attn.to_q, attn.to_k, attn.to_v)])
 
-        return answer
-
-    for site in find_sites(pipe.unet):
-        if site.downsample == 1:
-            seams.append(site.seam())
-            seams[-1].install(watch(site))
+    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     for number, t in enumerate((900, 500, 100)):
         clean = F.interpolate(pipe.latents_of(pipe.pictures[[number]]).float(), size, mode="bilinear", antialias=True)
         alpha = pipe.scheduler.alphas_cumprod[t]
         noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=draw)
         pipe.predict(noised, t, [pipe.prompts[number]])
-    for seam in seams:
-        seam.remove()
+    for hook in hooks:
+        hook.remove()
     return tuple(torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
 
 
-def model(sharpness: float) -> Callable[..., Attention]:
+def model(heads: int, d: int, size: tuple[int, int], draw: Generator, sharpness: float) -> Attention:
     """The embedded model's own attention, at most nine heads of its own width, with its queries multiplied."""
-
-    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
-        q, k, v = _of_the_model(size)
-        return Attention(sharpness * q[:, :heads], k[:, :heads], v[:, :heads], size)
-
-    return make
+    q, k, v = _of_the_model(size)
+    return Attention(sharpness * q[:, :heads], k[:, :heads], v[:, :heads], size)
 
 
-def gaussian(sigmas: tuple[float, ...], what: Callable[..., Attention] | None = None) -> Callable[..., Attention]:
-    """Scores of `what`, or else of content, and −r² / 2σ², with another σ in each head."""
-
-    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
-        at = positions(size)
-        base = what(heads, d, size, draw) if what else Attention(*content(heads, d, size, draw, 1.5), size)
-        sigma = torch.tensor([sigmas[h % len(sigmas)] for h in range(base.heads)])[None, :, None, None]
-        wanted = torch.cat([at, torch.ones(len(at), 1)], dim=-1) / sigma**2
-        offered = torch.cat([at, -at.square().sum(-1, keepdim=True) / 2], dim=-1)
-        return Attention(*added((base.q, base.k, base.v), wanted, offered), size)
-
-    return make
+def plain(heads: int, d: int, size: tuple[int, int], draw: Generator, sharpness: float) -> Attention:
+    """Scores of content alone."""
+    return Attention(*content(heads, d, size, draw, sharpness), size)
 
 
-def inverse_square(rho: float) -> Callable[..., Attention]:
+def gaussian(
+    heads: int, d: int, size: tuple[int, int], draw: Generator, sigmas: tuple[float, ...], base: Kind | None = None
+) -> Attention:
+    """Scores of `base`, or else of content, and −r² / 2σ², with another σ in each head."""
+    at, under = positions(size), (base or partial(plain, sharpness=1.5))(heads, d, size, draw)
+    sigma = torch.tensor([sigmas[h % len(sigmas)] for h in range(under.heads)])[None, :, None, None]
+    wanted = torch.cat([at, torch.ones(len(at), 1)], dim=-1) / sigma**2
+    offered = torch.cat([at, -at.square().sum(-1, keepdim=True) / 2], dim=-1)
+    return Attention(*added((under.q, under.k, under.v), wanted, offered), size)
+
+
+def inverse_square(heads: int, d: int, size: tuple[int, int], draw: Generator, rho: float = 2.0) -> Attention:
     """Attention that falls off as 1 / (1 + r² / ρ²), by the largest terms of the Fourier series of its logarithm."""
-
-    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
-        torus = [2 * length for length in size]
-        distance = [torch.minimum(torch.arange(n), n - torch.arange(n)).float() for n in torus]
-        score = -torch.log1p((distance[0][:, None] ** 2 + distance[1] ** 2) / rho**2)
-        terms = torch.fft.fft2(score).real / math.prod(torus)
-        terms[:, size[1] + 1 :] = 0  # those of −k and k are the same
-        terms[:, 1 : size[1]] *= 2
-        terms[0, 0] = 0
-        most = terms.abs().flatten().topk((d - 8) // 2).indices
-        weight = terms.flatten()[most]
-        frequency = torch.stack([most // torus[1] / torus[0], most % torus[1] / torus[1]], dim=-1)
-        phase = 2 * math.pi * positions(size) @ frequency.T
-        waves = torch.cat([phase.cos(), phase.sin()], dim=-1)
-        wanted = waves * torch.cat([weight, weight])
-        return Attention(*added(content(heads, d, size, draw, 1.0), wanted, waves), size)
-
-    return make
+    torus = [2 * length for length in size]
+    distance = [torch.minimum(torch.arange(n), n - torch.arange(n)).float() for n in torus]
+    score = -torch.log1p((distance[0][:, None] ** 2 + distance[1] ** 2) / rho**2)
+    terms = torch.fft.fft2(score).real / math.prod(torus)
+    terms[:, size[1] + 1 :] = 0  # those of −k and k are the same
+    terms[:, 1 : size[1]] *= 2
+    terms[0, 0] = 0
+    most = terms.abs().flatten().topk((d - 8) // 2).indices
+    weight = terms.flatten()[most]
+    frequency = torch.stack([most // torus[1] / torus[0], most % torus[1] / torus[1]], dim=-1)
+    phase = 2 * math.pi * positions(size) @ frequency.T
+    waves = torch.cat([phase.cos(), phase.sin()], dim=-1)
+    return Attention(*added(content(heads, d, size, draw, 1.0), waves * torch.cat([weight, weight]), waves), size)
 
 
-def segments(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+def segments(heads: int, d: int, size: tuple[int, int], draw: Generator) -> Attention:
     """Regions of any shape whose tokens attend to their own region, with values that differ between regions."""
     seeds = torch.rand(12, 2, generator=draw) - 0.5
     label = torch.cdist(positions(size) / max(size), seeds).argmin(dim=-1)
     q, k, v = content(heads, d, size, draw, 0.5)
-    code = torch.randn(heads, 12, d, generator=draw)
-    k = k + 2 * code[None, :, label]
-    q = q + 2 * code[None, :, label]
-    return Attention(q, k, v + 2 * torch.randn(heads, 12, d, generator=draw)[None, :, label], size)
+    code = torch.randn(heads, 12, d, generator=draw)[None, :, label]
+    values = torch.randn(heads, 12, d, generator=draw)[None, :, label]
+    return Attention(q + 2 * code, k + 2 * code, v + 2 * values, size)
 
 
-def sinks(where: str) -> Callable[..., Attention]:
+def sinks(heads: int, d: int, size: tuple[int, int], draw: Generator, where: str) -> Attention:
     """A few keys of high norm that most queries attend to, whose values stand out."""
-
-    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
-        (height, width), (q, k, v) = size, content(heads, d, size, draw, 1.0)
-        corners = torch.tensor([0, width - 1, (height - 1) * width, height * width - 1])
-        axis = F.normalize(torch.randn(heads, 1, d, generator=draw), dim=-1)[None]
-        q = q + 2.0 * axis
-        for head in range(heads):
-            moving = torch.randint(height * width, (4,), generator=draw)
-            at = corners if where == "corners" else moving
-            # a query gives them about half of its attention
-            k[0, head, at] += axis[0, head] * (math.log(height * width / 4) + 0.5) * d**0.5 / 2.0
-            v[0, head, at] *= 3
-        return Attention(q, k, v, size)
-
-    return make
+    (height, width), (q, k, v) = size, content(heads, d, size, draw, 1.0)
+    corners = torch.tensor([0, width - 1, (height - 1) * width, height * width - 1])
+    axis = F.normalize(torch.randn(heads, 1, d, generator=draw), dim=-1)[None]
+    for head in range(heads):
+        moving = torch.randint(height * width, (4,), generator=draw)
+        at = corners if where == "corners" else moving
+        # a query gives them about half of its attention
+        k[0, head, at] += axis[0, head] * (math.log(height * width / 4) + 0.5) * d**0.5 / 2.0
+        v[0, head, at] *= 3
+    return Attention(q + 2.0 * axis, k, v, size)
 
 
-def texture(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+def texture(heads: int, d: int, size: tuple[int, int], draw: Generator) -> Attention:
     """Keys and values that repeat every four tokens: the tokens at the same place of each cell are alike."""
     q, k, v = content(heads, d, size, draw, 1.0)
-    grid = torch.arange(size[0])[:, None] % 4 * 4 + torch.arange(size[1]) % 4
-    code, values = torch.randn(2, heads, 16, d, generator=draw)
-    phase = grid.flatten()
-    return Attention(q + code[None, :, phase], k + code[None, :, phase], v + values[None, :, phase], size)
+    phase = (torch.arange(size[0])[:, None] % 4 * 4 + torch.arange(size[1]) % 4).flatten()
+    code, values = torch.randn(2, heads, 16, d, generator=draw)[:, None, :, phase]
+    return Attention(q + code, k + code, v + values, size)
 
 
-def strong_keys(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
+def strong_keys(heads: int, d: int, size: tuple[int, int], draw: Generator) -> Attention:
     """One token in a hundred, anywhere, has a key of four times the norm and a value of twice."""
     q, k, v = content(heads, d, size, draw, 1.0)
     strong = torch.rand(1, heads, math.prod(size), 1, generator=draw) < 0.01
     return Attention(q, torch.where(strong, 4 * k, k), torch.where(strong, 2 * v, v), size)
 
 
-def plain(sharpness: float) -> Callable[..., Attention]:
-    """Scores of content alone."""
-
-    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
-        return Attention(*content(heads, d, size, draw, sharpness), size)
-
-    return make
-
-
-def mixed(*kinds: Callable[..., Attention]) -> Callable[..., Attention]:
+def mixed(heads: int, d: int, size: tuple[int, int], draw: Generator, kinds: Sequence[Kind]) -> Attention:
     """Heads of different kinds side by side, as layers of real models have them."""
-
-    def make(heads: int, d: int, size: tuple[int, int], draw: torch.Generator) -> Attention:
-        parts = [kinds[head % len(kinds)](1, d, size, draw) for head in range(heads)]
-        q, k, v = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in "qkv")
-        return Attention(q, k, v, size)
-
-    return make
+    parts = [kinds[head % len(kinds)](1, d, size, draw) for head in range(heads)]
+    return Attention(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in "qkv"), size)
 
 
-KINDS: dict[str, Callable[..., Attention]] = {
-    **{f"model, queries × {s}": model(s) for s in (1, 4, 8, 16)},
-    "model, queries × 4, Gaussian σ 2–8": gaussian((2.0, 4.0, 8.0), model(4)),
-    "Gaussian, σ 2–4": gaussian((2.0, 3.0, 4.0)),
-    "Gaussian, σ 4–16": gaussian((4.0, 8.0, 16.0)),
-    "inverse square": inverse_square(2.0),
-    "mixed heads": mixed(
-        *(plain(0.5), gaussian((3.0,)), segments, plain(2.5)),
-        *(gaussian((8.0,)), inverse_square(2.0), strong_keys, plain(1.5)),
-    ),
+_MIXED = (
+    *(partial(plain, sharpness=0.5), partial(gaussian, sigmas=(3.0,)), segments, partial(plain, sharpness=2.5)),
+    *(partial(gaussian, sigmas=(8.0,)), inverse_square, strong_keys, partial(plain, sharpness=1.5)),
+)
+KINDS: dict[str, Kind] = {
+    **{f"model, queries × {s}": partial(model, sharpness=s) for s in (1, 4, 8, 16)},
+    "model, queries × 4, Gaussian σ 2–8": partial(gaussian, sigmas=(2.0, 4.0, 8.0), base=partial(model, sharpness=4)),
+    "Gaussian, σ 2–4": partial(gaussian, sigmas=(2.0, 3.0, 4.0)),
+    "Gaussian, σ 4–16": partial(gaussian, sigmas=(4.0, 8.0, 16.0)),
+    "inverse square": inverse_square,
+    "mixed heads": partial(mixed, kinds=_MIXED),
     "segments": segments,
-    "sinks, moving": sinks("moving"),
-    "sinks, corners": sinks("corners"),
+    "sinks, moving": partial(sinks, where="moving"),
+    "sinks, corners": partial(sinks, where="corners"),
     "high-norm keys": strong_keys,
     "texture": texture,
 }

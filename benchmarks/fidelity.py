@@ -12,11 +12,10 @@ the prompt says. All of it as the model is, and with its self-attention queries 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from agentsd import AgentConfig, early, paper_stages, patch_unet
-from agentsd.attention.tensors import join_heads, split_heads
-from agentsd.hosts import Call, find_sites
+from agentsd import AgentConfig, early, paper_stages
+from agentsd.hosts import find_sites
 
 from .machine import ROOT
+from .methods import CELL_4, CELL_8, Install, patched, todo, tomesd, unpatched
 from .pages import fill
-from .results import table
+from .results import Rows, table
 
 MODULE = "benchmarks.fidelity"
 PAGE, DATA = ROOT / "docs/measurements.md", ROOT / "docs/measurements/fidelity.csv"
@@ -47,75 +46,36 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to compute self-attention.
-
-    Attributes:
-        name: its name in the table.
-        config: the settings of the patch; None for no patch of ours.
-        tomesd: the ratio of the tomesd library; None for no tomesd.
-        todo: the side of the cells of which level 0 keeps the first key and value; None for no ToDo.
-        pictures: whether final pictures are made as well.
-    """
+    """One way to compute self-attention: its name in the table, and whether final pictures are made as well."""
 
     name: str
-    config: AgentConfig | None = None
-    tomesd: float | None = None
-    todo: int | None = None
+    install: Install
     pictures: bool = False
-
-    @contextmanager
-    def on(self, unet: torch.nn.Module) -> Iterator[None]:
-        """Patch the U-Net in a `with` block."""
-        if self.tomesd is not None:
-            import tomesd
-
-            torch.manual_seed(0)  # tomesd draws its partition from the global generator
-            tomesd.apply_patch(unet, ratio=self.tomesd)
-            try:
-                yield
-            finally:
-                tomesd.remove_patch(unet)
-        elif self.todo is not None:
-            with downsampled(unet, self.todo):
-                yield
-        elif self.config is not None:
-            patch = patch_unet(unet, self.config)
-            try:
-                yield
-            finally:
-                patch.remove()
-            if patch.notes:
-                raise RuntimeError(f"{self.name} stood down: {dict(patch.notes)}")
-        else:
-            yield
-
-
-CELL_8, CELL_4, CELL_2 = 1 - 1 / 64, 1 - 1 / 16, 1 - 1 / 4
 
 
 def methods() -> list[Method]:
-    """All methods that are compared, the unpatched model first."""
+    """All methods that are compared, the unpatched model first; only level 0 is patched unless the name says so."""
 
-    def whole(**settings: Any) -> AgentConfig:
-        return AgentConfig(ratio=0.0, **settings)
+    def ours(**settings: Any) -> Install:
+        return patched(AgentConfig(**{"ratio": 0.0, **settings}))
 
-    def grid(agent_ratio: float, **settings: Any) -> AgentConfig:
-        return whole(agent_source="grid", agent_ratio=agent_ratio, **settings)
+    def grid(agent_ratio: float, **settings: Any) -> Install:
+        return ours(agent_source="grid", agent_ratio=agent_ratio, **settings)
 
-    def corrected(agent_ratio: float, **settings: Any) -> AgentConfig:
-        return whole(method="corrected", agent_ratio=agent_ratio, **settings)
+    def corrected(agent_ratio: float, **settings: Any) -> Install:
+        return ours(method="corrected", agent_ratio=agent_ratio, **settings)
 
-    def pool(side: int, **settings: Any) -> AgentConfig:
-        return whole(method="pool", sx=side, sy=side, **{"k_shortcut": 0.0, **settings})
+    def pool(side: int) -> Install:
+        return ours(method="pool", sx=side, sy=side, k_shortcut=0.0)
 
     return [
-        Method("unpatched", pictures=True),
-        Method("tomesd .3", tomesd=0.3),
-        Method("tomesd .5", tomesd=0.5, pictures=True),
-        Method("ToDo 2×2", todo=2, pictures=True),
-        Method("AgentSD's settings, whole run", AgentConfig()),
-        Method("AgentSD's settings, its schedule", AgentConfig(stages=paper_stages()), pictures=True),
-        Method("similarity N/16", whole(agent_ratio=CELL_4), pictures=True),
+        Method("unpatched", unpatched, pictures=True),
+        Method("tomesd .3", tomesd(0.3, 1)),
+        Method("tomesd .5", tomesd(0.5, 1), pictures=True),
+        Method("ToDo 2×2", todo(2), pictures=True),
+        Method("AgentSD's settings, whole run", patched(AgentConfig())),
+        Method("AgentSD's settings, its schedule", patched(AgentConfig(stages=paper_stages())), pictures=True),
+        Method("similarity N/16", ours(agent_ratio=CELL_4), pictures=True),
         Method("grid 8×8", grid(CELL_8)),
         Method("grid 4×4", grid(CELL_4), pictures=True),
         Method("grid 4×4, first 60% (1.0's defaults)", grid(CELL_4, stages=early(0.6)), pictures=True),
@@ -124,7 +84,7 @@ def methods() -> list[Method]:
         Method("K/V pooled 4×4", pool(4), pictures=True),
         Method("corrected 8×8", corrected(CELL_8), pictures=True),
         Method("corrected 4×4", corrected(CELL_4), pictures=True),
-        Method("corrected 2×2", corrected(CELL_2)),
+        Method("corrected 2×2", corrected(1 - 1 / 4)),
         Method("corrected 8×8, 4% exact", corrected(CELL_8, exact_ratio=0.04)),
         Method("corrected 4×4, 4% exact", corrected(CELL_4, exact_ratio=0.04), pictures=True),
         Method("corrected 4×4, 14% exact", corrected(CELL_4, exact_ratio=0.14), pictures=True),
@@ -136,32 +96,6 @@ def methods() -> list[Method]:
 
 
 QUICK = ("unpatched", "tomesd .5", "grid 4×4", "K/V pooled 2×2", "corrected 8×8", "corrected 4×4")
-
-
-@contextmanager
-def downsampled(unet: torch.nn.Module, s: int) -> Iterator[None]:
-    """Let level 0 attend to each cell's first token in a `with` block: ToDo as published (arXiv 2402.13573)."""
-    seams = []
-
-    def handler(site: Any, seam: Any) -> Callable[[Call], Tensor]:
-        def answer(call: Call) -> Tensor:
-            x, side = call.x, math.isqrt(call.x.shape[1])  # latents are squares here
-            few = x.unflatten(1, (side, side))[:, ::s, ::s].flatten(1, 2)
-            attn = site.block.attn1
-            q, k, v = (split_heads(t, site.heads) for t in (attn.to_q(x), attn.to_k(few), attn.to_v(few)))
-            return seam.project_out(join_heads(F.scaled_dot_product_attention(q, k, v)))
-
-        return answer
-
-    try:
-        for site in find_sites(unet):
-            if site.downsample == 1:
-                seams.append(site.seam())
-                seams[-1].install(handler(site, seams[-1]))
-        yield
-    finally:
-        for seam in seams:
-            seam.remove()
 
 
 @contextmanager
@@ -221,9 +155,18 @@ def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+@contextmanager
+def installed(pipe: Any, method: Method) -> Iterator[None]:
+    """Install a method in a `with` block, and check that it did what it is measured for."""
+    torch.manual_seed(0)  # tomesd draws its partition from the global generator
+    with method.install(pipe.unet) as check:
+        yield
+        check()
+
+
 def deviations(pipe: Any, method: Method, noised: Sequence[Case]) -> list[list[float]]:
     """The relative deviation of each picture of each case from the unpatched model."""
-    with method.on(pipe.unet):
+    with installed(pipe, method):
         return [_deviation(_forward(pipe, case), case.unpatched).tolist() for case in noised]
 
 
@@ -234,7 +177,7 @@ def _deviation(out: Tensor, unpatched: Tensor) -> Tensor:
 
 def pictures(pipe: Any, method: Method, index: Sequence[int]) -> Tensor:
     """Final latents of the prompts `index`, two at a time, in 20 steps of DDIM; each prompt's number is its seed."""
-    with method.on(pipe.unet):
+    with installed(pipe, method):
         made = []
         for pair in _chunks(index, 2):
             prompts, noise = [pipe.prompts[i] for i in pair], pipe.noise(pair)
@@ -256,27 +199,9 @@ def measure(pipe: Any, method: Method, noised: Sequence[Case], index: Sequence[i
     return {name: f"{value:.5f}" if isinstance(value, float) else str(value) for name, value in row.items()}
 
 
-def read(file: Path) -> dict[tuple[str, str], Row]:
-    """The rows that were measured, by method and factor on the queries."""
-    if not file.exists():
-        return {}
-    with file.open(encoding="utf-8", newline="") as text:
-        return {(row["method"], row["queries"]): row for row in csv.DictReader(text)}
-
-
-def write(file: Path, rows: Mapping[tuple[str, str], Row]) -> None:
-    """Write all rows, in the order of the methods."""
-    order = {method.name: i for i, method in enumerate(methods())}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8", newline="") as text:
-        writer = csv.DictWriter(text, HEAD, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows.values(), key=lambda row: (float(row["queries"]), order.get(row["method"], 99))))
-
-
 def run(
     pipe: Any,
-    file: Path,
+    rows: Rows,
     chosen: Sequence[Method],
     *,
     factors: Sequence[float] = FACTORS,
@@ -284,12 +209,12 @@ def run(
     samples: int = 6,
     prompts: int = 12,
     more: Callable[[], bool] = lambda: True,
-) -> dict[tuple[str, str], Row]:
-    """Measure what is missing in the file, as long as there is `more` time, and return all rows."""
-    rows = read(file)
+) -> None:
+    """Measure what is missing, as long as there is `more` time."""
     index = [i * len(pipe.prompts) // prompts for i in range(prompts)]
     for factor in factors:
-        missing = [method for method in chosen if (method.name, f"{factor:g}") not in rows]
+        names = rows.missing({"queries": f"{factor:g}"}, [method.name for method in chosen])
+        missing = [method for method in chosen if method.name in names]
         if not missing or not more():
             continue
         with sharpened(pipe.unet, factor), torch.no_grad():
@@ -298,24 +223,23 @@ def run(
             for method in tqdm(missing, desc=f"queries × {factor:g}"):
                 if not more():
                     break
-                key = (method.name, f"{factor:g}")
                 found = measure(pipe, method, noised, index, plain)
-                rows[key] = {**dict.fromkeys(HEAD, ""), "method": key[0], "queries": key[1], **found}
-                write(file, rows)
-    return rows
+                rows.add([{"method": method.name, "queries": f"{factor:g}", **found}])
 
 
-def summary(rows: Mapping[tuple[str, str], Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
     """Deviation of forward passes, the worst in brackets, and of final latents, by method and factor."""
-    factors = [f"{factor:g}" for factor in FACTORS if any(key[1] == f"{factor:g}" for key in rows)]
-    pictured = [f for f in factors if any(key[1] == f and row.get("picture") for key, row in rows.items())]
+    by_key = {(row["method"], row["queries"]): row for row in rows}
+    factors = [f"{factor:g}" for factor in FACTORS if any(row["queries"] == f"{factor:g}" for row in rows)]
+    pictured = [f for f in factors if any(row["queries"] == f and row["picture"] for row in rows)]
     head = ["method", *(f"queries × {f}" for f in factors), *(f"picture, × {f}" for f in pictured)]
+    order = {method.name: i for i, method in enumerate(methods())}
     lines = []
-    for name in dict.fromkeys(key[0] for key in rows):
-        of = [rows.get((name, factor), {}) for factor in factors]
+    for name in sorted({row["method"] for row in rows}, key=lambda name: order.get(name, len(order))):
+        of = [by_key.get((name, factor)) for factor in factors]
         cells = [f"{float(row['mean']):.4f} ({float(row['worst']):.4f})" if row else "" for row in of]
-        of = [rows.get((name, factor), {}) for factor in pictured]
-        cells += [f"{float(row['picture']):.4f}" if row.get("picture") else "" for row in of]
+        of = [by_key.get((name, factor)) for factor in pictured]
+        cells += [f"{float(row['picture']):.4f}" if row and row["picture"] else "" for row in of]
         lines.append([name, *cells])
     return "\n".join(table(head, lines))
 
@@ -336,25 +260,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     from agentsd.embedded import load
 
-    file = args.out or (Path("out/fidelity.csv") if args.quick else DATA)
+    rows = Rows(args.out or (Path("out/fidelity.csv") if args.quick else DATA), HEAD)
     chosen = [m for m in methods() if not args.quick or m.name in QUICK]
     if args.only:
         chosen = [m for m in chosen if m.name == "unpatched" or any(part in m.name for part in args.only)]
-    kept = {key: row for key, row in read(file).items() if not any(part in key[0] for part in args.again)}
-    write(file, kept)
+    rows.drop(lambda name: any(part in name for part in args.again))
     end = time.monotonic() + 60 * args.minutes
-    rows = run(
+    run(
         load(),
-        file,
+        rows,
         chosen,
         factors=(1.0,) if args.quick else FACTORS,
         samples=args.samples,
         prompts=0 if args.quick else args.pictures,
         more=lambda: time.monotonic() < end,
     )
-    print(summary(rows))
-    if file == DATA:
-        fill(PAGE, MODULE, {"fidelity": summary(rows)})
+    print(summary(rows.rows))
+    if rows.path == DATA:
+        fill(PAGE, MODULE, {"fidelity": summary(rows.rows)})
 
 
 if __name__ == "__main__":

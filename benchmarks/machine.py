@@ -28,17 +28,11 @@ _MEASURED = (
 
 @dataclass
 class Machine:
-    """A device, and the time that is left on it.
-
-    Attributes:
-        device: the device.
-        skipped: what was left out, and why.
-        deadline: when the program has to end, in seconds of `time.monotonic`.
-    """
+    """A device, and the time that is left on it."""
 
     device: torch.device
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    deadline: float = math.inf
+    skipped: list[dict[str, str]] = field(default_factory=list)  # what was left out, and why
+    deadline: float = math.inf  # in seconds of `time.monotonic`
 
     def time_left(self) -> float:
         """Seconds until the program has to end."""
@@ -86,13 +80,7 @@ class Machine:
 
 
 def this_run(module: str, arguments: list[str], paths: Iterable[Path] = ()) -> dict[str, Any]:
-    """All that may differ between two runs.
-
-    Args:
-        module: the benchmark, as `python -m` is given it.
-        arguments: its arguments.
-        paths: those among them that are paths; only their last names are kept, since results are published.
-    """
+    """All that may differ between two runs; of `paths` among the arguments only the last names are published."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "revision": _revision(),

@@ -38,24 +38,14 @@ RESERVE = 5.0
 
 @dataclass(frozen=True)
 class Case:
-    """One U-Net at one size, called in one way.
+    """One U-Net at one size, called in one way."""
 
-    Attributes:
-        layout: the U-Net, by its key in `LAYOUTS`.
-        size: (height, width) of the image in pixels.
-        methods: the methods to compare, by their names.
-        mode: how the U-Net is called.
-        dtype: dtype of the U-Net.
-        batch: rows of the batch; 2 are cond and uncond.
-        rounds: rounds that each method gets.
-    """
-
-    layout: str
-    size: tuple[int, int]
+    layout: str  # a key of `LAYOUTS`
+    size: tuple[int, int]  # (height, width) of the image in pixels
     methods: tuple[str, ...]
     mode: str = EAGER
     dtype: str = "bfloat16"
-    batch: int = 2
+    batch: int = 2  # cond and uncond
     rounds: int = 7
 
     @property
@@ -202,11 +192,7 @@ class _Installed:
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators that compute something: those other than views, and those that only make room.
-
-    Attributes:
-        total: their number, which is that of kernels launched on a card, unless a library splits one.
-    """
+    """Counts the operators that compute something: as many as kernels on a card, unless a library splits one."""
 
     _ROOM = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
 

@@ -23,13 +23,7 @@ Install = Callable[[nn.Module], Any]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
-
-    Attributes:
-        label: its name in the table.
-        install: installs it on a U-Net in a `with` block.
-        name: its name on the command line.
-    """
+    """One row of the table, by its label; the name is that on the command line."""
 
     label: str
     install: Install
@@ -41,11 +35,11 @@ def _no_check() -> None:
 
 
 @contextmanager
-def _unpatched(unet: nn.Module) -> Iterator[Callable[[], None]]:
+def unpatched(unet: nn.Module) -> Iterator[Callable[[], None]]:
     yield _no_check
 
 
-def _patched(config: agentsd.AgentConfig) -> Install:
+def patched(config: agentsd.AgentConfig) -> Install:
     @contextmanager
     def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
         patch = agentsd.patch_unet(unet, config)
@@ -111,6 +105,23 @@ def _tiles(attn: nn.Module, seam: Seam) -> Handler:
     return handler
 
 
+def _todo(s: int) -> Callable[[nn.Module, Seam], Handler]:
+    """Keys and values of the first token of each cell of s × s (ToDo, arXiv 2402.13573); for a square image."""
+
+    def make(attn: nn.Module, seam: Seam) -> Handler:
+        def handler(call: Call) -> Tensor:
+            side = math.isqrt(call.x.shape[1])
+            few = call.x.unflatten(1, (side, side))[:, ::s, ::s].flatten(1, 2)
+            q, k, v = (
+                split_heads(to(x), attn.heads) for to, x in ((attn.to_q, call.x), (attn.to_k, few), (attn.to_v, few))
+            )
+            return seam.project_out(join_heads(scaled_dot_product_attention(q, k, v)))
+
+        return handler
+
+    return make
+
+
 def _naive(attn: nn.Module, seam: Seam) -> Handler:
     """softmax(Q Kᵀ) V as three operations."""
 
@@ -131,7 +142,7 @@ class _LatentDiffusion(nn.Module):
         self.model.diffusion_model = unet
 
 
-def _tomesd(ratio: float, deepest: int) -> Install:
+def tomesd(ratio: float, deepest: int) -> Install:
     """The tomesd library; anything that it leaves behind is removed."""
 
     @contextmanager
@@ -153,6 +164,10 @@ def _tomesd(ratio: float, deepest: int) -> Install:
     return install
 
 
+def todo(s: int) -> Install:
+    return _by_handler(_todo(s), 1)
+
+
 # agent_ratio for cells of 8×8 and of 4×4 tokens
 CELL_8, CELL_4 = 1 - 1 / 64, 1 - 1 / 16
 
@@ -161,7 +176,7 @@ def methods(deepest: int = 1) -> dict[str, Method]:
     """All methods by name, on a U-Net's layers down to level `deepest`: the largest are level 1 in SD 1, 2 in SDXL."""
 
     def ours(**settings: Any) -> Install:
-        return _patched(agentsd.AgentConfig(**{"max_downsample": deepest, **settings}))
+        return patched(agentsd.AgentConfig(**{"max_downsample": deepest, **settings}))
 
     def whole(**settings: Any) -> Install:
         """Merging no tokens: no partition is drawn."""
@@ -169,11 +184,11 @@ def methods(deepest: int = 1) -> dict[str, Method]:
 
     cells_4 = {"method": "corrected", "agent_ratio": CELL_4}
     rows = {
-        "sdpa": Method("SDPA, unpatched", _unpatched),
+        "sdpa": Method("SDPA, unpatched", unpatched),
         "limit": Method("limit: nothing between the projections", _by_handler(_limit, deepest)),
         "naive": Method("naive attention, in three operations", _by_handler(_naive, deepest)),
         "idle": Method("patch installed, every layer left alone", whole(agent_source="grid", min_tokens=10**6)),
-        "panel": Method("the panel's defaults", _patched(to_config({**DEFAULTS, "enabled": True}))),
+        "panel": Method("the panel's defaults", patched(to_config({**DEFAULTS, "enabled": True}))),
         "grid8": Method("grid agents, 8×8 cells", whole(agent_source="grid", agent_ratio=CELL_8)),
         "grid4": Method("grid agents, 4×4 cells", whole(agent_source="grid", agent_ratio=CELL_4)),
         "corrected8": Method("corrected agents, 8×8 cells", whole(method="corrected", agent_ratio=CELL_8)),
@@ -183,9 +198,9 @@ def methods(deepest: int = 1) -> dict[str, Method]:
         "similarity": Method("similarity agents, queries kept", ours(ratio=0.0)),
         "paper": Method("AgentSD's settings (similarity, .4, .95, 4×4)", ours()),
         "merge.5": Method("token merging .5 (ours)", ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.5})),
-        "tomesd.3": Method("tomesd .3", _tomesd(0.3, deepest)),
-        "tomesd.4": Method("tomesd .4", _tomesd(0.4, deepest)),
-        "tomesd.5": Method("tomesd .5", _tomesd(0.5, deepest)),
+        "tomesd.3": Method("tomesd .3", tomesd(0.3, deepest)),
+        "tomesd.4": Method("tomesd .4", tomesd(0.4, deepest)),
+        "tomesd.5": Method("tomesd .5", tomesd(0.5, deepest)),
         "tiles": Method("tiles of at most 32×32 tokens", _by_handler(_tiles, deepest)),
     }
     return {name: replace(row, name=name) for name, row in rows.items()}

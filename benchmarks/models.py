@@ -16,40 +16,22 @@ PROMPT_TOKENS = 77
 
 @dataclass(frozen=True)
 class Layout:
-    """A U-Net as published.
-
-    Attributes:
-        name: its name on the command line.
-        label: the name that people know it by.
-        context: channels of a prompt token.
-        build: makes the module; its weights mean nothing.
-        downsample: level of the largest self-attention layers.
-    """
+    """A U-Net as published: its name on the command line, and the one that people know it by."""
 
     name: str
     label: str
-    context: int
-    build: Callable[[], nn.Module]
-    downsample: int = 1
+    context: int  # channels of a prompt token
+    build: Callable[[], nn.Module]  # its weights mean nothing
+    downsample: int = 1  # level of the largest self-attention layers
 
 
 def _ldm(model_channels: int = 320, **settings: Any) -> nn.Module:
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    return UNetModel(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=model_channels,
-        attention_resolutions=[4, 2, 1],
-        num_res_blocks=2,
-        channel_mult=[1, 2, 4, 4],
-        use_spatial_transformer=True,
-        transformer_depth=1,
-        use_checkpoint=False,
-        legacy=False,
-        **settings,
-    )
+    settings |= {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": model_channels}
+    settings |= {"attention_resolutions": [4, 2, 1], "num_res_blocks": 2, "channel_mult": [1, 2, 4, 4]}
+    settings |= {"use_spatial_transformer": True, "transformer_depth": 1, "use_checkpoint": False, "legacy": False}
+    return UNetModel(**settings)
 
 
 def _sdxl() -> nn.Module:

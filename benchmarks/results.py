@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,22 +14,54 @@ from typing import Any
 NOISE = 0.02
 
 
+class Rows:
+    """A CSV file of measured methods that is written anew whenever rows are added."""
+
+    def __init__(self, path: Path, fields: Sequence[str]) -> None:
+        self.path, self.fields = path, fields
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.rows = [dict.fromkeys(fields, "") | row for row in csv.DictReader(file)]
+
+    def missing(self, key: Mapping[str, Any], methods: Iterable[str]) -> list[str]:
+        """The methods that have no row with the values of `key`."""
+        done = {row["method"] for row in self.rows if all(row[name] == str(value) for name, value in key.items())}
+        return [method for method in methods if method not in done]
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.rows += [dict.fromkeys(self.fields, "") | {k: str(v) for k, v in row.items()} for row in rows]
+        self._write()
+
+    def drop(self, wanted: Callable[[str], bool]) -> None:
+        """Drop the methods that are to be measured anew."""
+        self.rows = [row for row in self.rows if not wanted(row["method"])]
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".tmp")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.fields, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        partial.replace(self.path)
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write a file that is whole at any moment."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
 class ResumeError(ValueError):
     """The existing results come from another machine, or from other code."""
 
 
 class Results:
-    """All that was measured so far, as JSON and as tables.
-
-    Args:
-        stem: path of the files without their endings.
-        machine: the machine and the state of the code.
-        run: this run.
-        resume: add to the file if there is one.
-
-    Raises:
-        ResumeError: the file to resume comes from another machine or other code.
-    """
+    """All that was measured so far, as JSON and as tables, in the files of a stem, to which a run may add."""
 
     def __init__(self, stem: Path, machine: dict[str, Any], run: dict[str, Any], resume: bool = False) -> None:
         self.stem = stem
@@ -59,9 +91,7 @@ class Results:
         """Write the JSON, the CSV and the tables."""
         for entry in self.out["cases"]:
             summarise(entry)
-        partial = self.stem.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.out, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.file)
+        write_json(self.file, self.out)
         self.write_csv(self.stem.with_suffix(".csv"))
         self.stem.with_suffix(".md").write_text(markdown(self.out), encoding="utf-8")
 

@@ -23,7 +23,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -43,8 +43,9 @@ from agentsd.tuning.tuner import Tuner, checked_candidates
 from . import models
 from .fidelity import covering, sharpened
 from .machine import ROOT
+from .methods import patched
 from .pages import fill
-from .results import table
+from .results import table, write_json
 
 SHARPNESS = (1, 4, 8)
 SIZES = ((64, 64), (96, 96))
@@ -65,17 +66,14 @@ AS_FAST = 0.03
 CALLS = "calls' time of tuning, for each recorded one"
 
 
-def _grid(**settings: Any) -> AgentConfig:
-    return AgentConfig(ratio=0.0, agent_source="grid", **settings)
-
-
 # Settings that stay the same, whatever the model: the presets, and what a user might choose by hand.
+CORRECTED = AgentConfig(ratio=0.0, agent_source="grid", method="corrected")
 FIXED: Mapping[str, AgentConfig] = {
-    "grid agents 4×4 until .6": _grid(stages=early(0.6)),
-    "preset Faithful: corrected 4×4": _grid(method="corrected"),
-    "preset Fast: corrected 8×8": _grid(method="corrected", agent_ratio=0.98),
-    "corrected 4×4, levels 0 and 1": _grid(method="corrected", max_downsample=2),
-    "corrected 4×4, 14 % exact": _grid(method="corrected", exact_ratio=0.14),
+    "grid agents 4×4 until .6": replace(CORRECTED, method="agent", stages=early(0.6)),
+    "preset Balanced: corrected 4×4": CORRECTED,
+    "preset Fast: corrected 8×8": replace(CORRECTED, agent_ratio=0.98),
+    "corrected 4×4, levels 0 and 1": replace(CORRECTED, max_downsample=2),
+    "preset Faithful: corrected 4×4, 14 % exact": replace(CORRECTED, exact_ratio=0.14),
     "K/V 2×2": AgentConfig(method="pool", ratio=0.0, sx=2, sy=2),
 }
 
@@ -93,8 +91,6 @@ class Case:
 
 
 CASES = [Case(s, size) for size in SIZES for s in SHARPNESS]
-
-
 STEPS_OF_ALL = ("times", "check", "rounds", "cost", "report")
 
 
@@ -115,10 +111,7 @@ class Store:
                 raise Enough
             self.left -= 1
             self.data[key] = compute()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            partial.replace(self.path)
+            write_json(self.path, self.data)
         return self.data[key]
 
 
@@ -132,17 +125,13 @@ class Bench:
     def pipe(self) -> EmbeddedPipeline:
         return embedded.load()
 
-    @property
-    def unet(self) -> torch.nn.Module:
-        return self.pipe.unet
-
     def sample(self, prompt: str, seed: int, size: tuple[int, int], steps: int) -> torch.Tensor:
         return self.pipe.sample(prompt, seed=seed, steps=steps, guidance=GUIDANCE, height=size[0], width=size[1])
 
     def calls(self, case: Case, prompts: tuple[str, ...], seed: int, steps: int, moments: int) -> list[RecordedCall]:
         calls = []
         for i, prompt in enumerate(prompts):
-            with agentsd.record_calls(self.unet, moments) as recorded:
+            with agentsd.record_calls(self.pipe.unet, moments) as recorded:
                 self.sample(prompt, seed + i, case.size, steps)
             calls += recorded
         return calls
@@ -163,7 +152,7 @@ class Bench:
             self.store.get(f"times {size[1]}×{size[0]}", lambda size=size: self._times(Case(1, size)))
 
     def _times(self, case: Case) -> list[list[Any]]:
-        replay = Replay(self.unet, self.calls(case, TUNED_ON[:1], 0, 4, 4))
+        replay = Replay(self.pipe.unet, self.calls(case, TUNED_ON[:1], 0, 4, 4))
         tuner = Tuner(replay, checked_candidates())
         with torch.no_grad():
             tuner.observe()
@@ -176,24 +165,26 @@ class Bench:
     def check(self) -> None:
         for case in (bar := tqdm(self.cases, desc="check")):
             bar.set_postfix_str(case.name)
-            with sharpened(self.unet, case.sharpness):
+            with sharpened(self.pipe.unet, case.sharpness):
                 self._check(case)
 
     def _check(self, case: Case) -> None:
         tunings = self.store.get(f"tunings {case.name}", lambda: self._tune(case))
-        configs = {**FIXED, **{f"tuned {t}": self._config(tuning) for t, tuning in tunings.items()}}
+        configs = self._configs(tunings)
         for i in range(len(CHECKED_ON)):
             self.store.get(f"deviations {case.name}, {i}", lambda i=i: self._deviations(case, configs, i))
         if case.size == SIZES[0]:
             for i in range(PICTURES):
                 self.store.get(f"pictures {case.name}, {i}", lambda i=i: self._pictures(case, configs, i))
 
-    def _config(self, data: Mapping[str, Any]) -> AgentConfig:
-        return Tuning.from_dict(data).config_for(self.unet)
+    def _configs(self, tunings: Mapping[str, Any]) -> dict[str, AgentConfig]:
+        """Fixed settings and tunings by name."""
+        made = {f"tuned {t}": Tuning.from_dict(data).config_for(self.pipe.unet) for t, data in tunings.items()}
+        return {**FIXED, **made}
 
     def _tune(self, case: Case) -> dict[str, Any]:
         start = time.perf_counter()
-        replay = Replay(self.unet, self.calls(case, TUNED_ON, 0, STEPS, MOMENTS[case.size]))
+        replay = Replay(self.pipe.unet, self.calls(case, TUNED_ON, 0, STEPS, MOMENTS[case.size]))
         tuner = Tuner(replay, checked_candidates())
         with torch.no_grad():
             tuner.observe()
@@ -213,7 +204,7 @@ class Bench:
     def _deviations(self, case: Case, configs: Mapping[str, AgentConfig], i: int) -> dict[str, Any]:
         """(progress, deviation) of each call of one picture, for each config."""
         found: dict[str, list[Any]] = {name: [] for name in configs}
-        replay = Replay(self.unet, [self.noised(case, i, t) for t in CHECKED])
+        replay = Replay(self.pipe.unet, [self.noised(case, i, t) for t in CHECKED])
         with torch.no_grad():
             for number, call in enumerate(replay.calls):
                 replay.remember(number, "")
@@ -231,11 +222,8 @@ class Bench:
         for name, config in configs.items():
             if name in FIXED and not name.startswith("preset"):
                 continue
-            patch = agentsd.patch_unet(self.unet, config)
-            try:
+            with patched(config)(self.pipe.unet):
                 out = self.sample(prompt, 100 + i, case.size, STEPS)
-            finally:
-                patch.remove()
             found[name] = ((out - full).norm() / full.norm()).item()
         return found
 
@@ -247,14 +235,14 @@ class Bench:
             tunings = self.store.data.get(f"tunings {case.name}")
             if tunings is None:
                 continue
-            with sharpened(self.unet, case.sharpness):
+            with sharpened(self.pipe.unet, case.sharpness):
                 self.store.get(f"seconds {case.name}", lambda case=case, tunings=tunings: self._rounds(case, tunings))
 
     def _rounds(self, case: Case, tunings: Mapping[str, Any]) -> dict[str, list[float]]:
         """Seconds relative to full attention: means over three moments of medians over rounds."""
-        configs = {**FIXED, **{f"tuned {t}": self._config(tuning) for t, tuning in tunings.items()}}
+        configs = self._configs(tunings)
         wanted = [name for name in configs if self.keeps_any(case, name)]
-        replay = Replay(self.unet, [self.noised(case, 0, t) for t in (CHECKED[0], CHECKED[2], CHECKED[3])])
+        replay = Replay(self.pipe.unet, [self.noised(case, 0, t) for t in (CHECKED[0], CHECKED[2], CHECKED[3])])
         ratios: dict[str, list[list[float]]] = {name: [[] for _ in range(len(replay))] for name in wanted}
         with torch.no_grad():
             for round_ in range(ROUNDS + 1):
@@ -265,8 +253,6 @@ class Bench:
                         if round_:  # the first is a warm-up
                             ratios[name][number].append(seconds / full)
         return {name: [median(of) for of in each] for name, each in ratios.items()}
-
-    # What it costs
 
     def cost(self) -> None:
         """Time of tuning SD 1.5's U-Net at 512×512, and of observing closeness there."""
@@ -292,32 +278,28 @@ class Bench:
         rows = [self._row(case, t) for case in done for t in TOLERANCES]
         with data.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
-        text = "\n".join([self._verdict(done), *self._costs(), "", *table(HEAD, rows)])
+        text = "\n".join([self._verdict(done), "", *table(HEAD, rows)])
         fill(page, "benchmarks.tuning", {"tuning": text})
 
     def _verdict(self, cases: Sequence[Case]) -> str:
-        """Count the tunings that keep their tolerance, and those that fixed settings beat."""
+        """Count the tunings that keep their tolerance, and those that fixed settings beat; say what tuning costs."""
         tunings = [(case, t) for case in cases for t in TOLERANCES]
         kept = [pair for pair in tunings if self.keeps(pair[0], f"tuned {pair[1]}", pair[1])]
-        timed = [pair for pair in tunings if self._seconds(pair[0])]
-        beaten = [pair for pair in timed if self._rival(*pair)[1] < (1 - AS_FAST) * self._time(*pair)]
-        text = f"Of {len(tunings)} tunings, {len(kept)} keep their tolerance on what they were not tuned on. "
-        return f"{text}Of {len(timed)} that were timed, fixed settings that keep the same tolerance beat {len(beaten)}."
-
-    def _costs(self) -> list[str]:
-        cost = self.store.data.get("cost")
-        if cost is None:
-            return []
-        return [
-            f"Tuning SD 1.5's U-Net (random weights, 512×512, bfloat16) took the time of {cost[CALLS]:.1f} U-Net calls "
-            f"for each recorded call. Observing closeness there costs {cost['observing closeness']:+.2%}."
-        ]
+        timed = [(case, t, self._seconds(case)) for case, t in tunings if self._seconds(case)]
+        beaten = [case for case, t, s in timed if self._rival(case, t)[1] < (1 - AS_FAST) * s[f"tuned {t}"]]
+        text = (
+            f"Of {len(tunings)} tunings, {len(kept)} keep their tolerance on what they were not tuned on. Of "
+            f"{len(timed)} that were timed, fixed settings that keep the same tolerance beat {len(beaten)}."
+        )
+        if cost := self.store.data.get("cost"):
+            text += (
+                f"\nTuning SD 1.5's U-Net (random weights, 512×512, bfloat16) took the time of {cost[CALLS]:.1f} U-Net "
+                f"calls for each recorded call. Observing closeness there costs {cost['observing closeness']:+.2%}."
+            )
+        return text
 
     def _seconds(self, case: Case) -> dict[str, float]:
         return {name: fmean(each) for name, each in self.store.data.get(f"seconds {case.name}", {}).items()}
-
-    def _time(self, case: Case, t: float) -> float:
-        return self._seconds(case)[f"tuned {t}"]
 
     def _rival(self, case: Case, t: float) -> tuple[str, float]:
         """Return the fastest fixed settings that keep a tolerance, and their time."""
@@ -329,9 +311,9 @@ class Bench:
         name = f"tuned {t}"
         found, kept = self.deviations(case, name), "yes" if self.keeps(case, name, t) else "**no**"
         times = ("", "", "")
-        if self._seconds(case):
+        if seconds := self._seconds(case):
             rival, time_of = self._rival(case, t)
-            times = (f"{self._time(case, t):.2f}", rival, f"{time_of:.2f}")
+            times = (f"{seconds[name]:.2f}", rival, f"{time_of:.2f}")
         figures = (f"{fmean(found):.4f}", f"{max(found):.4f}", kept, self._picture(case, name))
         return (case.name, str(t), *figures, *times)
 
@@ -347,13 +329,13 @@ def _cost() -> dict[str, float]:
     inputs = models.make_inputs(layout, (512, 512), 1, device, dtype)
     kwargs = {name: value for name, value in inputs.items() if name != "x"}
     calls = [((inputs["x"], torch.full((1,), t)), kwargs) for t in (950.0, 770.0, 590.0, 410.0, 230.0, 50.0)]
-    replay, config = Replay(unet, calls), _grid(method="corrected")
+    replay = Replay(unet, calls)
     with torch.no_grad():
         full = median([replay.call(i % 2, "")[1] for i in range(3)])
         start = time.perf_counter()
         tuning = agentsd.tune(unet, calls, 0.1)
         tuned = time.perf_counter() - start
-        patch = agentsd.patch_unet(unet, config)
+        patch = agentsd.patch_unet(unet, CORRECTED)
         off, on = [], []
         for _ in range(CLOSENESS_ROUNDS):
             patch.observe_closeness = False

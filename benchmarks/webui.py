@@ -43,17 +43,11 @@ MERGING = ("token_merging_ratio", "token_merging_ratio_hr")
 
 @dataclass(frozen=True)
 class Way:
-    """One way to make the image.
-
-    Attributes:
-        label: its name in the table.
-        agents: the panel's settings that differ from its defaults; None if the panel is off.
-        merging: the ratio of the host's own token merging.
-    """
+    """One way to make the image."""
 
     label: str
-    agents: dict[str, Any] | None = None
-    merging: float = 0.0
+    agents: dict[str, Any] | None = None  # the panel's settings that differ from its defaults; None if it is off
+    merging: float = 0.0  # the ratio of the host's own token merging
 
 
 COMPARED = [name for name in PRESETS if name in ("Fast", "Balanced", "Faithful")]
@@ -93,18 +87,13 @@ class WebUI:
 
 @dataclass
 class Image:
-    """One image to make: its name in the table, the request for it, and the ways to make it.
-
-    Attributes:
-        rounds: seconds of each way, round by round.
-        pixels: the image of each way.
-    """
+    """One image to make: its name in the table, the request for it, and the ways to make it."""
 
     name: str
     body: dict[str, Any]
     ways: list[str]
-    rounds: list[dict[str, float]] = field(default_factory=list)
-    pixels: dict[str, np.ndarray] = field(default_factory=dict)
+    rounds: list[dict[str, float]] = field(default_factory=list)  # seconds of each way
+    pixels: dict[str, np.ndarray] = field(default_factory=dict)  # of each way
 
     def measure(self, webui: WebUI, number: int) -> None:
         """Make the image in each way; each round begins with a different one."""
@@ -140,11 +129,7 @@ def plan_images(options: argparse.Namespace) -> list[Image]:
 
 
 def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, np.ndarray]:
-    """Seconds of one image, and the pixels.
-
-    Raises:
-        RuntimeError: agent attention was on, and did nothing or stood down.
-    """
+    """Seconds of one image, and the pixels; a RuntimeError says if agent attention did nothing or stood down."""
     settings = {"enabled": way.agents is not None, **(way.agents or {})}
     with webui.options(**dict.fromkeys(MERGING, way.merging)):
         start = time.perf_counter()

@@ -11,6 +11,8 @@ from agentsd import AgentConfig
 from agentsd.embedded import load
 from agentsd.hosts import find_sites
 from benchmarks import fidelity
+from benchmarks.methods import patched, todo, unpatched
+from benchmarks.results import Rows
 
 SIDE = 16
 
@@ -27,14 +29,16 @@ def pipe():
 
 
 FEW = [
-    fidelity.Method("unpatched", pictures=True),
-    fidelity.Method("pooled", AgentConfig(method="pool", sx=2, sy=2, ratio=0.0, k_shortcut=0.0), pictures=True),
-    fidelity.Method("corrected", AgentConfig(method="corrected", ratio=0.0, agent_ratio=0.75)),
+    fidelity.Method("unpatched", unpatched, pictures=True),
+    fidelity.Method("pooled", patched(AgentConfig(method="pool", sx=2, sy=2, ratio=0, k_shortcut=0)), pictures=True),
+    fidelity.Method("corrected", patched(AgentConfig(method="corrected", ratio=0, agent_ratio=0.75))),
 ]
 
 
 def run(pipe, file, methods, **more):
-    return fidelity.run(pipe, file, methods, **{"factors": (1.0,), "side": SIDE, "samples": 2, "prompts": 0, **more})
+    rows = Rows(file, fidelity.HEAD)
+    fidelity.run(pipe, rows, methods, **{"factors": (1.0,), "side": SIDE, "samples": 2, "prompts": 0, **more})
+    return {(row["method"], row["queries"]): row for row in Rows(file, fidelity.HEAD).rows}
 
 
 def test_a_run_goes_on_where_it_ended_and_measures_anew_what_is_dropped(tmp_path, pipe, monkeypatch):
@@ -47,7 +51,7 @@ def test_a_run_goes_on_where_it_ended_and_measures_anew_what_is_dropped(tmp_path
     assert measured == ["unpatched", "pooled", "corrected"]
     assert float(rows["unpatched", "1"]["mean"]) == 0
     assert 0 < float(rows["corrected", "1"]["mean"]) < float(rows["pooled", "1"]["mean"])
-    fidelity.write(file, {key: row for key, row in fidelity.read(file).items() if "pool" not in key[0]})
+    Rows(file, fidelity.HEAD).drop(lambda name: "pool" in name)
     assert run(pipe, file, FEW) == rows
     assert measured[3:] == ["pooled"]
 
@@ -56,7 +60,7 @@ def test_final_pictures_and_sharper_attention_reach_the_table(tmp_path, pipe):
     rows = run(pipe, tmp_path / "a.csv", FEW[:2], prompts=2, factors=(1.0, 4.0))
     assert float(rows["unpatched", "1"]["picture"]) == 0 < float(rows["pooled", "1"]["picture"])
     assert rows["pooled", "4"]["mean"] != rows["pooled", "1"]["mean"]
-    head, _, plain, pooled = fidelity.summary(rows).splitlines()
+    head, _, plain, pooled = fidelity.summary([*rows.values()]).splitlines()
     assert head == "| method | queries × 1 | queries × 4 | picture, × 1 | picture, × 4 |"
     assert plain.startswith("| unpatched | 0.0000 (0.0000) |")
     assert len(pooled.split(" | ")) == 5
@@ -82,7 +86,7 @@ def test_all_methods_have_names_of_their_own():
 
 
 def test_todo_attends_to_the_first_token_of_each_cell_and_leaves_no_trace(pipe):
-    first, every = (fidelity.Method("ToDo", todo=s) for s in (2, 1))
+    first, every = (fidelity.Method("ToDo", todo(s)) for s in (2, 1))
     with torch.inference_mode():
         noised = fidelity.cases(pipe, SIDE, 1)
         assert max(fidelity.deviations(pipe, every, noised))[0] < 1e-5

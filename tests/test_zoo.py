@@ -12,9 +12,10 @@ pytest.importorskip("matplotlib", reason="needs matplotlib (requirements/dev.txt
 
 from agentsd.attention.corrected import corrected_attention
 from agentsd.attention.tensors import pool_tokens, split_heads
-from benchmarks import candidates, zoo, zoo_report
+from benchmarks import peers, zoo, zoo_report
 from benchmarks.attentions import KINDS, Attention, positions
-from benchmarks.candidates import CANDIDATES, full
+from benchmarks.candidates import CANDIDATES
+from benchmarks.peers import full
 
 SIZE = (13, 14)  # fewer tokens than the oracle keeps
 MADE = [kind for kind in KINDS if not kind.startswith("model")]
@@ -81,21 +82,65 @@ def test_candidates_answer_in_the_shape_of_the_queries_or_not_at_all(name):
     out = CANDIDATES[name].attend(at)
     if out is None:
         assert name.startswith("corrected")  # the product leaves so small a layer alone
-    else:
-        assert out.shape == at.q.shape
-        assert out.isfinite().all()
+        return
+    if isinstance(out, tuple):
+        assert not CANDIDATES[name].timed
+        out, price = out
+        assert 0 < price <= 1
+    assert out.shape == at.q.shape
+    assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("exact", ["top keys", "ToDo of 1×1", "tomesd of ratio 0", "Nyström of all tokens"])
+EXACT = {
+    "top keys": peers.top_keys,
+    "ToDo of 1×1": peers.downsampled(1),
+    "tomesd of ratio 0": peers.tomesd(0.0),
+    "Nyström of all tokens": peers.nystrom(1, exact=True),
+    "Sol-Attn that opens all blocks": lambda at: peers.block_sparse(tau=-1e9)(at)[0],
+    "Sol-Attn of all tokens salient": lambda at: peers.block_sparse(tau=1.0, salient=110, tiled=False)(at)[0],
+    "PISA of all blocks": lambda at: peers.block_sparse(kept=1.0, rest="first order")(at)[0],
+    "all blocks kept": lambda at: peers.block_sparse(kept=1.0, rest="")(at)[0],
+}
+
+
+@pytest.mark.parametrize("exact", EXACT)
 def test_what_has_all_keys_is_exact(exact):
     at = attention("inverse square", (10, 11))
-    attend = {
-        "top keys": candidates.top_keys,
-        "ToDo of 1×1": candidates.downsampled(1),
-        "tomesd of ratio 0": candidates.tomesd(0.0),
-        "Nyström of all tokens": candidates.nystrom(1, exact=True),
-    }[exact]
-    torch.testing.assert_close(attend(at), full(at), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(EXACT[exact](at), full(at), rtol=1e-2, atol=1e-3)
+
+
+def alike(size=(16, 16)) -> Attention:
+    """Keys and values of a block of rows are the same: nothing is lost by a block's mean."""
+    at, block = attention("segments", size, heads=2, d=8), torch.arange(size[0] * size[1]) // 64 * 64
+    return Attention(at.q[:, :, block], at.k[:, :, block], at.v[:, :, block], size)
+
+
+@pytest.mark.parametrize("given", [{"tau": 1e9}, {"tau": 1e9, "salient": 5}, {"kept": 0.25, "rest": "first order"}])
+def test_a_pooled_rest_is_exact_where_blocks_are_alike(given):
+    at = alike()
+    out, price = peers.block_sparse(**given, tiled=False)(at)
+    torch.testing.assert_close(out, full(at), rtol=1e-4, atol=1e-4)
+    assert price < 1
+
+
+def test_what_is_dropped_is_missed_and_what_is_first_order_helps():
+    at = attention("texture", (16, 16), 2, 8)  # blocks whose keys and values covary alike
+    at = Attention(0.2 * at.q, at.k, at.v, at.size)
+
+    def error(**given) -> float:
+        out, price = peers.block_sparse(**given, tiled=False)(at)
+        assert price == pytest.approx(given["kept"] + (1 - given["kept"]) / 64 * bool(given["rest"]))
+        return float((out - full(at)).norm() / full(at).norm())
+
+    assert error(kept=0.5, rest="first order") < error(kept=0.5, rest="zeroth order") < error(kept=0.5, rest="")
+
+
+def test_monarch_is_exact_for_one_row_and_alternates_towards_full_attention():
+    line = attention("segments", (1, 40), heads=2)
+    torch.testing.assert_close(peers.monarch(1)(line)[0], full(line))
+    at = attention("inverse square", (12, 10))
+    errors = [float((peers.monarch(steps)(at)[0] - full(at)).norm()) for steps in (1, 2, 4)]
+    assert max(errors[1:]) < errors[0]
 
 
 def test_the_product_s_methods_run_as_the_product_runs_them():
@@ -112,18 +157,18 @@ def test_tiles_are_exact_where_nothing_leaves_its_tile():
     y, x = torch.meshgrid(torch.arange(9) // 5, torch.arange(8) // 4, indexing="ij")
     q = 100 * torch.nn.functional.one_hot((2 * y + x).flatten(), 4).float()[None, None]
     at = Attention(q, q, torch.randn(1, 1, 72, 4), (9, 8))
-    torch.testing.assert_close(candidates.tiles(32)(at), full(at))
+    torch.testing.assert_close(peers.tiles(32)(at), full(at))
 
 
 def test_saturation_keeps_pnp_nystra_finite_where_its_exponential_overflows():
     at = attention("inverse square")
     sharp = Attention(200 * at.q, at.k, at.v, at.size)
-    assert candidates.nystrom(4)(sharp).isfinite().all()
+    assert peers.nystrom(4)(sharp).isfinite().all()
 
 
 def test_the_iterated_inverse_converges():
     a = (3 * torch.eye(20) + torch.randn(2, 20, 20)).softmax(-1)
-    inverse = candidates.iterated_inverse(a, 20)
+    inverse = peers.iterated_inverse(a, 20)
     torch.testing.assert_close(inverse @ a, torch.eye(20).expand(2, -1, -1), rtol=1e-3, atol=1e-3)
 
 
@@ -139,7 +184,7 @@ def test_errors_are_those_of_heads_and_tokens():
 
 @pytest.fixture
 def few():
-    return {name: CANDIDATES[name] for name in ("full", "corrected4-0.4", "corrected4-0", "pool2", "top")}
+    return {name: CANDIDATES[name] for name in ("full", "corrected4-0.4", "corrected4-0", "pool2", "sol1", "top")}
 
 
 def read(folder, name: str) -> list[dict[str, str]]:
@@ -160,7 +205,7 @@ def test_a_miniature_is_kept_and_goes_on_where_it_stopped(tmp_path, few):
     assert all(float(row["worst"]) == 0 for row in whole if row["method"] == "full")
     assert all(float(row["median"]) > 0 for row in whole if row["method"] == "corrected4-0.4")
     seconds = read(tmp_path, "seconds.csv")
-    assert {row["method"] for row in seconds} == set(few) - {"top"}
+    assert {row["method"] for row in seconds} == set(few) - {"sol1", "top"}
     assert {row["relative"] for row in seconds if row["method"] == "full"} == {"1.0000"}
     assert all(float(row["seconds"]) > 0 for row in seconds if row["method"] == "pool2")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -201,15 +246,15 @@ CHEAP, DEAR = "corrected4-0", "corrected4-0.4"
 
 def points(found: dict[str, tuple[float, float]]) -> dict[zoo.Case, list[zoo_report.Point]]:
     """One case; (error, price) by method."""
-    of = [zoo_report.Point(name, error, 2 * error, 3 * error, price) for name, (error, price) in found.items()]
+    of = [zoo_report.Point(name, error, 2 * error, price, price) for name, (error, price) in found.items()]
     return {zoo.Case("segments", zoo.Shape(4, 4, 1, 8)): of}
 
 
 def test_another_counts_where_it_is_closer_at_a_price_that_ours_reach():
     others = {"pool4": (0.05, 0.1), "pool2": (0.15, 0.3), "agents": (0.3, 0.4)}
     found = points({CHEAP: (0.2, 0.2), DEAR: (0.1, 0.5), **others})
-    counts, losses = zoo_report.compare(found)
-    assert list(counts.values()) == [2]  # pool4 is cheaper than any of ours
+    rivals, losses = zoo_report.compare(found)
+    assert len(rivals) == 2  # pool4 is cheaper than any of ours
     assert [(loss.other.method, loss.ours.method) for loss in losses] == [("pool2", CHEAP)]
     assert losses[0].factor == pytest.approx(0.2 / 0.15)
     assert str(losses[0]).startswith(
@@ -221,10 +266,17 @@ def test_another_counts_where_it_is_closer_at_a_price_that_ours_reach():
 
 
 def test_the_verdict_counts_what_the_comparison_found():
-    text = zoo_report.verdict(points({CHEAP: (0.2, 0.2), "pool2": (0.15, 0.3), "agents": (0.3, 0.4)}))
-    assert "2 comparisons" in text
-    assert "closest in 1 by the median head" in text
-    assert "| segments | 2 | 1 | 1 | K/V pooled 2×2" in text
+    others = {"pool2": (0.15, 0.3), "agents": (0.3, 0.4), "sol1": (0.1, 0.25)}
+    text = zoo_report.verdict(points({CHEAP: (0.2, 0.2), **others}))
+    assert "all by their seconds: 2 comparisons, **ours is the closest in 1 by the median head" in text
+    assert "ours by seconds: 1 comparisons, **ours is the closest in 0 by the median head" in text
+    assert "| segments | 2: 1, 1 | 1: 1, 1 | 1: 1, 1 | K/V pooled 0.30, Sol-Attn 0.25 |" in text
+    assert "The largest lead at ideal prices: Sol-Attn, 8×8, τ 1 has 0.100 at 0.25" in text
+
+
+def test_the_ideal_price_of_ours_is_that_of_its_products():
+    price = CANDIDATES["corrected4-0.14"].attend.ideal((64, 64), 320)
+    assert 832 / 4096 + 256 / 4096 < price < 0.3  # the queries' keys, the agents' attention, and the fit
 
 
 def test_the_page_says_what_the_results_say():
