@@ -2,9 +2,11 @@
 
     python tests/mutate.py                  thirty breaks of this checkout
     python tests/mutate.py --root OTHER     the same rules on another checkout, to compare
+    python tests/mutate.py --files 8        only the test files that name the broken module most often
 
-Not part of the test suite: it takes an hour. The places are drawn by a hash of the broken expression, so that
-what two checkouts share is drawn in both. Each break is made in a copy; the checkout itself is only read.
+Not part of the test suite: it takes an hour, or with --files some minutes. The places are drawn by a hash of the broken
+expression, so that what two checkouts share is drawn in both. Each break is made in a copy; the checkout itself is only
+read.
 """
 
 from __future__ import annotations
@@ -96,20 +98,27 @@ def drawn(root: Path, count: int) -> list[Break]:
     return sorted(every, key=lambda b: hashlib.sha256(b.was.encode()).digest())[:count]
 
 
-def tests_for(copy: Path, broken: Break) -> list[str]:
-    """List the test files, those first that name the broken module."""
+def tests_for(copy: Path, broken: Break, most: int | None) -> list[str]:
+    """List the test files, at most so many, those first that name the broken module, then its room, most often."""
     files = [f for f in sorted((copy / "tests").glob("test_*.py")) if not f.name.startswith(UNRELATED)]
-    stem = broken.path.stem if broken.path.stem != "__init__" else broken.path.parent.name
-    return [str(f.relative_to(copy)) for f in sorted(files, key=lambda f: stem not in f.name + f.read_text("utf-8"))]
+    room = broken.path.parent.name
+    stem = broken.path.stem if broken.path.stem != "__init__" else room
+
+    def rank(file: Path) -> tuple[bool, int, bool, int]:
+        text = file.read_text(encoding="utf-8")
+        return stem not in file.name, -text.count(stem), room not in file.name, -text.count(room)
+
+    files.sort(key=rank)
+    return [str(f.relative_to(copy)) for f in files[:most]]
 
 
-def noticed(copy: Path, broken: Break) -> bool:
+def noticed(copy: Path, broken: Break, most: int | None = None) -> bool:
     """Run the tests of a copy with the break until one of them fails."""
     target = copy / broken.path
     before = target.read_text(encoding="utf-8")
     target.write_text(broken.text, encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests_for(copy, broken)]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests_for(copy, broken, most)]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         run = subprocess.run(command, cwd=copy, capture_output=True, env=environment, timeout=1200, check=False)
         return run.returncode != 0
@@ -123,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the checkout to break")
     parser.add_argument("--count", type=int, default=30, help="number of breaks")
+    parser.add_argument("--files", type=int, help="number of test files to run for each break (all)")
     parser.add_argument("--list", action="store_true", help="only list the places")
     arguments = parser.parse_args()
     chosen = drawn(arguments.root.resolve(), arguments.count)
@@ -134,7 +144,7 @@ def main() -> None:
         copy = Path(folder) / "checkout"
         shutil.copytree(arguments.root, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "docs"))
         for broken in tqdm(chosen, unit="break"):
-            found[f"{broken.path}:{broken.line}: {broken.was} -> {broken.now}"] = noticed(copy, broken)
+            found[f"{broken.path}:{broken.line}: {broken.was} -> {broken.now}"] = noticed(copy, broken, arguments.files)
     print(json.dumps(found, indent=1, ensure_ascii=False))
     print(f"{sum(found.values())} of {len(found)} breaks were noticed")
 

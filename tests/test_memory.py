@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import agentsd
 import agentsd.attention.corrected
-import agentsd.attention.merging
 from agentsd import AgentConfig, plan_layer
+from agentsd.attention import merging
 from agentsd.methods import SelfAttention
 
 MIB = 2**20
@@ -54,27 +54,44 @@ def fused(q, k, v, attn_mask=None, scale=None):
     return q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
 
 
-def peak(settings, size, dtype, monkeypatch) -> int:
-    """Bytes of one layer of SD 1's widest: batch 2, 8 heads of 40."""
+def peak(settings, size, dtype, monkeypatch, whole: bool = False) -> int:
+    """Bytes of one layer of SD 1's widest, batch 2, 8 heads of 40, or of full attention where `settings` is None.
+
+    Its queries, keys and values are given, or on the `whole` are projected, after matching, from its tokens.
+    """
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     monkeypatch.setattr(agentsd.attention.corrected, "sdpa", fused)
-    config = AgentConfig(**settings)
-    q, k, v = (torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta") for _ in range(3))
-    attention = SelfAttention(
-        x=q,
-        plan=plan_layer(config, *size, 1),
-        settings=config,
-        size=size,
-        heads=8,
-        matching=None,
-        wrapped=lambda: False,
-        project=lambda _: (q, k, v),
-        project_q=lambda x: x,
-        project_out=lambda x: x,
-        proceed=lambda: None,
-    )
-    with torch.no_grad(), Live(q, k, v) as live:
-        attention.plan.method.attend(attention)
+    monkeypatch.setattr(merging, "_BAG_DEVICES", ("meta",))  # as on CUDA
+    config = AgentConfig(**settings or {"ratio": 0.0})
+    plan = plan_layer(config, *size, 1)
+    x, *qkv = (torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta") for _ in range(4))
+
+    def project(x):
+        return tuple(torch.empty_like(x) for _ in range(3)) if whole else tuple(qkv)
+
+    def full(x):
+        q, k, v = (t.unflatten(2, (8, 40)).transpose(1, 2) for t in project(x))
+        return fused(q, k, v).transpose(1, 2).flatten(2).clone()
+
+    with torch.no_grad(), Live(x, *qkv) as live:
+        if settings is None:
+            full(x)
+            return live.peak
+        cells = merging.partition(*size, config.sx, config.sy, 0).to(torch.device("meta")) if whole else None
+        attention = SelfAttention(
+            x=x,
+            plan=plan,
+            settings=config,
+            size=size,
+            heads=8,
+            matching=merging.match(x, cells, plan.r, plan.agent_r) if whole else None,
+            wrapped=lambda: False,
+            project=project,
+            project_q=torch.empty_like if whole else lambda x: x,
+            project_out=torch.clone if whole else lambda x: x,
+            proceed=full,
+        )
+        plan.method.attend(attention)
     return live.peak
 
 
@@ -93,49 +110,11 @@ def test_300_mib_beyond_full_attention_at_most(name, size, dtype, monkeypatch):
 MERGING = {"AgentSD's settings": {}, "token merging": {"method": "merge"}}
 
 
-def peak_with_projections(settings, size, dtype, monkeypatch) -> int:
-    """Bytes of one layer, matching and projections included; full attention where `settings` is None."""
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
-    monkeypatch.setattr(agentsd.attention.corrected, "sdpa", fused)
-    monkeypatch.setattr(agentsd.attention.merging, "_BAG_DEVICES", ("meta",))  # as on CUDA
-    config = AgentConfig(**settings or {"ratio": 0.0})
-    x = torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta")
-
-    def project(x):
-        return tuple(torch.empty_like(x) for _ in range(3))
-
-    def full(x):
-        q, k, v = (t.unflatten(2, (8, 40)).transpose(1, 2) for t in project(x))
-        return fused(q, k, v).transpose(1, 2).flatten(2).clone()
-
-    plan = plan_layer(config, *size, 1)
-    with torch.no_grad(), Live(x) as live:
-        if settings is None:
-            full(x)
-            return live.peak
-        part = agentsd.attention.merging.partition(*size, config.sx, config.sy, 0).to(torch.device("meta"))
-        attention = SelfAttention(
-            x=x,
-            plan=plan,
-            settings=config,
-            size=size,
-            heads=8,
-            matching=agentsd.attention.merging.match(x, part, plan.r, plan.agent_r),
-            wrapped=lambda: False,
-            project=project,
-            project_q=torch.empty_like,
-            project_out=torch.clone,
-            proceed=full,
-        )
-        plan.method.attend(attention)
-    return live.peak
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MERGING)
 def test_300_mib_beyond_full_attention_at_most_where_tokens_are_matched(name, size, dtype, monkeypatch):
-    plain, ours = (peak_with_projections(s, size, dtype, monkeypatch) for s in (None, MERGING[name]))
+    plain, ours = (peak(s, size, dtype, monkeypatch, whole=True) for s in (None, MERGING[name]))
     assert ours <= plain + 300 * MIB
 
 
