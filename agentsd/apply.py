@@ -27,8 +27,6 @@ log = logging.getLogger("agentsd")
 
 Model = TypeVar("Model")
 
-_DEFAULTS = AgentConfig()
-
 
 def apply_patch(
     model: Model,
@@ -69,8 +67,7 @@ def apply_patch(
     if tuning is not None:
         if family is not None:
             raise UnsupportedModelError(f"a tuning is of a U-Net, got {family.model}")
-        given = [name for name in SETTINGS if getattr(config, name) != getattr(_DEFAULTS, name)]
-        if given:
+        if given := [name for name in SETTINGS if getattr(config, name) != getattr(AgentConfig, name)]:
             raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
         made = as_tuning(tuning)
         config = made.config_for(unet)
@@ -103,8 +100,7 @@ def get_patch(model: Any) -> Patch | None:
 
 def remove_patch(model: Model) -> Model:
     """Remove the patch from the model, if there is one, and return the model."""
-    patch = get_patch(model)
-    if patch is not None:
+    if (patch := get_patch(model)) is not None:
         patch.remove()
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -35,67 +36,44 @@ def reject(name: str, value: Any, allowed: str) -> SettingError:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, as the library, panel, X/Y/Z plot, infotext, API, rules, command line and ComfyUI have it.
+    """One setting, as the library, panel, X/Y/Z plot, infotext, API, rules, command line and ComfyUI have it."""
 
-    Attributes:
-        name: name everywhere but in ComfyUI.
-        kind: "number", "whole" (a whole number), "flag", "choice" or "text".
-        default: default value.
-        low: smallest value of a number.
-        high: largest value of a number; number of characters of a text.
-        step: step of the control of a number.
-        optional: whether a number may be None, which is written "none".
-        choices: values of a choice.
-        canonical: turns a text or a choice, or what the API may send for it, into canonical form.
-        label: label of the control; short, constant and unique, since translations match it. Without one the setting is
-            the library's alone.
-        help: what it does, in full sentences.
-        more_help: makes text to append to `help`; called when the help is read.
-        place: (line of the panel, place in the line); 99 is the last.
-        panel: default of the control; None for that of the library.
-        implied: value that an infotext stands for which does not name the setting; None for the panel's default. It
-            never changes, so that a new default leaves the images of existing infotexts as they are.
-        written: whether infotexts name it even at that value.
-        local: whether it concerns one generation or one user only: neither infotext nor presets hold it.
-        axis: whether the X/Y/Z plot has an axis for it.
-        implies: settings that its axis sets as well.
-        option: whether the command line has an option for it.
-        node: name of the input of ComfyUI's node; None if it has none, empty for `name`.
-    """
-
-    name: str
-    kind: str
-    default: Any
+    name: str  # name everywhere but in ComfyUI
+    kind: str  # "number", "whole" (a whole number), "flag", "choice" or "text"
+    default: Any  # default value
+    # label of the control; short, constant and unique, since translations match it. Without one the setting is the
+    # library's alone.
     label: str = ""
-    help: str = ""
-    place: tuple[int, int] = (99, 0)
-    low: float = 0.0
-    high: float = 1.0
-    step: float = 1
-    optional: bool = False
-    choices: Sequence[Any] = ()
+    help: str = ""  # what it does, in full sentences
+    place: tuple[int, int] = (99, 0)  # (line of the panel, place in the line); 99 is the last
+    low: float = 0.0  # smallest value of a number
+    high: float = 1.0  # largest value of a number; number of characters of a text
+    step: float = 1  # step of the control of a number
+    optional: bool = False  # whether a number may be None, which is written "none"
+    choices: Sequence[Any] = ()  # values of a choice
+    # turns a text or a choice, or what the API may send for it, into canonical form
     canonical: Callable[[Any], Any] = lambda value: value
-    more_help: Callable[[], str] = str
-    panel: Any = None
+    more_help: Callable[[], str] = str  # makes text to append to `help`; called when the help is read
+    panel: Any = None  # default of the control; None for that of the library
+    # value that an infotext stands for which does not name the setting; None for the panel's default. It never changes,
+    # so that a new default leaves the images of existing infotexts as they are.
     implied: Any = None
-    written: bool = False
-    local: bool = False
-    axis: bool = True
-    implies: Mapping[str, Any] = field(default_factory=dict)
-    option: bool = True
-    node: str | None = ""
+    written: bool = False  # whether infotexts name it even at that value
+    local: bool = False  # whether it concerns one generation or one user only: neither infotext nor presets hold it
+    axis: bool = True  # whether the X/Y/Z plot has an axis for it
+    implies: Mapping[str, Any] = field(default_factory=dict)  # settings that its axis sets as well
+    option: bool = True  # whether the command line has an option for it
+    node: str | None = ""  # name of the input of ComfyUI's node; None if it has none, empty for `name`
 
     @property
     def allowed(self) -> str:
         """The range in words."""
-        if self.kind == "flag":
-            return "True or False"
-        if self.kind == "choice":
-            return "one of " + ", ".join(map(repr, self.choices))
-        if self.kind == "text":
-            return f"a text of at most {self.high:.0f} characters"
         kind, number = ("a whole number", int) if self.kind == "whole" else ("a number", float)
-        return f"{kind} from {number(self.low)} to {number(self.high)}" + (", or None" if self.optional else "")
+        return {
+            "flag": "True or False",
+            "choice": f"one of {', '.join(map(repr, self.choices))}",
+            "text": f"a text of at most {self.high:.0f} characters",
+        }.get(self.kind, f"{kind} from {number(self.low)} to {number(self.high)}{', or None' if self.optional else ''}")
 
     @property
     def tooltip(self) -> str:
@@ -125,9 +103,8 @@ class Setting:
 
     def of_control(self, value: Any) -> Any:
         """Return the library's value for that of its control."""
-        if self.optional and value == 0:
-            return None
-        return self.parse(value) if self.kind == "choice" else value
+        value = self.parse(value) if self.kind == "choice" else value
+        return None if self.optional and value == 0 else value
 
     def check(self, value: Any) -> Any:
         """Return a value in canonical form.
@@ -139,10 +116,9 @@ class Setting:
         number = isinstance(value, Real) and not isinstance(value, bool)
         if self.kind == "flag" and isinstance(value, bool):
             return value
-        if self.kind == "choice":
-            # True == 1, but nobody who writes max_downsample=True means 1; 2 does for a control's "2"
-            alike = (c for c in self.choices if (type(c) is type(value) or number) and c in (value, str(value)))
-            for choice in alike:
+        # True == 1, but nobody who writes max_downsample=True means 1; 2 does for a control's "2"
+        for choice in self.choices:
+            if (type(choice) is type(value) or number) and choice in (value, str(value)):
                 return choice
         if self.kind == "text" and isinstance(value, str) and len(value) <= self.high:
             return value
@@ -160,23 +136,15 @@ class Setting:
     def parse(self, text: str) -> Any:
         """Read a value that `format` wrote, or that somebody typed; raises as `check` does."""
         text = text.strip()
-        if self.kind == "text":
-            return self.check(text)
-        if text.lower() == NONE and (self.optional or None in self.choices):
+        if self.kind != "text" and text.lower() == NONE and (self.optional or None in self.choices):
             return None
-        return self.check(self._read(text))
-
-    def _read(self, text: str) -> Any:
-        if self.kind == "flag":
-            return _FLAGS.get(text.lower(), text)
-        if self.kind == "choice":
-            return next((choice for choice in self.choices if self.format(choice) == text), text)
-        for number in (int, float):
-            try:
-                return number(text)
-            except ValueError:
-                continue
-        return text
+        value: Any = _FLAGS.get(text.lower(), text) if self.kind == "flag" else text
+        value = next((choice for choice in self.choices if self.format(choice) == text), value)
+        for number in (int, float) if self.numeric else ():
+            with suppress(ValueError):
+                value = number(text)
+                break
+        return self.check(value)
 
     def format(self, value: Any) -> str:
         """Write a value as text that `parse` reads."""
@@ -196,9 +164,8 @@ def check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def checked_sequence(name: str, values: Any, kind: type, allowed: str) -> tuple[Any, ...]:
-    if isinstance(values, (str, kind, Mapping)) or not hasattr(values, "__iter__"):
-        raise reject(name, values, allowed)
-    checked = tuple(values)
-    if not all(isinstance(value, kind) for value in checked):
+    iterable = hasattr(values, "__iter__") and not isinstance(values, (str, kind, Mapping))
+    checked = tuple(values) if iterable else (values,)
+    if not iterable or not all(isinstance(value, kind) for value in checked):
         raise reject(name, values, allowed)
     return checked

@@ -20,7 +20,6 @@ class WallClock:
     """The time that passes."""
 
     def timed(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-        """Return what `run` returns, and its seconds until the device is done."""
         wait = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
         wait()
         start = time.perf_counter()

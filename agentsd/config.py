@@ -111,19 +111,22 @@ class AgentConfig:
     tuned_for: ClassVar[tuple[int, int] | None] = None
 
     def __post_init__(self) -> None:
-        for name, setting in FIELDS.items():
-            object.__setattr__(self, name, setting.check(getattr(self, name)))
-        object.__setattr__(self, "stages", _checked_stages(self.stages))
-        object.__setattr__(self, "rules", checked_sequence("rules", self.rules, Rule, "a sequence of agentsd.Rule"))
+        stages, allowed = self.stages, "a sequence of agentsd.Stage with increasing `until`"
+        vars(self).update(
+            {name: setting.check(getattr(self, name)) for name, setting in FIELDS.items()},
+            stages=checked_sequence("stages", stages, Rule, allowed),
+            rules=checked_sequence("rules", self.rules, Rule, "a sequence of agentsd.Rule"),
+        )
+        increasing = all(a.until < b.until for a, b in pairwise(self.stages))
+        if not increasing or any(stage.downsample or stage.blocks for stage in self.stages):
+            raise reject("stages", stages, allowed)
         for rule in (*self.stages, *self.rules):  # reject a bad override now, not at its timestep
             self.within(rule)
 
     def within(self, rule: Rule) -> AgentConfig | None:
         """Return the settings of one stage or rule by itself; None where it means full attention."""
-        if rule.settings is None:
-            return None
-        check_names(rule.settings, RULE_SETTINGS)
-        return replace(self, stages=(), rules=(), **rule.settings)
+        check_names(rule.settings or {}, RULE_SETTINGS)
+        return None if rule.settings is None else replace(self, stages=(), rules=(), **rule.settings)
 
     @property
     def timed(self) -> bool:
@@ -135,21 +138,15 @@ class AgentConfig:
 
         Where settings vary over the diffusion, a progress that is unknown (None) or outside 0–1 means full attention.
         """
-        if not self.stages and not self.rules:
-            return self
         if self.timed and (progress is None or not 0.0 <= progress <= 1.0):
             return None
-        return _resolve(self, progress, block)
+        return _resolve(self, progress, block) if self.stages or self.rules else self
 
     def parts(self) -> tuple[tuple[float, float], ...]:
         """List the intervals (since, until) of the diffusion within which no setting changes, in order."""
         rules = (*self.stages, *self.rules)
         edges = sorted({0.0, 1.0, *(edge for rule in rules for edge in (rule.since, rule.until))})
         return tuple(pairwise(edges))
-
-    def ever(self, name: str) -> bool:
-        """Whether the setting `name` is on in any stage or rule, or in the config itself."""
-        return any(self.values(name))
 
     def values(self, name: str) -> tuple[Any, ...]:
         """List the values of the setting `name`: the config's own, and those of stages and rules."""
@@ -170,26 +167,12 @@ AgentConfig.__doc__ = cleandoc(AgentConfig.__doc__ or "") + "".join(
 
 @lru_cache(maxsize=4096)
 def _resolve(config: AgentConfig, progress: float | None, block: Block) -> AgentConfig | None:
-    own: Mapping[str, Any] | None = {}
-    if config.stages:
-        own = next((stage.settings for stage in config.stages if stage.holds(progress)), None)
-    if own is None:
-        return None
-    overrides: Mapping[str, Any] | None = own
-    for rule in config.rules:
+    stages = config.stages or (Rule(),)
+    own = overrides = next((stage.settings for stage in stages if stage.holds(progress)), None)
+    for rule in config.rules if own is not None else ():
         if rule.holds(progress) and rule.names(block):
-            overrides = (
-                None if rule.settings is None else {**(own if overrides is None else overrides), **rule.settings}
-            )
+            overrides = None if rule.settings is None else {**(overrides or own), **rule.settings}
     return None if overrides is None else replace(config, stages=(), rules=(), **overrides)
-
-
-def _checked_stages(stages: Any) -> tuple[Rule, ...]:
-    allowed = "a sequence of agentsd.Stage with increasing `until`"
-    checked = checked_sequence("stages", stages, Rule, allowed)
-    if any(b.until <= a.until for a, b in pairwise(checked)) or any(rule.downsample or rule.blocks for rule in checked):
-        raise reject("stages", stages, allowed)
-    return checked
 
 
 # Token merging alone, whatever the method was before. With agent_ratio 0 no token is matched for agents.
@@ -204,12 +187,10 @@ TOKEN_MERGING: Mapping[str, Any] = {
 
 
 def early(until: float, *, since: float = 0.0, after: Mapping[str, Any] | None = None) -> tuple[Rule, ...]:
-    """Build stages that use the config's own settings from `since` to `until`, and `after` from then on.
+    """Build stages that use the config's own settings from progress `since` (0–1) to `until` (above that, at most 1).
 
-    Args:
-        until: progress at which the config's own settings end, above `since` and at most 1.
-        since: progress at which they begin, 0–1; before that the model is untouched.
-        after: settings to override for the rest, such as `agentsd.TOKEN_MERGING`; None leaves the rest untouched.
+    Before that the model is untouched; for the rest, `after` overrides settings, such as `agentsd.TOKEN_MERGING`. None
+    leaves the rest untouched as well.
     """
     own = Rule(since=since, until=until)
     return (own,) if own.until == 1.0 or after is None else (own, Rule(after, since=own.until))

@@ -14,6 +14,8 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import starmap
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from .plan import merged_tokens, plan_block
 from .schedule import Block
 
 PROMPT_TOKENS = 77
-COSTS_FILE = Path(__file__).with_name("costs.json")
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,13 @@ class CountedBlock:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the cost model needs to know of a U-Net.
+    """What the cost model needs to know of a U-Net."""
 
-    Attributes:
-        name: the U-Net's common name.
-        blocks: its transformer blocks, in order.
-        rest: (level, FLOPs per position of that level) of everything outside the transformer blocks.
-        constant: FLOPs that do not depend on the image size: timestep embedding, keys and values of the prompt.
-    """
-
-    name: str
-    blocks: tuple[CountedBlock, ...]
+    name: str  # the U-Net's common name
+    blocks: tuple[CountedBlock, ...]  # its transformer blocks, in order
+    # (level, FLOPs per position of that level) of everything outside the transformer blocks
     rest: tuple[tuple[int, int], ...]
-    constant: int
-
-    @property
-    def layers(self) -> int:
-        """Number of transformer blocks."""
-        return len(self.blocks)
+    constant: int  # FLOPs that do not depend on the image size: timestep embedding, keys and values of the prompt
 
     @cached_property
     def places(self) -> tuple[Block, ...]:
@@ -67,54 +57,33 @@ class Layout:
 @cache
 def layouts() -> dict[str, Layout]:
     """Return the layouts that are known without a model: "SD 1", "SD 2" and "SDXL"."""
-    data = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
+    data = json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))
     return {
-        each["name"]: Layout(
-            each["name"],
-            tuple(CountedBlock(*block) for block in each["blocks"]),
-            tuple((level, flops) for level, flops in each["rest"]),
-            each["constant"],
-        )
-        for each in data["layouts"]
+        name: Layout(name, tuple(starmap(CountedBlock, blocks)), tuple(map(tuple, rest)), constant)
+        for name, blocks, rest, constant in map(itemgetter("name", "blocks", "rest", "constant"), data["layouts"])
     }
 
 
 @dataclass(frozen=True)
 class LevelEstimate:
-    """Estimate for a group of identical blocks under the same plan.
+    """Estimate for a group of identical blocks under the same plan."""
 
-    Attributes:
-        downsample: their level in the U-Net.
-        channels: C, the width of a token.
-        count: number of blocks.
-        size: (height, width) of their tokens.
-        plan: what is done in each block.
-        flops: FLOPs of one block unpatched, for one row of the batch.
-        flops_left: FLOPs of one block patched.
-    """
-
-    downsample: int
-    channels: int
-    count: int
-    size: tuple[int, int]
-    plan: LayerPlan
-    flops: int
-    flops_left: int
+    downsample: int  # their level in the U-Net
+    channels: int  # C, the width of a token
+    count: int  # number of blocks
+    size: tuple[int, int]  # (height, width) of their tokens
+    plan: LayerPlan  # what is done in each block
+    flops: int  # FLOPs of one block unpatched, for one row of the batch
+    flops_left: int  # FLOPs of one block patched
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate for one forward pass of a U-Net under a config.
+    """Estimate for one forward pass of a U-Net under a config."""
 
-    Attributes:
-        levels: the estimate for each kind of block, largest first.
-        flops: FLOPs of the unpatched U-Net, one row of the batch.
-        flops_left: FLOPs of the patched U-Net.
-    """
-
-    levels: tuple[LevelEstimate, ...]
-    flops: int
-    flops_left: int
+    levels: tuple[LevelEstimate, ...]  # the estimate for each kind of block, largest first
+    flops: int  # FLOPs of the unpatched U-Net, one row of the batch
+    flops_left: int  # FLOPs of the patched U-Net
 
     @property
     def share(self) -> float:
@@ -133,28 +102,20 @@ class Estimate:
 
 
 def block_flops(channels: int, size: tuple[int, int], plan: LayerPlan, config: AgentConfig | None) -> int:
-    """Count the FLOPs of one transformer block under `plan`.
+    """Count the FLOPs of one transformer block of `size` = (height, width) tokens of width C = `channels`.
 
     Self-attention is counted by its method (`Method.flops`), 8 N C² + 4 N² C where it is full; cross-attention takes
-    4 N C² + 4 · 77 · N C, and the gated feed-forward layer 24 N C².
-
-    Args:
-        channels: C, the width of a token.
-        size: (height, width) of the layer's tokens.
-        plan: what is done in the layer.
-        config: the settings in force there; None for full attention.
+    4 N C² + 4 · 77 · N C, and the gated feed-forward layer 24 N C². `config` is in force there; None: full attention.
     """
-    C, N = channels, plan.tokens
-    r = 0 if config is None else merged_tokens(config, plan)
-    cross = N - r if config is not None and config.merge_crossattn else N
-    feed = N - r if config is not None and config.merge_mlp else N
-    total = plan.method.flops(plan, C)
-    total += 4 * cross * C * C + 4 * PROMPT_TOKENS * cross * C
-    total += 24 * feed * C * C
-    if config is not None and (plan.agent_r or r):
-        n_dst = destinations(config.sx, config.sy, *size)
-        total += 2 * (N - n_dst) * n_dst * C  # similarity of each source token to each destination token
-    return total
+    C, N, r, n_dst = channels, plan.tokens, 0, 0
+    cross = feed = N
+    if config is not None:
+        r = merged_tokens(config, plan)
+        cross, feed = N - r * config.merge_crossattn, N - r * config.merge_mlp
+        n_dst = destinations(config.sx, config.sy, *size) if plan.agent_r or r else 0
+    # the last: similarity of each source token to each destination token
+    outside = 4 * cross * C * C + 4 * PROMPT_TOKENS * cross * C + 24 * feed * C * C + 2 * (N - n_dst) * n_dst * C
+    return plan.method.flops(plan, C) + outside
 
 
 def estimate(
@@ -162,52 +123,33 @@ def estimate(
 ) -> Estimate:
     """Estimate one forward pass of a U-Net under `config` (None: unpatched) for a latent of `height` × `width`.
 
-    Args:
-        layout: the U-Net, one of `layouts()` or read off a model by `agentsd.hosts.layout.layout_of`.
-        config: the settings, with their stages and rules.
-        height: rows of the latent (image height / 8).
-        width: columns of the latent.
-        progress: fraction of the diffusion done, 0–1; needed only where settings vary over the diffusion.
+    `layout` is one of `layouts()`, or read off a model by `agentsd.hosts.layout.layout_of`; `progress`, 0–1, is needed
+    only where settings vary over the diffusion.
     """
     kinds: Counter[tuple[Any, ...]] = Counter()
     for block, place in zip(layout.blocks, layout.places, strict=True):
         planned = None if config is None else plan_block(config, place, (height, width), progress)
         kinds[block.downsample, block.channels, planned] += 1
-    levels = [_level(*kind, count, (height, width)) for kind, count in kinds.items()]
-    levels.sort(key=lambda level: (level.downsample, level.channels))
+    levels = []
+    for (downsample, channels, planned), count in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
+        size = Grid(height, width).at(downsample)
+        full = untouched(size.tokens, "full attention was asked for", "rules")
+        in_force, plan = planned or (None, full)
+        unpatched, patched = block_flops(channels, size, full, None), block_flops(channels, size, plan, in_force)
+        levels.append(LevelEstimate(downsample, channels, count, size, plan, unpatched, patched))
     rest = layout.constant + sum(flops * Grid(height, width).at(level).tokens for level, flops in layout.rest)
     flops = rest + sum(level.count * level.flops for level in levels)
     left = rest + sum(level.count * level.flops_left for level in levels)
     return Estimate(tuple(levels), flops, left)
 
 
-def _level(
-    downsample: int, channels: int, planned: tuple[AgentConfig, LayerPlan] | None, count: int, latent: tuple[int, int]
-) -> LevelEstimate:
-    size = Grid(*latent).at(downsample)
-    full = untouched(size.tokens, "full attention was asked for", "rules")
-    config, plan = planned or (None, full)
-    unpatched = block_flops(channels, size, full, None)
-    return LevelEstimate(downsample, channels, count, size, plan, unpatched, block_flops(channels, size, plan, config))
-
-
 def share_of_run(layout: Layout, config: AgentConfig, height: int, width: int, start: float = 0.0) -> float:
     """Return the share of FLOPs left over a whole pass, averaged over timesteps, which is close to that over steps.
 
-    Args:
-        layout: the U-Net.
-        config: the settings, with their stages and rules.
-        height: rows of the latent.
-        width: columns of the latent.
-        start: progress at which the pass begins, 0–1: 1 − denoising strength.
+    The latent has `height` × `width` positions; the pass begins at progress `start`: 1 − denoising strength.
     """
     if not config.timed:
         return estimate(layout, config, height, width).share
-    if start >= 1.0:
-        return 1.0
-    total = sum(
-        (until - max(since, start)) * estimate(layout, config, height, width, since).share
-        for since, until in config.parts()
-        if until > start
-    )
-    return total / (1.0 - start)
+    parts = [(until - max(since, start), since) for since, until in config.parts() if until > start]
+    shares = [part * estimate(layout, config, height, width, since).share for part, since in parts]
+    return sum(shares) / (1.0 - start) if parts else 1.0

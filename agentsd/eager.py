@@ -16,32 +16,28 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_COMPILER = "torch._dynamo"
-# Older compilers guard on what hooks keep, and would compile every call anew.
-_OLDEST = (2, 9)
-FOLLOWS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= _OLDEST
+_COMPILER = "torch._dynamo"  # loaded on first use
+# Compilers before 2.9 guard on what hooks keep, and would compile every call anew.
+FOLLOWS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
-
-def compiling() -> bool:
-    """Whether torch.compile is tracing the caller into a graph."""
-    return FOLLOWS and torch.compiler.is_compiling()
+# Whether torch.compile is tracing the caller into a graph; PyTorch 2.1 cannot tell, and is not.
+compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", bool)
 
 
 def compiler_loaded() -> bool:
-    """Whether anything may be compiled: the compiler is loaded on first use."""
+    """Whether anything may be compiled."""
     return FOLLOWS and _COMPILER in sys.modules
 
 
 def followed(function: F) -> F:
-    """Decorator: a hook that the compiler may trace; older ones than `_OLDEST` are kept out of it."""
+    """Decorator: a hook that the compiler may trace; older ones are kept out of it."""
     return function if FOLLOWS else not_compiled(function)
 
 
 def constant(function: F) -> F:
     """Decorator: the compiler calls `function` once, while it traces, and takes what it returns for a constant.
 
-    Like `torch.compiler.assume_constant_result`, but without loading the compiler at import. The compiled code is used
-    again only for the same `self` and equal arguments.
+    Like `torch.compiler.assume_constant_result`, but without loading the compiler at import.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -78,11 +74,10 @@ def keep_out() -> None:
 
     It would do that behind a broken graph, and where the whole call has to be one graph it would fail there.
     """
-    code = _any.__code__  # all of them are one piece of code
     try:  # without the compiler's modules, where this PyTorch can
         frames = torch._C._dynamo.eval_frame
-        action = frames._FrameAction
-        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(action.SKIP, action.SKIP))
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        frames.set_code_exec_strategy(_any.__code__, skip)  # all of them are one piece of code
     except (AttributeError, TypeError):
         if _COMPILER in sys.modules:
             sys.modules[_COMPILER].decorators.skip(_any)

@@ -35,22 +35,14 @@ def plan_block(
     progress: float | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[AgentConfig, LayerPlan] | None:
-    """Plan one block of a U-Net.
+    """Plan one block of a U-Net: the settings in force there, and its plan; None where full attention stays.
 
-    Args:
-        config: the settings, with their stages and rules.
-        block: the block.
-        latent: (height, width) of the latent.
-        progress: fraction of the diffusion done, 0–1; needed only where settings vary over the diffusion.
-        size: (height, width) of the block's tokens as observed in a call; None derives it from the block's level.
-
-    Returns:
-        The settings in force in the block, and its plan; None where full attention stays, or the level is unknown.
+    `latent` is (height, width); `progress`, 0–1, is needed only where settings vary over the diffusion. `size` is that
+    of the block's tokens in a call; None derives it from the block's level, and there is no plan where it is unknown.
     """
-    if size is None:
-        if block.downsample is None:
-            return None
-        size = Grid(*latent).at(block.downsample)
+    if size is None and block.downsample is None:
+        return None
+    size = size or Grid(*latent).at(block.downsample)
     d = Grid(*latent).level_of(size)
     settings = config.at(progress, Block(block.name, d, block.largest_level))
     return None if settings is None else (settings, plan_layer(settings, *size, d, largest_level=block.largest_level))
@@ -59,18 +51,9 @@ def plan_block(
 def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *, largest_level: int = 1) -> LayerPlan:
     """Plan a block of `height` × `width` tokens under `config`, ignoring its stages and rules.
 
-    Settings of a tuning are kept at another size where that is sound: with as many tokens or more, in cells that are
-    not coarser.
-
-    As in AgentSD, the number of merged tokens is capped at N − N_dst, and agents are used only if
-    2 · n_agents < n_queries.
-
-    Args:
-        config: the settings.
-        height: rows of the grid of tokens.
-        width: columns of the grid.
-        downsample: level of the block: 1, 2, 4 …
-        largest_level: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
+    As in AgentSD, the number of merged tokens is capped at N − N_dst. Settings of a tuning are kept at another size
+    where that is sound: with as many tokens or more, in cells that are not coarser. `downsample` is the level of the
+    block, 1, 2, 4 …; `largest_level` that of the U-Net's largest self-attention layers, for which "auto" stands.
     """
     N, deepest = height * width, deepest_level(config, largest_level)
     tuned = config.tuned_for and Grid(*config.tuned_for).at(downsample)
@@ -116,12 +99,11 @@ def settings_read(config: AgentConfig) -> set[str]:
 
 def may_match(config: AgentConfig) -> bool:
     """Whether some block may need clusters of tokens: those of merged tokens, or those of similarity agents."""
-    clustered = config.ever("ratio") or any(source != "grid" for source in config.values("agent_source"))
-    merges = any(method_named(name).merges for name in config.values("method"))
-    return clustered and (merges or config.ever("merge_crossattn") or config.ever("merge_mlp"))
+    clustered = any(config.values("ratio")) or set(config.values("agent_source")) != {"grid"}
+    merges = [*(method_named(name).merges for name in config.values("method"))]
+    return clustered and any((*merges, *config.values("merge_crossattn"), *config.values("merge_mlp")))
 
 
 def merged_tokens(config: AgentConfig, plan: LayerPlan) -> int:
     """Count the tokens actually merged away in a block: none unless a part of it works on merged tokens."""
-    merges = config.merge_crossattn or config.merge_mlp or plan.method.merges
-    return plan.r if merges else 0
+    return plan.r if config.merge_crossattn or config.merge_mlp or plan.method.merges else 0

@@ -50,19 +50,16 @@ def rules_from(value: Any) -> tuple[Rule, ...]:
         return parse_rules(value or "")
     if isinstance(value, (Rule, Mapping)) or not isinstance(value, Iterable):
         raise SettingError(f"rules must be text or a list of rules, got {shown(value)}")
-    rules = tuple(_from_mapping(rule) if isinstance(rule, Mapping) else rule for rule in value)
+    rules = list(value)
+    for i, rule in enumerate(rules):
+        if isinstance(rule, Mapping):
+            check_names(rule, (*_CONDITIONS, "settings"))
+            rules[i] = Rule(**rule)
     return AgentConfig(rules=rules).rules
 
 
-def _from_mapping(arguments: Mapping[str, Any]) -> Rule:
-    check_names(arguments, (*_CONDITIONS, "settings"))
-    return Rule(**arguments)
-
-
 def _parse(text: str) -> Rule:
-    where: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
-    full = False
+    where, settings, full = {}, {}, False
     for word in text.split():
         name, equals, value = word.partition("=")
         if word.lower() == FULL:

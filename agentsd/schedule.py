@@ -97,17 +97,11 @@ class Timesteps:
 
 @dataclass(frozen=True)
 class Block:
-    """Position of a transformer block in its U-Net.
-
-    Attributes:
-        name: the block's name.
-        downsample: its level in the U-Net: 1, 2, 4 or 8; None if unknown.
-        largest_level: level of the U-Net's largest self-attention layers, which is what "auto" stands for.
-    """
+    """Position of a transformer block in its U-Net."""
 
     name: str = ""
-    downsample: int | None = None
-    largest_level: int = 1
+    downsample: int | None = None  # its level in the U-Net: 1, 2, 4 or 8; None if unknown
+    largest_level: int = 1  # of the U-Net's largest self-attention layers, for which "auto" stands
 
 
 ANYWHERE = Block()
@@ -142,15 +136,14 @@ class Rule:
             raise reject("since", self.since, f"below until, which is {until}")
         if not (self.settings is None or isinstance(self.settings, Mapping)):
             raise reject("settings", self.settings, "a mapping of settings, or None for full attention")
-        for name, value in (
+        vars(self).update(
             # a copy, which cannot change once a config has checked its names and values
-            ("settings", None if self.settings is None else dict(self.settings)),
-            ("downsample", tuple(map(LEVEL.check, _several(self.downsample)))),
-            ("blocks", tuple(map(_checked_pattern, _several(self.blocks)))),
-            ("since", since),
-            ("until", until),
-        ):
-            object.__setattr__(self, name, value)
+            settings=None if self.settings is None else dict(self.settings),
+            downsample=tuple(map(LEVEL.check, _several(self.downsample))),
+            blocks=tuple(map(_checked_pattern, _several(self.blocks))),
+            since=since,
+            until=until,
+        )
 
     def __hash__(self) -> int:
         settings = None if self.settings is None else tuple(sorted(self.settings.items()))
@@ -163,21 +156,19 @@ class Rule:
 
     def holds(self, progress: float | None) -> bool:
         """Whether it applies at `progress`, the fraction of the diffusion that is done."""
-        if not self.timed:
-            return True
-        return progress is not None and self.since <= progress and (progress < self.until or self.until == 1.0)
+        inside = progress is not None and self.since <= progress and (progress < self.until or self.until == 1.0)
+        return inside or not self.timed
 
     def names(self, block: Block) -> bool:
         """Whether it applies to this block."""
-        return (not self.downsample or block.downsample in self.downsample) and (
-            not self.blocks or any(fnmatchcase(block.name, pattern) for pattern in self.blocks)
-        )
+        named = not self.blocks or any(fnmatchcase(block.name, pattern) for pattern in self.blocks)
+        return named and (not self.downsample or block.downsample in self.downsample)
 
 
 def _several(value: Any) -> tuple[Any, ...]:
-    if value is None or value == "":
-        return ()
-    return tuple(value) if isinstance(value, (tuple, list, set, frozenset)) else (value,)
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return tuple(value)
+    return () if value is None or value == "" else (value,)
 
 
 def _checked_pattern(pattern: Any) -> str:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def counted(count: int, plural: str) -> str:
+    """Format a count with a plural noun, such as "256 agents" or "1 agent"."""
+    singular = f"{plural[:-3]}y" if plural.endswith("ies") else plural.removesuffix("s")
+    return f"{count} {singular if count == 1 else plural}"
+
+
 def percent(share: float) -> str:
     """Format a share as a percentage of two digits or more, such as "1.4%"."""
     value = 100 * share

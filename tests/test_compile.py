@@ -21,14 +21,13 @@ from agentsd.eager import FOLLOWS, not_compiled
 from agentsd.hosts import example_call, output_tensor
 
 GRID = {"ratio": 0.0, "agent_source": "grid"}
-# What the compiler makes part of the host's graph; the sides of the latents are those at which the method acts.
+# What the compiler makes part of the host's graph
 FOLLOWED = {
     "grid agents": GRID,
     "corrected agents": {**GRID, "method": "corrected", "agent_ratio": 0.75},
     "pooled keys and values": {**GRID, "method": "pool", "sx": 2, "sy": 2},
     "open cells": {**GRID, "method": "corrected", "agent_ratio": 0.9, "exact_ratio": 0.1},
 }
-SIDES = {"local attention": 40}
 # What it is kept out of: random partitions need the timestep, and clusters are sorted.
 KEPT_OUT = {"AgentSD's settings": {}, "the first token of each cell": {"use_rand": False}}
 SETTINGS = {**FOLLOWED, **KEPT_OUT}
@@ -80,15 +79,15 @@ def run_positional(unet: nn.Module, example: Any) -> Tensor:
     return output_tensor(unet(*example))
 
 
-def given(name: str = "", side: int = 0) -> Any:
-    """What the U-Net is given; for a method, of a size at which it acts."""
-    return inputs(1, *[side or SIDES.get(name, 16)] * 2)
+def given(side: int = 16) -> Any:
+    """What the U-Net is given."""
+    return inputs(1, side, side)
 
 
 class TestGraphs:
     @by_followed
     def test_one_graph_without_a_break_for_all_steps(self, name):
-        unet, (x, t, context) = one_block_unet(), given(name)
+        unet, (x, t, context) = one_block_unet(), given()
         compiled = Compiled(unet, fullgraph=True)  # which makes every break an error
         plain = run(unet, (x, t, context))
         with agentsd.patched(unet, **FOLLOWED[name]):
@@ -165,7 +164,7 @@ class TestGraphs:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_compiled_u_net_gives_the_same(name):
-    unet, (x, t, context) = one_block_unet(), given(name)
+    unet, (x, t, context) = one_block_unet(), given()
     plain = run(unet, (x, t, context))
     with torch.inference_mode(), agentsd.patched(unet, **SETTINGS[name]):
         patched = unet(x, t, context)
@@ -197,14 +196,9 @@ class TestRegional:
     EVERYWHERE: ClassVar = {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0, "max_downsample": 4}
 
     def compiled(self, unet: nn.Module, **options: Any) -> list[Any]:
-        graphs: list[Any] = []
-
-        def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
-            graphs.append(graph)
-            return graph.forward
-
-        unet.compile_repeated_blocks(**{"backend": backend, "fullgraph": True, **options})
-        return graphs
+        counter = Compiled(nn.Identity())
+        unet.compile_repeated_blocks(**{"backend": counter._backend, "fullgraph": True, **options})
+        return counter.graphs
 
     @pytest.mark.parametrize("kw", [GRID, EVERYWHERE], ids=["largest layers", "three levels"])
     def test_graphs_are_shared(self, kw):

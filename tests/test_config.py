@@ -9,7 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from blocks import as_model, flat_unet, inputs, run, tree
+from blocks import as_model, inputs, run, tree
+from patching import FLAT
 from torch import nn
 
 import agentsd
@@ -33,9 +34,7 @@ BAD = [
     ],
     *[("attn_precision", value, "None, 'fp32'") for value in ("fp16", "FP32", 32, True, ["fp32"])],
     *[("use_rand", value, "True or False") for value in (1, 0, "True", None, [])],
-    *[("merge_attn", value, "True or False") for value in (1, "no")],
-    *[("merge_crossattn", value, "True or False") for value in (1, "no")],
-    *[("merge_mlp", value, "True or False") for value in (1, "no")],
+    *[(name, value, "True or False") for name in ("merge_attn", "merge_crossattn", "merge_mlp") for value in (1, "no")],
     *[("agent_source", value, "'similarity', 'grid'") for value in ("Grid", "", None, 0, ["grid"])],
     *[("min_tokens", value, "from 0 to 16777216") for value in (-1, 2**24 + 1, 0.5, None, "abc")],
     *[("max_agents", value, "from 1 to 16777216, or None") for value in (0, -1, 0.5, nan, "abc", [])],
@@ -46,9 +45,10 @@ BAD = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def unet():
-    return flat_unet()
+    yield FLAT
+    agentsd.remove_patch(FLAT)
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD, ids=lambda x: repr(x)[:30])
@@ -75,27 +75,16 @@ def test_a_bad_value_touches_nothing(unet, name, value, allowed, patched_before)
     assert tree(unet) == before
     assert agentsd.get_patch(unet) is patch
     assert torch.equal(run(unet, example), out)
-    agentsd.remove_patch(unet)
 
 
 def test_settings_may_be_positional_in_the_reference_s_order(unet):
     agentsd.apply_patch(unet, 0.3, 2, 3, 5, 0.9, 0.4, 0.1, "fp32", False, False, True, True)
     config = agentsd.get_patch(unet).config
     agentsd.remove_patch(unet)
-    assert config == AgentConfig(
-        ratio=0.3,
-        max_downsample=2,
-        sx=3,
-        sy=5,
-        agent_ratio=0.9,
-        k_scale2=0.4,
-        k_shortcut=0.1,
-        attn_precision="fp32",
-        use_rand=False,
-        merge_attn=False,
-        merge_crossattn=True,
-        merge_mlp=True,
-    )
+    cells = {"ratio": 0.3, "max_downsample": 2, "sx": 3, "sy": 5, "agent_ratio": 0.9}
+    scales = {"k_scale2": 0.4, "k_shortcut": 0.1, "attn_precision": "fp32"}
+    switches = {"use_rand": False, "merge_attn": False, "merge_crossattn": True, "merge_mlp": True}
+    assert config == AgentConfig(**cells, **scales, **switches)
     with pytest.raises(TypeError):
         agentsd.apply_patch(unet, *dataclasses.astuple(config))
     assert agentsd.get_patch(unet) is None
@@ -104,7 +93,6 @@ def test_settings_may_be_positional_in_the_reference_s_order(unet):
 def test_apply_patch_takes_every_setting_and_shares_the_config_s_defaults(unet):
     agentsd.apply_patch(unet)
     assert agentsd.get_patch(unet).config == AgentConfig()
-    agentsd.remove_patch(unet)
     other = {"stages": paper_stages(), "rules": (Rule(None, downsample=8),)}
     for name, field in FIELDS.items():
         values = {
@@ -115,7 +103,6 @@ def test_apply_patch_takes_every_setting_and_shares_the_config_s_defaults(unet):
         other[name] = values.get(field.kind, not field.default)
     agentsd.apply_patch(unet, **other)
     assert agentsd.get_patch(unet).config == AgentConfig(**other)
-    agentsd.remove_patch(unet)
     assert all(other[name] != getattr(AgentConfig(), name) for name in SETTINGS)
 
 
@@ -138,9 +125,9 @@ def test_limits_are_inclusive_and_numbers_of_any_type_are_taken():
 
 def test_an_unknown_setting_names_its_like():
     with pytest.raises(SettingError, match=r"ratoi.*did you mean ratio"):
-        agentsd.apply_patch(flat_unet(), ratoi=0.4)
+        agentsd.apply_patch(FLAT, ratoi=0.4)
     with pytest.raises(SettingError, match=r"zzz=1.*k_shortcut"):
-        agentsd.apply_patch(flat_unet(), zzz=1)
+        agentsd.apply_patch(FLAT, zzz=1)
 
 
 @pytest.mark.parametrize("model", [None, 3, "abc", [], nn.Linear(2, 2), nn.Sequential(), as_model(nn.Linear(2, 2))])
@@ -149,11 +136,6 @@ def test_a_model_without_transformer_blocks_is_an_error(model):
         agentsd.apply_patch(model)
     assert agentsd.get_patch(model) is None
     assert agentsd.remove_patch(model) is model
-
-
-def test_a_bad_setting_is_told_before_a_bad_model_and_the_reverse():
-    with pytest.raises(ValueError, match=r"ratio|model"):
-        agentsd.apply_patch(None, ratio=-1)
 
 
 def test_a_config_is_frozen_and_hashable():
@@ -165,13 +147,6 @@ def test_a_config_is_frozen_and_hashable():
     assert dataclasses.replace(config, ratio=0.1).ratio == 0.1
     with pytest.raises(SettingError):
         dataclasses.replace(config, ratio=1)
-
-
-def test_a_stage_s_settings_can_t_be_changed_from_outside():
-    settings = {"ratio": 0.1}
-    config = AgentConfig(stages=[Stage(1.0, settings)])
-    settings["ratio"] = 7
-    assert config.at(0.5).ratio == 0.1
 
 
 class TestStages:
@@ -188,29 +163,21 @@ class TestStages:
             assert (later.ratio, later.sx, later.sy) == (0.4, 2, 2)
             assert plan_layer(later, 64, 64, 1).action == "merge"
 
-    def test_early_leaves_the_rest_untouched(self):
-        config = AgentConfig(stages=early(0.6))
-        assert config.at(0.59) == AgentConfig()
-        assert config.at(0.6) is None
-        assert config.at(1.0) is None
-
-    def test_early_from_since(self):
-        config = AgentConfig(ratio=0.0, stages=early(0.9, since=0.5, after=TOKEN_MERGING))
-        assert [getattr(config.at(progress), "ratio", None) for progress in (0, 0.49, 0.5, 0.89, 0.9, 1)] == [
-            None,
-            None,
-            0.0,
-            0.0,
-            0.4,
-            0.4,
-        ]
+    @pytest.mark.parametrize(
+        ("stages", "ratios"),
+        [
+            (early(0.6), {0.59: 0.1, 0.6: None, 1.0: None}),
+            ([Stage(0.5)], {0.49: 0.1, 0.5: None}),
+            (early(0.9, since=0.5, after=TOKEN_MERGING), {0: None, 0.49: None, 0.5: 0.1, 0.89: 0.1, 0.9: 0.4, 1: 0.4}),
+        ],
+    )
+    def test_what_they_leave_out_is_untouched(self, stages, ratios):
+        config = AgentConfig(ratio=0.1, stages=stages)
+        assert {progress: getattr(config.at(progress), "ratio", None) for progress in ratios} == ratios
 
     @pytest.mark.parametrize("progress", [None, -0.001, 1.001, nan, inf])
     def test_outside_the_diffusion_stages_stand_down(self, progress):
         assert AgentConfig(stages=[Stage(1.0)]).at(progress) is None
-
-    def test_stages_that_end_early_leave_the_rest_untouched(self):
-        assert AgentConfig(stages=[Stage(0.5)]).at(0.5) is None
 
     @pytest.mark.parametrize("until", [0, -1, 1.01, nan, "abc", None, True, [1]])
     def test_a_bad_end_is_an_error(self, until):
@@ -224,21 +191,6 @@ class TestStages:
         with pytest.raises(SettingError, match="since"):
             early(0.5, since=since)
 
-    @pytest.mark.parametrize(
-        ("settings", "named"),
-        [
-            ({"ratio": 1.2}, "ratio"),
-            ({"ratoi": 0.1}, "ratoi"),
-            ({"stages": ()}, "stages"),
-            ({"seed": 1}, "seed"),
-            ({"sx": [1]}, "sx"),
-            ({1: 2}, "1"),
-        ],
-    )
-    def test_a_bad_setting_of_a_stage_is_an_error_at_once(self, settings, named):
-        with pytest.raises(SettingError, match=named):
-            AgentConfig(stages=[Stage(1.0, settings)])
-
     @pytest.mark.parametrize("settings", ["abc", 3, [("ratio", 0.1)]])
     def test_a_stage_s_settings_are_a_mapping(self, settings):
         with pytest.raises(SettingError, match="settings"):
@@ -246,9 +198,9 @@ class TestStages:
 
     def test_a_switch_is_ever_on_if_any_stage_says_so(self):
         config = AgentConfig(stages=[Stage(0.3, None), Stage(0.6, {"merge_mlp": True}), Stage(1.0)])
-        assert config.ever("merge_mlp")
-        assert config.ever("merge_attn")
-        assert not config.ever("merge_crossattn")
+        assert any(config.values("merge_mlp"))
+        assert any(config.values("merge_attn"))
+        assert not any(config.values("merge_crossattn"))
 
     def test_parts_are_where_nothing_changes(self):
         assert AgentConfig().parts() == ((0.0, 1.0),)

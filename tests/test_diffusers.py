@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 import agentsd
-from agentsd import AgentConfig, Stage, early, get_patch, patch_unet, remove_patch
+from agentsd import early, get_patch, remove_patch
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
 from tiny_pipelines import (
     GRID,
-    MERGING,
     POOL,
     SIMILARITY,
     actions,
@@ -27,7 +26,6 @@ from tiny_pipelines import (
     run,
     tiny_sd,
     tiny_sdxl,
-    tiny_sdxl_unet,
     tiny_unet,
     unet_inputs,
 )
@@ -63,59 +61,6 @@ def test_pipelines_take_the_patch_and_give_it_back(make):
     assert torch.equal(picture(pipe), plain)
 
 
-def test_the_context_manager_removes_the_patch_after_an_error():
-    pipe = tiny_sd()
-    before = anatomy(pipe.unet)
-
-    def fail():
-        with agentsd.patched(pipe, **GRID):
-            assert get_patch(pipe).active
-            raise KeyError("theirs")
-
-    with pytest.raises(KeyError, match="theirs"):
-        fail()
-    assert anatomy(pipe.unet) == before
-
-
-def test_a_second_patch_replaces_the_first():
-    unet = tiny_unet()
-    agentsd.apply_patch(unet, **GRID)
-    once = run(unet)
-    agentsd.apply_patch(unet, **SIMILARITY)
-    agentsd.apply_patch(unet, **GRID)
-    assert torch.equal(run(unet), once)
-
-
-@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), "a model", None])
-def test_other_models_are_refused(wrong):
-    with pytest.raises(agentsd.UnsupportedModelError, match="Stable Diffusion"):
-        agentsd.apply_patch(wrong)
-
-
-def test_sdxl_has_no_attention_at_level_0():
-    unet = tiny_sdxl_unet()
-    plain = run(unet)
-    agentsd.apply_patch(unet, **GRID)
-    assert torch.equal(run(unet), plain)
-    assert all(plan.remedy == ("max_downsample",) and plan.reason for _, plan in get_patch(unet).explain(16, 16))
-    agentsd.apply_patch(unet, **GRID, max_downsample=2)
-    assert not torch.equal(run(unet), plain)
-    assert all(calls == {"agents": 1} for calls in actions(unet).values())
-
-
-def test_the_plan_is_what_happens():
-    unet = tiny_unet()
-    patch = patch_unet(unet, AgentConfig(**SIMILARITY))
-    foreseen = dict(patch.explain(16, 16))
-    run(unet)
-    assert {layer.name: layer.plan for layer in patch.report()} == foreseen
-    assert {name for name, plan in foreseen.items() if plan.action == "agents"} == {
-        "down_blocks.0.attentions.0.transformer_blocks.0",
-        "up_blocks.1.attentions.0.transformer_blocks.0",
-        "up_blocks.1.attentions.1.transformer_blocks.0",
-    }
-
-
 # Parity with LDM
 
 
@@ -149,21 +94,6 @@ def test_ldm_and_its_conversion_agree_where_the_sides_are_odd():
 
 
 # Stages
-
-
-def test_a_stage_is_chosen_by_the_timestep():
-    unet = tiny_unet()
-    noisy, late, last = 800.0, 500.0, 100.0
-    plain = {t: run(unet, timestep=torch.tensor(t)) for t in (noisy, late, last)}
-    with agentsd.patched(unet, **GRID):
-        agents = run(unet, timestep=torch.tensor(noisy))
-    with agentsd.patched(unet, **MERGING):
-        merged = run(unet, timestep=torch.tensor(late))
-    stages = (Stage(0.4), Stage(0.6, MERGING), Stage(1.0, None))
-    with agentsd.patched(unet, **GRID, stages=stages):
-        assert torch.equal(run(unet, timestep=torch.tensor(noisy)), agents)
-        assert torch.equal(run(unet, timestep=torch.tensor(late)), merged)
-        assert torch.equal(run(unet, timestep=torch.tensor(last)), plain[last])
 
 
 def test_a_pipeline_passes_through_its_stages():
@@ -223,12 +153,3 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(gradient(), direct)
     assert direct.abs().max() > 0
     assert get_patch(unet).notes == {}
-
-
-def test_a_row_does_not_depend_on_the_batch():
-    unet = tiny_unet()
-    agentsd.apply_patch(unet, **SIMILARITY)
-    given = unet_inputs(unet)
-    whole = run(unet)
-    row = run(unet, sample=given["sample"][1:], encoder_hidden_states=given["encoder_hidden_states"][1:])
-    torch.testing.assert_close(whole[1:], row, rtol=1e-4, atol=1e-4)

@@ -8,9 +8,11 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from blocks import actions, as_model, flat_unet, golden_unet, inputs, run
+from blocks import actions, inputs, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from patching import FLAT, patched_output
+from patching import GOLDEN as UNET
 
 import agentsd
 
@@ -18,7 +20,6 @@ safetensors = pytest.importorskip("safetensors", reason="needs safetensors to re
 
 GOLDEN = Path(__file__).parent / "golden" / "agentsd_golden.safetensors"
 CLOSE = {"rtol": 0, "atol": 1e-4}
-UNET, FLAT = golden_unet(), flat_unet()
 
 
 def golden_cases() -> dict[str, dict]:
@@ -38,13 +39,6 @@ def golden_inputs(case: dict):
 def oracle_output(unet, given_inputs, **kw) -> torch.Tensor:
     with oracle.answering(unet, oracle.Oracle(**kw), tuple(given_inputs[0].shape[2:])):
         return run(unet, given_inputs)
-
-
-def patched_output(unet, given_inputs, **kw) -> torch.Tensor:
-    with agentsd.patched(as_model(unet), **kw):
-        out = run(unet, given_inputs)
-        assert not agentsd.get_patch(unet).notes, "stood down"
-    return out
 
 
 @pytest.mark.parametrize("name", golden_cases())

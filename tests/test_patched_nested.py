@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import as_model, blocks_of, run, tree
+from blocks import blocks_of, run, tree
 from patching import CORRECTED, EVERYWHERE, EXAMPLE, GRID, MERGING, POOL, SIMILARITY, difference, hooks_of, undisturbed
 
 from agentsd import (
@@ -79,18 +79,6 @@ def test_the_context_of_keys_and_values_is_kept(unet):
     with patched(unet, **GRID):
         assert difference(run(unet, EXAMPLE), expected) > 0
     assert torch.equal(run(unet, EXAMPLE), expected)
-
-
-def test_apply_patch_may_be_the_outer_one(unet):
-    model = as_model(unet)
-    with undisturbed(unet):
-        apply_patch(model, **SIMILARITY)
-        patch, expected = get_patch(model), run(unet, EXAMPLE)
-        with patched(unet, **GRID):
-            assert difference(run(unet, EXAMPLE), expected) > 0
-        assert get_patch(model) is patch
-        assert torch.equal(run(unet, EXAMPLE), expected)
-        remove_patch(model)
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])

@@ -97,11 +97,6 @@ class TestPlanLayer:
         assert plan.remedy == ("min_tokens",)
         assert re.search(r"\b1024\b.*\b4096\b", plan.reason)
 
-    def test_merge_attn_off_leaves_self_attention_but_merges_the_rest(self):
-        plan = plan_layer(AgentConfig(merge_attn=False, merge_mlp=True), 16, 16, 1)
-        assert (plan.action, plan.r, plan.remedy) == ("untouched", 102, ("merge_attn",))
-        assert plan.reason
-
 
 GRID = {"agent_source": "grid", "agent_ratio": 0.5}
 # Each veto of `agentsd.plan` in its order: settings that raise it, and the settings that would lift it
@@ -117,18 +112,12 @@ LIFTED = {"max_downsample": 2, "min_tokens": 0, "merge_attn": True, "agent_ratio
 class TestVetoes:
     """A layer of 32 × 32 tokens at level 2."""
 
-    @pytest.mark.parametrize("name", VETOES)
-    def test_each_alone_leaves_the_layer_untouched_and_names_its_remedy(self, name):
-        given, remedy = VETOES[name]
+    @pytest.mark.parametrize(("given", "remedy"), VETOES.values(), ids=VETOES)
+    def test_each_alone_leaves_the_layer_untouched_and_names_the_remedy_that_lifts_it(self, given, remedy):
         plan = plan_layer(AgentConfig(**{**LIFTED, **given}), 32, 32, 2)
-        assert (plan.action, plan.queries, plan.agents) == ("untouched", 1024, 0)
-        assert not plan.acts
+        assert (plan.action, plan.acts, plan.queries, plan.agents) == ("untouched", False, 1024, 0)
         assert plan.reason
         assert plan.remedy == remedy
-
-    @pytest.mark.parametrize("name", VETOES)
-    def test_its_remedy_lifts_it(self, name):
-        given, remedy = VETOES[name]
         lifted = {**LIFTED, **given, **{setting: LIFTED[setting] for setting in remedy}}
         assert plan_layer(AgentConfig(**lifted), 32, 32, 2).acts
 
@@ -214,11 +203,8 @@ class TestPlace:
         assert plan_layer(auto, 64, 64, 2, largest_level=2).action == "agents"
         assert plan_layer(auto, 64, 64, 2).action == "untouched"
         assert plan_layer(auto, 32, 32, 4, largest_level=2).remedy == ("max_downsample",)
-
-    def test_auto_knows_the_first_level_by_the_block(self):
-        auto, latent = AgentConfig(max_downsample=AUTO), (64, 64)
-        for first, action in ((1, "untouched"), (2, "agents")):
-            _, plan = plan_block(auto, Block("input_blocks.4.1", 2, first), latent)
+        for first, action in ((1, "untouched"), (2, "agents")):  # which the block knows
+            _, plan = plan_block(auto, Block("input_blocks.4.1", 2, first), (64, 64))
             assert (plan.action, plan.tokens) == (action, 1024)
 
     def test_a_size_that_was_seen_counts_more_than_the_block_s_place(self):
@@ -251,4 +237,6 @@ def test_tokens_are_merged_only_where_a_part_of_the_block_works_on_them():
         ({"merge_attn": False, "merge_mlp": True}, 102),
     ]:
         config = AgentConfig(**settings)
-        assert merged_tokens(config, plan_layer(config, 16, 16, 1)) == merged, settings
+        plan = plan_layer(config, 16, 16, 1)
+        assert merged_tokens(config, plan) == merged, settings
+        assert plan.acts == config.merge_attn

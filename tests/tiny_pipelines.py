@@ -79,27 +79,10 @@ def unet_inputs(unet: UNet2DConditionModel, height: int = 16, width: int = 16, b
 
 def ldm_and_diffusers(use_linear: bool = False) -> tuple[nn.Module, UNet2DConditionModel]:
     """The same U-Net twice: as LDM builds it, and converted by diffusers."""
-    openaimodel = pytest.importorskip(
-        "ldm.modules.diffusionmodules.openaimodel", reason="needs stable-diffusion-sdkit's ldm"
-    )
-    ldm = randomised(
-        openaimodel.UNetModel(
-            image_size=16,
-            in_channels=4,
-            out_channels=4,
-            model_channels=32,
-            attention_resolutions=[1, 2],
-            num_res_blocks=1,
-            channel_mult=[1, 2],
-            num_heads=2,
-            use_spatial_transformer=True,
-            transformer_depth=1,
-            context_dim=CONTEXT,
-            use_linear_in_transformer=use_linear,
-            use_checkpoint=False,
-            legacy=False,
-        )
-    )
+    from blocks import initialised  # needs stable-diffusion-sdkit's ldm
+
+    layout = {"attention_resolutions": [1, 2], "channel_mult": [1, 2]}
+    ldm = initialised(**layout, context_dim=CONTEXT, use_linear_in_transformer=use_linear)
     unet = tiny_unet(use_linear_projection=use_linear)
     state = {f"model.diffusion_model.{name}": value for name, value in ldm.state_dict().items()}
     unet.load_state_dict(convert_ldm_unet_checkpoint(state, dict(unet.config)))

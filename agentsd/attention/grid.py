@@ -59,7 +59,7 @@ class Grid(NamedTuple):
 
 
 def cell_side(agent_ratio: float, height: int, width: int, max_agents: int | None = None) -> int:
-    """Return the side, in tokens, of the square cell that one agent stands for.
+    """Return the side, in tokens, of the square cell of one agent.
 
     The power of two nearest, in log, to 1/√(1 − agent_ratio), doubled until there are at most `max_agents` cells.
     """
@@ -76,15 +76,13 @@ def landmark_cell(agent_ratio: float, height: int, width: int, fewest: int, most
     other while it gives more than `most`.
     """
 
-    def samples() -> int:
-        return cells(height, sy) * cells(width, sx)
-
-    sy = sx = cell_side(agent_ratio, height, width)
-    while sy > 1 and samples() < fewest:
-        sy = sx = sy // 2
-    while samples() > most:
+    grid, side = Grid(height, width), cell_side(agent_ratio, height, width)
+    while side > 1 and grid.cells((side, side)).tokens < fewest:
+        side //= 2
+    sy = sx = side
+    while grid.cells((sy, sx)).tokens > most:
         sy, sx = (sy, 2 * sx) if sy == sx else (2 * sy, sx)
-    return (sy, sx), samples()
+    return (sy, sx), grid.cells((sy, sx)).tokens
 
 
 def landmark_places(size: tuple[int, int], cell: tuple[int, int]) -> list[tuple[int, int]]:

@@ -22,17 +22,11 @@ _BAG_DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Partition:
-    """Destination and source tokens of a grid, shared by all rows of a batch.
+    """Destination and source tokens of a grid, shared by all rows of a batch."""
 
-    Attributes:
-        dst: indices of the destination tokens (N_dst,), one per whole cell.
-        src: indices of all other tokens (N − N_dst,).
-        place: place of each token in the list of `dst` and `src` (N,).
-    """
-
-    dst: Tensor
-    src: Tensor
-    place: Tensor
+    dst: Tensor  # indices of the destination tokens (N_dst,), one per whole cell
+    src: Tensor  # indices of all other tokens (N − N_dst,)
+    place: Tensor  # place of each token in the list of `dst` and `src` (N,)
 
     def to(self, device: torch.device) -> Partition:
         return Partition(self.dst.to(device), self.src.to(device), self.place.to(device))
@@ -100,20 +94,14 @@ def partition_seed(seed: int, timestep: float | None, height: int, width: int, s
 def partition(height: int, width: int, sx: int, sy: int, seed: int | None = None) -> Partition:
     """Choose one destination token in each whole sy × sx cell of a height × width grid, on the CPU.
 
-    Args:
-        height: rows of the grid.
-        width: columns of the grid.
-        sx: width of a cell.
-        sy: height of a cell.
-        seed: seed of the random choice; None takes each cell's first token. No global generator is touched.
+    At random by `seed`, or the first if it is None. No global generator is touched.
     """
-    first, inside = _cells(height, width, sx, sy)
-    if seed is None:
-        dst = first
-    else:
+    token = torch.arange(height * width).view(height, width)
+    dst = token[: height // sy * sy : sy, : width // sx * sx : sx]  # the first of each cell
+    if seed is not None:
         # a shape of rows and columns: the generator's numbers depend on nothing else
-        pick = torch.randint(sy * sx, first.shape, generator=torch.Generator().manual_seed(seed))
-        dst = first + inside[pick]
+        pick = torch.randint(sy * sx, dst.shape, generator=torch.Generator().manual_seed(seed))
+        dst = dst + pick // sx * width + pick % sx
     dst = dst.flatten()
     is_dst = torch.zeros(height * width, dtype=torch.uint8)
     is_dst[dst] = 1
@@ -121,22 +109,11 @@ def partition(height: int, width: int, sx: int, sy: int, seed: int | None = None
     return Partition(dst, src, torch.cat([dst, src]).argsort())
 
 
-def _cells(height: int, width: int, sx: int, sy: int) -> tuple[Tensor, Tensor]:
-    """(first token of each whole cell (rows, columns), how far each token of a cell is from its first (sy · sx,))."""
-    token = torch.arange(height * width).view(height, width)
-    first = token[: height // sy * sy : sy, : width // sx * sx : sx]
-    return first, (torch.arange(sy)[:, None] * width + torch.arange(sx)).flatten()
-
-
 @torch.no_grad()
 def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Matching:
     """Match source tokens to their most similar destination tokens, and cluster the r and agent_r most similar.
 
-    Args:
-        x: tokens (B, N, C); read only; no reference is kept.
-        part: the partition of the N tokens.
-        r: number of tokens to merge away, 0 … N − N_dst.
-        agent_r: number of tokens to merge away to make agents, 0 … N − N_dst.
+    x: tokens (B, N, C), of which no reference is kept; r and agent_r, of tokens and of agents: 0 … N − N_dst.
     """
     B, N, _ = x.shape
     similarity, nearest = _nearest(x, part)
@@ -150,7 +127,7 @@ def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Matching:
 
 def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:
     """Find the most similar destination of each source token: its cosine similarity and index, both (B, N_src)."""
-    # in x's own dtype, like the reference: a float32 copy of x would take a fifth of the matching time
+    # in x's own dtype, like the reference: a float32 copy would take a fifth of the time
     unit = F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
     dst = unit.index_select(1, part.dst).transpose(1, 2)
     step = max(1, _SLAB // max(1, part.dst.numel()))

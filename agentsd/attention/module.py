@@ -23,20 +23,14 @@ class AgentBias(nn.Module):
 
     def __init__(self, heads: int, agents: int, size: tuple[int, int], block: int = 7) -> None:
         super().__init__()
-        height, width = size
-        self.row = nn.Parameter(torch.zeros(heads, agents, height, 1))
-        self.column = nn.Parameter(torch.zeros(heads, agents, 1, width))
+        self.row = nn.Parameter(torch.zeros(heads, agents, size[0], 1))
+        self.column = nn.Parameter(torch.zeros(heads, agents, 1, size[1]))
         self.block = nn.Parameter(torch.zeros(heads, agents, block, block))
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """Interpolate the bias to a grid of `size` = (height, width): (1, H, n, height · width)."""
-        height, width = size
-        total = (
-            F.interpolate(self.row, (height, 1), mode="bilinear")
-            + F.interpolate(self.column, (1, width), mode="bilinear")
-            + F.interpolate(self.block, size, mode="bilinear")
-        )
-        return total.flatten(2).unsqueeze(0)
+        parts = (self.row, (size[0], 1)), (self.column, (1, size[1])), (self.block, size)
+        return sum(F.interpolate(part, to, mode="bilinear") for part, to in parts).flatten(2).unsqueeze(0)
 
 
 class AgentAttention(nn.Module):
@@ -94,7 +88,10 @@ class AgentAttention(nn.Module):
         Raises:
             ValueError: `size` does not match the number of tokens.
         """
-        size = _grid_size(x.shape[1], size)
+        tokens = x.shape[1]
+        size = (int(tokens**0.5 + 0.5),) * 2 if size is None else size
+        if size[0] * size[1] != tokens:
+            raise ValueError(f"size must be (height, width) with height · width = {tokens} tokens, got {size}")
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         a = F.adaptive_avg_pool2d(_to_image(q, size), self.agents).flatten(2).transpose(1, 2)
         out = agent_attention(
@@ -108,20 +105,11 @@ class AgentAttention(nn.Module):
 
 
 def _agent_grid(agents: int | tuple[int, int]) -> tuple[int, int]:
-    side = int(max(agents, 0) ** 0.5 + 0.5) if isinstance(agents, int) else 0
+    side = round(max(agents, 0) ** 0.5) if isinstance(agents, int) else 0
     grid = (side, side) if side * side == agents else agents
     if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
         raise ValueError(f"agents must be a positive square number or (rows, columns), got {agents!r}")
     return grid[0], grid[1]
-
-
-def _grid_size(tokens: int, size: tuple[int, int] | None) -> tuple[int, int]:
-    if size is None:
-        side = int(tokens**0.5 + 0.5)
-        size = (side, side)
-    if size[0] * size[1] != tokens:
-        raise ValueError(f"size must be (height, width) with height · width = {tokens} tokens, got {size}")
-    return size
 
 
 def _to_image(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..eager import compiling
 from .grid import cells
 
 # Computes attention of q, k, v (B, H, N, d) without a mask at the scale d^-½, as (B, H, N, d)
@@ -43,13 +44,8 @@ def scaled_dot_product_attention(
     return kernel(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
 
 
-def compiling() -> bool:
-    """Whether torch.compile is tracing the caller; PyTorch 2.1 cannot tell, and is not."""
-    return hasattr(torch.compiler, "is_compiling") and torch.compiler.is_compiling()
-
-
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Disable autocast in a `with` block, also on devices without autocast, where torch.autocast may raise."""
+    """Disable autocast in a `with` block, also on devices without it, where torch.autocast may raise."""
     try:
         return torch.autocast(device_type, enabled=False)
     except RuntimeError:
@@ -58,9 +54,8 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 def add_scaled(out: Tensor, v: Tensor, weight: float) -> Tensor:
     """Compute out + weight · v, in place where autograd does not need `out`."""
-    if not weight:
-        return out
-    return torch.add(out, v, alpha=weight) if out.requires_grad else out.add_(v, alpha=weight)
+    add = torch.add if out.requires_grad else Tensor.add_
+    return add(out, v, alpha=weight) if weight else out
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -74,19 +69,14 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
-    """Average tokens over the cells of the grid; cells cut short by the edge average the tokens they have.
+    """Average tokens x (B, height · width, C), in row-major order, over cells of (height, width) tokens.
 
-    Args:
-        x: tokens in row-major order (B, height · width, C).
-        height: rows of the grid.
-        width: columns of the grid.
-        cell: (height, width) of a cell in tokens.
+    Cells cut short by the edge average the tokens they have.
 
     Returns:
         (B, ⌈height / cell height⌉ · ⌈width / cell width⌉, C), in row-major order.
     """
-    # A channels-last view: pooling it is several times faster than a mean over two axes, and the result is laid out by
-    # tokens again.
+    # a channels-last view: several times faster than a mean over two axes, and the result is laid out by tokens again
     image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     pooled = F.avg_pool2d(image, cell, ceil_mode=True, count_include_pad=False)
     return pooled.permute(0, 2, 3, 1).flatten(1, 2)

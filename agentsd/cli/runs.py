@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..apply import patch_unet, remove_patch
 from ..config import AgentConfig
-from ..methods import UNTOUCHED, method_of
+from ..methods import UNTOUCHED, selectable
 from ..patching.closeness import Closeness
 from ..patching.patch import Patch
 from ..settings import infotext
@@ -44,8 +44,9 @@ class Run:
 
     def say_what_was_done(self) -> None:
         """Print what agent attention did, and why it left layers to the model."""
+        phrases = {method.action: method.phrase for method in selectable()}
         changed = {action: count for action, count in self.actions.items() if action != UNTOUCHED and count}
-        what = ", ".join(f"{count} {method_of(action).phrase}" for action, count in changed.items()) or "none changed"
+        what = ", ".join(f"{count} {phrases[action]}" for action, count in changed.items()) or "none changed"
         print(f"agent attention: of {sum(self.actions.values())} self-attentions {what}")
         if self.closeness is not None:
             print(f"  {self.closeness}")

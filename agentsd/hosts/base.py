@@ -9,15 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-PROMPT_TOKENS = 77
-# What a block's self-attention must have
-_PARTS = ("to_q", "to_k", "to_v", "to_out", "heads")
 
 
 class UnsupportedModelError(ValueError):
@@ -26,23 +21,15 @@ class UnsupportedModelError(ValueError):
 
 @dataclass
 class Call:
-    """One self-attention call, as made by the host.
+    """One self-attention call, as made by the host."""
 
-    Attributes:
-        x: tokens (B, N, C).
-        context: input of the key and value projections; None means x.
-        mask: the attention mask, if any.
-        extras: other arguments that are neither None nor empty, by name.
-        proceed: makes the host's original call; given tokens, makes the same call with these in place of x.
-        wanted: what the seam's `wants` returned for it.
-    """
-
-    x: Tensor
-    context: Tensor | None
-    mask: Any
-    extras: Mapping[str, Any]
+    x: Tensor  # tokens (B, N, C)
+    context: Tensor | None  # input of the key and value projections; None means x
+    mask: Any  # the attention mask, if any
+    extras: Mapping[str, Any]  # other arguments that are neither None nor empty, by name
+    # makes the host's original call; given tokens, makes the same call with these in place of x
     proceed: Callable[..., Tensor]
-    wanted: Any = None
+    wanted: Any = None  # what the seam's `wants` returned for it
 
     def veto(self, tokens: int) -> str:
         """Say why this is no plain self-attention of so many tokens; empty if it is."""
@@ -66,32 +53,31 @@ def always() -> bool:
     return True
 
 
-class Seam(Protocol):
-    """Replacement point in one attention module, through which a handler answers its calls.
+class Seam(ABC):
+    """Replacement point in one attention module, through which a handler answers its calls."""
 
-    Attributes:
-        attn: the module.
-        obstacle: why its calls can't be answered; empty if they can.
-    """
+    obstacle = ""  # why its calls can't be answered; empty if they can
 
-    attn: nn.Module
-    obstacle: str
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
 
+    @abstractmethod
     def install(self, handler: Handler, wants: Callable[[], Any] = always) -> None:
         """Send calls to `handler` while `wants()` returns something, the others on unread; at most once per seam."""
 
-    def refresh(self) -> None:
+    def refresh(self) -> None:  # noqa: B027
         """See whether the host computes the attention in another way since, and go on answering if that can be."""
 
+    @abstractmethod
     def remove(self) -> None:
         """Restore the module."""
 
+    @abstractmethod
     def project_out(self, x: Tensor) -> Tensor:
         """Apply the attention's output projection."""
 
 
-@dataclass(frozen=True)
-class ExampleCall:
+class ExampleCall(NamedTuple):
     """Arguments for calling a U-Net, on its device and in the dtype that its host computes in."""
 
     args: tuple[Any, ...]
@@ -99,24 +85,18 @@ class ExampleCall:
 
 
 class Host(ABC):
-    """A family of models.
+    """A family of models."""
 
-    Attributes:
-        paths: dotted attributes under which a model of this family may hold its U-Net.
-        images: names of the argument that holds an image-shaped tensor (B, C, height, width).
-        tokens: names of the argument that holds tokens (B, N, C).
-        timesteps: names of the U-Net's argument that holds the timestep.
-        temporal: names of modules whose transformer blocks attend over frames.
-        resamplers: by class name of a resampling module, the downsample at which it convolves, relative to that of its
-            stage.
-    """
-
-    paths: tuple[str, ...] = ()
-    images: tuple[str, ...] = ()
-    tokens: tuple[str, ...] = ()
-    timesteps: tuple[str, ...] = ()
+    # dotted attributes under which a model of this family may hold its U-Net
+    paths: tuple[str, ...]
+    # names of the argument that holds an image-shaped tensor (B, C, height, width), tokens (B, N, C), or the timestep
+    images: tuple[str, ...]
+    tokens: tuple[str, ...]
+    timesteps: tuple[str, ...]
+    # names of modules whose transformer blocks attend over frames
     temporal: tuple[str, ...] = ()
-    resamplers: Mapping[str, float] = MappingProxyType({})
+    # by class name of a resampling module, the downsample at which it convolves, relative to that of its stage
+    resamplers: Mapping[str, float]
 
     @abstractmethod
     def owns(self, attn: nn.Module) -> bool:
@@ -136,11 +116,7 @@ class Host(ABC):
     ) -> ExampleCall:
         """Make arguments for calling the U-Net on noise.
 
-        Args:
-            unet: a U-Net of this family.
-            noise: makes a tensor of the given shape; the batch is its first dimension.
-            size: (height, width) of the latent.
-            t: timesteps, one per row of the batch.
+        `noise` makes a tensor of the given shape, the batch first; `size` is (height, width) of the latent; t (B,).
         """
 
     def dtype(self, unet: nn.Module) -> torch.dtype:
@@ -167,8 +143,8 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def is_block(module: nn.Module) -> bool:
     """Whether this is a BasicTransformerBlock with self-attention, by names, since every host has its own class."""
-    if not any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__):
-        return False
+    named = any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__)
+    parts = ("to_q", "to_k", "to_v", "to_out", "heads")
     # in most blocks of the x4 upscaler both attentions are to the prompt
     to_prompt = getattr(module, "only_cross_attention", False) or getattr(module, "disable_self_attn", False)
-    return not to_prompt and all(hasattr(getattr(module, "attn1", None), name) for name in _PARTS)
+    return named and not to_prompt and all(hasattr(getattr(module, "attn1", None), name) for name in parts)

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..costs import PROMPT_TOKENS
 from ..schedule import Moment, progress_of_edm, progress_of_flow
-from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, is_set, named
+from .base import Call, ExampleCall, Handler, Host, Seam, always, is_set, named
 
 
 class Diffusers(Host):
@@ -45,9 +46,8 @@ class Diffusers(Host):
     def example_call(
         self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
     ) -> ExampleCall:
-        config = unet.config
+        config, more = unet.config, {}
         prompt = noise(len(t), PROMPT_TOKENS, config.cross_attention_dim)
-        more: dict[str, Any] = {}
         if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL
             ids = 6  # original size, crop and target size, two numbers each
             pooled = unet.add_embedding.linear_1.in_features - ids * config.addition_time_embed_dim
@@ -65,11 +65,11 @@ def progress_by(model: Any, unet: nn.Module) -> Moment | None:
     return progress_of_flow if name.startswith("FlowMatch") or config.get("use_flow_sigmas") else None
 
 
-class ProcessorSeam:
+class ProcessorSeam(Seam):
     """Replacement of the processor of one diffusers attention module."""
 
     def __init__(self, attn: nn.Module) -> None:
-        self.attn = attn
+        super().__init__(attn)
         self.obstacle = self.obstacle_of(attn)
         self._answered: tuple[Handler, Callable[[], Any]] | None = None
         self._processor: Processor | None = None
@@ -194,18 +194,11 @@ def host_processor(attn: nn.Module) -> Any:
     return processor
 
 
-# Processors that compute plain attention, each with a different kernel.
-_PLAIN_PROCESSORS = (
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "AttnProcessorNPU",
-    "CustomAttnProcessor2_0",  # InvokeAI's name for plain attention
-    "DynamicAttnProcessorBMM",  # SD.Next's, which computes it in slices
-    "FusedAttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-    "XLAFlashAttnProcessor2_0",
-)
+# Processors that compute plain attention, each with a different kernel: diffusers', InvokeAI's, and SD.Next's in slices
+_PLAIN_PROCESSORS = {
+    *("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "FusedAttnProcessor2_0", "SlicedAttnProcessor"),
+    *("XFormersAttnProcessor", "XLAFlashAttnProcessor2_0", "CustomAttnProcessor2_0", "DynamicAttnProcessorBMM"),
+}
 
 
 def _obstacle(attn: nn.Module) -> str:

@@ -22,22 +22,13 @@ def host_of(attn: nn.Module) -> Host:
 
 def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield (name, downsample) of each stage of the U-Net, by the first family whose layout matches."""
-    for host in HOSTS:
-        stages = list(host.stages(unet))
-        if stages:
-            yield from stages
-            return
+    yield from next(filter(None, (list(host.stages(unet)) for host in HOSTS)), ())
 
 
 def example_call(unet: nn.Module, height: int, width: int, progress: float, rows: int = 2) -> ExampleCall:
-    """Make arguments for calling a U-Net on noise; the same every time.
+    """Make arguments for calling a U-Net on noise, the same every time, at `progress` 0–1 of the diffusion.
 
-    Args:
-        unet: the U-Net.
-        height: rows of the latent.
-        width: columns of the latent.
-        progress: fraction of the diffusion done, 0–1.
-        rows: batch size; 2 for cond and uncond.
+    The latent has `height` × `width` positions; the batch has `rows`, two for cond and uncond.
     """
     host, weight = host_of(next(m.attn1 for m in unet.modules() if is_block(m))), weight_of(unet)
     generator, dtype = torch.Generator().manual_seed(0), host.dtype(unet)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import PROMPT_TOKENS, Call, ExampleCall, Handler, Host, Seam, always, is_set, named, weight_of
+from ..costs import PROMPT_TOKENS
+from .base import Call, ExampleCall, Handler, Host, Seam, always, is_set, named, weight_of
 
 
 class LDM(Host):
@@ -60,16 +61,15 @@ class LDM(Host):
         return getattr(unet, "computation_dtype", None) or weight_of(unet).dtype  # Forge casts weights as it goes
 
 
-class ForwardSeam:
+class ForwardSeam(Seam):
     """Replacement of the `forward` of one LDM, sgm or Forge attention module, on the instance."""
 
     # Arguments that do not affect attention itself: Forge's transformer_options carries patches that its block applies
     # around attn1.
     _HARMLESS = ("transformer_options",)
-    obstacle = ""
 
     def __init__(self, attn: nn.Module) -> None:
-        self.attn = attn
+        super().__init__(attn)
         self._names = _positional_names(type(attn).forward)
         self._previous: Callable[..., Tensor] | None = None
         self._forward: Callable[..., Tensor] | None = None
@@ -81,9 +81,6 @@ class ForwardSeam:
         self._previous = self.attn.__dict__.get("forward")
         # a bound method, not a closure, so that a deep copy of the model gets its own seam
         self._forward = self.attn.forward = self._answer
-
-    def refresh(self) -> None:
-        pass
 
     def remove(self) -> None:
         """Restore `forward`. A wrapper put on top since then stays, and now wraps a pass-through."""

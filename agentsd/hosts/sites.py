@@ -18,21 +18,13 @@ _TEMPORAL = {name for host in HOSTS for name in host.temporal}
 
 @dataclass
 class Site:
-    """One transformer block that can be patched; in a transformer, one attention of a block.
+    """One transformer block that can be patched; in a transformer, one attention of a block."""
 
-    Attributes:
-        block: the block: attn1, attn2 and ff.
-        parent: the module around it that sees the tokens as an image.
-        place: its name and its level, read off the U-Net's structure.
-        host: the family that its self-attention belongs to.
-        attn: its self-attention.
-    """
-
-    block: nn.Module
-    parent: nn.Module
-    place: Block
-    host: Host
-    attn: nn.Module
+    block: nn.Module  # attn1, attn2 and ff
+    parent: nn.Module  # the module around it that sees the tokens as an image
+    place: Block  # its name and its level, read off the U-Net's structure
+    host: Host  # the family that its self-attention belongs to
+    attn: nn.Module  # its self-attention
 
     @property
     def name(self) -> str:

@@ -10,7 +10,6 @@ from .base import (
     Method,
     SelfAttention,
     method_named,
-    method_of,
     register,
     selectable,
     unregister,
@@ -20,16 +19,5 @@ from .base import (
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = [
-    "METHODS",
-    "UNTOUCHED",
-    "LayerPlan",
-    "Method",
-    "SelfAttention",
-    "method_named",
-    "method_of",
-    "register",
-    "selectable",
-    "unregister",
-    "untouched",
-]
+__all__ = ["METHODS", "UNTOUCHED", "LayerPlan", "Method", "SelfAttention", "method_named"]
+__all__ += ["register", "selectable", "unregister", "untouched"]

@@ -6,14 +6,11 @@ Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..attention.grid import cell_side, cells, destinations
-from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
+from ..words import counted
+from .base import LayerPlan, Method, SelfAttention, Settings, Span, Tensor, register, too_many_agents, untouched
 from .merge import plan_merge
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @register
@@ -32,22 +29,25 @@ class Agents(Method):
         n, cell, agent_r = _count(settings, height, width)
         if 2 * n < N - r:
             return LayerPlan(self, N, N - r, n, cell, r, agent_r)
-        reason, remedy = too_many_agents(n, N - r), _remedy(settings, height, width, n, r)
+        # similarity agents are never fewer than the partition's cells
+        capped = self.clusters(settings) and n == destinations(settings.sx, settings.sy, height, width)
+        reason, remedy = too_many_agents(n, N - r), ("sx", "sy") if capped else ("agent_ratio",)
         if not r:
             return untouched(N, reason, *remedy)
-        # with agent_ratio 0, merging alone is what the settings ask for: no shortfall
-        return plan_merge(height, width, r, reason, remedy) if settings.agent_ratio else plan_merge(height, width, r)
+        if not settings.agent_ratio:  # merging alone is what the settings ask for: no shortfall
+            return plan_merge(height, width, r)
+        return plan_merge(height, width, r, reason, (*remedy, "ratio"))
 
     def clusters(self, settings: Settings) -> bool:
         return settings.agent_source != "grid"
 
     def attend(self, attention: SelfAttention) -> Tensor:
+        from ..attention.agent import agent_attention
+        from ..attention.tensors import add_scaled
+
         k_scale2, k_shortcut = attention.settings.k_scale2, attention.settings.k_shortcut
 
         def step(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
-            from ..attention.agent import agent_attention
-            from ..attention.tensors import add_scaled
-
             return add_scaled(agent_attention(q, k, v, a, k_scale2=k_scale2), v, k_shortcut)
 
         merged = attention.merged
@@ -82,18 +82,11 @@ def _count(settings: Settings, height: int, width: int) -> tuple[int, tuple[int,
     return N - agent_r, None, agent_r
 
 
-def _remedy(settings: Settings, height: int, width: int, n: int, r: int) -> tuple[str, ...]:
-    # similarity agents are never fewer than the partition's cells
-    capped = settings.agent_source != "grid" and n == destinations(settings.sx, settings.sy, height, width)
-    return (*(("sx", "sy") if capped else ("agent_ratio",)), *(("ratio",) if r else ()))
-
-
 def _project(attention: SelfAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute queries, keys and values of the merged tokens, and agents of all tokens.
 
-    A mean and a projection commute, since the projection is affine and the weights of a mean sum to 1. So pool before
-    projecting where that leaves fewer tokens to project, unless another extension wraps the projections and may rely
-    on seeing all tokens.
+    A mean and a projection commute, so pool first where that leaves fewer tokens to project, unless another extension
+    wraps the projections and may rely on seeing all tokens.
     """
     x, merged = attention.x, attention.merged
     if merged is None or attention.wrapped():

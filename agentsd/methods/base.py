@@ -12,7 +12,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,42 +23,31 @@ if TYPE_CHECKING:
     from ..attention.merging import Clusters, Matching
     from ..config import AgentConfig as Settings
 else:
-    Settings = Any  # the config is a floor above
+    Settings = Tensor = Any  # the config is a floor above
 
 UNTOUCHED = "untouched"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Plan of one transformer block.
+    """Plan of one transformer block."""
 
-    Attributes:
-        method: what computes self-attention.
-        tokens: N, the number of tokens of the layer.
-        queries: number of queries that attention is computed for.
-        agents: n, the number of agent tokens, or of pooled or sampled keys; 0 if there are none.
-        cell: (height, width) in tokens of the cell that each of them stands for; None if there are no cells.
-        r: number of tokens merged away, in all parts of the block that merge.
-        agent_r: number of tokens merged away to make similarity agents.
-        reason: why self-attention is untouched; empty if it is changed.
-        shortfall: why less is done than requested, such as merging without agents; empty if nothing falls short.
-        remedy: names of the settings that would change the reason or the shortfall.
-        opened: number of cells that each window of queries attends to in full.
-        note: what to know of it all the same, such as that it was tuned for another size; empty if nothing.
-    """
-
-    method: Method
-    tokens: int
-    queries: int
-    agents: int = 0
+    method: Method  # what computes self-attention
+    tokens: int  # N, the number of tokens of the layer
+    queries: int  # number of queries that attention is computed for
+    agents: int = 0  # n, the number of agent tokens, or of pooled or sampled keys; 0 if there are none
+    # (height, width) in tokens of the cell that each of them stands for; None if there are no cells
     cell: tuple[int, int] | None = None
-    r: int = 0
-    agent_r: int = 0
-    reason: str = ""
-    opened: int = 0
+    r: int = 0  # number of tokens merged away, in all parts of the block that merge
+    agent_r: int = 0  # number of tokens merged away to make similarity agents
+    reason: str = ""  # why self-attention is untouched; empty if it is changed
+    opened: int = 0  # number of cells that each window of queries attends to in full
     # not compared: plans that do the same are equal, however they are explained
+    # why less is done than requested, such as merging without agents; empty if nothing falls short
     shortfall: str = field(default="", compare=False)
+    # names of the settings that would change the reason or the shortfall
     remedy: tuple[str, ...] = field(default=(), compare=False)
+    # what to know of it all the same, such as that it was tuned for another size; empty if nothing
     note: str = field(default="", compare=False)
 
     @property
@@ -80,43 +72,25 @@ def too_many_agents(agents: int, queries: int) -> str:
     return f"{counted(agents, 'agents')} {verb} too many for {counted(queries, 'queries')} (fewer than half are needed)"
 
 
-def counted(count: int, noun: str) -> str:
-    """Format a count with a plural noun, such as "256 agents" or "1 agent"."""
-    if count == 1:
-        noun = f"{noun[:-3]}y" if noun.endswith("ies") else noun.removesuffix("s")
-    return f"{count} {noun}"
-
-
 @dataclass
 class SelfAttention:
-    """One call of a layer's self-attention, as a method sees it.
+    """One call of a layer's self-attention, as a method sees it."""
 
-    Attributes:
-        x: tokens (B, N, C), in row-major order.
-        plan: the layer's plan.
-        settings: the settings in force in this layer now.
-        size: (height, width) of the token grid.
-        heads: number of heads H.
-        matching: clusters of merged tokens and of similarity agents; None if there are none.
-        wrapped: tells whether another extension wraps the projections and may rely on seeing all N tokens.
-        project: maps tokens to queries, keys and values by the host's own projections.
-        project_q: maps tokens to queries.
-        project_out: the host's output projection.
-        proceed: makes the host's original call; given tokens, makes the same call with these in place of x.
-        text: keys and values (B, T, C) that every token attends to in full beside the image's; None if there are none.
-    """
-
-    x: Tensor
-    plan: LayerPlan
-    settings: Settings
-    size: tuple[int, int]
-    heads: int
-    matching: Matching | None
+    x: Tensor  # tokens (B, N, C), in row-major order
+    plan: LayerPlan  # the layer's plan
+    settings: Settings  # the settings in force in this layer now
+    size: tuple[int, int]  # (height, width) of the token grid
+    heads: int  # number of heads H
+    matching: Matching | None  # clusters of merged tokens and of similarity agents; None if there are none
+    # tells whether another extension wraps the projections and may rely on seeing all N tokens
     wrapped: Callable[[], bool]
+    # maps tokens to queries, keys and values by the host's own projections
     project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    project_q: Callable[[Tensor], Tensor]
-    project_out: Callable[[Tensor], Tensor]
+    project_q: Callable[[Tensor], Tensor]  # maps tokens to queries
+    project_out: Callable[[Tensor], Tensor]  # the host's output projection
+    # makes the host's original call; given tokens, makes the same call with these in place of x
     proceed: Callable[..., Tensor]
+    # keys and values (B, T, C) that every token attends to in full beside the image's; None if there are none
     text: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -131,14 +105,11 @@ class SelfAttention:
         """
         from ..attention.tensors import join_heads, no_autocast, split_heads
 
-        def apply(inputs: Sequence[Tensor]) -> Tensor:
-            return join_heads(step(*(split_heads(t, self.heads) for t in inputs)))
-
+        inputs, first = [split_heads(t, self.heads) for t in tensors], tensors[0]
         if self.settings.attn_precision is None:
-            return apply(tensors)
-        first = tensors[0]
+            return join_heads(step(*inputs))
         with no_autocast(first.device.type):
-            return apply([t.float() for t in tensors]).to(first.dtype)
+            return join_heads(step(*(t.float() for t in inputs))).to(first.dtype)
 
     def full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute full attention of queries, keys and values, each (B, M, C), and text."""
@@ -156,34 +127,22 @@ Span = tuple[int, int, int, int]
 
 
 class Method(ABC):
-    """One way to compute self-attention.
+    """One way to compute self-attention."""
 
-    Attributes:
-        name: the value of the setting `method` that selects it.
-        action: its name in plans and reports; `name` unless set.
-        summary: what it does, for the panel's help: a clause without a full stop.
-        noun: plural noun for its agents in sentences.
-        phrase: description of its calls after their number: "40 `phrase`".
-        selectable: whether the setting `method` can select it.
-        merges: whether its self-attention works on the `r` merged tokens.
-        averages: whether it takes means of tokens, which say nothing where positions are rotations.
-        takes_text: whether it attends to `SelfAttention.text`.
-        reads: names of the settings that `plan` and `attend` read, beside those of merging tokens; None for any.
-        candidates: settings that are worth trying when a model is tuned, beside `method` itself.
-        tuned_from: number of agents below which tuning doesn't try it, for what a few recorded calls would not show.
-    """
-
-    name: str
-    action: str = ""
-    summary: str = ""
-    noun: str = "agents"
-    phrase: str = ""
-    selectable: bool = True
-    merges: bool = False
-    averages: bool = False
-    takes_text: bool = False
+    name: str  # the value of the setting `method` that selects it
+    action: str = ""  # its name in plans and reports; `name` unless set
+    summary: str = ""  # what it does, for the panel's help: a clause without a full stop
+    noun: str = "agents"  # plural noun for its agents in sentences
+    phrase: str = ""  # description of its calls after their number: "40 `phrase`"
+    selectable: bool = True  # whether the setting `method` can select it
+    merges: bool = False  # whether its self-attention works on the `r` merged tokens
+    averages: bool = False  # whether it takes means of tokens, which say nothing where positions are rotations
+    takes_text: bool = False  # whether it attends to `SelfAttention.text`
+    # names of the settings that `plan` and `attend` read, beside those of merging tokens; None for any
     reads: tuple[str, ...] | None = None
+    # settings that are worth trying when a model is tuned, beside `method` itself
     candidates: tuple[Mapping[str, Any], ...] = ()
+    # number of agents below which tuning doesn't try it, for what a few recorded calls would not show
     tuned_from: int = 0
 
     def __init_subclass__(cls) -> None:
@@ -215,20 +174,14 @@ class Method(ABC):
         return f"{counted(plan.tokens, 'tokens')} → {counted(plan.agents, self.noun)}{merged}"
 
     def marks(self, plan: LayerPlan, height: int, width: int, agent_tokens: Sequence[int]) -> list[Span]:
-        """Locate its agents on the grid; the token map draws a mark in the middle of each span.
+        """Locate its agents on a grid of `height` × `width`; the token map draws a mark in the middle of each span.
 
-        Args:
-            plan: what was done.
-            height: rows of the grid.
-            width: columns of the grid.
-            agent_tokens: tokens at which similarity agents sit; empty if there are none.
+        `agent_tokens` are those at which similarity agents sit; empty if there are none.
         """
         if plan.cell is None:
             return []
-        sy, sx = plan.cell
-        return [
-            (y, x, min(y + sy, height), min(x + sx, width)) for y in range(0, height, sy) for x in range(0, width, sx)
-        ]
+        (sy, sx), corners = plan.cell, product(range(0, height, plan.cell[0]), range(0, width, plan.cell[1]))
+        return [(y, x, min(y + sy, height), min(x + sx, width)) for y, x in corners]
 
     def caption(self, plan: LayerPlan) -> str:
         """Explain the marks in a sentence; empty if there are none."""
@@ -251,11 +204,6 @@ def unregister(action: str) -> None:
     del _BY_ACTION[action]
 
 
-def method_of(action: str) -> Method:
-    """Return the method whose plans have this `action`."""
-    return _BY_ACTION[action]
-
-
 def method_named(name: str) -> Method:
     """Return the method that the setting `method` selects by this name."""
     return next(method for method in selectable() if method.name == name)
@@ -275,9 +223,6 @@ class _Names(Sequence[str]):
 
     def __len__(self) -> int:
         return len(selectable())
-
-    def __repr__(self) -> str:
-        return repr(tuple(self))
 
 
 METHODS: Sequence[str] = _Names()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..attention.grid import HALO, WINDOW, cells, landmark_cell, landmark_places
-from .base import LayerPlan, Method, SelfAttention, Settings, Span, counted, register, too_many_agents, untouched
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..words import counted
+from .base import LayerPlan, Method, SelfAttention, Settings, Span, Tensor, register, too_many_agents, untouched
 
 # With fewer agents, fitted values overshoot between them: see docs/measurements.md for figures.
 MIN_AGENTS = 32

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from .base import UNTOUCHED, LayerPlan, Method, SelfAttention, Settings, register, untouched
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .base import UNTOUCHED, LayerPlan, Method, SelfAttention, Settings, Tensor, register, untouched
 
 
 @register
 class Full(Method):
     """Full attention. Cannot be selected by name: rules and stages ask for it with settings of None."""
 
-    name = action = phrase = UNTOUCHED
+    name = UNTOUCHED
     selectable = False
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:

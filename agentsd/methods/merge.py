@@ -5,34 +5,25 @@ Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from .base import LayerPlan, Method, SelfAttention, Settings, method_named, register, untouched
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_ACTION = "merge"
+from .base import LayerPlan, Method, SelfAttention, Settings, Tensor, method_named, register, untouched
 
 
 def plan_merge(height: int, width: int, r: int, shortfall: str = "", remedy: tuple[str, ...] = ()) -> LayerPlan:
     """Plan to merge `r` tokens away; `shortfall` and `remedy` as in `LayerPlan`."""
     N = height * width
-    return LayerPlan(method_named(_ACTION), N, N - r, r=r, shortfall=shortfall, remedy=remedy)
+    return LayerPlan(method_named("merge"), N, N - r, r=r, shortfall=shortfall, remedy=remedy)
 
 
 @register
 class Merge(Method):
-    name = action = _ACTION
+    name = "merge"
     summary = "token merging by Ratio, without agents"
     phrase = "merged"
     merges = True
     reads = ()
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
-        if r:
-            return plan_merge(height, width, r)
-        return untouched(height * width, "no token is merged", "ratio")
+        return plan_merge(height, width, r) if r else untouched(height * width, "no token is merged", "ratio")
 
     def attend(self, attention: SelfAttention) -> Tensor:
         merged = attention.merged

@@ -5,13 +5,8 @@ Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolut
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..attention.grid import cells
-from .base import LayerPlan, Method, SelfAttention, Settings, register, untouched
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .base import LayerPlan, Method, SelfAttention, Settings, Tensor, register, untouched
 
 
 @register
@@ -38,9 +33,8 @@ class Pool(Method):
         q, k, v = attention.project(attention.x)
         k, pooled = (pool_tokens(t, *attention.size, cell) for t in (k, v))
         out = attention.full(q, k, pooled)
-        if weight:
-            out = add_scaled(out, lost_by_pooling(v, pooled, *attention.size, cell), weight)
-        return attention.project_out(out)
+        lost = lost_by_pooling(v, pooled, *attention.size, cell) if weight else v
+        return attention.project_out(add_scaled(out, lost, weight))
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
         C, N, n = channels, plan.tokens, plan.agents

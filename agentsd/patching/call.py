@@ -48,21 +48,13 @@ def current_call() -> ModelCall | None:
 
 
 class Planned(NamedTuple):
-    """What is done in a block, all None where full attention stays.
+    """What is done in a block, all None where full attention stays."""
 
-    Attributes:
-        config: the settings in force.
-        plan: the plan.
-        size: (height, width) of its tokens.
-        clustered: whether self-attention works on clusters of the block's tokens.
-        name: names all of this to the compiler; empty where self-attention isn't changed.
-    """
-
-    config: AgentConfig | None = None
+    config: AgentConfig | None = None  # the settings in force
     plan: LayerPlan | None = None
-    size: Grid | None = None
-    clustered: bool = False
-    name: str = ""
+    size: Grid | None = None  # (height, width) of its tokens
+    clustered: bool = False  # whether self-attention works on clusters of the block's tokens
+    name: str = ""  # names all of this to the compiler; empty where self-attention isn't changed
 
 
 UNPLANNED = Planned()
@@ -70,18 +62,12 @@ UNPLANNED = Planned()
 
 @dataclass(slots=True)
 class BlockCall:
-    """What one block does in a call of the U-Net.
-
-    Attributes:
-        planned: what is done.
-        asked: whether its self-attention came by.
-        matching: clusters of its tokens, while it runs.
-        merged: what the block's other layers run on now: clusters and the tokens (B, N, C), by the layer's switch.
-    """
+    """What one block does in a call of the U-Net."""
 
     planned: Planned
-    asked: bool = False
-    matching: Matching | None = None
+    asked: bool = False  # whether its self-attention came by
+    matching: Matching | None = None  # clusters of its tokens, while it runs
+    # what the block's other layers run on now: clusters and the tokens (B, N, C), by the layer's switch
     merged: dict[str, tuple[Clusters, Tensor]] | None = None
 
 
@@ -132,64 +118,42 @@ class ModelCall:
         return match(x, self.partitions[key], r, agent_r)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A patched self-attention call, as `Patch.observer` receives it.
+class Answer(NamedTuple):
+    """A patched self-attention call, as `Patch.observer` receives it."""
 
-    Attributes:
-        name: the block's name in the U-Net.
-        size: (height, width) of its tokens.
-        plan: what was done.
-        matching: the clusters used; None if there were none.
-        latent: (height, width) of the latent.
-        timestep: timestep of the U-Net call; None if the call had none.
-        call: the U-Net call, shared by all blocks in it.
-    """
-
-    name: str
-    size: Grid
-    plan: LayerPlan
-    matching: Matching | None
-    latent: Grid
-    timestep: float | None
-    call: ModelCall
+    name: str  # the block's name in the U-Net
+    size: Grid  # (height, width) of its tokens
+    plan: LayerPlan  # what was done
+    matching: Matching | None  # the clusters used; None if there were none
+    latent: Grid  # (height, width) of the latent
+    timestep: float | None  # timestep of the U-Net call; None if the call had none
+    call: ModelCall  # the U-Net call, shared by all blocks in it
 
 
 @dataclass(eq=False)
 class PatchState:
-    """What the blocks of one patch share from call to call.
+    """What the blocks of one patch share from call to call."""
 
-    Attributes:
-        config: the settings.
-        kv_context: maps an attention module and its input to the inputs of the key and value projections.
-        outside: whether no answer may be part of a graph.
-        active: whether the patch is installed.
-        timesteps: tells how far the diffusion is.
-        notes: reasons for leaving self-attention to the host, each with its number of calls.
-        observer: is called with an `Answer` after every patched attention, of which it must not keep a tensor; None
-            (the default) costs nothing.
-        meter: closeness to full attention, while it is observed.
-        timing: times what is done, while the patch measures.
-        finite: compares the first answers with the host's.
-        last_call: the U-Net call that began last; None before the first, and where torch.compile made it part of a
-            graph. Gradient checkpointing makes blocks run again when it has ended.
-        sized_outside: whether sizes are read off values, which no graph can.
-        key: size and part of the call that a compiled graph is in, as text, since torch.compile takes a number that
-            changes for a dynamic one; None while nothing may be patched.
-    """
-
-    config: AgentConfig
+    config: AgentConfig  # the settings
+    # maps an attention module and its input to the inputs of the key and value projections
     kv_context: KVContext | None = None
-    outside: bool = False
-    active: bool = False
-    timesteps: Timesteps = field(default_factory=Timesteps)
+    outside: bool = False  # whether no answer may be part of a graph
+    active: bool = False  # whether the patch is installed
+    timesteps: Timesteps = field(default_factory=Timesteps)  # tells how far the diffusion is
+    # reasons for leaving self-attention to the host, each with its number of calls
     notes: Counter[str] = field(default_factory=Counter)
+    # is called with an `Answer` after every patched attention, of which it must not keep a tensor; None (the default)
+    # costs nothing
     observer: Callable[[Answer], None] | None = None
     meter: ClosenessMeter | None = None
     timing: Measurement | None = None
     finite: FiniteCheck = field(default_factory=FiniteCheck)
+    # the U-Net call that began last; None before the first, and where torch.compile made it part of a graph. Gradient
+    # checkpointing makes blocks run again when it has ended.
     last_call: ModelCall | None = None
-    sized_outside: bool = False
+    sized_outside: bool = False  # whether sizes are read off values, which no graph can
+    # size and part of the call that a compiled graph is in, as text, since torch.compile takes a number that changes
+    # for a dynamic one; None while nothing may be patched
     key: str | None = None
     _said: set[str] = field(default_factory=set)
 

@@ -18,19 +18,12 @@ EVERY = 5
 
 @dataclass(frozen=True)
 class Closeness:
-    """How close self-attention was to full attention, in the blocks that were patched.
+    """How close self-attention was to full attention, in the blocks that were patched."""
 
-    Attributes:
-        mean: relative error ‖ours − full‖ / ‖full‖ of attention's output, averaged over the blocks.
-        worst: that of the worst block.
-        block: name of the worst block.
-        calls: number of U-Net calls that were observed.
-    """
-
-    mean: float
-    worst: float
-    block: str
-    calls: int
+    mean: float  # relative error ‖ours − full‖ / ‖full‖ of attention's output, averaged over the blocks
+    worst: float  # that of the worst block
+    block: str  # name of the worst block
+    calls: int  # number of U-Net calls that were observed
 
     def __str__(self) -> str:
         mean, worst = (f"{100 * e:.0f}%" if e >= 0.0995 else f"{100 * e:.1f}%" for e in (self.mean, self.worst))

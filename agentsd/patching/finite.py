@@ -14,9 +14,6 @@ class FiniteCheck:
     """Checks the first answer of each block, without waiting for the device: what was found there is read once known.
 
     On an accelerator only float16 is checked, which ends at 65504: other types reach as far as the host's attention.
-
-    Attributes:
-        failed: whether an answer was found not finite where the host's was.
     """
 
     def __init__(self) -> None:

@@ -33,19 +33,13 @@ _PATIENCE = 3
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What the patch has done to one block so far.
+    """What the patch has done to one block so far."""
 
-    Attributes:
-        name: the block's name in the U-Net.
-        size: (height, width) of its tokens in the last call; None before the first.
-        plan: the block's plan in the last call; None before the first, or where full attention stayed.
-        calls: number of self-attention calls by action: "agents", "merge", "pool", "corrected" … or "untouched". What
-            torch.compile made part of a graph is not counted.
-    """
-
-    name: str
-    size: Grid | None
-    plan: LayerPlan | None
+    name: str  # the block's name in the U-Net
+    size: Grid | None  # (height, width) of its tokens in the last call; None before the first
+    plan: LayerPlan | None  # the block's plan in the last call; None before the first, or where full attention stayed
+    # number of self-attention calls by action: "agents", "merge", "pool", "corrected" … or "untouched". What
+    # torch.compile made part of a graph is not counted.
     calls: dict[str, int]
 
 
@@ -77,42 +71,22 @@ class Answerer:
     def answer(
         self, layer: Layer, host: Call, planned: Planned, matching: Matching | None, watch: Watch | None = None
     ) -> Tensor:
-        """Answer a call of self-attention. Where this raises, the host does.
+        """Answer the call `host` of a block's self-attention, as `planned`. Where this raises, the host does.
 
-        Args:
-            layer: the block.
-            host: the call.
-            planned: what is done; it acts.
-            matching: the clusters of the block's tokens; None if there are none.
-            watch: compares the answer with full attention; None if nothing does.
+        `matching` has the clusters of the block's tokens, if any; `watch` compares the answer with full attention.
         """
         attention, method = self.attention(layer, host, planned, matching), planned.plan.method
         return method.attend(attention) if watch is None else watch.attend(layer.site.name, method, attention)
 
     def attention(self, layer: Layer, host: Call, planned: Planned, matching: Matching | None) -> SelfAttention:
         """Describe a call of self-attention to its method; the arguments are those of `answer`."""
-        return SelfAttention(
-            x=host.x,
-            plan=planned.plan,
-            settings=planned.config,
-            size=planned.size,
-            heads=layer.seam.attn.heads,
-            matching=matching,
-            wrapped=layer.site.wrapped,
-            project=layer.project,
-            project_q=layer.project_q,
-            project_out=layer.seam.project_out,
-            proceed=host.proceed,
-        )
+        what = host.x, planned.plan, planned.config, planned.size, layer.seam.attn.heads, matching
+        how = layer.site.wrapped, layer.project, layer.project_q, layer.seam.project_out, host.proceed
+        return SelfAttention(*what, *how)
 
 
 class Image:
-    """The module around some blocks, which sees their tokens as an image.
-
-    Attributes:
-        module: the module.
-        layers: its blocks.
-    """
+    """The module around some blocks, its layers, which sees their tokens as an image."""
 
     def __init__(self, patch: PatchState, module: nn.Module) -> None:
         self.patch, self.module = patch, module
@@ -128,12 +102,12 @@ class Image:
         if not compiling():
             self.see(self.patch.read_size(args, kwargs))
         elif self.patch.sized_outside or self.patch.stays_outside:
-            self._look(args, kwargs)
+            self._look_outside_graph(args, kwargs)
         else:
             self._foresee(self.patch.read_size(args, kwargs))
 
     @not_compiled
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _look_outside_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.see(self.patch.read_size(args, kwargs))
 
     def see(self, size: tuple[int, int] | None) -> None:
@@ -170,29 +144,20 @@ class Image:
 
 
 class Layer:
-    """One patched block.
-
-    Attributes:
-        patch: what it shares with the other blocks.
-        site: the block.
-        image: the module around it.
-        seam: through which its self-attention is answered.
-        calls: number of self-attention calls by action.
-        acts: whether the settings ever change anything here.
-        traced: name of what is `Planned` for it, as a compiled graph reads it: blocks of one plan share a graph. It is
-            no part of a `ModelCall`, which the compiler doesn't follow.
-    """
+    """One patched block."""
 
     def __init__(self, patch: PatchState, answerer: Answerer, site: Site, image: Image) -> None:
         self.patch, self.answerer, self.site, self.image = patch, answerer, site, image
         image.layers.append(self)
         self.seam = site.seam()
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()  # of self-attention, by action
+        # Name of what is `Planned` here, as a compiled graph reads it: blocks of one plan share a graph. It is no part
+        # of a `ModelCall`, which the compiler doesn't follow.
         self.traced = ""
         self._compiled: Any = None
         self._checked: Any = None
         self._vetoed = 0  # calls in a row that something else took
-        ever = list(answerer.settings(patch.config, site))
+        ever = list(answerer.settings(patch.config, site))  # whatever is in force here at any time
         self.acts = any(settings.merge_attn or settings.merge_crossattn or settings.merge_mlp for settings in ever)
         self._merging = [
             (switch, part)
@@ -252,26 +217,23 @@ class Layer:
     def report(self) -> LayerReport:
         """Report what was done in the last U-Net call."""
         call = self.patch.last_call
-        if call is None:
-            planned = getattr(_TRACED, self.traced, UNPLANNED)
-            return LayerReport(self.site.name, planned.size, planned.plan, dict(self.calls))
-        plan = call.plans.get(self, UNPLANNED).plan
-        return LayerReport(self.site.name, call.sizes.get(self.image), plan, dict(self.calls))
+        planned = getattr(_TRACED, self.traced, UNPLANNED) if call is None else call.plans.get(self, UNPLANNED)
+        size = planned.size if call is None else call.sizes.get(self.image)
+        return LayerReport(self.site.name, size, planned.plan, dict(self.calls))
 
     def _count(self, action: str) -> None:
         with COUNTING:
             self.calls[action] += 1
 
-    def _block(self, call: ModelCall) -> BlockCall:
-        """Return what the block does in a U-Net call."""
+    def _current(self) -> BlockCall | None:
+        """Return what the block does in the U-Net call that is going on."""
+        call = self.patch.call()
+        if call is None:
+            return None
         block = call.blocks.get(self)
         if block is None:
             block = call.blocks[self] = BlockCall(call.plans.get(self, UNPLANNED))
         return block
-
-    def _current(self) -> BlockCall | None:
-        call = self.patch.call()
-        return None if call is None else self._block(call)
 
     # Hooks on the block, where it may need clusters of its tokens
 
@@ -281,10 +243,9 @@ class Layer:
 
     def match(self, x: Any) -> None:
         """Match the block's tokens x (B, N, C), where its plan needs clusters."""
-        call = self.patch.call()
-        if call is None:
+        call, block = self.patch.call(), self._current()
+        if block is None:
             return
-        block = self._block(call)
         block.matching = None
         config, plan, size = block.planned.config, block.planned.plan, block.planned.size
         r, agent_r = (0, 0) if plan is None else (merged_tokens(config, plan), plan.agent_r)
@@ -428,16 +389,20 @@ class Layer:
         clusters, x = merged
         if self.patch.timing is None:
             return clusters.unmerge(output)
-        again = partial(module.forward, **kwargs)
-        ours = partial(lambda: clusters.unmerge(again(clusters.merge(x), *args[1:])))
-        return self._timed(switch, ours, lambda: again(x, *args[1:]), x.device)
+
+        def host() -> Tensor:
+            return module.forward(x, *args[1:], **kwargs)
+
+        def ours() -> Tensor:
+            return clusters.unmerge(module.forward(clusters.merge(x), *args[1:], **kwargs))
+
+        return self._timed(switch, ours, host, x.device)
 
 
 def _clusters(block: BlockCall, switch: str, x: Any) -> Clusters | None:
     config, matching = block.planned.config, block.matching
-    if config is None or not getattr(config, switch) or matching is None or not isinstance(x, Tensor):
-        return None
-    return matching.merged if x.dim() == 3 and x.shape[:2] == matching.shape else None
+    wanted = config is not None and getattr(config, switch) and matching is not None and isinstance(x, Tensor)
+    return matching.merged if wanted and x.dim() == 3 and x.shape[:2] == matching.shape else None
 
 
 class _Traced:

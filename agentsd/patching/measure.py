@@ -14,17 +14,11 @@ from ..clock import Clock
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds that one U-Net call spent in what a patch changes, in all layers together.
+    """Seconds that one U-Net call spent in what a patch changes, in all layers together."""
 
-    Attributes:
-        with_seconds: with the patch, clusters included.
-        without_seconds: with the host's own attention and layers.
-        layers: number of layers.
-    """
-
-    with_seconds: float
-    without_seconds: float
-    layers: int
+    with_seconds: float  # with the patch, clusters included
+    without_seconds: float  # with the host's own attention and layers
+    layers: int  # number of layers
 
     @property
     def slower(self) -> bool:
@@ -48,14 +42,9 @@ class Measurement:
     def time(
         self, name: str, part: str, ours: Callable[[], Any], host: Callable[[], Any] | None, device: torch.device
     ) -> Any:
-        """Return what `ours` returns, and time it and the `host`'s answer, which is thrown away.
+        """Return what `ours` returns for a part of the block `name`, and time it and the same without the patch.
 
-        Args:
-            name: the block's name.
-            part: the part of the block.
-            ours: computes the part with the patch.
-            host: computes the same part without; None where the host does nothing of the kind, as matching.
-            device: where they compute.
+        `host` is None where the host does nothing of the kind, as matching. What it returns is thrown away.
         """
         out, seconds = self.clock.timed(ours, device)
         try:

@@ -51,7 +51,7 @@ class Patch(PatchState):
         answerer: Answerer | None = None,
         progress: Moment | None = None,
     ) -> None:
-        answerer = Answerer() if answerer is None else answerer
+        answerer = answerer or Answerer()
         outside = may_match(config) or not answerer.traceable
         super().__init__(config, kv_context, outside=outside, timesteps=Timesteps(progress))
         self._unet = weakref.ref(unet)
@@ -119,17 +119,11 @@ class Patch(PatchState):
         return [layer.report() for layer in self._layers]
 
     def explain(self, height: int, width: int, progress: float | None = None) -> list[tuple[str, LayerPlan | None]]:
-        """Plan each block for a latent of `height` × `width`, without running anything.
+        """Plan each block for a latent of `height` × `width` (an eighth of the image), without running anything.
 
-        Args:
-            height: rows of the latent (image height / 8).
-            width: columns of the latent.
-            progress: fraction of the diffusion done, 0–1; needed only where settings vary over the diffusion.
-
-        Returns:
-            (name, plan) of each block; the plan is None where a stage or a rule means full attention, or the block's
-            level in the U-Net is unknown. Where a tuning is used at another size than its own, `plan.note` says so, and
-            `plan.reason` where that is not sound.
+        `progress`, 0–1, is needed only where settings vary over the diffusion. Returns (name, plan) of each block; the
+        plan is None where a stage or a rule means full attention, or the block's level in the U-Net is unknown. Where a
+        tuning is used at another size than its own, `plan.note` says so, and `plan.reason` where that is not sound.
         """
         plans = (
             (layer, plan_block(self.config, layer.site.place, (height, width), progress)) for layer in self._layers
@@ -185,9 +179,7 @@ class Patch(PatchState):
             self.key = latent and f"{len(range(latent[0]))} {len(range(latent[1]))} None"
 
     @not_compiled
-    def _begin_outside_graph(
-        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> None:
+    def _begin_outside_graph(self, unet: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         self.begin_call(unet, args, kwargs)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
