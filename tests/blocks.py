@@ -69,23 +69,17 @@ def one_block_unet() -> nn.Module:
 
 def stable_diffusion_unet(linear: bool) -> nn.Module:
     """The U-Net of SD 1, or with `linear` projections of SD 2, on the meta device."""
+    changes = {
+        "image_size": 32,
+        "model_channels": 320,
+        "attention_resolutions": [4, 2, 1],
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2, 4, 4],
+        "num_heads": 8,
+        "context_dim": 1024 if linear else 768,
+    }
     with torch.device("meta"):
-        return openaimodel.UNetModel(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            attention_resolutions=[4, 2, 1],
-            num_res_blocks=2,
-            channel_mult=[1, 2, 4, 4],
-            num_heads=8,
-            use_spatial_transformer=True,
-            transformer_depth=1,
-            context_dim=1024 if linear else 768,
-            use_linear_in_transformer=linear,
-            use_checkpoint=False,
-            legacy=False,
-        )
+        return openaimodel.UNetModel(**{**_COMMON, **changes, "use_linear_in_transformer": linear})
 
 
 def initialised(**layout: Any) -> nn.Module:
@@ -175,33 +169,24 @@ HALVES = [
 ]
 
 
-class Kernels(TorchDispatchMode):
-    """Counts the operators that compute something: no views, and nothing that only reserves memory."""
-
-    NONE = ("empty", "empty_like", "empty_strided", "new_empty", "scalar_tensor", "_unsafe_view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in self.NONE:
-            self.names.append(func.overloadpacket.__name__)
-        return out
+# Operators that compute nothing: they only reserve memory
+_NO_KERNELS = ("empty", "empty_like", "empty_strided", "new_empty", "scalar_tensor", "_unsafe_view")
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operators that run inside, and the sizes of what they make."""
+    """Records the operators that run inside, those that compute something, and the sizes of what they make."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops: set[str] = set()
+        self.ops: list[str] = []
+        self.kernels: list[str] = []
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.ops.add(func.overloadpacket.__name__)
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        self.ops.append(name)
+        if not func.is_view and name not in _NO_KERNELS:
+            self.kernels.append(name)
         for made in out if isinstance(out, (tuple, list)) else (out,):
             # what is expanded is not in memory
             if isinstance(made, Tensor) and 0 not in made.stride():

@@ -61,6 +61,11 @@ def difference(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
+def changed(a: Tensor, b: Tensor) -> bool:
+    """Whether one of two outputs is that of a patch."""
+    return difference(a, b) > CHANGED
+
+
 @contextmanager
 def undisturbed(unet: nn.Module) -> Iterator[Tensor]:
     """Asserts that the module tree and the outputs after the block are those before it."""

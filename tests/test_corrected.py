@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks import HALVES, Kernels, Recorder, actions, blocks_of, flat_unet, golden_unet, inputs, run
+from blocks import HALVES, Recorder, actions, blocks_of, flat_unet, golden_unet, inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fit import CoarseProducts
@@ -263,10 +263,10 @@ class TestMemory:
         size, qkv = (40, 36), smooth(40, 36)
         whole = corrected_attention(*qkv, size=size, cell=(4, 4), opened=9)
         monkeypatch.setattr(corrected, "_CACHED", piece)
-        with Kernels() as seen:
+        with Recorder() as seen:
             pieces = corrected_attention(*qkv, size=size, cell=(4, 4), opened=9)
         assert torch.equal(pieces, whole)
-        assert seen.names.count("topk") == count
+        assert seen.kernels.count("topk") == count
 
     @torch.no_grad()
     def test_no_matrix_of_tokens_by_tokens_or_landmarks(self):

@@ -109,7 +109,10 @@ class TestCaches:
     @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS.keys())
     def test_what_is_computed_is_ours_and_what_is_not_is_theirs(self, cache, settings):
         alone, ours = outputs(cached_unet(cache, None)), outputs(cached_unet(lambda unet: None, settings))
-        both = outputs(cached_unet(cache, settings))
+        unet = cached_unet(cache, settings)
+        both = outputs(unet)
+        # a call that the cache answers is not ours, which is all that may be said
+        assert set(get_patch(unet).notes) <= {"something else answers self-attention in its place"}
         # the first call is computed in full
         torch.testing.assert_close(both[0], ours[0], rtol=1e-4, atol=1e-5)
         assert (both[0] - alone[0]).abs().max() > 0.01
@@ -119,10 +122,8 @@ class TestCaches:
         assert any(not torch.equal(out, other) for other, out in zip(ours, both, strict=True)), "the cache counts"
 
     def test_in_either_order(self, cache):
-        for one, other in zip(
-            outputs(cached_unet(cache, GRID)), outputs(cached_unet(cache, GRID, "ours")), strict=True
-        ):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        one, other = (outputs(cached_unet(cache, GRID, first)) for first in ("cache", "ours"))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
     def test_removing_ours_leaves_the_cache_to_itself(self, cache):
         expected = outputs(cached_unet(cache, None))
@@ -132,14 +133,7 @@ class TestCaches:
         agentsd.apply_patch(unet, **GRID)
         remove_patch(unet)
         assert anatomy(unet) == before
-        for one, other in zip(outputs(unet), expected, strict=True):
-            assert torch.equal(one, other)
-
-    def test_nothing_of_ours_fails(self, cache):
-        unet = cached_unet(cache, GRID)
-        outputs(unet)
-        # a call that the cache answers is not ours, which is all that may be said
-        assert set(get_patch(unet).notes) <= {"something else answers self-attention in its place"}
+        torch.testing.assert_close(outputs(unet), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["FirstBlockCache", "MagCache"])

@@ -297,18 +297,6 @@ def test_a_processor_put_back_after_removal_is_the_hosts():
     assert all(type(attn.processor) is AttnProcessor2_0 for attn in attn1s(unet).values())
 
 
-def test_diffusers_own_switches_work_while_the_patch_is_on():
-    unet = tiny_unet()
-    plain = run(unet)
-    agentsd.apply_patch(unet, **GRID)
-    unet.set_attention_slice(1)
-    unet.fuse_qkv_projections()
-    unet.unfuse_qkv_projections()
-    unet.set_default_attn_processor()
-    remove_patch(unet)
-    torch.testing.assert_close(run(unet), plain, rtol=1e-4, atol=1e-4)
-
-
 def test_sliced_and_fused_attention_take_the_patch():
     unet = tiny_unet()
     agentsd.apply_patch(unet, **GRID)

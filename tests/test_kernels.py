@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import HALVES, Kernels
+from blocks import HALVES, Recorder
 from patching import diffusers_unet
 
 from agentsd import get_patch, patched
@@ -38,9 +38,9 @@ def kernels(unet, dtype) -> list[str]:
     given = {name: t.to(dtype) if name != "timestep" else t for name, t in given.items()}
     with torch.no_grad():
         unet(**given)  # tables are made once
-        with Kernels() as seen:
+        with Recorder() as seen:
             unet(**given)
-    return seen.names
+    return seen.kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

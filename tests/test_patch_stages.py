@@ -10,7 +10,7 @@ from blocks import actions, attention_calls, blocks_of, run
 from patching import CHANGED, EXAMPLE, GRID, difference
 
 import agentsd
-from agentsd import AgentConfig, Stage, apply_patch, early, get_patch, paper_stages, patched, remove_patch
+from agentsd import Stage, apply_patch, early, get_patch, paper_stages, patched, remove_patch
 
 
 class TestStages:
@@ -51,16 +51,6 @@ class TestStages:
         assert changed == 0 or action == "agents"
         assert not notes
         assert calls[0] == {action: 1}
-
-    def test_a_stage_ends_exactly_where_it_says(self, flat):
-        """The timestep at which `until` is reached belongs to what comes after, for every two-digit `until`."""
-        for hundredths in range(1, 100):
-            config, end = AgentConfig(stages=early(hundredths / 100)), 1000 - 10 * hundredths
-            patch = agentsd.Patch(flat, config)
-            for t, on in [(end, False), (end + 0.25, True)]:
-                patch.begin_call(flat, EXAMPLE[:1], {"timesteps": torch.tensor([t], dtype=torch.float64)})
-                assert patch.last_call.active
-                assert (config.at(patch.last_call.part) is not None) == on, t
 
     @pytest.mark.parametrize("t", [[-1, -1], [1001, 1001], [float("nan")] * 2, [5, 1500]])
     def test_outside_the_diffusion_they_stand_down_and_say_so_once(self, unet, t, caplog):

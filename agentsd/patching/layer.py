@@ -281,13 +281,13 @@ class Layer:
     def answer(self, host: Call) -> Tensor:
         """Answer a call of self-attention, as planned in the U-Net call that is going on."""
         host.wanted = self._wants()
-        return host.proceed() if host.wanted is None else self._attention(host)
+        return self._attention(host) if host.wanted else host.proceed()
 
     @followed
-    def _wants(self) -> BlockCall | None:
+    def _wants(self) -> BlockCall | bool | None:
         """Look whether a call of self-attention is answered: it isn't where the block is left alone."""
         if compiling():
-            return getattr(_TRACED, self.traced) if self.traced else None
+            return self.traced != ""
         block = self._current()
         if block is None:
             return None
@@ -300,12 +300,12 @@ class Layer:
     @followed
     def _attention(self, host: Call) -> Tensor:
         """Answer a call that is wanted."""
-        if compiling():
-            return self._attend_in_graph(host, host.wanted)
-        return self._attend(host, host.wanted.planned, host.wanted.matching)
+        block = host.wanted
+        return self._attend_in_graph(host) if block is True else self._attend(host, block.planned, block.matching)
 
-    def _attend_in_graph(self, host: Call, planned: Planned) -> Tensor:
+    def _attend_in_graph(self, host: Call) -> Tensor:
         """Attend while the compiler traces; it has to break its graph where something else than usual happens."""
+        planned = getattr(_TRACED, self.traced)
         if self.patch.stays_outside or host.veto(planned.plan.tokens):
             return self._attend_outside_graph(host)
         try:
