@@ -51,6 +51,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["TOKEN_MERGING", "AgentAttention", "AgentBias", "AgentConfig", "LayerPlan", "LayerReport", "Patch"]
 __all__ += ["Rule", "SettingError", "Stage", "Tuning", "TuningCancelled", "TuningError", "UnsupportedModelError"]
+__all__ += ["agent_attention", "apply_patch", "early", "format_rules", "get_patch", "paper_stages", "parse_rules"]"Rule", "SettingError", "Stage", "Tuning", "TuningCancelled", "TuningError", "UnsupportedModelError"]
 __all__ += ["agent_attention", "apply_patch", "early", "format_rules", "get_patch", "paper_stages", "parse_rules"]
 __all__ += [
     "parse_rules",

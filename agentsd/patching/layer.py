@@ -204,11 +204,11 @@ class Layer:
 
     def end_call(self, call: ModelCall) -> None:
         """Take stock of a U-Net call: where this block's self-attention did not come by, note who may have it."""
-        block, planned = call.blocks.get(self), call.plans.get(self, UNPLANNED)
+        block = call.blocks.get(self)
         if (block is not None and block.asked) or call.sizes.get(self.image) is None:
             return
         if getattr(self.site.block, "_compiled_call_impl", None) is None:
-            if planned.name:
+            if call.plans.get(self, UNPLANNED).name:
                 self._vetoed += 1
                 self.patch.note(self.seam.obstacle or "something else answers self-attention in its place")
             else:
