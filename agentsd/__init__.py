@@ -51,18 +51,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["TOKEN_MERGING", "AgentAttention", "AgentBias", "AgentConfig", "LayerPlan", "LayerReport", "Patch"]
 __all__ += ["Rule", "SettingError", "Stage", "Tuning", "TuningCancelled", "TuningError", "UnsupportedModelError"]
-__all__ += ["agent_attention", "apply_patch", "early", "format_rules", "get_patch", "paper_stages", "parse_rules"]"Rule", "SettingError", "Stage", "Tuning", "TuningCancelled", "TuningError", "UnsupportedModelError"]
 __all__ += ["agent_attention", "apply_patch", "early", "format_rules", "get_patch", "paper_stages", "parse_rules"]
-__all__ += [
-    "parse_rules",
-    "patch_unet",
-    "patched",
-    "plan_layer",
-    "progress_of_sigma",
-    "record_calls",
-    "remove_patch",
-    "tune",
-]
+__all__ += ["patch_unet", "patched", "plan_layer", "progress_of_sigma", "record_calls", "remove_patch", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -332,7 +332,7 @@ def info(args: argparse.Namespace) -> None:
         found = [_as_record(layout, config, size, factor) for size in sizes]
         print(json.dumps({"model": args.model, "sizes": found}, indent=1))
         return
-    print(f"{args.model}: {layout.layers} transformer blocks")
+    print(f"{args.model}: {len(layout.blocks)} transformer blocks")
     for size in sizes:
         height, width = (side // factor for side in size)
         print(f"\n{size[1]}×{size[0]} pixels, a latent of {width}×{height}")
