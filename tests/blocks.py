@@ -13,24 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-openaimodel = pytest.importorskip(
-    "ldm.modules.diffusionmodules.openaimodel", reason="needs stable-diffusion-sdkit (requirements/dev-no-deps.txt)"
-)
-
 CONTEXT = 48
-_COMMON = {
-    "image_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "num_heads": 2,
-    "use_spatial_transformer": True,
-    "transformer_depth": 1,
-    "context_dim": CONTEXT,
-    "use_checkpoint": False,
-    "legacy": False,
-}
+_COMMON = {"image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1}
+_COMMON |= {"num_heads": 2, "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": CONTEXT}
+_COMMON |= {"use_checkpoint": False, "legacy": False}
+
+
+def openaimodel() -> Any:
+    """LDM's module; what asks for it is skipped where there is none."""
+    reason = "needs stable-diffusion-sdkit (requirements/dev-no-deps.txt)"
+    return pytest.importorskip("ldm.modules.diffusionmodules.openaimodel", reason=reason)
 
 
 def golden_unet() -> nn.Module:
@@ -54,7 +46,7 @@ class OneImage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(4, 32, 1)
-        self.input_blocks = nn.ModuleList([openaimodel.SpatialTransformer(32, 2, 16, depth=1, context_dim=CONTEXT)])
+        self.input_blocks = nn.ModuleList([openaimodel().SpatialTransformer(32, 2, 16, depth=1, context_dim=CONTEXT)])
         self.output_blocks = nn.ModuleList()
         self.conv_out = nn.Conv2d(32, 4, 1)
 
@@ -69,26 +61,19 @@ def one_block_unet() -> nn.Module:
 
 def stable_diffusion_unet(linear: bool) -> nn.Module:
     """The U-Net of SD 1, or with `linear` projections of SD 2, on the meta device."""
-    changes = {
-        "image_size": 32,
-        "model_channels": 320,
-        "attention_resolutions": [4, 2, 1],
-        "num_res_blocks": 2,
-        "channel_mult": [1, 2, 4, 4],
-        "num_heads": 8,
-        "context_dim": 1024 if linear else 768,
-    }
+    layout = {"model_channels": 320, "num_res_blocks": 2, "attention_resolutions": [4, 2, 1], "num_heads": 8}
+    layout |= {"context_dim": 1024 if linear else 768, "use_linear_in_transformer": linear}
     with torch.device("meta"):
-        return openaimodel.UNetModel(**{**_COMMON, **changes, "use_linear_in_transformer": linear})
+        return openaimodel().UNetModel(**_COMMON | layout, channel_mult=[1, 2, 4, 4])
 
 
 def initialised(**layout: Any) -> nn.Module:
     """A U-Net of this layout with the golden outputs' kind of weights."""
-    return filled(openaimodel.UNetModel(**{**_COMMON, **layout}))
+    return filled(openaimodel().UNetModel(**_COMMON | layout))
 
 
 def filled(unet: nn.Module) -> nn.Module:
-    """The U-Net with the golden outputs' kind of weights, for inference."""
+    """The U-Net for inference, with weights of a scale at which attention matters: those of the golden outputs."""
     unet.eval()
     generator = torch.Generator().manual_seed(1234)
     with torch.no_grad():

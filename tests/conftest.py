@@ -52,6 +52,14 @@ def unet():
     return copy.deepcopy(GOLDEN)
 
 
+@pytest.fixture(params=["LDM", "diffusers"])
+def any_unet(request):
+    """A U-Net of either family of hosts."""
+    from patching import UNETS
+
+    return UNETS[request.param]()
+
+
 @pytest.fixture
 def flat():
     """One that has a single level, for latents of any size."""

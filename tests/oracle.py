@@ -51,11 +51,8 @@ class Oracle:
         tokens = P @ x
         if agents is None or not 2 * agents.shape[1] < tokens.shape[1]:
             return attention(attn, tokens, tokens)
-        scale = (attn.to_q.weight.shape[0] // attn.heads) ** -0.5
         q, k, v, a = (heads(t, attn.heads) for t in (*qkv(attn, tokens, tokens), attn.to_q(agents @ x)))
-        v_a = softmax(torch.einsum("bhnd,bhmd->bhnm", a, k) * scale) @ v
-        out = softmax(torch.einsum("bhnd,bhmd->bhnm", q, a) * scale**self.k_scale2) @ v_a
-        return attn.to_out(tokens_of(out + self.k_shortcut * v))
+        return attn.to_out(tokens_of(by_matrices(q, k, v, a, self.k_scale2) + self.k_shortcut * v))
 
     def _clusters(self, x: Tensor, height: int, width: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """((P, U) of merging, P of the agents): each (B, fewer, N), U the other way."""

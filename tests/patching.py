@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,48 +14,35 @@ import torch.nn.functional as F
 from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, run, tree
 from torch import Tensor, nn
 
-import agentsd
 from agentsd import get_patch, patched
+from agentsd.hosts import example_call, output_tensor
 
-GRID = {"ratio": 0.0, "agent_ratio": 0.95, "agent_source": "grid"}
-SIMILARITY = {"ratio": 0.4, "agent_ratio": 0.95}
-AGENTS_ALONE = {"ratio": 0.0, "agent_ratio": 0.95}
-MERGING = dict(agentsd.TOKEN_MERGING)
-EVERYWHERE = {"ratio": 0.4, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
-REST_ALONE = {"merge_attn": False, "merge_crossattn": True, "merge_mlp": True}
-POOL = {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0}
-CORRECTED = {"method": "corrected", "agent_ratio": 0.75, "ratio": 0.0}
-KINDS = {
-    "grid": GRID,
-    "similarity": SIMILARITY,
-    "merging": MERGING,
-    "everywhere": EVERYWHERE,
-    "rest alone": REST_ALONE,
-    "pool": POOL,
-    "corrected": CORRECTED,
-}
-SELF_ATTENTION = {name: kw for name, kw in KINDS.items() if kw.get("merge_attn", True)}
-AGENTS = {"grid": GRID, "similarity": SIMILARITY}
 EXAMPLE = inputs(2, 12, 12)
 CHANGED = 1e-2  # what patching changes at least, in an output of about 1
 GOLDEN, FLAT = golden_unet(), flat_unet()
 
 
-def kinds(table: dict[str, Any]) -> Any:
-    """Run a test once for each entry of the table, as its argument `kw`."""
-    return pytest.mark.parametrize("kw", table.values(), ids=table.keys())
-
-
-by_kind, self_attention_kinds, agent_kinds = kinds(KINDS), kinds(SELF_ATTENTION), kinds(AGENTS)
-
-
-def diffusers_unet(name: str) -> nn.Module:
+def diffusers_unet(name: str, **layout: Any) -> nn.Module:
     """One of the tiny U-Nets of diffusers; a test that asks for it is skipped where there is no diffusers."""
     pytest.importorskip("diffusers", reason="needs diffusers")
     pytest.importorskip("transformers", reason="needs transformers")
     import tiny_pipelines
 
-    return getattr(tiny_pipelines, name)()
+    return getattr(tiny_pipelines, name)(**layout)
+
+
+UNETS = {"LDM": lambda: copy.deepcopy(GOLDEN), "diffusers": lambda: diffusers_unet("tiny_unet")}
+
+
+@torch.no_grad()
+def answer(
+    unet: nn.Module, height: int = 16, width: int = 16, progress: float = 0.5, t: float | None = None, **more: Any
+) -> Tensor:
+    """The output of any host's U-Net for the example call of this size at a progress, or at timestep t to the bit."""
+    call = example_call(unet, height, width, progress, **more)
+    x, timesteps, *rest = call.args
+    timesteps = timesteps if t is None else torch.full((len(timesteps),), float(t))
+    return output_tensor(unet(x, timesteps, *rest, **call.kwargs))
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -68,11 +56,11 @@ def changed(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def undisturbed(unet: nn.Module) -> Iterator[Tensor]:
-    """Asserts that the module tree and the outputs after the block are those before it."""
-    before, out = tree(unet), run(unet, EXAMPLE)
+    """Asserts that the module tree and the answer after the block are those before it, and yields the answer."""
+    before, out = tree(unet), answer(unet)
     yield out
     assert tree(unet) == before
-    assert torch.equal(run(unet, EXAMPLE), out)
+    assert torch.equal(answer(unet), out)
     assert get_patch(unet) is None
 
 
@@ -92,11 +80,12 @@ def patched_output(unet: nn.Module, example: Any, **kw: Any) -> Tensor:
     return out
 
 
-class Step:
+class Step(NamedTuple):
     """What F.scaled_dot_product_attention was asked to do."""
 
-    def __init__(self, queries: int, keys: int, dtype: Any) -> None:
-        self.queries, self.keys, self.dtype = queries, keys, dtype
+    queries: int
+    keys: int
+    dtype: torch.dtype
 
 
 @contextmanager

@@ -1,16 +1,14 @@
 """The host may choose how it computes attention after patching as well as before."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest
 import torch
 from blocks import actions
-from patching import GRID, diffusers_unet
+from kinds import GRID
+from patching import answer, diffusers_unet
 
 from agentsd import get_patch, patched
-from agentsd.hosts import example_call, output_tensor
 
 
 def xformers(unet):
@@ -37,35 +35,30 @@ CHOICES = {
 }
 
 
-@torch.no_grad()
-def output(unet):
-    call = example_call(unet, 16, 16, 0.5)
-    return output_tensor(unet(*call.args, **call.kwargs))
-
-
 def processors(unet):
     return {name: type(processor).__name__ for name, processor in unet.attn_processors.items()}
 
 
 @pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
 def test_chosen_after_patching_is_as_chosen_before(choose):
-    before = diffusers_unet("tiny_unet")
-    choose(before)
-    theirs, plain = processors(before), output(before)
+    before, unet = diffusers_unet("tiny_unet"), diffusers_unet("tiny_unet")
+    plain = answer(before)
     with patched(before, **GRID):
-        expected = output(before)
-        acting = actions(get_patch(before))
+        expected, acting = answer(before), actions(get_patch(before))
     assert (expected - plain).abs().max() > 1e-3
-
-    unet = diffusers_unet("tiny_unet")
+    choose(before)
+    theirs = processors(before)
+    with patched(before, **GRID):
+        torch.testing.assert_close(answer(before), expected, rtol=0, atol=1e-5)
     with patched(unet, **GRID):
-        output(unet)
+        answer(unet)
         choose(unet)
-        torch.testing.assert_close(output(unet), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(answer(unet), expected, rtol=0, atol=1e-5)
         assert actions(get_patch(unet)) == acting
         assert not get_patch(unet).notes
-    assert processors(unet) == theirs
-    torch.testing.assert_close(output(unet), plain, rtol=0, atol=1e-5)
+    for model in (before, unet):
+        assert processors(model) == theirs
+        torch.testing.assert_close(answer(model), plain, rtol=0, atol=1e-5)
 
 
 def test_where_that_cannot_be_a_warning_says_so_once(caplog):
@@ -75,14 +68,14 @@ def test_where_that_cannot_be_a_warning_says_so_once(caplog):
 
     unet = diffusers_unet("tiny_unet")
     with patched(unet, **GRID), caplog.at_level(logging.WARNING, logger="agentsd"):
-        changed = output(unet)
+        changed = answer(unet)
         kept = unet.attn_processors
         unet.set_attn_processor(Unknown())
-        theirs = output(unet)
-        output(unet)
+        theirs = answer(unet)
+        answer(unet)
         assert list(get_patch(unet).notes) == ["its attention processor is Unknown"]
         assert len(caplog.records) == 1
         unet.set_attn_processor(kept)  # ours among them
-        assert torch.equal(output(unet), changed)
+        assert torch.equal(answer(unet), changed)
     unet.set_attn_processor(Unknown())
-    assert torch.equal(output(unet), theirs)
+    assert torch.equal(answer(unet), theirs)

@@ -1,24 +1,20 @@
 """A patched U-Net under torch.compile gives what it gives without."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from blocks import CONTEXT, actions, blocks_of, inputs, one_block_unet, run
 from patching import diffusers_unet, with_self_attention
-from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import agentsd
 from agentsd.eager import FOLLOWS, not_compiled
-from agentsd.hosts import example_call, output_tensor
+from agentsd.hosts import output_tensor
 
 GRID = {"ratio": 0.0, "agent_source": "grid"}
 # What the compiler makes part of the host's graph
@@ -35,64 +31,63 @@ SETTINGS = {**FOLLOWED, **KEPT_OUT}
 READS = ("item", "_local_scalar_dense", "tolist", "nonzero", "cpu", "numpy", "bincount")
 
 pytestmark = pytest.mark.skipif(not FOLLOWS, reason="this PyTorch's compiler is kept out of all hooks")
-by_followed = pytest.mark.parametrize("name", FOLLOWED)
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
-    counters.clear()
     yield
     torch._dynamo.reset()
 
 
 class Compiled:
-    """A compiled U-Net that counts its graphs.
+    """A compiled U-Net that keeps the graphs made so far."""
 
-    Attributes:
-        graphs: those made so far.
-    """
-
-    def __init__(self, unet: nn.Module, **options: Any) -> None:
-        self.graphs: list[torch.fx.GraphModule] = []
+    def __init__(self, unet, **options):
+        self.graphs = []
         self.unet = torch.compile(unet, backend=self._backend, **options)
 
-    def _backend(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+    def _backend(self, graph, example_inputs):
         self.graphs.append(graph)
         return graph.forward
 
     @property
-    def made(self) -> int:
+    def made(self):
         """How many times the U-Net was compiled; a graph without attention only reads a size."""
         return sum("scaled_dot_product_attention" in graph.code for graph in self.graphs)
 
-    def targets(self) -> list[str]:
+    def targets(self):
         return [str(node.target) for graph in self.graphs for node in graph.graph.nodes]
 
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return output_tensor(self.unet(x, t, context))
+    def __call__(self, *example):
+        return run_positional(self.unet, example)
 
 
 @torch.no_grad()
-def run_positional(unet: nn.Module, example: Any) -> Tensor:
+def run_positional(unet, example):
     return output_tensor(unet(*example))
 
 
-def given(side: int = 16) -> Any:
-    """What the U-Net is given."""
-    return inputs(1, side, side)
+def given():
+    return inputs(1, 16, 16)
+
+
+def assert_close(output, expected, tolerance=1e-4):
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+
+
+STAGES = {"stages": agentsd.early(0.3, after={"agent_ratio": 0.99})}
 
 
 class TestGraphs:
-    @by_followed
+    @pytest.mark.parametrize("name", FOLLOWED)
     def test_one_graph_without_a_break_for_all_steps(self, name):
         unet, (x, t, context) = one_block_unet(), given()
         compiled = Compiled(unet, fullgraph=True)  # which makes every break an error
         plain = run(unet, (x, t, context))
         with agentsd.patched(unet, **FOLLOWED[name]):
             expected = run(unet, (x, t, context))
-            torch.testing.assert_close(compiled(x, t, context), expected, rtol=1e-4, atol=1e-4)
+            assert_close(compiled(x, t, context), expected)
             for step in (100, 200):
                 compiled(x, t - step, context)
             assert not agentsd.get_patch(unet).notes
@@ -102,35 +97,32 @@ class TestGraphs:
 
     def test_on_diffusers(self):
         unet = diffusers_unet("tiny_unet")
-        example = example_call(unet, 16, 16, 0.5)
-        with torch.no_grad(), agentsd.patched(unet, **GRID):
-            expected = output_tensor(unet(*example.args))
+        example = (*inputs(2, 16, 16)[:2], torch.randn(2, 77, 32))
+        with agentsd.patched(unet, **GRID):
+            expected = run_positional(unet, example)
             assert set(actions(agentsd.get_patch(unet))) > {"untouched"}
             compiled = Compiled(unet, fullgraph=True)
-            torch.testing.assert_close(compiled(*example.args), expected, rtol=1e-4, atol=1e-4)
+            assert_close(compiled(*example), expected)
             assert not agentsd.get_patch(unet).notes
         assert len(compiled.graphs) == 1
 
-    def test_one_for_each_stage(self):
-        unet, (x, _, context) = one_block_unet(), given()
-        stages = agentsd.early(0.3, after={"agent_ratio": 0.99})
-        with agentsd.patched(unet, **GRID, stages=stages):
-            compiled, made = Compiled(unet, fullgraph=True), []
-            for at in (900, 800, 300, 200, 850):
-                moment = (x, torch.tensor([at]), context)
-                torch.testing.assert_close(compiled(*moment), run(unet, moment), rtol=1e-4, atol=1e-4)
-                made.append(compiled.made)
-        assert made == [1, 1, 2, 2, 2]
-
-    def test_one_for_each_size(self):
+    @pytest.mark.parametrize(
+        ("more", "at", "sides", "graphs"),
+        [
+            (STAGES, (900, 800, 300, 200, 850), [16] * 5, [1, 1, 2, 2, 2]),
+            ({}, [500] * 4, (16, 20, 16, 20), [1, 2, 2, 2]),
+        ],
+        ids=["stage", "size"],
+    )
+    def test_one_for_each(self, more, at, sides, graphs):
         unet, made = one_block_unet(), []
-        with agentsd.patched(unet, **GRID):
+        with agentsd.patched(unet, **GRID, **more):
             compiled = Compiled(unet, fullgraph=True)
-            for side in (16, 20, 16, 20):
-                size = given(side=side)
-                torch.testing.assert_close(compiled(*size), run(unet, size), rtol=1e-4, atol=1e-4)
+            for t, side in zip(at, sides, strict=True):
+                moment = inputs(1, side, side, t=[t])
+                assert_close(compiled(*moment), run(unet, moment))
                 made.append(compiled.made)
-        assert made == [1, 2, 2, 2]
+        assert made == graphs
 
     def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, monkeypatch):
         def fail(*args, **kwargs):
@@ -140,7 +132,7 @@ class TestGraphs:
         plain = run(unet, example)
         monkeypatch.setattr("agentsd.attention.agent.agent_attention", fail)
         with agentsd.patched(unet, **GRID):
-            torch.testing.assert_close(Compiled(unet)(*example), plain, rtol=1e-4, atol=1e-4)
+            assert_close(Compiled(unet)(*example), plain)
             assert list(agentsd.get_patch(unet).notes) == ["an error of ours: ValueError: no such kernel"]
 
     def test_what_is_not_ours_to_answer_is_left_to_the_host(self):
@@ -148,7 +140,7 @@ class TestGraphs:
         with_self_attention(unet, lambda attn, x: attn(x, context=x.flip(1)))
         plain = run(unet, example)
         with agentsd.patched(unet, **GRID):
-            torch.testing.assert_close(Compiled(unet)(*example), plain, rtol=1e-4, atol=1e-4)
+            assert_close(Compiled(unet)(*example), plain)
             assert list(agentsd.get_patch(unet).notes) == ["self-attention was given a context of its own"]
 
     def test_an_observer_is_told(self):
@@ -162,32 +154,12 @@ class TestGraphs:
         assert {answer.timestep for answer in seen} == {500}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_compiled_u_net_gives_the_same(name):
-    unet, (x, t, context) = one_block_unet(), given()
-    plain = run(unet, (x, t, context))
-    with torch.inference_mode(), agentsd.patched(unet, **SETTINGS[name]):
-        patched = unet(x, t, context)
-        compiled = torch.compile(unet, backend="aot_eager")(x, t, context)
-        assert not agentsd.get_patch(unet).notes
-    torch.testing.assert_close(compiled, patched, rtol=1e-4, atol=1e-4)
-    assert (compiled - plain).abs().max() > 1e-3  # it is the patched one that was compiled
-
-
-def sixteen_blocks() -> nn.Module:
+def sixteen_blocks():
     """A U-Net of diffusers with the blocks of SD 1.5, more than the compiler would make graphs for."""
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
-    torch.manual_seed(0)
     down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-    return diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=2,
-        down_block_types=(down, down, down, "DownBlock2D"),
-        up_block_types=("UpBlock2D", up, up, up),
-        cross_attention_dim=CONTEXT,
-        attention_head_dim=2,
-    ).eval()
+    layout = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "cross_attention_dim": CONTEXT}
+    layout |= {"down_block_types": (down, down, down, "DownBlock2D"), "up_block_types": ("UpBlock2D", up, up, up)}
+    return diffusers_unet("tiny_unet", **layout)
 
 
 class TestRegional:
@@ -195,10 +167,12 @@ class TestRegional:
 
     EVERYWHERE: ClassVar = {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0, "max_downsample": 4}
 
-    def compiled(self, unet: nn.Module, **options: Any) -> list[Any]:
-        counter = Compiled(nn.Identity())
-        unet.compile_repeated_blocks(**{"backend": counter._backend, "fullgraph": True, **options})
-        return counter.graphs
+    def compiled(self, unet):
+        graphs = []
+        unet.compile_repeated_blocks(
+            backend=lambda graph, example_inputs: graphs.append(graph) or graph.forward, fullgraph=True
+        )
+        return graphs
 
     @pytest.mark.parametrize("kw", [GRID, EVERYWHERE], ids=["largest layers", "three levels"])
     def test_graphs_are_shared(self, kw):
@@ -208,23 +182,23 @@ class TestRegional:
             expected = run_positional(unet, example)
             plans = {plan for _, plan in agentsd.get_patch(unet).explain(16, 16) if plan.acts}
         graphs = self.compiled(unet)
-        torch.testing.assert_close(run_positional(unet, example), plain, rtol=1e-4, atol=1e-4)
+        assert_close(run_positional(unet, example), plain)
         unpatched = len(graphs)
         with agentsd.patched(unet, **kw):  # after compiling
             for _ in range(2):
-                torch.testing.assert_close(run_positional(unet, example), expected, rtol=1e-4, atol=1e-4)
+                assert_close(run_positional(unet, example), expected)
             assert not agentsd.get_patch(unet).notes
         assert (expected - plain).abs().max() > 1e-3
         assert len(graphs) <= unpatched + len(plans) + 1
         made = len(graphs)
-        torch.testing.assert_close(run_positional(unet, example), plain, rtol=1e-4, atol=1e-4)
+        assert_close(run_positional(unet, example), plain)
         assert len(graphs) == made
 
         torch._dynamo.reset()
         unet = sixteen_blocks()
         with agentsd.patched(unet, **kw):  # before compiling
             graphs = self.compiled(unet)
-            torch.testing.assert_close(run_positional(unet, example), expected, rtol=1e-4, atol=1e-4)
+            assert_close(run_positional(unet, example), expected)
         assert len(graphs) <= unpatched + 2
 
     @pytest.mark.parametrize("kw", [{}, dict(agentsd.TOKEN_MERGING, merge_mlp=True)], ids=["agents", "merging"])
@@ -235,7 +209,7 @@ class TestRegional:
         self.compiled(unet)
         compiled = [block._compiled_call_impl for block in blocks_of(unet)]
         with agentsd.patched(unet, **kw):
-            torch.testing.assert_close(run_positional(unet, example), expected, rtol=1e-4, atol=1e-4)
+            assert_close(run_positional(unet, example), expected)
             assert not agentsd.get_patch(unet).notes
         assert caplog.text.count("run uncompiled") == 1
         assert [block._compiled_call_impl for block in blocks_of(unet)] == compiled
@@ -250,20 +224,10 @@ class TestRegional:
             run_positional(unet, example)
             assert len(seen) == 5  # the blocks of the largest layers
 
-    @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
-    def test_inductor_gives_the_same(self):
-        unet = diffusers_unet("tiny_unet")
-        example = example_call(unet, 16, 16, 0.5)
-        with torch.no_grad(), agentsd.patched(unet, **GRID):
-            expected = output_tensor(unet(*example.args))
-            self.compiled(unet, backend="inductor")
-            torch.testing.assert_close(output_tensor(unet(*example.args)), expected, rtol=1e-3, atol=1e-3)
-            assert not agentsd.get_patch(unet).notes
-
 
 def test_merging_alone_acts_on_a_u_net_that_was_compiled_before():
     """The compiler does not look for new hooks: the seam, which it sees, makes it compile anew."""
-    unet, example = sixteen_blocks(), inputs()
+    unet, example = one_block_unet(), given()
     settings = dict(agentsd.TOKEN_MERGING, merge_attn=False, merge_mlp=True, sx=2, sy=2)
     plain = run_positional(unet, example)
     with agentsd.patched(unet, **settings):
@@ -271,7 +235,7 @@ def test_merging_alone_acts_on_a_u_net_that_was_compiled_before():
     compiled = torch.compile(unet, backend="eager")
     run_positional(compiled, example)
     with agentsd.patched(compiled, **settings):
-        torch.testing.assert_close(run_positional(compiled, example), expected, rtol=1e-4, atol=1e-4)
+        assert_close(run_positional(compiled, example), expected)
     assert (expected - plain).abs().max() > 1e-3
 
 
@@ -280,47 +244,42 @@ def test_inductor_gives_the_same():
     unet, example = one_block_unet(), given()
     with torch.no_grad(), agentsd.patched(unet, **GRID):
         patched = unet(*example)
-        torch.testing.assert_close(torch.compile(unet)(*example), patched, rtol=1e-3, atol=1e-3)
+        assert_close(torch.compile(unet)(*example), patched, 1e-3)
 
 
 @pytest.mark.parametrize("through", ["the U-Net", "what torch.compile returned", "Module.compile"])
 def test_a_patch_may_come_and_go_on_a_compiled_u_net(through):
-    unet, (x, t, context) = one_block_unet(), given()
-    outputs = []
-    for settings in (GRID, {**GRID, "agent_ratio": 0.75}):
-        with torch.inference_mode(), agentsd.patched(unet, **settings):
-            outputs.append(unet(x, t, context))
-    if through == "Module.compile":
-        unet.compile(backend="aot_eager")
-        compiled = unet
-    else:
-        compiled = torch.compile(unet, backend="aot_eager")
+    unet, example, compiled = one_block_unet(), given(), None
+    both = FOLLOWED["grid agents"], FOLLOWED["open cells"]
     with torch.inference_mode():
-        before = compiled(x, t, context)
-        agentsd.apply_patch(unet if through == "the U-Net" else compiled, **GRID)
-        during = compiled(x, t, context)
-        agentsd.apply_patch(compiled, **{**GRID, "agent_ratio": 0.75})
-        otherwise = compiled(x, t, context)
+        expected = [unet(*example)]
+        for settings in both:
+            with agentsd.patched(unet, **settings):
+                expected.append(unet(*example))
+        if through == "Module.compile":
+            unet.compile(backend="aot_eager")
+        compiled = unet if through == "Module.compile" else torch.compile(unet, backend="aot_eager")
+        found = [compiled(*example)]
+        for settings in both:
+            agentsd.apply_patch(unet if through == "the U-Net" else compiled, **settings)
+            found.append(compiled(*example))
         agentsd.remove_patch(compiled)
-        after = compiled(x, t, context)
-    torch.testing.assert_close(during, outputs[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(otherwise, outputs[1], rtol=1e-4, atol=1e-4)
-    assert (during - before).abs().max() > 1e-3
-    assert (during - otherwise).abs().max() > 1e-3
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert torch.equal(compiled(*example), found[0])
+    assert_close(found, expected)
+    assert min((found[i] - found[i - 1]).abs().max() for i in range(3)) > 1e-3
 
 
 @pytest.mark.parametrize("name", KEPT_OUT)
-def test_later_calls_compile_nothing(name):
-    unet, (x, t, context) = one_block_unet(), given()
+def test_outside_of_graphs_it_gives_the_same_and_later_calls_compile_nothing(name):
+    unet, (x, t, context), made = one_block_unet(), given(), []
     with agentsd.patched(unet, **KEPT_OUT[name]):
         compiled = Compiled(unet)
-        compiled(x, t, context)
-        compiled(x, t - 50, context)
-        before = len(compiled.graphs)
-        for step in (100, 150, 200):
-            compiled(x, t - step, context)
-    assert 0 < before == len(compiled.graphs)
+        for step in (0, 50, 100, 150, 200):
+            moment = x, t - step, context
+            assert_close(compiled(*moment), run(unet, moment))
+            made.append(len(compiled.graphs))
+        assert not agentsd.get_patch(unet).notes
+    assert 0 < made[1] == made[-1]
 
 
 PATCHED_FIRST = """
@@ -338,13 +297,11 @@ def backend(graph, example_inputs):
     return graph.forward
 
 with torch.inference_mode():
-    plain = unet(x, t, context)
     agentsd.apply_patch(unet, **{settings!r})
     patched = unet(x, t, context)
     assert "torch._dynamo" not in sys.modules, "nothing has needed the compiler yet"
     compiled = torch.compile(unet, backend=backend)
     torch.testing.assert_close(compiled(x, t, context), patched, rtol=1e-4, atol=1e-4)
-    assert (patched - plain).abs().max() > 1e-2
     assert "torch._dynamo" in sys.modules
     compiled(x, t - 50, context)  # the host's own embedding of the timestep is compiled twice
     first = len(graphs)
@@ -353,10 +310,8 @@ with torch.inference_mode():
     assert len(graphs) == first > 0, (first, len(graphs))
     ours = ("avg_pool2d", "argsort", "embedding_bag", "one_hot", "bincount")
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert targets and bool([target for target in targets if any(name in target for name in ours)]) == {followed}
+    assert any(name in target for name in ours for target in targets) == {followed}
     assert not agentsd.get_patch(unet).notes
-    agentsd.remove_patch(unet)
-    torch.testing.assert_close(compiled(x, t, context), plain, rtol=1e-4, atol=1e-4)
 """
 
 
@@ -374,53 +329,34 @@ def test_hooks_are_in_or_out_of_graphs_whatever_was_imported_first(name):
     assert "cache_size_limit" not in done.stderr
 
 
-class TestNotCompiled:
-    def test_it_changes_neither_name_nor_result(self):
+def test_what_is_not_compiled_changes_neither_name_nor_result_nor_error():
+    @not_compiled
+    def double(x, *, times=1):
+        """Twice as much."""
+        return 2 * x * times
+
+    assert (double.__name__, double.__doc__) == ("double", "Twice as much.")
+    assert double(3, times=2) == 12
+    with pytest.raises(TypeError, match="NoneType"):
+        double(None)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def theirs(x):
+        return double(x.sin())
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        theirs(torch.randn(3))
+
+
+def test_methods_that_are_not_compiled_belong_to_each_deep_copy():
+    class Hook:
+        calls = 0
+
         @not_compiled
-        def double(x, *, times=1):
-            """Twice as much."""
-            return 2 * x * times
+        def __call__(self, *args):
+            self.calls += 1
 
-        assert (double.__name__, double.__doc__) == ("double", "Twice as much.")
-        assert double(3, times=2) == 12
-
-    def test_it_breaks_the_graph_around_a_call(self):
-        graphs = []
-
-        def backend(graph, example_inputs):
-            graphs.append([str(node.target) for node in graph.graph.nodes])
-            return graph.forward
-
-        @not_compiled
-        def ours(x):
-            return x.cos()
-
-        @torch.compile(backend=backend)
-        def theirs(x):
-            return ours(x.sin()).tan()
-
-        x = torch.randn(3)
-        torch.testing.assert_close(theirs(x), x.sin().cos().tan())
-        assert [sum(name in targets for targets in graphs) for name in ("sin", "cos", "tan")] == [1, 0, 1]
-
-    def test_exceptions_pass_through(self):
-        @not_compiled
-        def fail():
-            raise KeyError("theirs")
-
-        with pytest.raises(KeyError, match="theirs"):
-            fail()
-
-    def test_methods_of_deep_copies_are_their_own(self):
-        class Hook:
-            def __init__(self):
-                self.calls = 0
-
-            @not_compiled
-            def __call__(self, *args):
-                self.calls += 1
-
-        first = Hook()
-        second = copy.deepcopy(first)
-        first()
-        assert (first.calls, second.calls) == (1, 0)
+    first = Hook()
+    second = copy.deepcopy(first)
+    first()
+    assert (first.calls, second.calls) == (1, 0)

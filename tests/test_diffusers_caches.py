@@ -1,9 +1,6 @@
 """Ours beside what reuses results from step to step, or puts its own attention in: caches, guidance, ControlNet."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +13,8 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 hooks = pytest.importorskip("diffusers.hooks", reason="needs diffusers' cache hooks")
 
-from tiny_pipelines import CORRECTED, GRID, POOL, anatomy, attn1s, picture, run, tiny_sd, tiny_unet, unet_inputs  # noqa: E402
+from kinds import CORRECTED, GRID  # noqa: E402
+from tiny_pipelines import anatomy, picture, tiny_sd, tiny_unet, unet_inputs  # noqa: E402
 
 TIMESTEPS = (700, 650, 600, 550, 500, 450)
 
@@ -66,17 +64,10 @@ def step_cache(unet: nn.Module) -> None:
     reuse(unet, 2)
 
 
-CACHES = {
-    "attention broadcast": broadcast,
-    "TaylorSeer": taylor,
-    "DeepCache": deep_cache,
-    "steps": step_cache,
-}
-by_cache = pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES.keys())
-METHODS = {"grid": GRID, "pool": POOL, "corrected": CORRECTED}
+CACHES = {"attention broadcast": broadcast, "TaylorSeer": taylor, "DeepCache": deep_cache, "steps": step_cache}
 
 
-def cache_context(unet: nn.Module) -> AbstractContextManager:
+def cache_context(unet: nn.Module):
     """What a pipeline puts around its calls; only some caches ask for it, and not in every version."""
     try:
         from diffusers.models.cache_utils import CacheMixin
@@ -93,7 +84,7 @@ def outputs(unet: nn.Module) -> list[torch.Tensor]:
         return [unet(**call)[0].clone() for call in calls]
 
 
-def cached_unet(cache: Callable[[nn.Module], None], settings: dict | None, first: str = "cache") -> nn.Module:
+def cached_unet(cache, settings: dict | None, first: str = "cache") -> nn.Module:
     """A U-Net of its own with a cache and, given settings, our patch, in this order or the other."""
     unet = tiny_unet()
     if settings is not None and first == "ours":
@@ -104,110 +95,67 @@ def cached_unet(cache: Callable[[nn.Module], None], settings: dict | None, first
     return unet
 
 
-@by_cache
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 class TestCaches:
-    @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS.keys())
+    @pytest.mark.parametrize("settings", [GRID, CORRECTED], ids=["grid", "corrected"])
     def test_what_is_computed_is_ours_and_what_is_not_is_theirs(self, cache, settings):
         alone, ours = outputs(cached_unet(cache, None)), outputs(cached_unet(lambda unet: None, settings))
         unet = cached_unet(cache, settings)
         both = outputs(unet)
-        # a call that the cache answers is not ours, which is all that may be said
-        assert set(get_patch(unet).notes) <= {"something else answers self-attention in its place"}
         # the first call is computed in full
         torch.testing.assert_close(both[0], ours[0], rtol=1e-4, atol=1e-5)
         assert (both[0] - alone[0]).abs().max() > 0.01
-        for step, (one, out) in enumerate(zip(alone, both, strict=True)):
-            assert out.isfinite().all()
-            assert not torch.equal(out, one), f"call {step} is not without ours"
-        assert any(not torch.equal(out, other) for other, out in zip(ours, both, strict=True)), "the cache counts"
-
-    def test_in_either_order(self, cache):
-        one, other = (outputs(cached_unet(cache, GRID, first)) for first in ("cache", "ours"))
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert all(out.isfinite().all() for out in both)
+        assert not any(map(torch.equal, alone, both)), "no call is without ours"
+        assert not all(map(torch.equal, ours, both)), "the cache counts"
+        # a call that the cache answers is not ours, which is all that may be said
+        assert set(get_patch(unet).notes) <= {"something else answers self-attention in its place"}
+        torch.testing.assert_close(outputs(cached_unet(cache, settings, first="ours")), both, rtol=1e-4, atol=1e-5)
 
     def test_removing_ours_leaves_the_cache_to_itself(self, cache):
-        expected = outputs(cached_unet(cache, None))
-        unet = tiny_unet()
+        expected, unet = outputs(cached_unet(cache, None)), tiny_unet()
         cache(unet)
         before = anatomy(unet)
         agentsd.apply_patch(unet, **GRID)
         remove_patch(unet)
         assert anatomy(unet) == before
-        torch.testing.assert_close(outputs(unet), expected, rtol=0, atol=0)
+        assert all(map(torch.equal, outputs(unet), expected))
 
 
-@pytest.mark.parametrize("name", ["FirstBlockCache", "MagCache"])
-def test_caches_of_transformers_alone_refuse_a_u_net_with_and_without_ours(name):
-    """They look for a list of transformer blocks at the top of the model, which no U-Net has."""
-    if not hasattr(hooks, f"{name}Config"):
-        pytest.skip(f"this diffusers has no {name}")
-    given = {} if name == "FirstBlockCache" else {"mag_ratios": [1.0] * 4, "num_inference_steps": 4}
-    config = getattr(hooks, f"{name}Config")(**given)
-    apply = {"FirstBlockCache": "apply_first_block_cache", "MagCache": "apply_mag_cache"}[name]
-    unet = tiny_unet()
-    agentsd.apply_patch(unet, **GRID)
-    patched = run(unet)
-    for model in (tiny_unet(), unet):
-        try:
-            getattr(hooks, apply)(model, config)
-            had_an_effect = any(m._diffusers_hook.hooks for m in model.modules() if hasattr(m, "_diffusers_hook"))
-        except (IndexError, ValueError):
-            had_an_effect = False
-        assert not had_an_effect
-    assert torch.equal(run(unet), patched)
+def guided_by(pipeline, **more):
+    """A pipeline of this class around the tiny Stable Diffusion."""
+    parts = {name: part for name, part in tiny_sd().components.items() if name != "image_encoder"}
+    pipe = pipeline(**parts, requires_safety_checker=False, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-class TestGuidanceByAttention:
-    def pipe(self):
-        pipe = tiny_sd()
-        guided = diffusers.StableDiffusionPAGPipeline(**pipe.components, pag_applied_layers=["mid"])
-        guided.set_progress_bar_config(disable=True)
-        return guided
-
-    def test_its_layers_stay_its_own(self):
-        pipe = self.pipe()
-        before, plain = anatomy(pipe.unet), picture(pipe)
-        agentsd.apply_patch(pipe, **{**GRID, "max_downsample": 2})
-        both = picture(pipe)
-        assert (both - plain).abs().max() > 1e-3
-        layers = {layer.name: layer.calls for layer in get_patch(pipe).report()}
-        assert not any(calls for name, calls in layers.items() if name.startswith("mid_block"))
-        assert all(calls.get("agents") for name, calls in layers.items() if not name.startswith("mid_block"))
-        (note,) = get_patch(pipe).notes
-        assert "attention processor is PAG" in note
-        remove_patch(pipe)
-        assert torch.equal(picture(pipe), plain)
-        assert anatomy(pipe.unet) == before
-
-    def test_without_guidance_they_are_ours(self):
-        pipe = self.pipe()
-        agentsd.apply_patch(pipe, **{**GRID, "max_downsample": 2})
-        pipe("cat", num_inference_steps=1, output_type="latent", height=128, width=128, pag_scale=0.0)
-        assert get_patch(pipe).notes == {}
-        assert all(layer.calls.get("agents") for layer in get_patch(pipe).report())
+@pytest.mark.parametrize("scale", [3.0, 0.0])
+def test_layers_of_perturbed_attention_guidance_stay_its_own_while_it_guides(scale):
+    pipe = guided_by(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
+    before, plain = anatomy(pipe.unet), picture(pipe, pag_scale=scale)
+    agentsd.apply_patch(pipe, **{**GRID, "max_downsample": 2})
+    assert (picture(pipe, pag_scale=scale) - plain).abs().max() > 1e-3
+    layers = {layer.name: layer.calls for layer in get_patch(pipe).report()}
+    theirs = {name for name in layers if name.startswith("mid_block") and scale}
+    assert {name for name, calls in layers.items() if not calls.get("agents")} == theirs
+    assert ["attention processor is PAG" in note for note in get_patch(pipe).notes] == [True] * len(theirs)
+    remove_patch(pipe)
+    assert torch.equal(picture(pipe, pag_scale=scale), plain)
+    assert anatomy(pipe.unet) == before
 
 
 def test_controlnet_adds_to_a_patched_u_net_and_is_not_patched_itself():
-    pipe = tiny_sd()
     # as many residuals as the U-Net has, of random weights, so that they count
     torch.manual_seed(0)
-    net = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 8)).eval()
+    net = diffusers.ControlNetModel.from_unet(tiny_unet(), conditioning_embedding_out_channels=(8, 8, 8, 8)).eval()
     for module in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
         nn.init.normal_(module.weight, std=0.1)
-    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
-    guided = diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
-    guided.set_progress_bar_config(disable=True)
-    hint = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(2))
-
-    def drawn():
-        given = {"num_inference_steps": 2, "output_type": "np", "generator": torch.Generator().manual_seed(1)}
-        return torch.from_numpy(guided("cat", image=hint, height=128, width=128, **given).images)
-
-    plain, before = drawn(), anatomy(net)
-    agentsd.apply_patch(guided, **GRID)
-    assert (drawn() - plain).abs().max() > 1e-3
-    assert get_patch(guided).notes == {}
+    pipe, hint = guided_by(diffusers.StableDiffusionControlNetPipeline, controlnet=net), torch.rand(1, 3, 128, 128)
+    plain, before = picture(pipe, image=hint), anatomy(net)
+    agentsd.apply_patch(pipe, **GRID)
+    assert (picture(pipe, image=hint) - plain).abs().max() > 1e-3
+    assert get_patch(pipe).notes == {}
     assert anatomy(net) == before
-    assert not any("agentsd" in type(attn.processor).__module__ for attn in attn1s(net).values())
-    remove_patch(guided)
-    assert torch.equal(drawn(), plain)
+    remove_patch(pipe)
+    assert torch.equal(picture(pipe, image=hint), plain)

@@ -1,7 +1,5 @@
 """Models of diffusers other than a text-to-image U-Net: patched where they attend over an image, refused otherwise."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest
@@ -14,7 +12,8 @@ from agentsd.hosts import find_sites
 D = pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from tiny_pipelines import CONTEXT, randomised, tiny_sdxl_unet, tiny_unet, unet_inputs  # noqa: E402
+from blocks import filled  # noqa: E402
+from tiny_pipelines import CONTEXT, tiny_sdxl_unet, tiny_unet, unet_inputs  # noqa: E402
 
 CORRECTED = {"method": "corrected", "ratio": 0.0, "agent_ratio": 0.75, "max_downsample": "auto"}
 SIMILARITY = {"ratio": 0.4, "max_downsample": "auto", "merge_mlp": True}
@@ -23,51 +22,33 @@ TINY = {"sample_size": SIDE, "block_out_channels": (32, 64), "layers_per_block":
 TEXT = torch.ones(1, 7, CONTEXT)
 
 
+def video_unet(cls, kind, **layout):
+    """A U-Net with transformers at the first level."""
+    down, up = (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"), (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}")
+    return cls(**TINY, **layout, down_block_types=down, up_block_types=up)
+
+
 def animatediff():
-    unet = D.UNetMotionModel(
-        **TINY,
-        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-        num_attention_heads=2,
-        motion_num_attention_heads=2,
-        norm_num_groups=8,
-    )
+    heads = {"num_attention_heads": 2, "motion_num_attention_heads": 2, "norm_num_groups": 8}
+    unet = video_unet(D.UNetMotionModel, "Motion", **heads)
     return unet, lambda m: m(torch.randn(1, 4, 3, SIDE, SIDE), 500, TEXT.expand(3, -1, -1)).sample
 
 
 def unet_3d():
-    unet = D.UNet3DConditionModel(
-        **TINY,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+    unet = video_unet(D.UNet3DConditionModel, "3D", attention_head_dim=8, norm_num_groups=8)
     return unet, lambda m: m(torch.randn(1, 4, 3, SIDE, SIDE), 500, TEXT).sample
 
 
 def i2vgen_xl():
-    unet = D.I2VGenXLUNet(
-        **TINY,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+    unet = video_unet(D.I2VGenXLUNet, "3D", attention_head_dim=8, norm_num_groups=8)
     video, fps, image = torch.randn(1, 4, 3, SIDE, SIDE), torch.tensor([8]), torch.randn(1, CONTEXT)
     return unet, lambda m: m(video, 500, fps, video, image, TEXT).sample
 
 
 def svd():
-    unet = D.UNetSpatioTemporalConditionModel(
-        **TINY,
-        in_channels=8,
-        num_attention_heads=(2, 2),
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-    )
+    time = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24}
+    heads = {"in_channels": 8, "num_attention_heads": (2, 2)}
+    unet = video_unet(D.UNetSpatioTemporalConditionModel, "SpatioTemporal", **heads, **time)
     return unet, lambda m: m(torch.randn(1, 3, 8, SIDE, SIDE), torch.tensor(0.4), TEXT[:, :1], torch.zeros(1, 3)).sample
 
 
@@ -83,27 +64,19 @@ def controlnet_union():
     layout = {name: value for name, value in unet.config.items() if name in known}
     model = D.ControlNetUnionModel(**layout, num_trans_channel=32, num_trans_head=2, num_proj_channel=32)
     given = unet_inputs(unet, SIDE, SIDE, batch=1)
-    hint = {
-        "controlnet_cond": [torch.rand(1, 3, 8 * SIDE, 8 * SIDE)],
-        "control_type_idx": [0],
-        "conditioning_scale": [1.0],
-    }
-    return model, lambda m: m(**given, **hint, control_type=torch.eye(6)[:1]).mid_block_res_sample
+    given |= {"controlnet_cond": [torch.rand(1, 3, 8 * SIDE, 8 * SIDE)], "control_type": torch.eye(6)[:1]}
+    return model, lambda m: m(**given, control_type_idx=[0], conditioning_scale=[1.0]).mid_block_res_sample
 
 
-def _xs(**layout):
+def controlnet_xs(**layout):
     unet = tiny_unet(layers_per_block=2, **layout)
     adapter = D.ControlNetXSAdapter.from_unet(unet, size_ratio=0.5)
     model = D.UNetControlNetXSModel.from_unet(unet, adapter)
     return model, lambda m: m(torch.randn(1, 4, SIDE, SIDE), 500, TEXT, torch.rand(1, 3, 8 * SIDE, 8 * SIDE)).sample
 
 
-def controlnet_xs():
-    return _xs()
-
-
 def controlnet_xs_of_sdxl_s_layout():
-    return _xs(
+    return controlnet_xs(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")
     )
 
@@ -115,17 +88,8 @@ def x4_upscaler():
     return unet, lambda m: m(torch.randn(1, 7, SIDE, SIDE), 500, TEXT, class_labels=torch.tensor([3])).sample
 
 
-SERVED = [
-    animatediff,
-    unet_3d,
-    i2vgen_xl,
-    svd,
-    controlnet,
-    controlnet_union,
-    controlnet_xs,
-    controlnet_xs_of_sdxl_s_layout,
-    x4_upscaler,
-]
+SERVED = [animatediff, unet_3d, i2vgen_xl, svd, controlnet, controlnet_union]
+SERVED += [controlnet_xs, controlnet_xs_of_sdxl_s_layout, x4_upscaler]
 
 
 @torch.no_grad()
@@ -139,7 +103,7 @@ def output(call, model):
 def test_is_served_as_explained(make, settings):
     torch.manual_seed(0)
     model, call = make()
-    randomised(model)
+    filled(model)
     plain = output(call, model)
     agentsd.apply_patch(model, **settings)
     ours, patch = output(call, model), get_patch(model)
@@ -155,19 +119,16 @@ def test_is_served_as_explained(make, settings):
     assert torch.equal(output(call, model), plain)
 
 
-def test_blocks_of_the_x4_upscaler_without_self_attention_are_known_as_such():
-    model, _ = x4_upscaler()
-    assert {site.downsample for site in find_sites(model)} == {2}
-
-
-def test_controlnet_xs_has_the_levels_of_its_unet():
-    assert {site.downsample for site in find_sites(controlnet_xs()[0])} == {1, 2}
-    assert {site.downsample for site in find_sites(controlnet_xs_of_sdxl_s_layout()[0])} == {2}
+@pytest.mark.parametrize(
+    ("make", "levels"), [(x4_upscaler, {2}), (controlnet_xs, {1, 2}), (controlnet_xs_of_sdxl_s_layout, {2})]
+)
+def test_levels_are_those_of_blocks_that_have_self_attention(make, levels):
+    assert {site.downsample for site in find_sites(make()[0])} == levels
 
 
 def test_a_controlnet_can_be_tuned():
     model, call = controlnet()
-    randomised(model)
+    filled(model)
     with agentsd.record_calls(model) as calls:
         output(call, model)
     tuning = agentsd.tune(model, calls, 0.5, methods=["pool"])
@@ -179,14 +140,15 @@ def prior():
     return D.PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=2, embedding_dim=8)
 
 
+SMALL = {"num_layers": 1, "cross_attention_dim": CONTEXT}
+
+
 def transformer_2d():
-    return D.Transformer2DModel(2, 16, in_channels=32, num_layers=1, norm_num_groups=8, cross_attention_dim=CONTEXT)
+    return D.Transformer2DModel(2, 16, in_channels=32, norm_num_groups=8, **SMALL)
 
 
 def latte():
-    return D.LatteTransformer3DModel(
-        2, 16, 4, 4, num_layers=1, sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=8
-    )
+    return D.LatteTransformer3DModel(2, 16, 4, 4, sample_size=8, patch_size=2, caption_channels=8, **SMALL)
 
 
 @pytest.mark.parametrize("make", [prior, transformer_2d, latte], ids=lambda make: make.__name__)

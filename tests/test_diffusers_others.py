@@ -1,30 +1,19 @@
 """What others do to a diffusers U-Net before, during and after the patch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
 
 import agentsd
-from agentsd import get_patch, remove_patch
+from agentsd import get_patch, patched, remove_patch
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
 
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0  # noqa: E402
-from tiny_pipelines import (  # noqa: E402
-    GRID,
-    anatomy,
-    attn1s,
-    by_kind,
-    picture,
-    run,
-    tiny_sd,
-    tiny_unet,
-    unet_inputs,
-)
+from kinds import CORRECTED, EVERYWHERE, GRID, SIMILARITY  # noqa: E402
+from tiny_pipelines import anatomy, attn1s, picture, run, tiny_sd, tiny_unet, unet_inputs  # noqa: E402
 
 
 def lora(unet, seed: int = 3) -> None:
@@ -40,7 +29,7 @@ def lora(unet, seed: int = 3) -> None:
     unet.eval()
 
 
-@by_kind
+@pytest.mark.parametrize("settings", [SIMILARITY, EVERYWHERE, CORRECTED], ids=["similarity", "everywhere", "corrected"])
 def test_lora_acts_as_if_it_were_in_the_weights(settings):
     unet = tiny_unet().double()  # lest rounding decides which token is nearest
     given = {name: x.double() for name, x in unet_inputs(unet).items() if name != "timestep"}
@@ -90,12 +79,8 @@ def ip_adapter(unet, tokens: int = 4, embedding: int = 16) -> dict:
             for part in ("k", "v"):
                 weights[f"{key}.to_{part}_ip.weight"] = noise(attn.inner_dim, width)
             key += 2
-    projection = {
-        "proj.weight": noise(tokens * width, embedding),
-        "proj.bias": noise(tokens * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
+    projection = {"proj.weight": noise(tokens * width, embedding), "proj.bias": noise(tokens * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     return {"image_proj": projection, "ip_adapter": weights}
 
 
@@ -108,7 +93,7 @@ def image_prompt() -> dict:
     return {"added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 16, generator=generator)]}}
 
 
-@by_kind
+@pytest.mark.parametrize("settings", [SIMILARITY, EVERYWHERE], ids=["similarity", "everywhere"])
 def test_ip_adapters_are_left_alone(settings):
     unet = tiny_unet()
     unet._load_ip_adapter_weights([ip_adapter(unet)], low_cpu_mem_usage=False)
@@ -159,16 +144,15 @@ def offloaded_anatomy(unet: nn.Module) -> dict:
     return {name: entry[:-1] for name, entry in anatomy(unet).items()}
 
 
-@by_kind
 @pytest.mark.parametrize("kind", ["model", "sequential", "group"])
-def test_offloading_changes_nothing(kind, settings):
+def test_offloading_changes_nothing(kind):
     pipe = tiny_sd()
-    agentsd.apply_patch(pipe, **settings)
+    agentsd.apply_patch(pipe, **SIMILARITY)
     plain = picture(pipe)
     remove_patch(pipe)
     offload(pipe, kind)
     before, without = offloaded_anatomy(pipe.unet), picture(pipe)
-    agentsd.apply_patch(pipe, **settings)
+    agentsd.apply_patch(pipe, **SIMILARITY)
     torch.testing.assert_close(picture(pipe), plain, rtol=0, atol=1e-3)
     assert get_patch(pipe).notes == {}
     remove_patch(pipe)
@@ -187,26 +171,21 @@ def test_offloading_may_begin_while_the_patch_is_on():
     picture(pipe)
 
 
-class Custom:
-    """Somebody's attention processor, with a parameter of its own."""
-
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, strength=1.0):
-        self.seen.append((hidden_states.shape[1], strength))
-        return strength * AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-
-
-class CustomModule(nn.Module):
-    """Somebody's attention processor with weights."""
+class Custom(nn.Module):
+    """Somebody's attention processor, with weights and with a parameter of its own."""
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor(0.5))
+        self.weight, self.seen = nn.Parameter(torch.tensor(0.5)), []
 
-    def forward(self, attn, hidden_states, *args, **kwargs):
-        return self.weight * AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, strength=1.0):
+        self.seen.append((hidden_states.shape[1], strength))
+        out = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return self.weight * strength * out
+
+
+class CustomAttnProcessor2_0(AttnProcessor2_0):
+    """Plain attention under the name that InvokeAI gives it."""
 
 
 def set_attn1(unet, make) -> dict:
@@ -216,68 +195,34 @@ def set_attn1(unet, make) -> dict:
     return new
 
 
-@by_kind
-def test_an_unknown_processor_is_asked_and_not_replaced(settings):
-    unet = tiny_unet()
+def test_an_unknown_processor_is_asked_and_not_replaced():
+    unet, stronger = tiny_unet(), {"cross_attention_kwargs": {"strength": 2.0}}
     set_attn1(unet, Custom)
-    plain = run(unet, cross_attention_kwargs={"strength": 0.5})
-    agentsd.apply_patch(unet, **{**settings, "merge_crossattn": False, "merge_mlp": False})
-    assert torch.equal(run(unet, cross_attention_kwargs={"strength": 0.5}), plain)
-    assert "its attention processor is Custom" in get_patch(unet).notes
-    custom = next(iter(attn1s(unet).values()))
-    remove_patch(unet)
-    assert custom.processor.seen == [(256, 0.5)] * 2
-
-
-class CustomAttnProcessor2_0(AttnProcessor2_0):
-    """Plain attention under the name that InvokeAI gives it."""
-
-
-class RenamedAttnProcessor(AttnProcessor2_0):
-    """A subclass by any other name may do anything."""
-
-
-@by_kind
-def test_plain_attention_by_invokeai_s_name_is_ours(settings):
-    unet = tiny_unet()
-    agentsd.apply_patch(unet, **settings)
-    expected = run(unet)
-    remove_patch(unet)
-    theirs = set_attn1(unet, CustomAttnProcessor2_0)
-    agentsd.apply_patch(unet, **settings)
-    assert torch.equal(run(unet), expected)
-    assert get_patch(unet).notes == {}
-    remove_patch(unet)
-    assert all(attn.processor is theirs[f"{name}.processor"] for name, attn in attn1s(unet).items())
-
-
-def test_a_subclass_of_plain_attention_by_another_name_is_not():
-    unet = tiny_unet()
-    set_attn1(unet, RenamedAttnProcessor)
-    plain = run(unet)
-    agentsd.apply_patch(unet, **GRID)
-    assert torch.equal(run(unet), plain)
-    assert list(get_patch(unet).notes) == ["its attention processor is RenamedAttnProcessor"]
-
-
-def test_a_processor_with_weights_stays_in_the_module_tree():
-    unet = tiny_unet()
-    set_attn1(unet, CustomModule)
-    before, names, plain = anatomy(unet), list(unet.state_dict()), run(unet)
-    agentsd.apply_patch(unet, **GRID)
-    assert list(unet.state_dict()) == names
-    assert torch.equal(run(unet), plain)
-    assert "its attention processor is CustomModule" in get_patch(unet).notes
-    remove_patch(unet)
+    before, names, plain = anatomy(unet), list(unet.state_dict()), run(unet, **stronger)
+    with patched(unet, **SIMILARITY):
+        assert list(unet.state_dict()) == names
+        assert torch.equal(run(unet, **stronger), plain)
+        assert "its attention processor is Custom" in get_patch(unet).notes
     assert anatomy(unet) == before
+    assert next(iter(attn1s(unet).values())).processor.seen == [(256, 2.0)] * 2
+
+
+def test_plain_attention_by_invokeai_s_name_is_ours():
+    unet = tiny_unet()
+    with patched(unet, **SIMILARITY):
+        expected = run(unet)
+    theirs = set_attn1(unet, CustomAttnProcessor2_0)
+    with patched(unet, **SIMILARITY):
+        assert torch.equal(run(unet), expected)
+        assert get_patch(unet).notes == {}
+    assert all(attn.processor is theirs[f"{name}.processor"] for name, attn in attn1s(unet).items())
 
 
 def test_processors_set_while_the_patch_is_on_survive_its_removal():
     unet = tiny_unet()
-    agentsd.apply_patch(unet, **GRID)
-    theirs = set_attn1(unet, Custom)
-    run(unet)
-    remove_patch(unet)
+    with patched(unet, **GRID):
+        theirs = set_attn1(unet, Custom)
+        run(unet)
     assert all(attn.processor is theirs[f"{name}.processor"] for name, attn in attn1s(unet).items())
 
 
@@ -286,26 +231,12 @@ def test_a_processor_put_back_after_removal_is_the_hosts():
     unet = tiny_unet()
     plain = run(unet)
     agentsd.apply_patch(unet, **GRID)
-    patched, remembered = run(unet), unet.attn_processors
+    ours, remembered = run(unet), unet.attn_processors
     unet.set_attn_processor(AttnProcessor())
     remove_patch(unet)
     unet.set_attn_processor(remembered)
     assert torch.equal(run(unet), plain)
     agentsd.apply_patch(unet, **GRID)
-    assert torch.equal(run(unet), patched)
+    assert torch.equal(run(unet), ours)
     remove_patch(unet)
     assert all(type(attn.processor) is AttnProcessor2_0 for attn in attn1s(unet).values())
-
-
-def test_sliced_and_fused_attention_take_the_patch():
-    unet = tiny_unet()
-    agentsd.apply_patch(unet, **GRID)
-    patched = run(unet)
-    remove_patch(unet)
-    for switch in (lambda: unet.set_attention_slice(1), unet.fuse_qkv_projections):
-        switch()
-        before = anatomy(unet)
-        agentsd.apply_patch(unet, **GRID)
-        torch.testing.assert_close(run(unet), patched, rtol=1e-4, atol=1e-4)
-        remove_patch(unet)
-        assert anatomy(unet) == before

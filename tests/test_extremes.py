@@ -1,7 +1,5 @@
 """Scores of 10⁴ and norms of 10³: whatever full attention survives, methods with fitted values do, too."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from blocks import HALVES

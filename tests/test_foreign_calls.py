@@ -1,28 +1,15 @@
 """What others pass to self-attention: delegated unchanged where it is not ours to answer."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 from blocks import blocks_of, initialised, run
-from patching import (
-    EVERYWHERE,
-    EXAMPLE,
-    GRID,
-    MERGING,
-    SIMILARITY,
-    agent_kinds,
-    changed,
-    kinds,
-    patched_output,
-    self_attention_kinds,
-    with_self_attention,
-)
+from kinds import EVERYWHERE, GRID, MERGING, SIMILARITY, of
+from patching import EXAMPLE, changed, patched_output, with_self_attention
 
-from agentsd import UnsupportedModelError, get_patch, patched
+from agentsd import UnsupportedModelError, apply_patch, get_patch, patched
 from agentsd.attention.tensors import join_heads, split_heads
 from agentsd.hosts import find_sites
 
@@ -36,6 +23,10 @@ FOREIGN_CALLS = {
     "rows of a batch": (lambda attn, x: torch.cat([attn(x[:1]), attn(x[1:])]), "other tokens than the block was given"),
     "all frames at once": (lambda attn, x: attn(x.reshape(1, -1, x.shape[2])).view_as(x), "another number of tokens"),
 }
+
+
+# Agents are ours to compute; merged tokens are given to the host's attention
+whoever_attends = of("similarity", "merging")
 
 
 class TestForeignCalls:
@@ -63,7 +54,7 @@ class TestForeignCalls:
     @pytest.mark.parametrize(
         "call", [lambda attn, x: attn(x, x), lambda attn, x: attn(context=x, x=x)], ids=["position", "name"]
     )
-    @self_attention_kinds
+    @whoever_attends
     def test_the_same_tensor_as_context_is_self_attention(self, unet, call, kw):
         """Forge's attention patches and ControlNet pass it so."""
         expected = patched_output(unet, EXAMPLE, **kw)
@@ -71,8 +62,7 @@ class TestForeignCalls:
         torch.testing.assert_close(patched_output(unet, EXAMPLE, **kw), expected, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("extra", [{"value": torch.ones(1)}, {"additional_tokens": torch.ones(1)}, {"frames": 2}])
-    @agent_kinds
-    def test_unknown_arguments_are_delegated(self, unet, extra, kw):
+    def test_unknown_arguments_are_delegated(self, unet, extra):
         cls = type(blocks_of(unet)[0].attn1)
         (name,) = extra
 
@@ -87,24 +77,19 @@ class TestForeignCalls:
             block.attn1.__class__ = Extended
         with_self_attention(unet, lambda attn, x: attn(x, **extra))
         plain = run(unet, EXAMPLE)
-        with patched(unet, **kw):
+        with patched(unet, **SIMILARITY):
             assert torch.equal(run(unet, EXAMPLE), plain)
             assert list(get_patch(unet).notes) == [f"self-attention was given {name}"]
         with_self_attention(unet, lambda attn, x: attn(x, value=None, additional_tokens=None, frames=0))
-        assert changed(patched_output(unet, EXAMPLE, **kw), run(unet, EXAMPLE))
+        assert changed(patched_output(unet, EXAMPLE, **SIMILARITY), run(unet, EXAMPLE))
 
-    @agent_kinds
-    def test_disabled_self_attention_is_cross_attention(self, kw):
-        unet = initialised(
-            attention_resolutions=[1], channel_mult=[1], disable_self_attentions=[True], disable_middle_self_attn=True
-        )
-        with pytest.raises(UnsupportedModelError), patched(unet, **kw):
-            pass
-        unet = initialised(attention_resolutions=[1], channel_mult=[1], disable_middle_self_attn=True)
+    def test_blocks_of_cross_attention_alone_are_left_out(self):
+        layout = {"attention_resolutions": [1], "channel_mult": [1], "disable_middle_self_attn": True}
+        with pytest.raises(UnsupportedModelError):
+            apply_patch(initialised(**layout, disable_self_attentions=[True]))
+        unet = initialised(**layout)
         assert not any("middle" in site.name for site in find_sites(unet))
-        with patched(unet, **kw):
-            run(unet, EXAMPLE)
-            assert not get_patch(unet).notes
+        patched_output(unet, EXAMPLE, **GRID)
 
     def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, unet, monkeypatch, caplog):
         def fail(*args, **kwargs):
@@ -169,33 +154,26 @@ class TestValue:
         return unet
 
     @pytest.mark.parametrize("name", SAME_VALUE)
-    @self_attention_kinds
+    @whoever_attends
     def test_the_same_tensor_is_self_attention(self, forge, name, kw):
         with_self_attention(forge, lambda attn, x: attn(x))
         expected, plain = patched_output(forge, EXAMPLE, **kw), run(forge, EXAMPLE)
         with_self_attention(forge, SAME_VALUE[name])
         torch.testing.assert_close(run(forge, EXAMPLE), plain, rtol=0, atol=1e-6)
+        seen = blocks_of(forge)[0].attn1.seen
+        seen.clear()
         out = patched_output(forge, EXAMPLE, **kw)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
         assert changed(out, plain)
-
-    @pytest.mark.parametrize("name", SAME_VALUE)
-    @kinds({"merging": MERGING, "the method": {"method": "merge"}})
-    def test_merged_tokens_reach_it_too(self, forge, name, kw):
-        with_self_attention(forge, SAME_VALUE[name])
-        with patched(forge, **kw):
-            run(forge, EXAMPLE)
-            assert not get_patch(forge).notes
-        seen = blocks_of(forge)[0].attn1.seen
-        assert seen == [(87, 87, 87)]
+        assert seen == ([(87, 87, 87)] if kw is MERGING else []), "merged tokens reach it, too"
 
     @pytest.mark.parametrize("name", OTHER_VALUE)
-    @self_attention_kinds
+    @whoever_attends
     def test_any_other_is_delegated(self, forge, name, kw):
         call, said = OTHER_VALUE[name]
         with_self_attention(forge, call)
         plain = run(forge, EXAMPLE)
-        with patched(forge, **{**kw, "merge_crossattn": False, "merge_mlp": False}):
+        with patched(forge, **kw):
             assert torch.equal(run(forge, EXAMPLE), plain)
             (note,) = get_patch(forge).notes
         assert said in note

@@ -1,27 +1,16 @@
 """What the library knows of hosts: where their U-Nets are, their blocks, and how they are called."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
 import torch
-from blocks import CONTEXT, flat_unet, golden_unet, initialised, run, sdxl_like_unet
-from patching import EXAMPLE, GRID, changed, diffusers_unet
+from blocks import as_model, flat_unet, golden_unet, initialised, run, sdxl_like_unet
+from kinds import GRID
+from patching import EXAMPLE, answer, changed, diffusers_unet
 from torch import nn
 
-from agentsd import get_patch, patched
-from agentsd.hosts import (
-    downsamples,
-    example_call,
-    find_sites,
-    find_timestep,
-    find_unet,
-    output_tensor,
-    read_size,
-    read_timestep,
-    read_tokens,
-)
+from agentsd import get_patch, hosts, patched
+from agentsd.hosts import example_call, find_sites, find_unet, output_tensor
 from agentsd.schedule import timestep_at
 
 POOLED = 40  # channels of the pooled prompt
@@ -48,30 +37,16 @@ UNETS = {
 by_unet = pytest.mark.parametrize("make", UNETS.values(), ids=UNETS)
 
 
-@torch.no_grad()
-def answer(unet: nn.Module, *arguments: float, **more: int) -> torch.Tensor:
-    call = example_call(unet, *arguments, **more)
-    return output_tensor(unet(*call.args, **call.kwargs))
-
-
 class TestExampleCall:
     @by_unet
-    @pytest.mark.parametrize("rows", [1, 2, 3])
-    def test_the_u_net_takes_it(self, make, rows):
+    def test_the_u_net_takes_it_and_it_is_always_the_same(self, make):
         unet = make()
-        out = answer(unet, 16, 24, 0.5, rows=rows)
-        assert out.shape == (rows, 4, 16, 24)
-        assert out.isfinite().all()
-
-    @by_unet
-    def test_it_is_always_the_same(self, make):
-        unet = make()
+        for rows in (1, 3):
+            out = answer(unet, 16, 24, rows=rows)
+            assert out.shape == (rows, 4, 16, 24)
+            assert out.isfinite().all()
         state = torch.get_rng_state()
-        first = answer(unet, 16, 16, 0.3)
-        torch.rand(3)
-        assert torch.equal(answer(unet, 16, 16, 0.3), first)
-        torch.set_rng_state(state)
-        example_call(unet, 16, 16, 0.3)
+        assert torch.equal(answer(unet, 16, 24, rows=3), out)
         assert torch.equal(torch.get_rng_state(), state)
 
     @by_unet
@@ -85,15 +60,16 @@ class TestExampleCall:
             assert patch.last_call.timestep == pytest.approx(timestep_at(0.25))
             assert any(layer.calls.get("agents") for layer in patch.report())
             assert not patch.notes
+            # the levels of the structure are what the sizes in a call say
+            sizes = {layer.name: layer.size for layer in patch.report()}
+        assert {site.name: 16 // site.downsample for site in find_sites(unet)} == {
+            name: height for name, (height, _) in sizes.items()
+        }
         assert changed(out, plain)
 
-    def test_sdxl_of_diffusers_is_given_its_added_conditions(self):
-        unet = diffusers_unet("tiny_sdxl_unet")
-        added = example_call(unet, 16, 16, 0.5).kwargs["added_cond_kwargs"]
-        assert added["text_embeds"].shape == (2, 32)
-        assert added["time_ids"].shape == (2, 6)
-
-    def test_sgm_is_given_its_vector(self):
+    def test_sdxl_is_given_its_added_conditions(self):
+        added = example_call(diffusers_unet("tiny_sdxl_unet"), 16, 16, 0.5).kwargs["added_cond_kwargs"]
+        assert (added["text_embeds"].shape, added["time_ids"].shape) == ((2, 32), (2, 6))
         assert example_call(sgm_like_unet(), 16, 16, 0.5).kwargs["y"].shape == (2, POOLED)
 
     @pytest.mark.parametrize("name", ["LDM", "diffusers"])
@@ -126,39 +102,20 @@ class TestOutputTensor:
             assert torch.equal(output_tensor(unet(*call.args, **call.kwargs, **more)), expected)
 
 
+IN = {f"input_blocks.{i}.1": d for i, d in ((1, 1), (3, 2))}
+OUT = {f"output_blocks.{i}.1": d for i, d in enumerate((2, 2, 1, 1))}
+UP = {f"up_blocks.{i}.attentions.{j}": 2 - i for i in (0, 1) for j in (0, 1)}
+LEVELS = {
+    "LDM": {**IN, "middle_block.1": 2, **OUT},
+    "diffusers": {"down_blocks.0.attentions.0": 1, "down_blocks.1.attentions.0": 2, **UP, "mid_block.attentions.0": 2},
+}
+
+
 class TestPlaces:
-    def test_of_ldm(self):
-        assert [(site.name, site.downsample) for site in find_sites(golden_unet())] == [
-            ("input_blocks.1.1.transformer_blocks.0", 1),
-            ("input_blocks.3.1.transformer_blocks.0", 2),
-            ("middle_block.1.transformer_blocks.0", 2),
-            ("output_blocks.0.1.transformer_blocks.0", 2),
-            ("output_blocks.1.1.transformer_blocks.0", 2),
-            ("output_blocks.2.1.transformer_blocks.0", 1),
-            ("output_blocks.3.1.transformer_blocks.0", 1),
-        ]
-
-    def test_of_diffusers(self):
-        sites = find_sites(diffusers_unet("tiny_unet"))
-        assert {(site.name, site.downsample) for site in sites} == {
-            ("down_blocks.0.attentions.0.transformer_blocks.0", 1),
-            ("down_blocks.1.attentions.0.transformer_blocks.0", 2),
-            ("mid_block.attentions.0.transformer_blocks.0", 2),
-            ("up_blocks.0.attentions.0.transformer_blocks.0", 2),
-            ("up_blocks.0.attentions.1.transformer_blocks.0", 2),
-            ("up_blocks.1.attentions.0.transformer_blocks.0", 1),
-            ("up_blocks.1.attentions.1.transformer_blocks.0", 1),
-        }
-
-    @by_unet
-    def test_are_what_the_sizes_in_a_call_say(self, make):
-        unet = make()
-        with patched(unet):
-            answer(unet, 16, 16, 0.5)
-            sizes = {layer.name: layer.size for layer in get_patch(unet).report()}
-        assert {site.name: 16 // site.downsample for site in find_sites(unet)} == {
-            name: height for name, (height, _) in sizes.items()
-        }
+    @pytest.mark.parametrize("name", LEVELS)
+    def test_of_a_u_net_of_two_levels(self, name):
+        levels = {f"{block}.transformer_blocks.0": level for block, level in LEVELS[name].items()}
+        assert [(site.name, site.downsample) for site in find_sites(UNETS[name]())] == list(levels.items())
 
     @pytest.mark.parametrize(("name", "first"), [("LDM", 1), ("LDM, SDXL-like", 2), ("diffusers, SDXL-like", 2)])
     def test_every_block_knows_where_the_first_are(self, name, first):
@@ -166,7 +123,7 @@ class TestPlaces:
 
     def test_are_unknown_in_a_u_net_of_no_known_layout(self):
         unet = nn.ModuleDict({"somewhere": golden_unet().middle_block})
-        assert list(downsamples(unet)) == []
+        assert list(hosts.downsamples(unet)) == []
         (site,) = find_sites(unet)
         assert (site.name, site.downsample) == ("somewhere.1.transformer_blocks.0", None)
 
@@ -183,10 +140,8 @@ class TestModels:
 
     def test_forge_s_own_object_counts_more_than_the_original_model(self):
         ours, original = flat_unet(), flat_unet()
-        unet = SimpleNamespace(model=SimpleNamespace(diffusion_model=ours))
-        model = SimpleNamespace(
-            forge_objects=SimpleNamespace(unet=unet), model=SimpleNamespace(diffusion_model=original)
-        )
+        model = as_model(original)
+        model.forge_objects = SimpleNamespace(unet=as_model(ours))
         assert find_unet(model) is ours
 
     def test_a_compiled_u_net_is_the_u_net(self):
@@ -196,30 +151,24 @@ class TestModels:
 
 class TestArguments:
     def test_a_timestep_is_the_largest_of_the_batch(self):
-        for t, read in [
-            (torch.tensor([3, 500]), 500.0),
-            (torch.tensor(7.5), 7.5),
-            (3, 3.0),
-            (2.5, 2.5),
-            (torch.tensor([]), None),
-            (None, None),
-            ("500", None),
-        ]:
-            assert read_timestep(t) == read
+        for t, read in [(torch.tensor([3, 500]), 500.0), (torch.tensor(7.5), 7.5), (3, 3.0), (2.5, 2.5)]:
+            assert hosts.read_timestep(t) == read
+        for t in (torch.tensor([]), None, "500"):
+            assert hosts.read_timestep(t) is None
 
     def test_arguments_are_found_by_position_and_by_any_host_s_name(self):
         x, t = torch.zeros(1, 4, 8, 6), torch.tensor([1])
         for name in ("x", "sample", "hidden_states"):
-            assert read_size((), {name: x}) == (8, 6)
-        assert read_size((x,), {}) == (8, 6)
-        assert read_size((x[0],), {}) is None
+            assert hosts.read_size((), {name: x}) == (8, 6)
+        assert hosts.read_size((x,), {}) == (8, 6)
+        assert hosts.read_size((x[0],), {}) is None
         for name in ("timesteps", "timestep", "t"):
-            assert find_timestep((x,), {name: t}) is t
-        assert find_timestep((x, t), {}) is t
-        assert find_timestep((x,), {}) is None
+            assert hosts.find_timestep((x,), {name: t}) is t
+        assert hosts.find_timestep((x, t), {}) is t
+        assert hosts.find_timestep((x,), {}) is None
         for name in ("x", "hidden_states"):
-            assert read_tokens((), {name: x}) is x
-        assert read_tokens((), {}) is None
+            assert hosts.read_tokens((), {name: x}) is x
+        assert hosts.read_tokens((), {}) is None
 
     def test_a_u_net_may_be_called_by_names_alone(self):
         unet, (x, t, context) = golden_unet(), EXAMPLE
@@ -228,4 +177,3 @@ class TestArguments:
             with torch.no_grad():
                 assert torch.equal(unet(x=x, timesteps=t, context=context), expected)
             assert not get_patch(unet).notes
-        assert context.shape[-1] == CONTEXT

@@ -1,7 +1,5 @@
 """Is it faster here? Measured in passes that are made anyway, kept, and acted on; with clocks of the test's own."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -14,16 +12,8 @@ from agentsd.panel.routes import Routes
 from agentsd.settings import infotext
 
 ON = {"min_tokens": 0, "until": 1.0}
-STATE = {
-    "tab": "txt2img",
-    "width": 128,
-    "height": 128,
-    "steps": 4,
-    "batch_size": 1,
-    "denoising": 0.5,
-    "hires": None,
-    "overrides": [],
-}
+STATE = {"tab": "txt2img", "width": 128, "height": 128, "steps": 4, "batch_size": 1, "denoising": 0.5}
+STATE |= {"hires": None, "overrides": []}
 
 
 class Clock:
@@ -45,7 +35,7 @@ def left_alone_where_slower(host, monkeypatch):
 
 @pytest.fixture
 def card(host, monkeypatch):
-    """The U-Net is on an accelerator, whose clock is the test's; the number of calls that the U-Net gets."""
+    """The U-Net is on an accelerator, whose clock is the test's."""
     monkeypatch.setattr(host.session, "_is_cpu", lambda unet: False)
 
     def put(ours, hosts):

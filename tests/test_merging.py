@@ -1,7 +1,5 @@
 """Token merging: the partition, the clusters, and what merging and unmerging do to tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from blocks import Recorder
@@ -52,14 +50,10 @@ class TestPartition:
     def test_depends_on_the_seed_alone(self):
         first = partition(16, 16, 4, 4, 7).dst
         torch.manual_seed(123)
-        torch.rand(10)
-        assert torch.equal(partition(16, 16, 4, 4, 7).dst, first)
-        assert not torch.equal(partition(16, 16, 4, 4, 8).dst, first)
-
-    def test_leaves_the_global_generator_alone(self):
         state = torch.get_rng_state()
-        partition(16, 16, 4, 4, 7)
+        assert torch.equal(partition(16, 16, 4, 4, 7).dst, first)
         assert torch.equal(torch.get_rng_state(), state)
+        assert not torch.equal(partition(16, 16, 4, 4, 8).dst, first)
 
     def test_the_seed_depends_on_every_argument(self):
         arguments = (0, 500.0, 16, 16, 4, 2)
@@ -105,27 +99,10 @@ class TestMatch:
             match(x, part, 4000, 0)
         assert seen.largest <= 2**20  # sources × destinations would be 2304 · 6912, 15 times as much
 
-    def test_a_row_s_clusters_are_those_of_the_row_alone(self):
-        x, part = torch.randn(3, 64, 8), partition(8, 8, 2, 2)
-        together = match(x, part, 30, 0).merged.index.view(3, 64)
-        for b in range(3):
-            alone = match(x[b : b + 1], part, 30, 0).merged.index
-            assert torch.equal(together[b] - b * 34, alone)
-
     def test_zero_tokens_of_any_norm_and_no_gradient(self):
         x = torch.zeros(1, 64, 8, requires_grad=True)
         matching = match(x, partition(8, 8, 4, 4), 20, 0)
         assert matching.merged.merge(x).isfinite().all()
-
-    def test_keeps_no_reference_to_the_tokens(self):
-        x = torch.randn(1, 64, 8)
-        matching = match(x, partition(8, 8, 4, 4), 20, 0)
-        before = matching.merged.index.clone()
-        x.zero_()
-        assert torch.equal(matching.merged.index, before)
-        assert x.untyped_storage().data_ptr() not in {
-            t.untyped_storage().data_ptr() for t in (matching.merged.index, matching.merged.order)
-        }
 
 
 class TestMergeAndUnmerge:
@@ -136,28 +113,13 @@ class TestMergeAndUnmerge:
         x, part, r, matching = matched(h, w, sx, sy, share)
         assume(r)
         y = torch.randn(2, h * w, 5)
-        back = matching.merged.unmerge(matching.merged.merge(y))
+        merged = matching.merged.merge(y)
+        back = matching.merged.unmerge(merged)
         for b in range(2):
-            leader = leaders_by_loops(x[b], part.dst.tolist(), r)
-            for i in range(h * w):
-                members = [j for j in range(h * w) if leader[j] == leader[i]]
-                torch.testing.assert_close(back[b, i], y[b, members].mean(0), rtol=1e-4, atol=1e-5)
-
-    @given(**sizes, share=st.floats(0, 1))
-    def test_merging_what_was_unmerged_is_the_identity(self, h, w, sx, sy, share):
-        assume(h >= sy and w >= sx)
-        _, _, r, matching = matched(h, w, sx, sy, share)
-        assume(r)
-        y = torch.randn(2, matching.merged.count, 3)
-        torch.testing.assert_close(matching.merged.merge(matching.merged.unmerge(y)), y, rtol=1e-4, atol=1e-5)
-
-    def test_merging_commutes_with_an_affine_projection(self):
-        x, _, _, matching = matched(8, 8, 4, 4, 0.7)
-        project = torch.nn.Linear(8, 6)
-        with torch.no_grad():
-            torch.testing.assert_close(
-                project(matching.merged.merge(x)), matching.merged.merge(project(x)), rtol=1e-4, atol=1e-5
-            )
+            leader = torch.tensor(leaders_by_loops(x[b], part.dst.tolist(), r))
+            same = (leader == leader[:, None]).float()
+            torch.testing.assert_close(back[b], same @ y[b] / same.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(matching.merged.merge(back), merged, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_keeps_the_dtype_and_sums_in_float32(self, dtype):

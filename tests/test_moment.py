@@ -15,7 +15,8 @@ from agentsd.schedule import Timesteps, progress_of, progress_of_edm, progress_o
 D = pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from tiny_pipelines import CORRECTED, picture, run, tiny_sd, tiny_unet  # noqa: E402
+from kinds import CORRECTED  # noqa: E402
+from tiny_pipelines import picture, run, tiny_sd, tiny_unet  # noqa: E402
 
 # The middle of the diffusion, and the σ that Stable Diffusion has there
 HALF = 0.5

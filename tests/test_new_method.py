@@ -1,13 +1,12 @@
 """A method is one class: registered, it is offered and explained wherever methods are, with nothing else changed."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
 import torch
 from blocks import actions, attention_calls, blocks_of, run
-from patching import EXAMPLE, GRID, changed, undisturbed
+from kinds import GRID
+from patching import EXAMPLE, changed, undisturbed
 
 from agentsd import AgentConfig, LayerPlan, Rule, SettingError, get_patch, parse_rules, patch_unet, patched, plan_layer
 from agentsd.app.decision import Program, SamplingPass
@@ -58,7 +57,8 @@ def test_the_names_of_all_methods_have_it():
 
 def test_the_patch_computes_it(unet):
     attn = blocks_of(unet)[0].attn1
-    with undisturbed(unet) as plain, patched(unet, method="mean"):
+    plain = run(unet, EXAMPLE)
+    with undisturbed(unet), patched(unet, method="mean"):
         with attention_calls(attn) as seen:
             out = run(unet, EXAMPLE)
         assert actions(get_patch(unet)) == ["mean", *["untouched"] * 4, "mean", "mean"]

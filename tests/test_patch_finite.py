@@ -1,11 +1,10 @@
 """No black image on our account: where the first answers are not finite, the host makes the rest of the pass."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from blocks import inputs, run
-from patching import CORRECTED, EXAMPLE, GOLDEN
+from kinds import CORRECTED
+from patching import EXAMPLE, GOLDEN
 
 from agentsd import get_patch, patched
 from agentsd.methods import method_named

@@ -1,11 +1,10 @@
 """Is it faster here? A patch times its layers on their real tensors, by a clock that the test holds."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from blocks import actions, inputs, run
-from patching import CORRECTED, EXAMPLE, GOLDEN, MERGING, SIMILARITY
+from kinds import CORRECTED, MERGING, SIMILARITY
+from patching import EXAMPLE, GOLDEN
 
 from agentsd import get_patch, patched
 

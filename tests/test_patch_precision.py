@@ -1,11 +1,10 @@
 """Half precision, autocast, and attention in float32."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from blocks import HALVES, attention_calls, blocks_of, run, transformers_of
-from patching import EXAMPLE, GRID, MERGING, POOL, SIMILARITY, agent_kinds, attention_steps, kinds, patched_output
+from kinds import GRID, MERGING, of
+from patching import EXAMPLE, attention_steps, patched_output
 
 
 class TestPrecision:
@@ -28,32 +27,20 @@ class TestPrecision:
 
     @pytest.mark.parametrize("dtype", HALVES)
     @pytest.mark.parametrize("precision", [None, "fp32"])
-    @kinds({"grid": GRID, "similarity": SIMILARITY, "merging": MERGING, "pool": POOL})
-    def test_half_weights_without_autocast(self, unet, dtype, precision, kw):
+    @pytest.mark.parametrize(("halved", "autocast"), [(True, False), (False, True), (True, True)])
+    @of("grid", "similarity", "merging", "pool")
+    def test_half_weights_and_autocast(self, unet, dtype, precision, halved, autocast, kw):
         expected, plain = patched_output(unet, EXAMPLE, **kw), run(unet, EXAMPLE)
-        self.halve(unet, dtype)
-        with attention_steps() as calls:
+        if halved:
+            self.halve(unet, dtype)
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast), attention_steps() as calls:
             out = patched_output(unet, EXAMPLE, attn_precision=precision, **kw)
         assert {call.dtype for call in calls} <= {torch.float32 if precision else dtype}
         assert bool(calls) == (kw is not MERGING)
         # half-precision rounding may pair some tokens otherwise; most of the picture must agree
         assert (out - expected).square().mean().sqrt() < 0.3 * (plain - expected).square().mean().sqrt()
 
-    @pytest.mark.parametrize("dtype", HALVES)
-    @pytest.mark.parametrize("precision", [None, "fp32"])
-    @pytest.mark.parametrize("halved", [True, False])
-    @agent_kinds
-    def test_under_autocast(self, unet, dtype, precision, halved, kw):
-        expected, plain = patched_output(unet, EXAMPLE, **kw), run(unet, EXAMPLE)
-        if halved:
-            self.halve(unet, dtype)
-        with torch.autocast("cpu", dtype=dtype), attention_steps() as calls:
-            out = patched_output(unet, EXAMPLE, attn_precision=precision, **kw)
-        assert {call.dtype for call in calls} <= {torch.float32 if precision else dtype}
-        assert calls
-        assert (out - expected).square().mean().sqrt() < 0.3 * (plain - expected).square().mean().sqrt()
-
-    @agent_kinds
+    @of("grid", "similarity")
     @pytest.mark.parametrize("dtype", HALVES[1:])
     def test_fp32_where_float16_would_overflow(self, unet, kw, dtype):
         with torch.no_grad():

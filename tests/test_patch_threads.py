@@ -1,19 +1,16 @@
 """A call of a patched U-Net is an object of its own: threads and nested calls do not meet."""
 
-from __future__ import annotations
-
 import copy
 import sys
 import threading
 
 import pytest
 import torch
-from blocks import actions
-from patching import EVERYWHERE, GOLDEN, GRID, SIMILARITY, diffusers_unet
+from blocks import actions, blocks_of
+from kinds import EVERYWHERE, GRID, SIMILARITY, kinds
+from patching import GOLDEN, answer
 
-import agentsd
-from agentsd import early, get_patch, patched
-from agentsd.hosts import example_call, output_tensor
+from agentsd import apply_patch, early, get_patch, patched, remove_patch
 from agentsd.patching.call import current_call
 
 SIZES = ((16, 8), (8, 16), (8, 8), (16, 16))
@@ -23,19 +20,8 @@ KINDS = {
     "similarity agents": SIMILARITY,
     "merging everywhere": EVERYWHERE,
 }
-UNETS = {"LDM": lambda: copy.deepcopy(GOLDEN), "diffusers": lambda: diffusers_unet("tiny_unet")}
+by_kind = kinds(KINDS)
 ROUNDS = 5
-
-
-@pytest.fixture(params=UNETS.values(), ids=UNETS)
-def unet(request):
-    return request.param()
-
-
-def output(unet, size, progress):
-    call = example_call(unet, *size, progress, rows=1)
-    with torch.no_grad():
-        return output_tensor(unet(*call.args, **call.kwargs))
 
 
 @pytest.fixture
@@ -47,20 +33,21 @@ def restless():
     sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("kw", KINDS.values(), ids=KINDS)
-def test_four_threads_of_four_sizes(unet, kw, restless):
+@by_kind
+def test_four_threads_of_four_sizes(any_unet, kw, restless):
+    unet = any_unet
     with patched(unet, **kw):
         patch, alone = get_patch(unet), {}
         for size in SIZES:
             for progress in PROGRESS:
-                alone[size, progress] = output(unet, size, progress)
+                alone[size, progress] = answer(unet, *size, progress, rows=1)
         before = sum(sum(layer.calls.values()) for layer in patch.report())
         wrong = []
 
         def work(size):
             for _ in range(ROUNDS):
                 for progress in PROGRESS:
-                    if not torch.equal(output(unet, size, progress), alone[size, progress]):
+                    if not torch.equal(answer(unet, *size, progress, rows=1), alone[size, progress]):
                         wrong.append((size, progress))
 
         threads = [threading.Thread(target=work, args=(size,)) for size in SIZES]
@@ -74,46 +61,47 @@ def test_four_threads_of_four_sizes(unet, kw, restless):
         assert after == (1 + ROUNDS) * before  # no count is lost
 
 
-@pytest.mark.parametrize("kw", KINDS.values(), ids=KINDS)
-def test_a_call_inside_of_a_call(unet, kw):
+@by_kind
+def test_a_call_inside_of_a_call(any_unet, kw):
     """As of guidance that asks the model again in the middle."""
+    unet = any_unet
     with patched(unet, **kw):
-        outer, inner, found = output(unet, (16, 8), 0.1), output(unet, (8, 16), 0.6), []
+        outer, inner, found = answer(unet, 16, 8, 0.1), answer(unet, 8, 16, 0.6), []
 
         def again(module, args):
             if not found:
                 found.append(None)
-                found[0] = output(unet, (8, 16), 0.6)
+                found[0] = answer(unet, 8, 16, 0.6)
 
-        block = next(module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock")
-        handle = block.attn2.register_forward_pre_hook(again)
-        assert torch.equal(output(unet, (16, 8), 0.1), outer)
+        handle = blocks_of(unet)[0].attn2.register_forward_pre_hook(again)
+        assert torch.equal(answer(unet, 16, 8, 0.1), outer)
         handle.remove()
         assert torch.equal(found[0], inner)
         assert not get_patch(unet).notes
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_call_that_fails_leaves_nothing_behind(unet, error):
+def test_a_call_that_fails_leaves_nothing_behind(any_unet, error):
+    unet = any_unet
+
     def fail(*args):
         raise error
 
     with patched(unet, **SIMILARITY):
-        expected = output(unet, (8, 8), 0.5)
-        block = next(module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock")
-        handle = block.attn2.register_forward_pre_hook(fail)
+        expected = answer(unet, 8, 8, 0.5)
+        handle = blocks_of(unet)[0].attn2.register_forward_pre_hook(fail)
         with pytest.raises(error):
-            output(unet, (16, 16), 0.5)
+            answer(unet, 16, 16, 0.5)
         handle.remove()
-        assert torch.equal(output(unet, (8, 8), 0.5), expected)
+        assert torch.equal(answer(unet, 8, 8, 0.5), expected)
         assert not get_patch(unet).notes
     assert current_call() is None
 
 
 def test_a_call_that_another_thread_left_behind_is_over():
     unet = copy.deepcopy(GOLDEN)
-    thread = threading.Thread(target=agentsd.remove_patch, args=[unet])
-    agentsd.apply_patch(unet, **GRID)
+    thread = threading.Thread(target=remove_patch, args=[unet])
+    apply_patch(unet, **GRID)
     get_patch(unet).begin_call(unet, (torch.zeros(1, 4, 8, 8), torch.tensor([500])), {})
     assert current_call() is not None
     thread.start()
@@ -125,7 +113,7 @@ def test_what_belongs_to_a_call_is_seen_from_inside_only():
     unet, seen = copy.deepcopy(GOLDEN), []
     with patched(unet, **GRID):
         get_patch(unet).observer = lambda answer: seen.append(answer.call is current_call())
-        output(unet, (8, 8), 0.5)
+        answer(unet, 8, 8, 0.5)
         assert seen
         assert all(seen)
         assert current_call() is None

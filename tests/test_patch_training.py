@@ -1,52 +1,52 @@
 """Gradients pass through the patch."""
 
-from __future__ import annotations
-
 import oracle
 import torch
 from blocks import blocks_of
-from patching import EXAMPLE, GRID, agent_kinds, by_kind, self_attention_kinds
+from kinds import GRID, by_kind, of
+from patching import EXAMPLE
 
 from agentsd import get_patch, patched
+from agentsd.hosts import example_call, output_tensor
 
 
-class TestTraining:
-    @by_kind
-    def test_every_weight_gets_a_gradient(self, unet, kw):
-        with patched(unet, **kw):
-            unet(*EXAMPLE).square().mean().backward()
-            assert not get_patch(unet).notes
-        for name, p in unet.named_parameters():
-            assert p.grad is not None, name
-            assert p.grad.isfinite().all(), name
-        assert all(block.attn1.to_q.weight.grad.abs().max() > 0 for block in blocks_of(unet))
+def gradients(unet, *args, **kwargs):
+    unet.zero_grad()
+    output_tensor(unet(*args, **kwargs)).square().mean().backward()
+    return {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
 
-    @agent_kinds
-    def test_gradients_equal_the_oracle_s(self, flat, kw):
-        def gradients():
-            flat.zero_grad()
-            flat(*EXAMPLE).square().mean().backward()
-            return {name: p.grad.clone() for name, p in flat.named_parameters()}
 
-        with patched(flat, use_rand=False, **kw):
-            ours = gradients()
-        settings = {"grid": 4 if kw is GRID else None, "ratio": kw["ratio"], "agent_ratio": kw["agent_ratio"]}
-        with oracle.answering(flat, oracle.Oracle(**settings), (12, 12)):
-            theirs = gradients()
-        for name, grad in ours.items():
-            torch.testing.assert_close(grad, theirs[name], rtol=1e-3, atol=1e-5)
+@by_kind
+def test_every_weight_gets_a_gradient(unet, kw):
+    with patched(unet, **kw):
+        found = gradients(unet, *EXAMPLE)
+        assert not get_patch(unet).notes
+    assert found.keys() == {name for name, _ in unet.named_parameters()}
+    assert all(grad.isfinite().all() for grad in found.values())
+    assert all(block.attn1.to_q.weight.grad.abs().max() > 0 for block in blocks_of(unet))
 
-    @self_attention_kinds
-    def test_gradient_checkpointing_changes_no_gradient(self, unet, kw):
-        def gradients():
-            unet.zero_grad()
-            unet(*EXAMPLE).square().mean().backward()
-            return {name: p.grad.clone() for name, p in unet.named_parameters()}
 
-        with patched(unet, **kw):
-            expected = gradients()
-        for block in blocks_of(unet):
-            block.checkpoint = True
-        with patched(unet, **kw):
-            for name, grad in gradients().items():
-                torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+@of("grid", "similarity")
+def test_gradients_equal_the_oracle_s(flat, kw):
+    with patched(flat, use_rand=False, **kw):
+        ours = gradients(flat, *EXAMPLE)
+    settings = {"grid": 4 if kw is GRID else None, "ratio": kw["ratio"], "agent_ratio": kw["agent_ratio"]}
+    with oracle.answering(flat, oracle.Oracle(**settings), (12, 12)):
+        theirs = gradients(flat, *EXAMPLE)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@of("similarity", "everywhere", "corrected")
+def test_gradient_checkpointing_changes_no_gradient(any_unet, kw):
+    call = example_call(any_unet, 16, 16, 0.5)
+    with patched(any_unet, **kw):
+        expected = gradients(any_unet, *call.args, **call.kwargs)
+    if hasattr(any_unet, "enable_gradient_checkpointing"):
+        any_unet.train()
+        any_unet.enable_gradient_checkpointing()
+    for block in blocks_of(any_unet):
+        block.checkpoint = True
+    with patched(any_unet, **kw):
+        found = gradients(any_unet, *call.args, **call.kwargs)
+        assert not get_patch(any_unet).notes
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

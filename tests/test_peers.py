@@ -15,7 +15,8 @@ from agentsd.patching.call import ModelCall
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from tiny_pipelines import GRID, SIMILARITY, run, tiny_unet
+from kinds import GRID, SIMILARITY
+from tiny_pipelines import run, tiny_unet
 
 CALLS = 8
 

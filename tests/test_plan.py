@@ -1,19 +1,20 @@
 """Which layers are patched, and what is done there: the arithmetic, the vetoes in their order, and what lifts them."""
 
-from __future__ import annotations
-
 import math
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kinds import GRID
 
 from agentsd import AgentConfig, Rule, Stage, plan_layer
 from agentsd.attention.grid import Grid, cell_side
 from agentsd.config import AUTO
 from agentsd.plan import deepest_level, merged_tokens, plan_block
 from agentsd.schedule import Block
+
+SIDE, CELL, RATIO = st.integers(1, 70), st.integers(1, 16), st.floats(0, 0.99)
 
 
 class TestPlanLayer:
@@ -33,14 +34,7 @@ class TestPlanLayer:
         plans = [plan_layer(AgentConfig(ratio=r / 64 + 1e-9, agent_ratio=0.99), 8, 8, 1) for r in (55, 56)]
         assert [(p.action, p.queries, p.agents) for p in plans] == [("agents", 9, 4), ("merge", 8, 0)]
 
-    @given(
-        h=st.integers(1, 70),
-        w=st.integers(1, 70),
-        sx=st.integers(1, 16),
-        sy=st.integers(1, 16),
-        ratio=st.floats(0, 0.99),
-        agent_ratio=st.floats(0, 0.99),
-    )
+    @given(SIDE, SIDE, CELL, CELL, RATIO, RATIO)
     def test_the_reference_s_arithmetic(self, h, w, sx, sy, ratio, agent_ratio):
         plan = plan_layer(AgentConfig(ratio=ratio, agent_ratio=agent_ratio, sx=sx, sy=sy), h, w, 1)
         N, n_dst = h * w, (h // sy) * (w // sx)
@@ -55,7 +49,7 @@ class TestPlanLayer:
         if expected == "agents":
             assert (plan.agents, plan.agent_r) == (N - agent_r, agent_r)
 
-    @given(agent_ratio=st.floats(0, 0.99))
+    @given(RATIO)
     def test_a_grid_agent_s_cell_is_the_nearest_power_of_two(self, agent_ratio):
         target = -0.5 * math.log2(1 - agent_ratio)
         nearest = min(abs(math.log2(s) - target) for s in (1, 2, 4, 8, 16, 32))
@@ -63,13 +57,7 @@ class TestPlanLayer:
         assert s in (1, 2, 4, 8, 16)
         assert abs(math.log2(s) - target) == pytest.approx(nearest, abs=1e-9)
 
-    @pytest.mark.parametrize(
-        ("agent_ratio", "s"), [(0, 1), (0.4, 1), (0.6, 2), (0.75, 2), (0.9, 4), (0.95, 4), (0.98, 8), (0.99, 8)]
-    )
-    def test_grid_cells_by_hand(self, agent_ratio, s):
-        assert cell_side(agent_ratio, 64, 64) == s
-
-    @given(h=st.integers(1, 99), w=st.integers(1, 99), max_agents=st.integers(1, 3000), agent_ratio=st.floats(0, 0.99))
+    @given(SIDE, SIDE, st.integers(1, 3000), RATIO)
     def test_max_agents_raises_the_cell_no_further_than_needed(self, h, w, max_agents, agent_ratio):
         def agents(side):
             return math.ceil(h / side) * math.ceil(w / side)
@@ -98,7 +86,6 @@ class TestPlanLayer:
         assert re.search(r"\b1024\b.*\b4096\b", plan.reason)
 
 
-GRID = {"agent_source": "grid", "agent_ratio": 0.5}
 # Each veto of `agentsd.plan` in its order: settings that raise it, and the settings that would lift it
 VETOES = {
     "max_downsample": ({"max_downsample": 1}, ("max_downsample",)),
@@ -112,19 +99,19 @@ LIFTED = {"max_downsample": 2, "min_tokens": 0, "merge_attn": True, "agent_ratio
 class TestVetoes:
     """A layer of 32 × 32 tokens at level 2."""
 
-    @pytest.mark.parametrize(("given", "remedy"), VETOES.values(), ids=VETOES)
-    def test_each_alone_leaves_the_layer_untouched_and_names_the_remedy_that_lifts_it(self, given, remedy):
+    @pytest.mark.parametrize("name", VETOES)
+    def test_each_alone_leaves_the_layer_untouched_and_its_remedy_lifts_it(self, name):
+        given, remedy = VETOES[name]
         plan = plan_layer(AgentConfig(**{**LIFTED, **given}), 32, 32, 2)
-        assert (plan.action, plan.acts, plan.queries, plan.agents) == ("untouched", False, 1024, 0)
+        assert (plan.action, plan.queries, plan.agents) == ("untouched", 1024, 0)
+        assert not plan.acts
         assert plan.reason
         assert plan.remedy == remedy
         lifted = {**LIFTED, **given, **{setting: LIFTED[setting] for setting in remedy}}
         assert plan_layer(AgentConfig(**lifted), 32, 32, 2).acts
 
     def test_they_are_raised_in_the_documented_order(self):
-        given = {"agent_source": "grid", "ratio": 0.0}
-        for settings, _ in VETOES.values():
-            given |= settings
+        given = {name: value for settings, _ in VETOES.values() for name, value in settings.items()}
         remedies = []
         for _ in VETOES:
             plan = plan_layer(AgentConfig(**given), 32, 32, 2)
@@ -134,31 +121,29 @@ class TestVetoes:
         assert plan_layer(AgentConfig(**given), 32, 32, 2).acts
 
     def test_full_attention_by_a_rule_or_a_stage_comes_before_all_of_them(self):
-        given = {}
-        for settings, _ in VETOES.values():
-            given |= settings
+        given = {name: value for settings, _ in VETOES.values() for name, value in settings.items()}
         block, latent = Block("middle_block.1", 2), (64, 64)
         assert plan_block(AgentConfig(**given), block, latent) is not None
         assert plan_block(AgentConfig(**given, rules=[Rule(None, downsample=2)]), block, latent) is None
         assert plan_block(AgentConfig(**given, stages=[Stage(1.0, None)]), block, latent, 0.5) is None
 
     @pytest.mark.parametrize(
-        ("settings", "size", "remedy", "lifted"),
+        ("settings", "remedy", "lifted"),
         [
             # 256 cells of 4 × 4 tokens are as few as agents can be
-            ({"agent_ratio": 0.99, "ratio": 0.9}, (64, 64), ("sx", "sy", "ratio"), {"sx": 16, "sy": 16}),
-            ({"agent_ratio": 0.99, "ratio": 0.9}, (64, 64), ("sx", "sy", "ratio"), {"ratio": 0.5}),
-            ({"agent_ratio": 0.4}, (64, 64), ("agent_ratio", "ratio"), {"agent_ratio": 0.9}),
-            ({"agent_ratio": 0.6, "ratio": 0.3}, (64, 64), ("agent_ratio", "ratio"), {"ratio": 0.0}),
-            ({**GRID, "ratio": 0.5}, (64, 64), ("agent_ratio", "ratio"), {"agent_ratio": 0.95}),
+            ({"agent_ratio": 0.99, "ratio": 0.9}, ("sx", "sy", "ratio"), {"sx": 16, "sy": 16}),
+            ({"agent_ratio": 0.99, "ratio": 0.9}, ("sx", "sy", "ratio"), {"ratio": 0.5}),
+            ({"agent_ratio": 0.4}, ("agent_ratio", "ratio"), {"agent_ratio": 0.9}),
+            ({"agent_ratio": 0.6, "ratio": 0.3}, ("agent_ratio", "ratio"), {"ratio": 0.0}),
+            (GRID | {"agent_ratio": 0.5, "ratio": 0.5}, ("agent_ratio", "ratio"), {"agent_ratio": 0.95}),
         ],
     )
-    def test_merging_without_the_agents_that_were_asked_for_says_so(self, settings, size, remedy, lifted):
-        plan = plan_layer(AgentConfig(**settings), *size, 1)
+    def test_merging_without_the_agents_that_were_asked_for_says_so(self, settings, remedy, lifted):
+        plan = plan_layer(AgentConfig(**settings), 64, 64, 1)
         assert (plan.action, plan.reason) == ("merge", "")
         assert plan.shortfall
         assert plan.remedy == remedy
-        assert plan_layer(AgentConfig(**{**settings, **lifted}), *size, 1).action == "agents"
+        assert plan_layer(AgentConfig(**{**settings, **lifted}), 64, 64, 1).action == "agents"
 
     def test_merging_that_was_asked_for_falls_short_of_nothing(self):
         for settings in ({"method": "merge"}, {"agent_ratio": 0.0}):
@@ -203,8 +188,11 @@ class TestPlace:
         assert plan_layer(auto, 64, 64, 2, largest_level=2).action == "agents"
         assert plan_layer(auto, 64, 64, 2).action == "untouched"
         assert plan_layer(auto, 32, 32, 4, largest_level=2).remedy == ("max_downsample",)
-        for first, action in ((1, "untouched"), (2, "agents")):  # which the block knows
-            _, plan = plan_block(auto, Block("input_blocks.4.1", 2, first), (64, 64))
+
+    def test_auto_knows_the_first_level_by_the_block(self):
+        auto, latent = AgentConfig(max_downsample=AUTO), (64, 64)
+        for first, action in ((1, "untouched"), (2, "agents")):
+            _, plan = plan_block(auto, Block("input_blocks.4.1", 2, first), latent)
             assert (plan.action, plan.tokens) == (action, 1024)
 
     def test_a_size_that_was_seen_counts_more_than_the_block_s_place(self):
@@ -237,6 +225,4 @@ def test_tokens_are_merged_only_where_a_part_of_the_block_works_on_them():
         ({"merge_attn": False, "merge_mlp": True}, 102),
     ]:
         config = AgentConfig(**settings)
-        plan = plan_layer(config, 16, 16, 1)
-        assert merged_tokens(config, plan) == merged, settings
-        assert plan.acts == config.merge_attn
+        assert merged_tokens(config, plan_layer(config, 16, 16, 1)) == merged, settings

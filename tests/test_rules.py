@@ -1,7 +1,5 @@
 """Rules: what is accepted, where and when they hold, and their text."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -10,35 +8,37 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agentsd import TOKEN_MERGING, AgentConfig, Rule, SettingError, Stage, early, paper_stages
-from agentsd.config import FIELDS, RULE_SETTINGS
-from agentsd.rules import format_rules, parse_rules, rules_from
+from agentsd import AgentConfig, Rule, SettingError, Stage, early, format_rules, paper_stages, parse_rules
+from agentsd.config import FIELDS, RULE_SETTINGS, TOKEN_MERGING
+from agentsd.rules import rules_from
 from agentsd.schedule import DOWNSAMPLES, Block
 
 nan, inf = math.nan, math.inf
 
-# (argument, bad value, what the message must say)
+PATTERN = "a pattern of block names"
+# (argument, what the message must say, bad values)
 BAD = [
-    *[("since", value, "from 0.0 to 1.0") for value in (-0.1, 1.1, nan, inf, "0.5", None, True, [0.1])],
-    *[("until", value, "from 0.0 to 1.0") for value in (-0.1, 1.1, nan, -inf, "1", None, False, (1,))],
-    *[("since", value, "below until, which is 1.0") for value in (1, 1.0)],
-    *[("downsample", value, "1, 2, 4, 8") for value in (0, 3, 16, -1, "2", True, 1.5, nan)],
-    *[("blocks", value, "a pattern of block names") for value in ("a b", "a,b", "a|b", "a=b", "a:b", "a;b", '"a"')],
-    *[("blocks", value, "a pattern of block names") for value in (3, True, "a+b", "a/b", "ä", "a\n", "a[b", "a]b")],
-    *[("blocks", value, "a pattern of block names") for value in ("a[]", "[[a]]")],
-    *[("settings", value, "a mapping of settings") for value in ("full", 3, ["ratio"], [("ratio", 0.1)], True)],
+    ("since", "from 0.0 to 1.0", (-0.1, 1.1, nan, inf, "0.5", None, True, [0.1])),
+    ("until", "from 0.0 to 1.0", (-0.1, 1.1, nan, -inf, "1", None, False, (1,))),
+    ("since", "below until, which is 1.0", (1, 1.0)),
+    ("until", "below until, which is 0.0", (0,)),
+    ("downsample", "1, 2, 4, 8", (0, 3, 16, -1, "2", True, 1.5, nan)),
+    ("blocks", PATTERN, ("a b", "a,b", "a|b", "a=b", "a:b", "a;b", '"a"', 3, True, "a+b", "a/b", "ä", "a\n")),
+    ("blocks", PATTERN, ("a[b", "a]b", "a[]", "[[a]]")),
+    ("settings", "a mapping of settings", ("full", 3, ["ratio"], [("ratio", 0.1)], True)),
 ]
 
 
 class TestRule:
-    @pytest.mark.parametrize(("name", "value", "allowed"), BAD, ids=lambda x: repr(x)[:30])
-    def test_a_bad_value_is_named_with_its_argument_and_its_range(self, name, value, allowed):
-        with pytest.raises(SettingError) as error:
-            Rule(**{name: value})
-        message = str(error.value)
-        assert message.startswith(name)
-        assert allowed in message
-        assert repr(value) in message
+    @pytest.mark.parametrize(("name", "allowed", "values"), BAD)
+    def test_a_bad_value_is_named_with_its_argument_and_its_range(self, name, allowed, values):
+        for value in values:
+            with pytest.raises(SettingError) as error:
+                Rule(**{name: value})
+            message = str(error.value)
+            assert message.startswith("since" if "below" in allowed else name)
+            assert allowed in message
+            assert name == "until" or repr(value) in message
 
     @pytest.mark.parametrize(
         ("name", "value", "named"),
@@ -48,12 +48,6 @@ class TestRule:
         with pytest.raises(SettingError, match=rf"^{name} must be .*, got {named}$"):
             Rule(**{name: value})
 
-    def test_it_must_end_after_it_begins(self):
-        with pytest.raises(SettingError, match=r"since must be below until, which is 0\.3, got 0\.3"):
-            Rule(since=0.3, until=0.3)
-        with pytest.raises(SettingError, match=r"since must be below until, which is 0\.0, got 0"):
-            Rule(until=0)
-
     @pytest.mark.parametrize(
         ("settings", "named"),
         [
@@ -62,15 +56,17 @@ class TestRule:
             ({"seed": 1}, "unknown setting seed=1"),
             ({"stages": ()}, "unknown setting stages"),
             ({"rules": ()}, "unknown setting rules"),
-            ({"sx": [1]}, r"sx must be .*, got \[1\]"),
             ({"method": "magic"}, r"method must be one of 'agent', .*, got 'magic'"),
             ({1: 2}, "unknown setting 1=2"),
         ],
     )
     def test_a_bad_setting_is_told_as_soon_as_a_config_is_made(self, settings, named):
-        for where in ({"rules": [Rule(), Rule(settings, downsample=8, since=0.9)]}, {"stages": [Stage(1.0, settings)]}):
+        for config in (
+            {"rules": [Rule(), Rule(settings, downsample=8, since=0.9)]},
+            {"stages": [Stage(1.0, settings)]},
+        ):
             with pytest.raises(SettingError, match=named):
-                AgentConfig(**where)
+                AgentConfig(**config)
 
     def test_one_or_several_are_the_same(self):
         assert Rule(downsample=2) == Rule(downsample=(2,)) == Rule(downsample=[2]) == Rule(downsample=2.0)
@@ -89,12 +85,12 @@ class TestRule:
 
     def test_its_settings_can_t_be_changed_from_outside(self):
         settings = {"ratio": 0.1}
-        configs = AgentConfig(rules=[Rule(settings)]), AgentConfig(stages=[Stage(1.0, settings)])
+        config = AgentConfig(rules=[Rule(settings)])
         settings["ratio"] = 7
-        assert [config.at(0.5).ratio for config in configs] == [0.1, 0.1]
+        assert config.at(None).ratio == 0.1
 
     def test_it_is_timed_where_it_leaves_out_a_part(self):
-        rules = Rule(), Rule({"ratio": 0.1}, 2, "a", 0.0, 1.0), Rule(since=0.1), Rule(until=0.9)
+        rules = (Rule(), Rule({"ratio": 0.1}, 2, "a", 0.0, 1.0), Rule(since=0.1), Rule(until=0.9))
         assert [rule.timed for rule in rules] == [False, False, True, True]
 
 
@@ -102,40 +98,38 @@ def holds_in(name: str = "a", level: int | None = 1, **conditions) -> bool:
     return AgentConfig(rules=[Rule({"ratio": 0.9}, **conditions)]).at(None, Block(name, level)).ratio == 0.9
 
 
+# By pattern: names that it names, and names that it doesn't
+PATTERNS = {
+    "middle_block": ({"middle_block"}, {"middle_block.1", "my.middle_block"}),  # the whole name
+    "middle_block.*": ({"middle_block.1.transformer_blocks.0", "middle_block."}, {"middle_block"}),
+    "*.0": ({"middle_block.1.transformer_blocks.0"}, {"middle_block.1"}),
+    "*block*": ({"middle_block.1"}, {"attn"}),
+    "input_blocks.?.*": ({"input_blocks.4.1"}, {"input_blocks.10.1"}),
+    "input_blocks.[14].*": ({"input_blocks.1.1", "input_blocks.4.1"}, {"input_blocks.5.1"}),
+    "input_blocks.[4-8].*": ({"input_blocks.7.1"}, {"input_blocks.3.1"}),
+    "input_blocks.[!4].*": ({"input_blocks.5.1"}, {"input_blocks.4.1"}),
+    "Input_blocks.*": ({"Input_blocks.4"}, {"input_blocks.4"}),  # case counts
+    "input_blocks.4": ({"input_blocks.4"}, {"input_blocks_4"}),  # a full stop is a full stop
+    "*": ({"", "a"}, set()),
+}
+
+
 class TestWhere:
     def test_everywhere_without_a_condition(self):
-        assert [holds_in(), holds_in("", None)] == [True, True]
+        assert holds_in()
+        assert holds_in("", None)
 
-    @pytest.mark.parametrize(("given", "levels"), [(1, {1}), (4, {4}), ((1, 8), {1, 8}), (DOWNSAMPLES, {1, 2, 4, 8})])
-    def test_by_level(self, given, levels):
-        rule = Rule(downsample=given)
-        assert {d for d in DOWNSAMPLES if rule.names(Block("a", d))} == levels
-        assert not rule.names(Block("a", None))
+    def test_by_level(self):
+        for given_levels, levels in ((1, {1}), (4, {4}), ((1, 8), {1, 8}), (DOWNSAMPLES, {1, 2, 4, 8})):
+            rule = Rule(downsample=given_levels)
+            assert {d for d in DOWNSAMPLES if rule.names(Block("a", d))} == levels
+            assert not rule.names(Block("a", None))
 
-    @pytest.mark.parametrize(
-        ("pattern", "name", "holds"),
-        [
-            ("middle_block.1.transformer_blocks.0", "middle_block.1.transformer_blocks.0", True),
-            ("middle_block", "middle_block.1.transformer_blocks.0", False),  # the whole name
-            ("middle_block.*", "middle_block.1.transformer_blocks.0", True),
-            ("*.0", "middle_block.1.transformer_blocks.0", True),
-            ("*block*", "middle_block.1", True),
-            ("block", "middle_block.1", False),
-            ("input_blocks.?.*", "input_blocks.4.1", True),
-            ("input_blocks.?.*", "input_blocks.10.1", False),
-            ("input_blocks.[14].*", "input_blocks.4.1", True),
-            ("input_blocks.[14].*", "input_blocks.5.1", False),
-            ("input_blocks.[4-8].*", "input_blocks.7.1", True),
-            ("input_blocks.[!4].*", "input_blocks.4.1", False),
-            ("input_blocks.[!4].*", "input_blocks.5.1", True),
-            ("Input_blocks.*", "input_blocks.4.1", False),  # case counts
-            ("input_blocks.4", "input_blocks_4", False),  # a full stop is a full stop
-            ("*", "", True),
-        ],
-    )
-    def test_by_name(self, pattern, name, holds):
-        assert holds_in(name, blocks=pattern) == holds
-        assert holds_in(name, blocks=("nowhere", pattern)) == holds
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    def test_by_name(self, pattern):
+        named, others = PATTERNS[pattern]
+        for blocks in (pattern, ("nowhere", pattern)):
+            assert {name for name in named | others if holds_in(name, blocks=blocks)} == named
 
     def test_by_both(self):
         for d, name, holds in [(2, "a.1", True), (2, "b.1", False), (4, "a.1", False)]:
@@ -147,11 +141,8 @@ class TestWhen:
         rule = Rule(since=0.2, until=0.6)
         assert [rule.holds(p) for p in (0, 0.19999, 0.2, 0.4, 0.59999, 0.6, 1)] == [0, 0, 1, 1, 1, 0, 0]
         # the last moment belongs to what lasts until the end
-        assert [rule.holds(1.0) for rule in (Rule(since=0.2), Rule(until=0.99))] == [True, False]
-
-    def test_a_part_of_the_diffusion(self):
-        config = AgentConfig(rules=[Rule({"ratio": 0.1}, until=0.5), Rule({"ratio": 0.2}, since=0.8)])
-        assert [config.at(p).ratio for p in (0, 0.49, 0.5, 0.79, 0.8, 1)] == [0.1, 0.1, 0.4, 0.4, 0.2, 0.2]
+        assert Rule(since=0.2).holds(1.0)
+        assert not Rule(until=0.99).holds(1.0)
 
     @pytest.mark.parametrize("progress", [None, -0.001, 1.001, nan, inf])
     def test_where_the_timestep_is_unknown_timed_rules_leave_full_attention(self, progress):
@@ -159,8 +150,9 @@ class TestWhen:
         assert AgentConfig(rules=[Rule({"ratio": 0.1})]).at(progress).ratio == 0.1
 
     def test_the_parts_are_those_of_stages_and_rules(self):
+        assert AgentConfig().parts() == AgentConfig(rules=[Rule({"ratio": 0.1})]).parts() == ((0.0, 1.0),)
+        assert AgentConfig(stages=[Stage(0.5)]).parts() == ((0.0, 0.5), (0.5, 1.0))
         rules = [Rule(since=0.3, until=0.7), Rule(until=0.3), Rule({"ratio": 0.1})]
-        assert AgentConfig(rules=rules).parts() == ((0.0, 0.3), (0.3, 0.7), (0.7, 1.0))
         config = AgentConfig(rules=rules, stages=early(0.6))
         assert config.parts() == ((0.0, 0.3), (0.3, 0.6), (0.6, 0.7), (0.7, 1.0))
         assert config.timed
@@ -172,54 +164,53 @@ class TestWhen:
     def test_within_a_part_nothing_changes(self, edges, progress):
         rules = [Rule({"ratio": (i + 1) / 10}, since=a, until=b) for i, (a, b) in enumerate(edges)]
         config = AgentConfig(rules=rules)
-        since = max(part[0] for part in config.parts() if part[0] <= progress)
-        if since == 1.0:  # only the very end is beyond the last part
-            since = config.parts()[-1][0]
+        # only the very end is beyond the last part
+        since = max(part[0] for part in config.parts() if part[0] <= progress and part[0] < 1.0)
         assert config.at(progress) == config.at(since)
 
 
-class TestOrder:
-    def test_the_config_s_own_settings_hold_where_no_rule_does(self):
-        config = AgentConfig(ratio=0.3, seed=5, rules=[Rule({"ratio": 0.1}, blocks="a")])
-        assert config.at(None, Block("b")) == AgentConfig(ratio=0.3, seed=5)
-        assert config.at(None, Block("a")) == AgentConfig(ratio=0.1, seed=5)
+TENTH = Rule({"ratio": 0.1})
+# Settings with stages and rules, and what holds where: at a progress, or in a block at level 2
+ORDER = {
+    "own settings": ({"seed": 5, "rules": [Rule({"ratio": 0.1}, blocks="a")]}, {"a": {"ratio": 0.1}, "b": {}}),
+    "a later rule counts": ({"rules": [TENTH, Rule({"ratio": 0.2, "sy": 3})]}, {"a": {"ratio": 0.2, "sy": 3}}),
+    "an earlier one does not": ({"rules": [Rule({"ratio": 0.2, "sy": 3}), TENTH]}, {"a": {"ratio": 0.1, "sy": 3}}),
+    "a part": (
+        {"rules": [Rule({"ratio": 0.1}, until=0.5), Rule({"ratio": 0.2}, since=0.8)]},
+        {0: {"ratio": 0.1}, 0.49: {"ratio": 0.1}, 0.5: {}, 0.79: {}, 0.8: {"ratio": 0.2}, 1: {"ratio": 0.2}},
+    ),
+    "full attention": ({"rules": [TENTH, Rule(None, blocks="a")]}, {"a": None, "b": {"ratio": 0.1}}),
+    "revived by a later rule, with own settings": (
+        {"ratio": 0.3, "rules": [TENTH, Rule(None, downsample=2), Rule({"sx": 2}, blocks="a")]},
+        {"a": {"sx": 2}, "b": None},
+    ),
+    "revived with its stage's settings": (
+        {"stages": [Stage(1.0, {"ratio": 0.2})], "rules": [Rule(None), Rule({"sx": 2})]},
+        {0.5: {"ratio": 0.2, "sx": 2}},
+    ),
+    "rules after stages": (
+        {"stages": paper_stages(), "rules": [Rule({"ratio": 0.2}, since=0.6), Rule({"sy": 8})]},
+        {0.1: {"sy": 8}, 0.5: {**TOKEN_MERGING, "sy": 8}, 0.7: {**TOKEN_MERGING, "sy": 8, "ratio": 0.2}},
+    ),
+    "no rule changes that a stage leaves the model untouched": (
+        {"stages": early(0.6, since=0.2), "rules": [TENTH, Rule({"ratio": 0.2}, since=0.8)]},
+        {0: None, 0.1: None, 0.2: {"ratio": 0.1}, 0.5: {"ratio": 0.1}, 0.6: None, 0.9: None, 1: None},
+    ),
+}
 
-    def test_what_a_later_rule_says_counts(self):
-        one, two = Rule({"ratio": 0.1, "sx": 2}), Rule({"ratio": 0.2, "sy": 3})
-        found = AgentConfig(rules=[one, two]).at(None)
-        assert (found.ratio, found.sx, found.sy) == (0.2, 2, 3)
-        found = AgentConfig(rules=[two, one]).at(None)
-        assert (found.ratio, found.sx, found.sy) == (0.1, 2, 3)
 
-    def test_none_is_full_attention(self):
-        config = AgentConfig(rules=[Rule({"ratio": 0.1}), Rule(None, downsample=2)])
-        assert config.at(None, Block("a", 2)) is None
-        assert config.at(None, Block("a", 1)).ratio == 0.1
+@pytest.mark.parametrize("name", ORDER)
+def test_order_of_stages_and_rules(name):
+    settings, places = ORDER[name]
+    config, own = AgentConfig(**settings), {k: v for k, v in settings.items() if k not in ("stages", "rules")}
+    for place, expected in places.items():
+        found = config.at(None, Block(place, 2)) if isinstance(place, str) else config.at(place)
+        assert found == (None if expected is None else AgentConfig(**own | expected)), place
 
-    def test_a_later_rule_revives_it_with_the_config_s_own_settings(self):
-        rules = [Rule({"ratio": 0.1}), Rule(None, downsample=2), Rule({"sx": 2}, blocks="a")]
-        config = AgentConfig(ratio=0.3, rules=rules)
-        assert config.at(None, Block("a", 2)) == AgentConfig(ratio=0.3, sx=2)
-        assert config.at(None, Block("a", 1)) == AgentConfig(ratio=0.1, sx=2)
-        assert config.at(None, Block("b", 2)) is None
 
-    def test_rules_apply_after_the_stages(self):
-        config = AgentConfig(stages=paper_stages(), rules=[Rule({"ratio": 0.2}, since=0.6), Rule({"sy": 8})])
-        assert config.at(0.1) == AgentConfig(sy=8)
-        assert config.at(0.5) == AgentConfig(**{**TOKEN_MERGING, "sy": 8})
-        assert config.at(0.7) == AgentConfig(**{**TOKEN_MERGING, "sy": 8, "ratio": 0.2})
-
-    def test_a_revived_block_has_its_stage_s_settings(self):
-        config = AgentConfig(stages=[Stage(1.0, {"ratio": 0.2})], rules=[Rule(None), Rule({"sx": 2})])
-        assert config.at(0.5) == AgentConfig(ratio=0.2, sx=2)
-
-    def test_where_a_stage_leaves_the_model_untouched_no_rule_changes_that(self):
-        config = AgentConfig(stages=early(0.6, since=0.2), rules=[Rule({"ratio": 0.1}), Rule({"sx": 2}, since=0.8)])
-        assert [config.at(p) is None for p in (0, 0.1, 0.2, 0.5, 0.6, 0.9, 1)] == [1, 1, 0, 0, 1, 1, 1]
-
-    def test_a_switch_is_ever_on_if_any_rule_says_so(self):
-        assert any(AgentConfig(rules=[Rule({"merge_mlp": True}, blocks="a")]).values("merge_mlp"))
-        assert not any(AgentConfig(rules=[Rule({"merge_mlp": False}), Rule(None)]).values("merge_mlp"))
+def test_a_switch_is_ever_on_if_any_rule_says_so():
+    assert any(AgentConfig(rules=[Rule({"merge_mlp": True}, blocks="a")]).values("merge_mlp"))
+    assert not any(AgentConfig(rules=[Rule({"merge_mlp": False}), Rule(None)]).values("merge_mlp"))
 
 
 def _valid(name):
@@ -264,23 +255,23 @@ class TestText:
             "downsample=2+4 until=0.4 method=corrected | blocks=middle_block.*+output_blocks.3.* full"
         )
 
+    def test_order_within_a_rule_does_not_matter_to_conditions(self):
+        assert parse_rules("ratio=0.1 downsample=2") == parse_rules("downsample=2 ratio=0.1")
+        assert parse_rules("full blocks=a") == parse_rules("blocks=a full")
+
     @pytest.mark.parametrize(
-        ("text", "rule"),
+        ("text", "settings"),
         [
-            ("ratio=0.1 downsample=2", Rule({"ratio": 0.1}, 2)),  # the order of words doesn't matter
-            ("full blocks=a", Rule(None, blocks="a")),
-            ("merge_mlp=on use_rand=off", Rule({"merge_mlp": True, "use_rand": False})),
-            ("merge_mlp=True use_rand=FALSE", Rule({"merge_mlp": True, "use_rand": False})),
-            ("max_agents=none attn_precision=None", Rule({"max_agents": None, "attn_precision": None})),
-            ("max_agents=64 attn_precision=fp32", Rule({"max_agents": 64, "attn_precision": "fp32"})),
-            ("max_downsample=auto", Rule({"max_downsample": "auto"})),
-            ("max_downsample=4", Rule({"max_downsample": 4})),
-            ("ratio=0 sx=2.0 k_scale2=1e-1", Rule({"ratio": 0.0, "sx": 2, "k_scale2": 0.1})),
-            ("ratio=0.1 ratio=0.2", Rule({"ratio": 0.2})),
+            ("merge_mlp=on use_rand=off", {"merge_mlp": True, "use_rand": False}),
+            ("merge_mlp=True use_rand=FALSE", {"merge_mlp": True, "use_rand": False}),
+            ("max_agents=none attn_precision=None", {"max_agents": None, "attn_precision": None}),
+            ("max_downsample=auto", {"max_downsample": "auto"}),
+            ("ratio=0 sx=2.0 k_scale2=1e-1", {"ratio": 0.0, "sx": 2, "k_scale2": 0.1}),
+            ("ratio=0.1 ratio=0.2", {"ratio": 0.2}),
         ],
     )
-    def test_values(self, text, rule):
-        assert parse_rules(text) == (rule,)
+    def test_values(self, text, settings):
+        assert parse_rules(text) == (Rule(settings),)
 
     @pytest.mark.parametrize("text", ["", "  ", "|", " | | ", "\n"])
     def test_blank_text_has_no_rules(self, text):
@@ -294,28 +285,19 @@ class TestText:
             ("ratio 0.1", "'ratio'"),
             ("downsample=2, ratio=0.1", "downsample must be one of 1, 2, 4, 8, got '2,'"),
             ("ratoi=0.1", "ratoi.*did you mean ratio"),
-            ("Ratio=0.1", "Ratio.*did you mean ratio"),
             ("seed=1", "unknown setting seed"),
             ("ratio=much", r"ratio must be a number from 0\.0 to 0\.99, got 'much'"),
             ("ratio=", "ratio must be a number .*, got ''"),
-            ("ratio=none", "ratio must be a number .*, got 'none'"),
             ("ratio=1", r"ratio must be a number from 0\.0 to 0\.99, got 1"),
-            ("ratio=nan", r"ratio must be a number from 0\.0 to 0\.99, got nan"),
             ("sx=1.5", "sx must be a whole number from 1 to 16, got 1.5"),
             ("use_rand=maybe", "use_rand must be True or False, got 'maybe'"),
-            ("method=magic", "method must be one of 'agent'.*, got 'magic'"),
             ("max_downsample=3", "max_downsample must be one of 'auto', 1, 2, 4, 8, got '3'"),
             ("downsample=3", "downsample must be one of 1, 2, 4, 8, got '3'"),
-            ("downsample=all", "downsample must be one of .*, got 'all'"),
             ("blocks=", "blocks must be a pattern of block names.*, got ''"),
             ("blocks=a,b", "blocks must be a pattern of block names.*, got 'a,b'"),
             ("since=2", r"since must be a number from 0\.0 to 1\.0, got 2"),
             ("since=0.9 until=0.4", r"since must be below until, which is 0\.4, got 0\.9"),
             ("full ratio=0.1", "'full'"),
-            ("ratio=0.1 full", "'full'"),
-            ("ratio=0.1 | until=0", r"since must be below until, which is 0\.0, got"),
-            ("blocks=a[bc", r"blocks must be a pattern of block names.*, got 'a\[bc'"),
-            ("blocks=é full", "blocks must be a pattern of block names"),
         ],
     )
     def test_what_cannot_be_read_is_named(self, text, said):
@@ -350,14 +332,10 @@ class TestFromPrograms:
         ):
             assert rules_from(given_rules) == self.RULES
 
-    @pytest.mark.parametrize("value", [Rule(), {"settings": {}}, 3, True, object()])
-    def test_what_is_no_list_is_refused(self, value):
-        with pytest.raises(SettingError, match="rules must be text or a list of rules"):
-            rules_from(value)
-
     @pytest.mark.parametrize(
         ("value", "said"),
         [
+            *((value, "rules must be text or a list of rules") for value in (Rule(), {"settings": {}}, 3, True)),
             ([3], "rules"),
             (["downsample=2 full"], "rules"),
             ([{"setting": {}}], "did you mean settings"),
@@ -367,6 +345,6 @@ class TestFromPrograms:
             ([Rule({"sx": 0})], "sx"),
         ],
     )
-    def test_bad_parts_of_a_list_are_named(self, value, said):
+    def test_what_is_no_list_of_rules_is_refused(self, value, said):
         with pytest.raises(SettingError, match=said):
             rules_from(value)

@@ -1,7 +1,5 @@
 """What every method does with tokens: heads, and pooling over the cells of a grid."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest
@@ -13,15 +11,8 @@ from oracle import cells, heads
 from patching import patched_output
 
 from agentsd.attention.grid import landmark_places
-from agentsd.attention.tensors import (
-    add_scaled,
-    attention_by,
-    join_heads,
-    lost_by_pooling,
-    pool_tokens,
-    scaled_dot_product_attention,
-    split_heads,
-)
+from agentsd.attention.tensors import add_scaled, attention_by, join_heads, lost_by_pooling, pool_tokens, split_heads
+from agentsd.attention.tensors import scaled_dot_product_attention as sdpa
 from agentsd.methods import METHODS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -55,27 +46,27 @@ class TestAHostsKernel:
     @pytest.mark.parametrize("scale", [None, 0.575])
     def test_it_is_asked_at_any_scale(self, scale):
         q, k, v = torch.randn(3, 2, 4, 16, 8)
-        expected = scaled_dot_product_attention(q, k, v, scale=scale)
+        expected = sdpa(q, k, v, scale=scale)
         asked = []
         with attention_by(lambda *tensors: asked.append(tensors) or self.kernel(*tensors)):
-            torch.testing.assert_close(scaled_dot_product_attention(q, k, v, scale=scale), expected, **CLOSE)
+            torch.testing.assert_close(sdpa(q, k, v, scale=scale), expected, **CLOSE)
         assert len(asked) == 1
-        scaled_dot_product_attention(q, k, v, scale=scale)
+        sdpa(q, k, v, scale=scale)
         assert len(asked) == 1, "only inside"
 
     def test_it_is_not_asked_for_a_mask(self):
         q, k, v = torch.randn(3, 2, 4, 16, 8)
         mask = torch.randn(1, 4, 1, 16)
-        expected = scaled_dot_product_attention(q, k, v, mask)
+        expected = sdpa(q, k, v, mask)
         with attention_by(lambda *tensors: pytest.fail("a fast kernel may disregard the mask")):
-            assert torch.equal(scaled_dot_product_attention(q, k, v, mask), expected)
+            assert torch.equal(sdpa(q, k, v, mask), expected)
 
     def test_an_error_puts_the_one_before_back(self):
         outer = []
         with attention_by(lambda *tensors: outer.append(1) or self.kernel(*tensors)):
             with pytest.raises(RuntimeError), attention_by(self.kernel):
                 raise RuntimeError
-            scaled_dot_product_attention(*torch.randn(3, 1, 1, 4, 8))
+            sdpa(*torch.randn(3, 1, 1, 4, 8))
         assert outer == [1]
 
     # the keys of corrected agents have a channel of biases, −∞ among them, which a kernel that rounds keys cannot take

@@ -1,11 +1,10 @@
 """The timestep is read only where something depends on it: reading it waits for the device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from blocks import run
-from patching import CORRECTED, EXAMPLE, GRID, MERGING, POOL, SIMILARITY
+from kinds import CORRECTED, GRID, MERGING, POOL, SIMILARITY
+from patching import EXAMPLE
 
 import agentsd
 from agentsd import Rule, early, get_patch, paper_stages, patched

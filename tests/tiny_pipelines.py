@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from blocks import filled, initialised
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import UNet2DConditionModel as UNet
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import agentsd
 from agentsd import get_patch
 
 CONTEXT = 32  # channels of one text encoder
 
 
-def tiny_unet(**changes) -> UNet2DConditionModel:
+def tiny_unet(**changes) -> UNet:
     """A U-Net with self- and cross-attention at two levels, 2 heads, head sizes 16 and 32."""
-    config = {
-        "sample_size": 16,
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": CONTEXT,
-        "attention_head_dim": 2,
-    }
+    config = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": 2}
+    config |= {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
     torch.manual_seed(0)
-    return randomised(UNet2DConditionModel(**{**config, **changes}))
+    return filled(UNet(**config | {"cross_attention_dim": CONTEXT} | changes))
 
 
-def tiny_sdxl_unet() -> UNet2DConditionModel:
+def tiny_sdxl_unet() -> UNet:
     """As SDXL's: no attention at level 0, two transformer blocks deep below, and added text and time embeddings."""
     return tiny_unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -50,20 +37,7 @@ def tiny_sdxl_unet() -> UNet2DConditionModel:
     )
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """Give every weight a scale at which attention matters to the output: a fresh U-Net's last layers are near zero."""
-    generator = torch.Generator().manual_seed(1234)
-    with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
-            noise = torch.randn(p.shape, generator=generator)
-            if p.ndim > 1:
-                p.copy_(noise / p[0].numel() ** 0.5)
-            else:
-                p.copy_(1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise)
-    return model.eval()
-
-
-def unet_inputs(unet: UNet2DConditionModel, height: int = 16, width: int = 16, batch: int = 2, t: float = 500) -> dict:
+def unet_inputs(unet: UNet, height: int = 16, width: int = 16, batch: int = 2, t: float = 500) -> dict:
     """Keyword arguments of one call of the U-Net."""
     generator = torch.Generator().manual_seed(7)
     given = {
@@ -77,12 +51,10 @@ def unet_inputs(unet: UNet2DConditionModel, height: int = 16, width: int = 16, b
     return given
 
 
-def ldm_and_diffusers(use_linear: bool = False) -> tuple[nn.Module, UNet2DConditionModel]:
+def ldm_and_diffusers(use_linear: bool = False) -> tuple[nn.Module, UNet]:
     """The same U-Net twice: as LDM builds it, and converted by diffusers."""
-    from blocks import initialised  # needs stable-diffusion-sdkit's ldm
-
-    layout = {"attention_resolutions": [1, 2], "channel_mult": [1, 2]}
-    ldm = initialised(**layout, context_dim=CONTEXT, use_linear_in_transformer=use_linear)
+    layout = {"attention_resolutions": [1, 2], "channel_mult": [1, 2], "context_dim": CONTEXT}
+    ldm = initialised(**layout, use_linear_in_transformer=use_linear)
     unet = tiny_unet(use_linear_projection=use_linear)
     state = {f"model.diffusion_model.{name}": value for name, value in ldm.state_dict().items()}
     unet.load_state_dict(convert_ldm_unet_checkpoint(state, dict(unet.config)))
@@ -98,89 +70,41 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 
 def _text_encoder(cls: type) -> nn.Module:
+    size = {"vocab_size": 190, "hidden_size": CONTEXT, "intermediate_size": 37, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "projection_dim": CONTEXT, "bos_token_id": 188, "eos_token_id": 189}
     torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=190,
-        hidden_size=CONTEXT,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=CONTEXT,
-        bos_token_id=188,
-        eos_token_id=189,
-    )
-    return cls(config).eval()
+    return cls(CLIPTextConfig(**size)).eval()
 
 
-def _vae() -> AutoencoderKL:
+def _pipeline(cls: type, **parts):
     torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
         norm_num_groups=4,
         sample_size=128,
-    ).eval()
-
-
-def _scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    parts |= {"vae": vae.eval(), "scheduler": DDIMScheduler(**noise, clip_sample=False, steps_offset=1)}
+    pipe = cls(text_encoder=_text_encoder(CLIPTextModel), tokenizer=tiny_tokenizer(), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def tiny_sd(**unet_changes) -> StableDiffusionPipeline:
     """A Stable Diffusion 1 pipeline for pictures of 128 × 128."""
-    pipe = StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=_text_encoder(CLIPTextModel),
-        tokenizer=tiny_tokenizer(),
-        unet=tiny_unet(**unet_changes),
-        scheduler=_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return _pipeline(StableDiffusionPipeline, unet=tiny_unet(**unet_changes), **unchecked)
 
 
 def tiny_sdxl() -> StableDiffusionXLPipeline:
     """An SDXL pipeline for pictures of 128 × 128."""
-    pipe = StableDiffusionXLPipeline(
-        vae=_vae(),
-        text_encoder=_text_encoder(CLIPTextModel),
-        text_encoder_2=_text_encoder(CLIPTextModelWithProjection),
-        tokenizer=tiny_tokenizer(),
-        tokenizer_2=tiny_tokenizer(),
-        unet=tiny_sdxl_unet(),
-        scheduler=_scheduler(),
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    second = {"text_encoder_2": _text_encoder(CLIPTextModelWithProjection), "tokenizer_2": tiny_tokenizer()}
+    return _pipeline(StableDiffusionXLPipeline, unet=tiny_sdxl_unet(), **second, add_watermarker=False)
 
 
 # What the tests of the patch share
-
-GRID = {"ratio": 0.0, "sx": 2, "sy": 2, "agent_ratio": 0.75, "agent_source": "grid"}
-SIMILARITY = {"ratio": 0.4, "agent_ratio": 0.95}
-MERGING = dict(agentsd.TOKEN_MERGING)
-EVERYWHERE = {"ratio": 0.4, "agent_ratio": 0.9, "merge_crossattn": True, "merge_mlp": True, "max_downsample": 2}
-POOL = {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0}
-CORRECTED = {"method": "corrected", "agent_ratio": 0.75, "ratio": 0.0}
-KINDS = {
-    "grid": GRID,
-    "similarity": SIMILARITY,
-    "merging": MERGING,
-    "everywhere": EVERYWHERE,
-    "pool": POOL,
-    "corrected": CORRECTED,
-}
-
-by_kind = pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS.keys())
 
 
 @torch.no_grad()
@@ -189,12 +113,9 @@ def run(unet, **changes) -> torch.Tensor:
 
 
 @torch.no_grad()
-def picture(pipe, steps: int = 3):
-    generator = torch.Generator().manual_seed(1)
-    size = {"height": 128, "width": 128}
-    return torch.from_numpy(
-        pipe("cat", num_inference_steps=steps, generator=generator, output_type="np", **size).images
-    )
+def picture(pipe, steps: int = 3, **more):
+    given = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(1), "output_type": "np"}
+    return torch.from_numpy(pipe("cat", **given, height=128, width=128, **more).images)
 
 
 def anatomy(unet: nn.Module) -> dict:

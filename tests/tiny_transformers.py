@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import diffusers
 import torch
-from tiny_pipelines import randomised
+from blocks import filled
 from torch import Tensor, nn
 
 HEADS, HEAD, TEXT = 2, 16, 9  # heads, their size, tokens of text
@@ -38,7 +38,7 @@ class Tiny:
 
     def make(self, **changes) -> nn.Module:
         torch.manual_seed(0)
-        return randomised(getattr(diffusers, type(self).__name__)(**{**self.config, **changes}))
+        return filled(getattr(diffusers, type(self).__name__)(**{**self.config, **changes}))
 
     def call(self, height: int, width: int, batch: int = 2, sigma: float = 0.5, text: int = TEXT) -> dict:
         raise NotImplementedError

@@ -31,7 +31,7 @@ class FiniteCheck:
         if name in self._answered or not (on_cpu or ours.dtype == torch.float16) or type(ours) is not Tensor:
             return ours
         self._answered.add(name)
-        fine = ours.isfinite().all()
+        fine = ours.detach().isfinite().all()  # gradient checkpointing must save as many tensors when it runs again
         if on_cpu and fine:
             return ours
         try:
