@@ -341,11 +341,17 @@ class Pass:
             return
         self.suspend()
         self._model = model
-        try:
+        with self._guarded():
             if unet is not None:
                 self._patch = self._patched(unet)
             elif not self._models:
                 self.report.notes[NO_UNET] = 0
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Note an error of ours, such as one of the device while closeness is read: it costs nobody an image."""
+        try:
+            yield
         except Exception as error:
             self.report.notes[error_of_ours(error)] += 1
 
@@ -358,13 +364,14 @@ class Pass:
         """Remove the patch and end the pass. Further calls do nothing."""
         if self in _running:
             _running.remove(self)
-            self._lap()
-            self.report.pace = self._clock.pace()
-            made, (unet, _) = self._made, self._model
-            # of one model, on a device that does not lag behind
-            if made is not None and made.key and unet is not None and len(self._models) < 2 and _is_cpu(unet):
-                pace = self._clock.pace(skip=1)
-                compat.HOST.timings.add_calls(made.key, pace.patched, pace.untouched)
+            with self._guarded():
+                self._lap()
+                self.report.pace = self._clock.pace()
+                made, (unet, _) = self._made, self._model
+                # of one model, on a device that does not lag behind
+                if made is not None and made.key and unet is not None and len(self._models) < 2 and _is_cpu(unet):
+                    pace = self._clock.pace(skip=1)
+                    compat.HOST.timings.add_calls(made.key, pace.patched, pace.untouched)
         self.suspend()
 
     def _patched(self, unet: nn.Module) -> Patch | None:
@@ -392,16 +399,16 @@ class Pass:
     def suspend(self) -> None:
         """Remove the patch until `follow` is called again."""
         patch, self._patch, self._model = self._patch, None, (None, "")
-        if patch is not None:
-            try:
+        if patch is None:
+            return
+        try:
+            with self._guarded():
                 found = patch.measured
                 if found is not None:
                     compat.HOST.timings.put_layers(self._made.key, found.with_seconds, found.without_seconds)
                 self.report.add(patch, None if self._made.tuning is not None else self.since)
-            except Exception as error:  # such as one of the device while closeness is read
-                self.report.notes[error_of_ours(error)] += 1
-            finally:
-                patch.remove()
+        finally:
+            patch.remove()
 
 
 def _is_cpu(unet: nn.Module) -> bool:
