@@ -10,8 +10,8 @@ from blocks import golden_unet, sdxl_like_unet
 from tuned_models import KEPT, TEXT
 
 from agentsd import costs
-from agentsd.app.decision import Hint, Program, SamplingPass, fraction
-from agentsd.app.preview import ACTS, NOTE, NOTHING, WRONG, page_data, preview, sentence
+from agentsd.app.decision import Hint, Program, SamplingPass
+from agentsd.app.preview import ACTS, NOTE, NOTHING, WRONG, page_data, preview
 from agentsd.panel.routes import hires_size
 from agentsd.settings import schema
 from agentsd.settings.presets import CUSTOM, PRESETS
@@ -67,76 +67,67 @@ def test_the_defaults_at_512():
     assert hint == ""
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"method": "agent"}, "4096 tokens → 256 agents in 5 layers"),
-        ({"method": "pool"}, "4096 tokens → 256 pooled keys in 5 layers"),
-        ({"method": "merge", "ratio": 0.4}, "4096 tokens → 2458 merged in 5 layers"),
-        ({"method": "agent", "ratio": 0.4}, "4096 tokens → 256 agents (2458 queries) in 5 layers"),
-        (
-            {"max_downsample": "2"},
-            "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 agents in 5 layers",
-        ),
-        (
-            {"rules": "downsample=2 max_downsample=2 method=pool | blocks=middle_block.* full"},
-            "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers",
-        ),
-        ({"rules": "blocks=input_blocks.* full"}, "4096 tokens → 256 agents in 3 layers"),
-        ({"merge_attn": False, "merge_mlp": True, "ratio": 0.4}, "tokens merged outside self-attention"),
-    ],
-)
-def test_what_is_done_in_words(values, words):
-    [(text, _)] = said(values)
-    assert text.startswith(f"512×512: {words}, in all 20 steps.")
+SIMILARITY = {"method": "agent", "agent_source": "similarity", "ratio": 0.4}
+LATE = {"until": 0.6}
+NOTHING_HAPPENS = "nothing happens."
+SAID = [  # settings, the pass, words, the hint
+    ({"min_tokens": None}, HERE, "4096 tokens → 256 agents in 5 layers, in all 20 steps.", ""),
+    ({"method": "agent"}, HERE, "4096 tokens → 256 agents in 5 layers, in all 20 steps.", ""),
+    ({"method": "pool"}, HERE, "4096 tokens → 256 pooled keys in 5 layers, in all 20 steps.", ""),
+    ({"method": "merge", "ratio": 0.4}, HERE, "4096 tokens → 2458 merged in 5 layers, in all 20 steps.", ""),
+    ({"method": "agent", "ratio": 0.4}, HERE, "4096 tokens → 256 agents (2458 queries) in 5 layers, in all 20", ""),
+    ({"max_downsample": "2"}, HERE, "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 agents in 5 layers", ""),
+    ({"rules": "downsample=2 max_downsample=2 method=pool | blocks=middle_block.* full"}, HERE,
+        "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers, in all 20 steps.", ""),
+    ({"rules": "blocks=input_blocks.* full"}, HERE, "4096 tokens → 256 agents in 3 layers, in all 20 steps.", ""),
+    ({"merge_attn": False, "merge_mlp": True, "ratio": 0.4}, HERE, "tokens merged outside self-attention, in all 20",
+        "Self-attention is left alone: self-attention is left out. Change “Merge self-attention”."),
+    ({"method": "corrected", "max_agents": 9, "merge_mlp": True, "ratio": 0.4}, HERE,
+        "tokens merged outside self-attention, in all 20 steps.",
+        "Self-attention is left alone: at most 9 agents would be too few to correct. Change “Maximum agents”."),
+    ({**SIMILARITY, "agent_ratio": 0.5}, HERE, "2458 merged",
+        "No agents: 2048 agents are too many for 2458 queries (fewer than half are needed). Change “Agent ratio”."),
+    ({**SIMILARITY, "agent_ratio": 0.0}, HERE, "2458 merged", ""),  # it was asked for
+    # img2img makes a step more than its strength times the steps
+    (LATE, img2img(0.5), ", in 3 of 11 steps.", ""),
+    (LATE, img2img(0.75, 4), ", in 2 of 4 steps.", ""),
+    (LATE, img2img(1.0, 1), ", in 1 of 1 steps.", ""),
+    (LATE, img2img(0.25), NOTHING_HAPPENS,
+        "0.74 of the diffusion is done when this pass begins, and agents end at 0.6. Change “Until”."),
+    ({**LATE, "after": "token merging"}, img2img(0.25), "2458 merged",
+        "Agents end before this pass begins, so only what comes afterwards is done. Change “Until”."),
+    ({"since": 0.1, "until": 0.2}, first(steps=4), "in 0 of 4 steps.",
+        "No step lies between From and Until. Change “From” or “Until”."),
+    ({"min_tokens": 5000}, HERE, NOTHING_HAPPENS,
+        "4096 tokens are fewer than the minimum of 5000. Change “Minimum tokens”."),
+    ({"merge_attn": False}, HERE, NOTHING_HAPPENS, "Self-attention is left out. Change “Merge self-attention”."),
+    ({"method": "agent", "agent_ratio": 0.1}, HERE, NOTHING_HAPPENS,
+        "4096 agents are too many for 4096 queries (fewer than half are needed). Change “Agent ratio”."),
+    ({"since": 0.7, "until": 0.6}, HERE, NOTHING_HAPPENS, "Until must be above From (0.7), got 0.6."),
+    ({"passes": "hires"}, HERE, NOTHING_HAPPENS, "Only the hires pass is chosen, and there is none. Change “Passes”."),
+    ({"method": "pool", "sx": 1, "sy": 1}, HERE, NOTHING_HAPPENS,
+        "Cells of 1×1 pool nothing. Change “Cell width” or “Cell height”."),
+    ({"method": "merge"}, HERE, NOTHING_HAPPENS, "No token is merged. Change “Ratio”."),
+    ({"method": "corrected", "max_agents": 9}, HERE, NOTHING_HAPPENS,
+        "At most 9 agents would be too few to correct. Change “Maximum agents”."),
+    ({"rules": "full"}, HERE, NOTHING_HAPPENS, "Full attention was asked for. Change “Rules”."),
+    ({"rules": "downsample=1 full"}, HERE, NOTHING_HAPPENS, "Full attention was asked for. Change “Rules”."),
+    ({"method": "agent", "min_tokens": 0}, first(64), "64 tokens → 4 agents in 5 layers, in all 20 steps. No gain",
+        "Nothing is gained from layers of 64 tokens. Change “Minimum tokens”."),
+    ({"method": "agent", "min_tokens": 0}, first(128), "No gain in time is expected.",
+        "Nothing is gained from layers of 256 tokens. Change “Minimum tokens”."),
+    ({"min_tokens": 512}, first(64), NOTHING_HAPPENS, "Nothing is to be gained from layers of 64 tokens."),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("values", "hint"),
-    [
-        ({"min_tokens": 5000}, "4096 tokens are fewer than the minimum of 5000. Change “Minimum tokens”."),
-        ({"merge_attn": False}, "Self-attention is left out. Change “Merge self-attention”."),
-        (
-            {"method": "agent", "agent_ratio": 0.1},
-            "4096 agents are too many for 4096 queries (fewer than half are needed). Change “Agent ratio”.",
-        ),
-        ({"since": 0.7, "until": 0.6}, "Until must be above From (0.7), got 0.6."),
-        ({"passes": "hires"}, "Only the hires pass is chosen, and there is none. Change “Passes”."),
-        ({"method": "pool", "sx": 1, "sy": 1}, "Cells of 1×1 pool nothing. Change “Cell width” or “Cell height”."),
-        ({"method": "merge"}, "No token is merged. Change “Ratio”."),
-        (
-            {"method": "corrected", "max_agents": 9},
-            "At most 9 agents would be too few to correct. Change “Maximum agents”.",
-        ),
-        ({"rules": "full"}, "Full attention was asked for. Change “Rules”."),
-        ({"rules": "downsample=1 full"}, "Full attention was asked for. Change “Rules”."),
-    ],
-)
-def test_where_nothing_happens_it_says_why(values, hint):
-    assert said(values) == [("512×512: nothing happens.", hint)]
-
-
-@pytest.mark.parametrize(
-    ("strength", "steps", "words"),
-    [
-        (0.5, 20, ", in 3 of 11 steps."),
-        (0.75, 4, ", in 2 of 4 steps."),
-        (0.3, 2, None),
-        (1.0, 1, ", in 1 of 1 steps."),
-    ],
-)
-def test_img2img_makes_a_step_more_than_its_strength_times_the_steps(strength, steps, words):
-    [(text, hint)] = said({"until": 0.6}, img2img(strength, steps))
-    if words is None:
-        assert "of the diffusion is done when this pass begins" in hint
-    else:
-        assert words in text
-
-
-def test_no_step_between_from_and_until_is_said():
-    [line] = preview({"since": 0.1, "until": 0.2}, [first(steps=4)], 2, Host(golden_unet()))["lines"]
-    assert "in 0 of 4 steps" in line["text"]
-    assert line["hint"].startswith("No step lies between From and Until")
+@pytest.mark.parametrize(("values", "sampling", "words", "hint"), SAID)
+def test_what_is_done_and_why_not_more(values, sampling, words, hint):
+    told = preview(values, [sampling], 2, Host())
+    line = told["lines"][0]
+    assert line["text"].startswith(f"{sampling}: ")
+    assert words in line["text"]
+    assert line["hint"] == hint
+    assert (line["state"] == NOTHING) == (words == NOTHING_HAPPENS or "No gain" in words or "in 0 of" in words)
 
 
 def test_another_checkpoint_is_said():
@@ -153,29 +144,12 @@ def test_layers_that_the_model_does_not_have():
     assert "1024 tokens → 64 agents" in text
 
 
-def test_merging_without_agents_says_why_there_are_none():
-    similarity = {"method": "agent", "agent_source": "similarity", "ratio": 0.4}
-    [(_, hint)] = said({**similarity, "agent_ratio": 0.5})
-    assert hint.startswith("No agents: 2048 agents are too many for 2458 queries")
-    [(_, hint)] = said({**similarity, "agent_ratio": 0.0})
-    assert hint == "", "it was asked for"
-
-
 def test_both_passes():
     first, second = said({}, HERE, HIRES)
     assert first[0].startswith("512×512: 4096 tokens")
     assert second[0].startswith("Hires 1024×1024: 16384 tokens → 512 agents in 5 layers")
     [(text, _)] = said({"passes": "hires"}, HERE, HIRES)
     assert text.startswith("Hires 1024×1024"), "a pass that is left out is not worth a line"
-
-
-def test_a_late_pass():
-    [(text, hint)] = said({"until": 0.6}, img2img(0.25))
-    assert text == "512×512: nothing happens."
-    assert hint == "0.74 of the diffusion is done when this pass begins, and agents end at 0.6. Change “Until”."
-    [(text, hint)] = said({"until": 0.6, "after": "token merging"}, img2img(0.25))
-    assert "2458 merged" in text
-    assert hint == "Agents end before this pass begins, so only what comes afterwards is done. Change “Until”."
 
 
 def test_what_keeps_a_pass_from_us_is_said():
@@ -192,10 +166,6 @@ def test_a_bad_value_is_named_and_nothing_raises():
     assert told["lines"] == [{"text": "", "hint": hint, "state": WRONG}]
 
 
-def test_a_cleared_field_is_the_default():
-    assert said({"min_tokens": None}) == said()
-
-
 def test_no_model_is_said_and_a_model_is_read():
     unloaded = preview({}, [HERE], 2, Host())
     assert unloaded["lines"][-1]["text"] == "No model is loaded yet: figures are those of SD 1."
@@ -207,40 +177,9 @@ def test_no_model_is_said_and_a_model_is_read():
     assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”.", "state": NOTE}
 
 
-@pytest.mark.parametrize(("side", "tokens"), [(64, 64), (128, 256)])
-def test_where_nothing_is_gained_it_says_so(side, tokens):
-    [(text, hint)] = said({"method": "agent", "min_tokens": 0}, first(side))
-    words = rf".*{tokens} tokens → .*\. No gain in time is expected( by FLOPs)?\."
-    assert re.fullmatch(words, text)
-    assert hint == f"Nothing is gained from layers of {tokens} tokens. Change “Minimum tokens”."
-    assert said({"min_tokens": 512}, first(side)) == [
-        (f"{side}×{side}: nothing happens.", f"Nothing is to be gained from layers of {tokens} tokens.")
-    ]
-
-
-def test_tokens_merged_elsewhere_alone_are_said_with_the_reason():
-    values = {"method": "corrected", "max_agents": 9, "merge_mlp": True, "ratio": 0.4}
-    [(text, hint)] = said(values)
-    assert text.startswith("512×512: tokens merged outside self-attention, in all 20 steps.")
-    assert hint == (
-        "Self-attention is left alone: at most 9 agents would be too few to correct. Change “Maximum agents”."
-    )
-
-
-@pytest.mark.parametrize(
-    ("values", "state"), [({}, ACTS), ({"passes": "hires"}, NOTHING), ({"since": 0.7, "until": 0.6}, NOTHING)]
-)
-def test_each_line_tells_its_state(values, state):
-    assert preview(values, [HERE], 2, Host())["lines"][0]["state"] == state
-
-
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, CUSTOM])
 def test_the_preset_is_named(name):
-    assert preview(dict(PRESETS[name]), [HERE], 2, Host())["preset"] == name
-
-
-def test_settings_of_no_preset_are_custom():
-    assert preview({"ratio": 0.33}, [HERE], 2, Host())["preset"] == CUSTOM
+    assert preview(PRESETS.get(name, {"ratio": 0.33}), [HERE], 2, Host())["preset"] == name
 
 
 def test_the_page_is_told_of_every_control():
@@ -262,14 +201,6 @@ def test_the_page_is_told_of_every_control():
 )
 def test_the_hires_size_is_the_webuis(given, size):
     assert hires_size(*given) == size
-
-
-def test_fractions_are_in_the_sliders_unit():
-    assert [fraction(value) for value in (0.125, 0.6, 1.0, 0.0, 0.05)] == ["0.12", "0.6", "1", "0", "0.05"]
-
-
-def test_a_hint_without_words_is_none():
-    assert sentence(Hint("")) == ""
 
 
 # Tunings

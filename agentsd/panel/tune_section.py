@@ -69,7 +69,7 @@ class Section:
         # a function: asked for whenever the page loads
         results = gr.HTML(tunings.results, elem_id=self._id("tuned"), elem_classes=["agent-attention-tuned"])
         with gr.Row():
-            which = gr.Dropdown(tunings.titles(), label="Kept tuning", elem_id=self._id("tune_which"))
+            which = gr.Dropdown(tunings.titles(), label="Kept tuning", elem_id=self._id("tune_which"), min_width=220)
             forget = gr.Button(FORGET, elem_id=self._id("tune_forget"))
             export = gr.Button("Export this tuning", elem_id=self._id("tune_export"))
         with gr.Row():

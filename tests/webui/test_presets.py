@@ -33,16 +33,6 @@ def test_a_preset_fills_the_controls_and_keeps_the_users_own(page, panel: Panel,
     panel.shows(name)
 
 
-def test_touching_a_control_makes_it_custom_and_back(page, panel: Panel):
-    panel.choose("Fast")
-    panel.set("k_scale2", 0.7)
-    panel.shows(CUSTOM)
-    panel.set("k_scale2", PRESETS["Fast"]["k_scale2"])
-    panel.shows("Fast")
-    panel.set("merge_mlp", True)
-    panel.shows(CUSTOM)
-
-
 def test_the_older_extensions_infotext_fills_our_controls(page, panel: Panel):
     panel.choose("Fast")
     paste(page, OLDER)

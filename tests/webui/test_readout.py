@@ -50,22 +50,6 @@ def test_the_hires_pass_has_a_line(page, panel: Panel):
     assert "Change “Until, hires pass”" in panel.said("of the diffusion is done when this pass begins")
 
 
-def test_where_nothing_happens_it_names_the_control(page, panel: Panel):
-    panel.set("min_tokens", 5000)
-    assert "Change “Minimum tokens”" in panel.said("4096 tokens are fewer than the minimum of 5000")
-    panel.set("min_tokens", 0)
-    panel.set("agent_ratio", 0.2)
-    assert "Change “Agent ratio”" in panel.said("agents are too many")
-    panel.set("agent_ratio", 0.95)
-    panel.set("method", "corrected")
-    panel.set("max_agents", 9)
-    assert "Change “Maximum agents”" in panel.said("At most 9 agents would be too few to correct")
-    panel.set("method", "agent")
-    panel.set("max_agents", 1)
-    panel.said("→ 1 agent in 5 layers")
-    panel.set("max_agents", 0)
-
-
 def test_what_is_wrong_is_named_while_it_is_typed(page, panel: Panel):
     panel.type("agent_ratio", "7")
     assert "Agent ratio must be a number from" in panel.said("got 7")

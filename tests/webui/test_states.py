@@ -119,14 +119,6 @@ def test_a_bad_value_that_was_saved_stops_nothing(a1111: Host, page, label: str,
         reload(page)
 
 
-def test_small_images_gain_nothing_and_are_left_alone(page, panel: Panel):
-    panel.choose("Balanced")
-    panel.set("min_tokens", BY_NAME["min_tokens"].default)
-    size(page, 128, 128)
-    assert "Nothing is to be gained from layers of 256 tokens" in panel.said("128×128: nothing happens")
-    assert page.locator(f"#{element_id('txt2img', 'summary')} .agent-attention-nothing").first.is_visible()
-
-
 def test_the_panel_is_low_and_its_help_is_in_tooltips(page, panel: Panel):
     label = page.locator(f"#{element_id('txt2img', 'more')} > .label-wrap")
     label.click()  # folded again
