@@ -86,7 +86,8 @@ SAID = [  # settings, the pass, words, the hint
         "tokens merged outside self-attention, in all 20 steps.",
         "Self-attention is left alone: at most 9 agents would be too few to correct. Change “Maximum agents”."),
     ({**SIMILARITY, "agent_ratio": 0.5}, HERE, "2458 merged",
-        "No agents: 2048 agents are too many for 2458 queries (fewer than half are needed). Change “Agent ratio”."),
+        "No agents: 2048 agents are too many for 2458 queries (fewer than half are needed). "
+        "Change “Agent ratio” or “Ratio”."),
     ({**SIMILARITY, "agent_ratio": 0.0}, HERE, "2458 merged", ""),  # it was asked for
     # img2img makes a step more than its strength times the steps
     (LATE, img2img(0.5), ", in 3 of 11 steps.", ""),
