@@ -56,8 +56,8 @@ def problem(w: torch.Tensor, d: int = 5) -> torch.Tensor:
     return w @ torch.randn(*w.shape[:-2], w.shape[-1], d) + 0.05 * torch.randn(*w.shape[:-1], d)
 
 
-def m(w: torch.Tensor) -> torch.Tensor:
-    return w.square().sum((-2, -1)) / w.shape[-2]
+def squares(w: torch.Tensor) -> torch.Tensor:
+    return w.square().sum((-2, -1))
 
 
 class TestSolution:
@@ -68,26 +68,26 @@ class TestSolution:
         r = problem(w)
         W = w.double()
         gram = W @ W.mT
-        all_of_it = (m(W) + others)[..., None, None]
-        penalty = MU * all_of_it * (1 + GROWTH * all_of_it) * torch.eye(w.shape[-2])
+        m = ((squares(W) + others) / w.shape[-2])[..., None, None]
+        penalty = MU * m * (1 + GROWTH * m) * torch.eye(w.shape[-2])
         expected = W.mT @ torch.linalg.solve(gram + penalty, r.double())
-        out = value_correction(w, r, m(w) + others)
+        out = value_correction(w, r, squares(w) + others)
         torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_where_nothing_is_missed_nothing_changes(self, kind):
         w = weights(kind)
-        assert not value_correction(w, problem(w) * 0, m(w)).any()
+        assert not value_correction(w, problem(w) * 0, squares(w)).any()
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_is_missed_does_not_grow(self, kind):
         w = weights(kind)
         r = problem(w)
-        assert ((r - w @ value_correction(w, r, m(w))).norm(dim=-2) <= r.norm(dim=-2) + 1e-5).all()
+        assert ((r - w @ value_correction(w, r, squares(w))).norm(dim=-2) <= r.norm(dim=-2) + 1e-5).all()
 
     def test_gradients_reach_everything(self):
         w, r = weights("tall").clone().requires_grad_(), torch.randn(2, 3, 36, 5).requires_grad_()
-        value_correction(w, r, m(w)).square().sum().backward()
+        value_correction(w, r, squares(w)).square().sum().backward()
         assert all(x.grad is not None and x.grad.isfinite().all() for x in (w, r))
 
     @pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0, 16.0])
@@ -95,9 +95,9 @@ class TestSolution:
         a = torch.randn(4, 36, 32)
         w = (sharpness * a @ torch.randn(4, 256, 32).mT / 32**0.5).softmax(-1)
         r = 0.3 * w @ torch.randn(4, 256, 16)
-        exact = value_correction(w, r, m(w))
+        exact = value_correction(w, r, squares(w))
         with CoarseProducts():
-            coarse = value_correction(w, r, m(w))
+            coarse = value_correction(w, r, squares(w))
         assert (w @ (coarse - exact)).norm() < 0.02 * (w @ exact).norm()
 
 
@@ -125,25 +125,26 @@ class TestConjugateSteps:
 class TestFallback:
     def test_a_row_that_is_not_finite_is_left_alone(self):
         w, r = weights("tall").clone(), torch.randn(2, 3, 36, 5)
-        expected = value_correction(w, r, m(w))
+        expected = value_correction(w, r, squares(w))
         w[1, 2, 0, 0] = torch.inf
         expected[1, 2] = 0
-        assert torch.equal(value_correction(w, r, m(w)), expected)
+        assert torch.equal(value_correction(w, r, squares(w)), expected)
 
     def test_a_channel_that_is_not_finite_is_left_alone(self):
         w, r = weights("tall"), torch.randn(2, 3, 36, 5)
-        expected = value_correction(w, r, m(w))
+        expected = value_correction(w, r, squares(w))
         r[0, 1, 3, 2] = torch.nan
         expected[0, 1, :, 2] = 0
-        torch.testing.assert_close(value_correction(w, r, m(w)), expected, **CLOSE)
+        torch.testing.assert_close(value_correction(w, r, squares(w)), expected, **CLOSE)
 
     @given(seed=st.integers(0, 10**6), sharpness=st.sampled_from([0.0, 0.1, 1.0, 10.0, 1e3, 1e6]))
     def test_it_is_bounded(self, seed, sharpness):
         generator = torch.Generator().manual_seed(seed)
         w = (sharpness * torch.randn(2, 20, 20, generator=generator)).softmax(-1)
         r = torch.randn(2, 20, 6, generator=generator)
-        bound = r.norm(dim=(-2, -1)) / (2 * (MU * m(w) * (1 + GROWTH * m(w))).sqrt())
-        assert (value_correction(w, r, m(w)).norm(dim=(-2, -1)) <= 1.01 * bound).all()
+        m = squares(w) / w.shape[-2]
+        bound = r.norm(dim=(-2, -1)) / (2 * (MU * m * (1 + GROWTH * m)).sqrt())
+        assert (value_correction(w, r, squares(w)).norm(dim=(-2, -1)) <= 1.01 * bound).all()
 
     def test_float16_ends_where_it_ends(self):
         y = torch.tensor([1.0, 1e5, -1e6])
@@ -156,12 +157,12 @@ class TestWithoutCholesky:
         monkeypatch.setattr(fit, "cholesky_ex", None)
         w = weights("tall")
         r = problem(w)
-        assert (r - w @ value_correction(w, r, m(w))).norm() < 0.99 * r.norm()
-        assert not value_correction(w, 0 * r, m(w)).any()
+        assert (r - w @ value_correction(w, r, squares(w))).norm() < 0.99 * r.norm()
+        assert not value_correction(w, 0 * r, squares(w)).any()
 
     def test_steps_that_run_away_are_rejected(self, no_cholesky):
         w = torch.full((2, 3, 12, 12), torch.nan)
-        assert not value_correction(w, torch.randn(2, 3, 12, 5), m(w)).any()
+        assert not value_correction(w, torch.randn(2, 3, 12, 5), squares(w)).any()
 
     def test_a_device_is_tried_once(self, monkeypatch):
         tried = []

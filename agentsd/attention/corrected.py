@@ -6,8 +6,9 @@ With no cell opened these are corrected agents; with all of them opened it is fu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import lru_cache
+from threading import local
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,12 @@ from .tensors import compiling, no_autocast
 
 # Weight of an agent of the ring beside one of the window, where cells are chosen.
 AROUND = 1 / 3
-# Bytes of the agents' weights P at a time: what the CPU's cache holds, and what other devices spare.
+# Numbers of keys are multiples of this, for kernels that multiply tiles.
+EVEN = 32
+# Bytes of a matrix at a time: what the CPU's cache holds, and what other devices spare.
 _CACHED, _SPARED = 4 * 2**20, 64 * 2**20
+# Bytes of each piece of memory that the CPU keeps from call to call, at most.
+_KEPT = 8 * 2**20
 
 
 def corrected_attention(
@@ -37,19 +42,18 @@ def corrected_attention(
 ) -> Tensor:
     """Attend to the keys of `opened` cells, and to one landmark of each other cell, with values fitted at the agents.
 
-    Each cell of the grid has a landmark: one token j, which stands for the c tokens of its cell. Their queries are the
-    agents A. Queries are taken in windows of about 16×16 tokens; what follows holds for each window.
+    Each cell of s tokens has a landmark: one token j, which stands for them all, c where the edge cuts the cell. Their
+    queries are the agents A. Queries are taken in windows of about 16×16 tokens; what follows holds for each window.
 
         P   = σ(A Kᵀ · d^-½)                              once for all windows
         V_A = P V                                         full attention at the agents
-        𝒪   = cells of largest mass + |mass − c p|        mass: P over the cell, p: P at j, both summed over agents
-        W   = [P_𝒪, c P_j∉𝒪] / z                          what the approximation does at the agents; z: the sum
+        𝒪   = cells of largest mass + |mass − s p|        mass: P over the cell, p: P at j, both summed over agents
+        W   = σ(A [K_𝒪, K̄]ᵀ · d^-½ + [0, log c])          what the approximation does at the agents; K̄: j ∉ 𝒪
         Y   = V̄ + W̄ᵀ (W̄ W̄ᵀ + λ I)⁻¹ (V_A − W [V_𝒪, V̄])    W̄: W's columns of landmarks
         O   = σ(Q [K_𝒪, K̄]ᵀ · d^-½ + [0, log c]) [V_𝒪, Y]
 
     The agents of a window are those of its cells and of the ring of cells around it. Landmarks sit at another place in
-    each cell, as in a Latin square, so that no texture hides between them. log c is a channel of the keys: fused
-    kernels need no mask.
+    each cell, as in a Latin square, so that no texture hides between them.
 
     Without the fit this is block-sparse attention with a pooled remainder. With one window and nothing opened it is the
     Nyström approximation (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902), regularised.
@@ -66,248 +70,195 @@ def corrected_attention(
     Returns:
         (B, H, N, d). Only P exists as a matrix, some heads at a time; the fit is float32 whatever the tensors are.
     """
-    at, given = _layout(q, size, cell), (q, k, v, *(text or ()))
-    rows, heads = _at_once(q, at)
+    given = (q, k, v, *(text or ()))
+    at = _layout(q, size, cell, opened, text[0].shape[2] if text else 0)
+    scratch = _Scratch(given)
+    (B, H, N, d), (rows, heads), out = q.shape, scratch.pairs(q), None
     with no_autocast(q.device.type):
-        room = _Room(given)
-        out = [
-            _joined([_attend(at, opened, room, *piece) for piece in _pieces(row, heads, 1)], 2)
-            for row in _pieces(given, rows, 0)
-        ]
-    return _joined(out, 0).transpose(1, 2)
+        if (rows, heads) == (B, H):
+            out = _attend(at, scratch, *given)
+        else:
+            out = q.new_empty(B, N, H, d).transpose(1, 2)
+            for b in range(0, B, rows):
+                for h in range(0, H, heads):
+                    piece = slice(b, b + rows), slice(h, h + heads)
+                    out[piece] = _attend(at, scratch, *(t[piece] for t in given))
+    if scratch.keeps:
+        scratch.release()
+    return out
 
 
-def _landmarks_alone(at: _Layout, room: _Room, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, N, H, d): the equations with no cell opened, where P counts at the landmarks alone, and z cancels.
-
-    V_A is one fused call, in the tensors' own dtype.
-    """
-    few = [t.index_select(2, at.tokens) for t in (q, k, v)]
-    v_a = sdpa(few[0], k, v)
-    tiles = _by_windows(q, at, room) if at.ragged else _tiles(q, at)
-    count = at.windows * at.n * (at.agents.shape[1] + 4 * q.shape[-1])
-    pairs = max(1, (_CACHED if room.kept is not None else _SPARED) // (4 * count))
-    given = (*(t.flatten(0, 1) for t in (*few, v_a)), tiles)
-    out = [_of_landmarks(at, *piece) for piece in _pieces(given, pairs, 0)]
-    return _by_tokens(_joined(out, 0).unflatten(0, q.shape[:2]), at)
-
-
-def _of_landmarks(at: _Layout, a: Tensor, k_bar: Tensor, v_bar: Tensor, v_a: Tensor, tiles: Tensor) -> Tensor:
-    """(G, windows, tokens, d), for some pairs."""
-    (G, _, d), agents = a.shape, at.agents
-    scale, values = d**-0.5, v_bar.float()
-    scores = torch.baddbmm(at.sizes.log(), a.float(), k_bar.float().mT, alpha=scale)
-    w = torch.softmax(scores, -1)
-    r = v_a.float() - w @ values
-    w, r = (t.index_select(1, agents.flatten()).view(G, *agents.shape, -1) for t in (w, r))
-    m = torch.linalg.vector_norm(w, dim=(-2, -1)).square() / agents.shape[1]
-    y = cast_within_range(v_bar.dtype, values[:, None] + value_correction(w, r, m))
-    if at.ragged:  # where all cells are alike, log c changes nothing
-        k_bar = torch.cat([k_bar, at.log_c.to(k_bar.dtype).expand(G, -1, -1)], dim=-1)
-        y = pad(y, (0, k_bar.shape[-1] - d))
-    keys = k_bar[:, None].expand(-1, len(agents), -1, -1)
-    return sdpa(tiles, keys, y, scale=scale)[..., :d]
-
-
-def _tiles(q: Tensor, at: _Layout) -> Tensor:
-    """Queries by windows (G, windows, tokens, d)."""
-    (Y, X), (my, mx) = at.tiling, at.tile
-    tiles = _cut(_padded(q, at.size, (Y * my, X * mx)), (Y, X))
-    return tiles.flatten(4, 5).flatten(2, 3).flatten(0, 1)
-
-
-def _attend(at: _Layout, opened: int, room: _Room, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
-    """(B, N, H, d) for heads that are laid out together: G = B · H pairs, of which some are computed at a time."""
-    if not opened and not text:
-        return _landmarks_alone(at, room, q, k, v)
-    kv, tiles = _by_cells(k, v, at, room, *text), _by_windows(q, at, room)
-    a = q.index_select(2, at.tokens).flatten(0, 1).float()
-    most = room.cached if room.kept is not None else _SPARED
-    pairs = max(1, most // (4 * at.n * kv.shape[1] * at.s))
-    out = [_of_pairs(at, opened, room, *piece, bool(text)) for piece in _pieces((a, kv, tiles), pairs, 0)]
-    return _by_tokens(_joined(out, 0).unflatten(0, q.shape[:2]), at)
+def _attend(at: _Layout, scratch: _Scratch, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
+    """(B, H, N, d): the equations, for some rows and heads."""
+    (B, H, _, d), parts = q.shape, []
+    out = scratch.empty("out", B, at.windows, len(at.queries) // at.windows, H, d, dtype=q.dtype)
+    tiles = scratch.tokens("q", q, at.queries).unflatten(1, (at.windows, -1))
+    a = q[:, :, at.tokens]
+    if at.opened:
+        k, v = scratch.heads("k", k, at.by_cells, *text[:1]), scratch.heads("v", v, at.by_cells, *text[1:])
+        a = a.float()
+        v_a, order = _agents_attention(at, scratch, a, k, v)
+    else:
+        v_a = sdpa(a, *(_joined([t, *more], 2) for t, *more in _beside(text, k, v))).float()
+        a, order = a.float(), None
+        k, v = (_joined([*more, t[:, :, at.tokens]], 2) for t, *more in _beside(text, k, v))
+        w = _softmax(a.flatten(0, 1), k.flatten(0, 1).float(), at.bias)
+        r = torch.baddbmm(v_a.flatten(0, 1), w, v.flatten(0, 1).float(), alpha=-1)
+        w, r = w.unflatten(0, (B, H)), r.unflatten(0, (B, H))
+    for some in scratch.windows(at, B * H, d):
+        agents, bias = at.agents[some], at.bias
+        if order is None:
+            seen_k, seen_v = (t[:, None].expand(-1, len(agents), -1, -1, -1) for t in (k, v))
+            some_w, some_r = (t[:, :, agents].transpose(1, 2).flatten(0, 2) for t in (w, r))
+        else:
+            rows, bias = _seen(at, order[:, some], k.shape[2])
+            seen_k, seen_v = scratch.taken("seen k", k, rows), scratch.taken("seen v", v, rows)
+            some_a, some_r = (t[:, :, agents].transpose(1, 2).flatten(0, 2) for t in (a, v_a))
+            room = scratch.empty("w", *some_a.shape[:2], seen_k.shape[3], dtype=a.dtype)
+            some_w = _softmax(some_a, seen_k.flatten(0, 2).float(), bias, room)
+            some_r = torch.baddbmm(some_r, some_w, seen_v.flatten(0, 2).float(), alpha=-1)
+        squares = torch.linalg.vector_norm(some_w, dim=(-2, -1)).square()
+        delta = value_correction(some_w[..., -at.far :], some_r, squares).view(*seen_v.shape[:3], at.far, d)
+        y = cast_within_range(v.dtype, delta.add_(seen_v[..., -at.far :, :]))
+        if seen_v.shape[3] == at.far:
+            seen_v = y
+        elif scratch.graded or order is None:
+            seen_v = torch.cat([seen_v[..., : -at.far, :], y], dim=3)
+        else:
+            seen_v[..., -at.far :, :] = y
+        attended = _fused(
+            tiles[:, some].transpose(2, 3).flatten(0, 1), seen_k.flatten(0, 1), seen_v.flatten(0, 1), bias
+        )
+        attended = attended.transpose(1, 2).unflatten(0, (B, -1))
+        if out is None:
+            parts.append(attended)
+        else:
+            out[:, some] = attended
+    return (_joined(parts, 1) if out is None else out).flatten(1, 2).index_select(1, at.back).transpose(1, 2)
 
 
-def _of_pairs(at: _Layout, opened: int, room: _Room, a: Tensor, kv: Tensor, tiles: Tensor, text: bool) -> Tensor:
-    """(G, windows, tokens, d): the equations. t: cells that text fills; D = d + channels of log c."""
-    (G, n, d), (total, s, D) = a.shape, (*kv.shape[1:3], kv.shape[-1] // 2)
-    keys, v_bar = kv.flatten(1, 2), kv[:, :n, 0, D:]
-    p = _weights(a, keys, at, text, room)  # (G, n, (n + t) s)
-    v_a = p @ keys[..., D : D + d]
-    mass, p_j = (at.sums @ p.view(-1, s).mT).view(2, G, n, total)[..., :n]
-    p_j = p_j * at.sizes
-    chosen = None
-    if opened:
-        score = at.near @ mass
-        score = score + (score - at.near @ p_j).abs()
-        chosen = score.topk(opened, dim=-1, sorted=False).indices
-    near = (opened + total - n) * s
-    count = max(1, _SPARED // (8 * G * (near + n) * 2 * D))
-    out = []
-    for first in range(0, at.windows, count):
-        some = slice(first, first + count)
-        agents, open_cells = at.agents[some], None if chosen is None else chosen[:, some]
-        w = p_j.index_select(1, agents.flatten()).view(G, *agents.shape, n)
-        bias = at.log_c.expand(G, len(agents), -1, -1)
-        if open_cells is not None:
-            is_open = torch.zeros_like(w[:, :, 0], dtype=torch.bool).scatter(-1, open_cells, True)
-            w, bias = w.masked_fill(is_open[:, :, None], 0), bias.masked_fill(is_open[..., None], -math.inf)
-        at_keys, at_weights = _index(open_cells, agents, total, G, at)
-        seen = room.taken(keys.flatten(0, 1), at_keys).view(G, len(agents), near + n, 2 * D)
-        did = (w.flatten(1, 2) @ v_bar).view(*w.shape[:3], -1)
-        if near:
-            w_near = p.view(-1, s).index_select(0, at_weights).view(*w.shape[:3], near)
-            did = did + w_near @ seen[..., :near, D:]
-        z = did[..., d : d + 1].clamp(min=1e-30)
-        w = w / z
-        m = torch.linalg.vector_norm(w, dim=(-2, -1)).square()
-        if near:
-            rows = torch.linalg.vector_norm(w_near, dim=-1, keepdim=True)
-            m = m + torch.linalg.vector_norm(rows / z, dim=(-2, -1)).square()
-        r = v_a.index_select(1, agents.flatten()).view(*w.shape[:3], d) - did[..., :d] / z
-        # rows that sum to 1 have at least this; those of the sharpest attention may have vanished
-        m = (m / agents.shape[1]).clamp(min=1 / (near + n))
-        y = v_bar[:, None, :, :d] + value_correction(w, r, m)
-        if room.graded:  # the product of above needs it as it was
-            seen = seen.clone()
-        seen[..., near:, d:D] = bias
-        seen[..., near:, D : D + d] = cast_within_range(tiles.dtype, y)
-        seen = seen.to(tiles.dtype)
-        out.append(sdpa(tiles[:, some], seen[..., :D], seen[..., D:], scale=d**-0.5)[..., :d])
-    return _joined(out, 1)
+def _beside(text: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    return ((k, text[0]), (v, text[1])) if text else ((k,), (v,))
 
 
-def _weights(a: Tensor, keys: Tensor, at: _Layout, masked: bool, room: _Room) -> Tensor:
-    """P = σ(A Kᵀ · d^-½) (G, n, keys)."""
-    d = a.shape[-1]
-    scale, out = d**-0.5, room.memory("p", (len(a), at.n, keys.shape[1]))
-    bias = scale * keys[:, None, :, d] if masked or at.ragged else a.new_zeros(())
-    scores = torch.baddbmm(bias, a, keys[..., :d].mT, beta=float(bias.dim() > 0), alpha=scale, out=out)
-    if out is None and (room.graded or 4 * scores.numel() <= _SPARED):
-        return torch.softmax(scores, -1)
-    return torch.softmax(scores, -1, out=scores)
+def _agents_attention(at: _Layout, scratch: _Scratch, a: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """V_A (B, H, n, d), and the cells as each window orders them, those it opens first (B, windows, H, n)."""
+    count = scratch.count(4 * at.n * k.shape[2])
+    pieces = zip(*(t.flatten(0, 1).split(count) for t in (a, k, v)), strict=True)
+    v_a, scores = zip(*(_choose(at, scratch, *(t.float() for t in piece)) for piece in pieces), strict=True)
+    order = _joined(scores, 0).argsort(-1, descending=True)
+    return _joined(v_a, 0).unflatten(0, a.shape[:2]), order.unflatten(0, a.shape[:2]).transpose(1, 2)
 
 
-def _index(chosen: Tensor | None, agents: Tensor, total: int, G: int, at: _Layout) -> tuple[Tensor, Tensor]:
-    """Which keys windows see, those of open cells, of text and landmarks, and which weights of theirs the agents have.
-
-    Args:
-        chosen: the cells that each window opens (G, windows, opened); None if there are none.
-        agents: their agents (windows, a).
-        total: n + t.
-        G: number of pairs.
-        at: the layout.
-    """
-    pair = torch.arange(G, device=agents.device)[:, None, None]
-    landmarks = (at.s * total * pair + at.landmarks).expand(-1, len(agents), -1)
-    always = torch.arange(at.n, total, device=agents.device).expand(G, len(agents), -1)
-    if chosen is None and not always.shape[-1]:
-        return landmarks.flatten(), landmarks
-    chosen = always if chosen is None else torch.cat([chosen, always], dim=-1) if always.shape[-1] else chosen
-    inside = (at.s * (chosen + total * pair))[..., None] + torch.arange(at.s, device=agents.device)
-    of_agents = (total * (agents + at.n * pair))[..., None] + chosen[:, :, None]
-    return torch.cat([inside.flatten(2), landmarks], dim=-1).flatten(), of_agents.flatten()
+def _choose(at: _Layout, scratch: _Scratch, a: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """V_A (G, n, d), and by how much each window would open each cell (G, windows, n)."""
+    p = _softmax(a, k, at.held, scratch.empty("p", len(a), at.n, k.shape[1], dtype=a.dtype))
+    sums = at.sums @ p[..., : at.n * at.s].reshape(-1, at.s).mT
+    near = at.near @ sums.unflatten(1, (-1, at.n, at.n))
+    return p @ v, torch.maximum(near[0], near[1])  # max(x, y) = ½ (x + y + |x − y|)
 
 
-def _by_cells(k: Tensor, v: Tensor, at: _Layout, room: _Room, *text: Tensor) -> Tensor:
-    """Keys, log c, values and ones (G, n + t, s, 2 D), float32, c = 1; −∞ where a cell lacks a token."""
-    (R, C), (sy, sx), d, e, lead = at.grid, at.cell, k.shape[-1], at.log_c.shape[-1], k.shape[:2]
-    words = cells(text[0].shape[2], at.s) if text else 0
-    kv, fresh = room.filled("kv", (*lead, at.n + words, at.s, 2, d + e))
-    image = kv[:, :, : at.n].unflatten(3, (sy, sx)).unflatten(2, (R, C))
-    if fresh:
-        kv[..., 1, d:] = 1
-        kv[..., 0, d:] = 0
-        if at.ragged:
-            image[..., 0, d:] = at.held
-    for i, t in enumerate((k, v)):
-        image[..., i, :d] = _cut(_padded(t, at.size, (R * sy, C * sx)), (R, C))
-    if text:
-        more = kv[:, :, at.n :].flatten(2, 3)
-        more[..., : text[0].shape[2], :, :d] = torch.stack(text, dim=-2)
-        if fresh:
-            more[..., text[0].shape[2] :, :, :] = 0
-            more[..., text[0].shape[2] :, 0, d:] = -math.inf
-    kv = kv.flatten(0, 1).flatten(3)
-    rows = kv.flatten(1, 2)
-    landmarks = rows.index_select(1, at.places)
-    rows.index_copy_(1, at.places, kv[:, : at.n, 0].clone())
-    kv[:, : at.n, 0] = landmarks
-    return kv
+def _softmax(a: Tensor, k: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """σ(A Kᵀ · d^-½ + bias)."""
+    added = a.new_zeros(()) if bias is None else bias.reshape(-1, 1, bias.shape[-1])
+    scores = torch.baddbmm(added, a, k.mT, beta=float(bias is not None), alpha=a.shape[-1] ** -0.5, out=out)
+    return torch.softmax(scores, -1, out=scores if not scores.requires_grad else None)
 
 
-def _by_windows(q: Tensor, at: _Layout, room: _Room) -> Tensor:
-    """Queries by windows, and ones (G, windows, tokens, D)."""
-    (Y, X), (my, mx), d = at.tiling, at.tile, q.shape[-1]
-    tiles, fresh = room.filled("q", (*q.shape[:2], Y, X, my, mx, d + at.log_c.shape[-1]), q.dtype)
-    if fresh:
-        tiles[..., d:] = 1
-    tiles[..., :d] = _cut(_padded(q, at.size, (Y * my, X * mx)), (Y, X))
-    return tiles.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+def _seen(at: _Layout, order: Tensor, total: int) -> tuple[Tensor, Tensor | None]:
+    """Rows that windows see among those of all pairs, `total` each, (B, windows, H, keys), and their bias."""
+    B, windows, H, _ = order.shape
+    base = torch.arange(0, B * H * total, total, device=order.device).view(B, 1, H, 1)
+    first = torch.add(base, order, alpha=at.s)  # the landmark is the first token of its cell
+    near = (first[..., : at.opened, None] + at.rows[: at.s]).flatten(3)
+    text = [(base + at.rows[at.n * at.s :]).expand(-1, windows, -1, -1)] if at.words else []
+    rows = torch.cat([near, *text, first[..., -at.far :]], dim=-1)
+    if not at.ragged:
+        return rows, at.bias
+    far = at.log_c[order[..., -at.far :]]
+    far[..., : at.far - at.n + at.opened] = -math.inf
+    inside = at.inside[order[..., : at.opened]].flatten(3)
+    return rows, _joined([inside, *(at.held[at.n * at.s :].expand(t.shape) for t in text), far], -1)
 
 
-def _by_tokens(x: Tensor, at: _Layout) -> Tensor:
-    """(B, H, windows, tokens, d) → (B, N, H, d)."""
-    (Y, X), (my, mx), (height, width) = at.tiling, at.tile, at.size
-    image = x.unflatten(3, (my, mx)).unflatten(2, (Y, X)).permute(0, 2, 4, 3, 5, 1, 6)
-    image = image.flatten(3, 4).flatten(1, 2)
-    return image[:, :height, :width].flatten(1, 2)
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """σ(Q Kᵀ · d^-½ + bias) V (G, H, tokens, d)."""
+    if bias is not None and bias.dim() > 1:
+        bias = bias.flatten(0, 1)
+    if bias is None or q.device.type == "cpu":
+        return sdpa(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)[..., None, :])
+    # fast kernels take no mask: it is a channel of the keys, and eight channels more keep memory aligned
+    d = q.shape[-1]
+    extra = 8 - d % 8
+    channel = pad((bias * d**0.5).to(k.dtype)[..., None], (0, extra - 1)).expand(*k.shape[:-1], -1)
+    q, k, v = pad(q, (0, extra), value=1.0), torch.cat([k, channel], dim=-1), pad(v, (0, extra))
+    return sdpa(q, k, v, scale=d**-0.5)[..., :d]
 
 
-def _padded(x: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """(…, N, d) → (…, height, width, d), with zeros to the size `to`."""
-    image = x.unflatten(2, size)
-    return image if to == size else pad(image, (0, 0, 0, to[1] - size[1], 0, to[0] - size[0]))
+class _Scratch:
+    """How much is taken at a time. On the CPU, where mapping new pages takes long, the same memory for all of it."""
 
-
-def _cut(image: Tensor, tiling: tuple[int, int]) -> Tensor:
-    """(…, rows · sy, columns · sx, d) → (…, rows, columns, sy, sx, d)."""
-    return image.unflatten(3, (tiling[1], -1)).unflatten(2, (tiling[0], -1)).transpose(3, 4)
-
-
-class _Room:
-    """Memory for pieces: on the CPU, which would map new pages for each, the same for all of them."""
+    kept = local()
 
     def __init__(self, given: tuple[Tensor, ...]) -> None:
-        q = given[0]
-        self.device, self.graded = q.device, torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        self.cached, self.kept = _CACHED, None
-        if q.device.type == "cpu" and not compiling() and not self.graded:
-            self.kept = {}
+        self.graded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        self.on_cpu = given[0].device.type == "cpu" and not compiling()
+        self.keeps = self.on_cpu and not self.graded and type(given[0]) is Tensor
 
-    def filled(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, bool]:
-        """Memory of this name and shape, and whether it is new."""
-        if self.kept is None:
-            return torch.empty(shape, dtype=dtype, device=self.device), True
-        key = name, shape
-        fresh = key not in self.kept
-        if fresh:
-            self.kept[key] = torch.empty(shape, dtype=dtype, device=self.device)
-        return self.kept[key], fresh
+    def count(self, size: int) -> int:
+        """Pieces of `size` bytes that are taken at a time."""
+        return max(1, (_CACHED if self.on_cpu else _SPARED) // size)
 
-    def memory(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return None if self.kept is None else self.filled(name, shape)[0]
+    def pairs(self, q: Tensor) -> tuple[int, int]:
+        """(rows, heads) whose tokens are laid out at a time."""
+        B, H, N, d = q.shape
+        pairs = max(1, (8 * _CACHED if self.on_cpu else _SPARED) // (16 * N * d))
+        return (min(B, pairs // H), H) if pairs >= H else (1, cells(H, cells(H, pairs)))
 
-    def taken(self, rows: Tensor, index: Tensor) -> Tensor:
-        """rows (M, c) at an index of any shape (…) → (…, c)."""
-        out = self.memory("taken", (index.numel(), rows.shape[-1]))
-        return torch.index_select(rows, 0, index.flatten(), out=out).view(*index.shape, -1)
+    def windows(self, at: _Layout, G: int, d: int) -> list[slice]:
+        """The windows that are taken at a time."""
+        keys = at.opened * at.s + at.words + at.far
+        count = self.count(4 * G * keys * 2 * d)
+        return [slice(first, first + count) for first in range(0, at.windows, count)]
+
+    def empty(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor | None:
+        if not self.keeps:
+            return None
+        kept, size = self.kept.__dict__, math.prod(shape)
+        if name not in kept or kept[name].dtype != dtype or len(kept[name]) < size:
+            with torch.inference_mode(False):
+                kept[name] = torch.empty(size, dtype=dtype)
+        return kept[name][:size].view(shape)
+
+    def release(self) -> None:
+        """Keep no more than little pieces."""
+        for name in [name for name, t in self.kept.__dict__.items() if t.nbytes > _KEPT]:
+            del self.kept.__dict__[name]
+
+    def tokens(self, name: str, t: Tensor, index: Tensor) -> Tensor:
+        """(B, H, N, d) → (B, M, H, d)."""
+        B, H, _, d = t.shape
+        return torch.index_select(t.transpose(1, 2), 1, index, out=self.empty(name, B, len(index), H, d, dtype=t.dtype))
+
+    def heads(self, name: str, t: Tensor, index: Tensor, *more: Tensor) -> Tensor:
+        """(B, H, N, d) → (B, H, M, d), and more behind them."""
+        (B, H, _, d), M = t.shape, len(index)
+        out = self.empty(name, B, H, M + sum(m.shape[2] for m in more), d, dtype=t.dtype)
+        if out is None:
+            return _joined([t[:, :, index], *more], 2)
+        out[:, :, :M] = self.tokens("tokens", t, index).transpose(1, 2)
+        for m in more:
+            out[:, :, M:] = m
+        return out
+
+    def taken(self, name: str, t: Tensor, rows: Tensor) -> Tensor:
+        """Rows of t (B, H, M, d) → (B, windows, H, keys, d)."""
+        out = self.empty(name, rows.numel(), t.shape[-1], dtype=t.dtype)
+        return torch.index_select(t.flatten(0, 2), 0, rows.flatten(), out=out).view(*rows.shape, -1)
 
 
-def _pieces(tensors: tuple[Tensor, ...], length: int, dim: int) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(t.split(length, dim) for t in tensors), strict=True)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _at_once(q: Tensor, at: _Layout) -> tuple[int, int]:
-    """(rows, heads) that are taken at a time."""
-    B, H, N, _ = q.shape
-    most = _CACHED if q.device.type == "cpu" and not compiling() else _SPARED
-    pairs = max(1, most // (4 * N * at.n))
-    return (min(B, pairs // H), H) if pairs >= H else (1, pairs)
 
 
 class _Axis(NamedTuple):
@@ -330,6 +281,11 @@ class _Axis(NamedTuple):
         return cells(self.cells, self.windows)
 
     @property
+    def tile(self) -> int:
+        """Tokens of a window."""
+        return self.side * self.cell
+
+    @property
     def agents(self) -> Tensor:
         """The cells of each window's agents (windows, cells); at the edges the ring reaches further inwards."""
         count = min(self.cells, self.side + 2 * HALO)
@@ -341,93 +297,112 @@ class _Layout(NamedTuple):
     """What is where.
 
     Attributes:
-        size: (height, width) in tokens.
-        cell: that of a cell.
-        grid: (rows, columns) of cells.
-        tiling: (rows, columns) of windows.
-        tile: (height, width) of a window in tokens.
+        opened: number of cells that a window opens.
+        words: number of keys of text, T.
+        far: number of landmarks that a window sees; some of them open cells', masked, for a number of keys that fits.
+        s: tokens of a cell.
         ragged: whether the edge cuts cells.
-        tokens: the landmarks (n,) among the tokens.
-        places: the landmarks (n,) among the tokens laid out by cells.
-        landmarks: where they are after they changed places with the first token of their cell (n,).
-        sums: what sums over a cell, and what takes its landmark (2, s), float32.
-        sizes: c (n,), float32.
-        held: log 1 = 0 for each token of a cell, −∞ where it lacks one (rows, columns, sy, sx, 1).
-        log_c: log c in units of the scale, in channels of which the second holds what the first rounds off (n, D − d).
+        queries: the tokens of the windows, one after the other (windows · tokens,); beyond the edge, the edge's.
+        back: where a token is among them (N,).
+        tokens: the landmarks (n,).
+        by_cells: the tokens of the cells, the landmark first (n · s,); where a cell lacks one, the landmark again.
+        inside: 0 for the tokens of a cell, −∞ where it lacks one (n, s).
+        held: that and zeros for text (n · s + T,); None where no cell lacks any.
+        sums: what sums over a cell, doubled less the landmark's share, and that share (2, s).
+        rows: 0, 1, … (n · s + T,).
+        log_c: log c (n,).
+        bias: the bias of the keys that a window sees (keys,), where it is the same for all windows and not even.
         agents: the cells of each window's agents (windows, a).
         near: their weight in the choice of cells (windows, n).
     """
 
-    size: tuple[int, int]
-    cell: tuple[int, int]
-    grid: tuple[int, int]
-    tiling: tuple[int, int]
-    tile: tuple[int, int]
+    opened: int
+    words: int
+    far: int
+    s: int
     ragged: bool
+    queries: Tensor
+    back: Tensor
     tokens: Tensor
-    places: Tensor
-    landmarks: Tensor
+    by_cells: Tensor
+    inside: Tensor
+    held: Tensor | None
     sums: Tensor
-    sizes: Tensor
-    held: Tensor
+    rows: Tensor
     log_c: Tensor
+    bias: Tensor | None
     agents: Tensor
     near: Tensor
 
     @property
     def n(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def s(self) -> int:
-        return self.cell[0] * self.cell[1]
+        return len(self.tokens)
 
     @property
     def windows(self) -> int:
-        return self.tiling[0] * self.tiling[1]
+        return len(self.agents)
 
 
-def _layout(q: Tensor, size: tuple[int, int], cell: tuple[int, int]) -> _Layout:
+def _layout(q: Tensor, *given: Any) -> _Layout:
     # tensors without values, as counters of FLOPs use them, must not be kept
     make = _kept_layout if type(q) is Tensor else _make_layout
-    return make(tuple(size), tuple(cell), q.shape[-1], q.device, q.dtype)
+    return make(*given, q.device, q.dtype, q.shape[-1])
 
 
-def _make_layout(size: tuple[int, int], cell: tuple[int, int], d: int, device: Any, dtype: Any) -> _Layout:
+def _make_layout(
+    size: tuple[int, int], cell: tuple[int, int], opened: int, words: int, device: Any, dtype: Any, d: int
+) -> _Layout:
     y, x = (_Axis(*axis) for axis in zip(size, cell, strict=True))
-    (R, C), (sy, sx) = (y.cells, x.cells), cell
-    channels = 8 - d % 8 if device.type != "cpu" else 1 if dtype == torch.float32 else 2
+    (height, width), (sy, sx), (R, C), s = size, cell, (y.cells, x.cells), cell[0] * cell[1]
+    n, ragged = R * C, (R * sy, C * sx) != tuple(size)
+    spare = min(-(opened * (s - 1) + words + n) % EVEN, opened)
+    far = n - opened + spare or min(EVEN, opened)
     with torch.inference_mode(False), torch.no_grad():
-        row, column = torch.arange(R)[:, None], torch.arange(C)
-        rows, columns = (size[0] - sy * row).clamp(max=sy), (size[1] - sx * column).clamp(max=sx)
-        at_y, at_x = torch.tensor(landmark_places(size, cell)).mT.unflatten(1, (R, C))
-        sizes = (rows * columns).flatten().float()
-        log_c = sizes[:, None].log() * d**0.5
-        coarse = log_c.to(dtype).float()
-        log_c = pad(torch.cat([coarse, log_c - coarse], dim=-1), (0, max(0, channels - 2)))[:, :channels]
-        inside = (torch.arange(sy)[:, None] < rows[..., None, None]) & (torch.arange(sx) < columns[..., None, None])
-        held = torch.zeros(R, C, sy, sx).masked_fill(~inside, -math.inf)[..., None]
+        ty, tx, token = torch.arange(height)[:, None], torch.arange(width), torch.arange(height * width)
+        window = (ty // y.tile * x.windows + tx // x.tile).flatten()
+        place = (ty % y.tile * x.tile + tx % x.tile).flatten()
+        queries = torch.zeros(y.windows * x.windows, y.tile * x.tile, dtype=torch.long)
+        queries[window, place] = token
+        tokens = torch.tensor(landmark_places(size, cell)) @ torch.tensor([width, 1])
+        held = _cut(pad(token.view(height, width), (0, C * sx - width, 0, R * sy - height), value=len(token)), cell)
+        held = held.masked_fill(held == tokens[:, None], -1).sort(-1).values
+        lacks = held == len(token)
+        by_cells = held.where((held >= 0) & ~lacks, tokens[:, None]).flatten()
+        sizes = (~lacks).sum(-1).float()
+        unit = 1.0 if device.type == "cpu" else d**0.5
+        log_c = (sizes.log() * unit).to(dtype).float() / unit
+        rounded = log_c[0] - sizes[0].log()
+        inside = rounded.expand(n, s).masked_fill(lacks, -math.inf)
+        keys = opened * s + words
+        bias = torch.cat([rounded.expand(keys), torch.full((far - n + opened,), -math.inf), log_c[opened:]])
         agents = (y.agents[:, None, :, None] * C + x.agents[None, :, None, :]).flatten(2).flatten(0, 1)
-        window = (row // y.side * x.windows + column // x.side).flatten()
-        near = torch.zeros(y.windows * x.windows, R * C).scatter(1, agents, AROUND)
-        near = near.scatter(0, window[None], 1.0)
+        row, column = torch.arange(R)[:, None], torch.arange(C)
+        near = torch.zeros(y.windows * x.windows, n).scatter(1, agents, AROUND)
+        near = near.scatter(0, (row // y.side * x.windows + column // x.side).flatten()[None], 1.0)
         return _Layout(
-            size,
-            cell,
-            (R, C),
-            (y.windows, x.windows),
-            (y.side * sy, x.side * sx),
-            (R * sy, C * sx) != size,
-            (at_y * size[1] + at_x).flatten().to(device),
-            ((row * C + column) * sy * sx + at_y % sy * sx + at_x % sx).flatten().to(device),
-            (torch.arange(R * C) * sy * sx).to(device),
-            torch.stack([torch.ones(sy * sx), torch.eye(sy * sx)[0]]).to(device),
-            sizes.to(device),
-            held.to(device),
+            opened,
+            words,
+            far,
+            s,
+            ragged,
+            queries.flatten().to(device),
+            (window * y.tile * x.tile + place).to(device),
+            tokens.to(device),
+            by_cells.to(device),
+            inside.to(device),
+            torch.cat([inside.flatten(), rounded.expand(words)]).to(device) if ragged else None,
+            torch.stack([2 - s * torch.eye(s)[0], s * torch.eye(s)[0]]).to(device),
+            torch.arange(n * s + words, device=device),
             log_c.to(device),
+            bias.to(device) if opened or words or ragged else None,
             agents.to(device),
             near.to(device),
         )
 
 
-_kept_layout = lru_cache(maxsize=32)(_make_layout)
+def _cut(image: Tensor, tile: tuple[int, int]) -> Tensor:
+    """(height, width) → (tiles, tokens of a tile)."""
+    return image.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0])).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+_kept_layout = lru_cache(maxsize=64)(_make_layout)

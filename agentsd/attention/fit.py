@@ -17,7 +17,7 @@ FIT_STEPS = 3
 FIT_GROWTH = 16.0
 
 
-def value_correction(w: Tensor, r: Tensor, m: Tensor) -> Tensor:
+def value_correction(w: Tensor, r: Tensor, squares: Tensor) -> Tensor:
     """Compute Wᵀ (W Wᵀ + λ I)⁻¹ R, the change of values that makes up for R at the agents, without waiting.
 
     It is the smallest that does so, as far as the penalty lets it: its norm is at most ‖R‖ / 2√λ. Where R is 0 it is
@@ -26,7 +26,7 @@ def value_correction(w: Tensor, r: Tensor, m: Tensor) -> Tensor:
     Args:
         w: weights of the landmarks at the agents (…, m, n), float32.
         r: what the values still miss (…, m, d), float32.
-        m: mean of the squared norms of the rows of weights, those of other keys included (…), above 0.
+        squares: sum of the squares of weights, those of other keys included (…), above 0.
 
     Returns:
         (…, n, d), float32; 0 where it is not finite. On devices without a Cholesky factorisation, a few conjugate
@@ -35,10 +35,12 @@ def value_correction(w: Tensor, r: Tensor, m: Tensor) -> Tensor:
     if not has_cholesky(w.device.type):
         return _bounded(fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
     gram = w @ w.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(torch.add(m, m * m, alpha=GROWTH)[..., None], alpha=MU)
+    rows = w.shape[-2]
+    penalty = torch.addcmul(squares, squares, squares, value=GROWTH / rows)[..., None]
+    gram.diagonal(dim1=-2, dim2=-1).add_(penalty, alpha=MU / rows)
     # this succeeds: factors that are rounded, as TF32's, leave products of a matrix with itself no negative eigenvalues
     factor, _ = cholesky_ex(gram)
-    return (w.mT @ r.cholesky_solve(factor)).nan_to_num(0.0, 0.0, 0.0)
+    return (w.mT @ r.cholesky_solve(factor)).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def cast_within_range(dtype: torch.dtype, y: Tensor) -> Tensor:
