@@ -87,9 +87,9 @@ class TestExampleCall:
 
 
 class TestOutputTensor:
-    def test_alone_in_a_tuple_and_in_an_output_object(self):
+    def test_alone_or_first_or_of_a_controlnet_last(self):
         x = torch.zeros(1)
-        for output in (x, (x,), [x, None], SimpleNamespace(sample=x)):
+        for output in (x, (x,), [x, None], ([x + 1, x + 2], x)):
             assert output_tensor(output) is x
 
     @pytest.mark.parametrize("name", ["tiny_unet", "tiny_sdxl_unet"])

@@ -4,7 +4,7 @@ import pytest
 import tomesd
 import torch
 from blocks import blocks_of, run, tree
-from kinds import GRID, SIMILARITY, of, self_attention_kinds
+from kinds import GRID, MERGING, SIMILARITY, of, self_attention_kinds
 from patching import EXAMPLE, changed, patched_output, undisturbed
 from torch import nn
 
@@ -27,10 +27,11 @@ class TestOtherWrappers:
     def test_one_installed_before_ours_gets_what_is_not_ours_and_is_there_afterwards(self, unet):
         attns, seen = [block.attn1 for block in blocks_of(unet)[:2]], []
         wrappers = [self.wrap(attn, seen) for attn in attns]
-        with undisturbed(unet), patched(unet):
-            seen.clear()
-            run(unet, EXAMPLE)
-            assert seen == [36]
+        for settings, theirs in ((SIMILARITY, [36]), (MERGING, [87, 36])):  # which gives merged tokens to the host
+            with undisturbed(unet), patched(unet, **settings):
+                seen.clear()
+                run(unet, EXAMPLE)
+                assert seen == theirs
         assert [vars(attn)["forward"] for attn in attns] == wrappers
         seen.clear()
         run(unet, EXAMPLE)

@@ -21,7 +21,7 @@ KINDS = {
     "merging everywhere": EVERYWHERE,
 }
 by_kind = kinds(KINDS)
-ROUNDS = 5
+ROUNDS = 3
 
 
 @pytest.fixture
