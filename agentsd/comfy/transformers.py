@@ -18,7 +18,7 @@ from ..attention.grid import Grid
 from ..attention.tensors import join_heads, split_heads
 from ..config import AgentConfig
 from ..eager import not_compiled
-from ..hosts import JointCall, Seam, Transformer, UnsupportedModelError
+from ..hosts import Handler, JointCall, Seam, Transformer, UnsupportedModelError
 from ..patching.finite import FiniteCheck
 from ..patching.joint import TransformerPatch
 from ..words import ascii_of
@@ -32,10 +32,14 @@ _WRAPPERS = ("apply_model", "sampler_sample")  # comfy.patcher_extension.Wrapper
 class _NoSeam(Seam):
     """Stands for a seam where the host calls us by itself."""
 
-    obstacle = ""
+    def install(self, handler: Handler, wants: Callable[[], Any] = bool) -> None:
+        pass
 
-    def __init__(self, attn: nn.Module) -> None:
-        self.attn = attn
+    def remove(self) -> None:
+        pass
+
+    def project_out(self, x: Tensor) -> Tensor:
+        return x
 
 
 class ComfyTransformer(Transformer):
@@ -103,7 +107,7 @@ class CloneTransformerPatch(TransformerPatch):
         for layer in self._layers:
             layer.calls.clear()
 
-    def call(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answer_in(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call of the model, answering its attention."""
         options = next((arg for arg in args if isinstance(arg, dict)), kwargs.get("transformer_options", {}))
         before, self._asked = options.get(SLOT), 0
@@ -197,7 +201,7 @@ def attach_transformer(model: Any, config: AgentConfig, hints: Sequence[str] = (
 
     # closures, because clone() copies the options deeply
     def model_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return patch.call(executor, args, kwargs)
+        return patch.answer_in(executor, args, kwargs)
 
     def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         patch.begin_sampling()
