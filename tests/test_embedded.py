@@ -45,10 +45,10 @@ def test_the_prompt_decides_the_picture(pipe):
 
 def test_pictures_are_those_of_their_prompts(pipe):
     """Few steps and few prompts, for time's sake; training/README.md has the count over all prompts in 20 steps."""
-    index = list(range(0, len(pipe.prompts), 13))
+    index = list(range(0, len(pipe.prompts), 26))
     latents = pipe.sample([pipe.prompts[i] for i in index], steps=8, guidance=2.0)
     nearest, _ = pipe.nearest(latents)
-    assert sum(int(n) == i for n, i in zip(nearest, index, strict=True)) >= len(index) - 3
+    assert sum(int(n) == i for n, i in zip(nearest, index, strict=True)) >= len(index) - 1
 
 
 def test_the_training_pictures_are_their_own_nearest(pipe):
@@ -56,9 +56,8 @@ def test_the_training_pictures_are_their_own_nearest(pipe):
     assert index.tolist() == list(range(len(pipe.prompts)))
     assert distance.max() < 1e-4
     image = pipe.decode(pipe.latents_of(pipe.pictures[:1]))[0]
-    assert [each[:3] for each in image.getdata()] == [
-        tuple(map(round, each)) for each in (255 * pipe.pictures[0, :3]).flatten(1).T.tolist()
-    ]
+    rgb = (255 * pipe.pictures[0, :3]).round().byte().permute(1, 2, 0)
+    assert image.tobytes() == rgb.contiguous().numpy().tobytes()
 
 
 def test_the_same_seed_gives_the_same_picture_alone_and_in_a_batch(pipe):

@@ -25,7 +25,7 @@ from ..settings.presets import PRESETS, TUNED
 from ..settings.schema import DEFAULTS, fraction_of, to_config
 from ..tuning.record import RecordedCall, progress_of, spread
 from ..tuning.replay import Progress, compare, comparing_takes
-from ..tuning.result import Tuning, TuningError
+from ..tuning.result import Tuning, TuningError, reading
 from ..tuning.tuner import tune
 from ..words import duration
 from .tuning_chart import html, title
@@ -70,11 +70,9 @@ class Kept:
         Raises:
             TuningError: it is damaged.
         """
-        try:
+        with reading():
             presets = tuple(PresetPoint(**point) for point in data["presets"])
             return cls(**{**data, "tuning": Tuning.from_dict(data["tuning"]), "presets": presets})
-        except (TypeError, KeyError) as error:
-            raise TuningError(f"this tuning is damaged: {error}") from error
 
 
 def _key(checkpoint: str, of: str, size: tuple[int, int]) -> str:

@@ -53,16 +53,21 @@ _NAME = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?\.transformer
 Position = tuple[tuple[str, int], int]
 
 
-class ComfyUI(Program):
-    """What decisions ask of the host about one model.
+class Slot(Program):
+    """What answers for a clone, and for the clones made of it, as is decided for each sampling.
 
-    Attributes:
-        tuning: the tuning to use; None if there is none.
+    Args:
+        unet: the model's U-Net.
+        values: every setting, in canonical form.
+        hints: what its node has to say about its inputs.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
-        self._unet = unet
-        self.tuning: Tuning | None = None
+    def __init__(self, unet: nn.Module, values: Mapping[str, Any], hints: Sequence[str] = ()) -> None:
+        self._unet, self.values, self.hints = unet, values, hints
+        self.patch = ClonePatch(unet, to_config(values))
+        self.tuning: Tuning | None = None  # the one to use
+        self.last: PassReport | None = None  # of the sampling that goes on, or else of the last one
+        self._sampling: tuple[Any, Any] = None, None
 
     def unet(self) -> nn.Module:
         return self._unet
@@ -70,58 +75,39 @@ class ComfyUI(Program):
     def kept(self, sampling: SamplingPass) -> Kept | None:
         return None if self.tuning is None else Kept("", FIRST, self.tuning)
 
-
-class Slot:
-    """What answers for a clone, and for the clones made of it, as is decided for each sampling.
-
-    Args:
-        unet: the model's U-Net.
-        values: every setting, in canonical form.
-        hints: what its node has to say about its inputs.
-
-    Attributes:
-        patch: the patch in force.
-        made: what was decided for the sampling; None before its first U-Net call.
-        last: report of the last sampling; None before it has ended.
-    """
-
-    def __init__(self, unet: nn.Module, values: Mapping[str, Any], hints: Sequence[str] = ()) -> None:
-        self.unet, self.values, self.hints, self.program = unet, values, hints, ComfyUI(unet)
-        self.patch = ClonePatch(unet, to_config(values))
-        self.made: Decision | None = None
-        self.last: PassReport | None = None
-        self.report = PassReport()
-        self._sampling: tuple[Any, Any] = None, None
-
-    def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a sampling of the host; by then it has loaded the model, with what other nodes do to its weights."""
-        self.made, self.report, self._sampling = None, PassReport(name="sampling"), _sampling(args)
-        self.patch.begin_sampling()
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            self.last, self.report.made = self.report, self.made
-            if self.acts:
-                self.report.add(self.patch, None if self.program.tuning else self.values["since"])
-            log.info("Agent Attention: %s", ascii_of(self.last.line().to_dict()["text"]))
+    @property
+    def made(self) -> Decision | None:
+        """What was decided for the sampling; None before its first U-Net call."""
+        return None if self.last is None else self.last.made
 
     @property
     def acts(self) -> bool:
         """Whether anything may be changed in this sampling."""
         return self.made is None or self.made.patches
 
+    def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a sampling of the host; by then it has loaded the model, with what other nodes do to its weights."""
+        self.last, self._sampling = PassReport(name="sampling"), _sampling(args)
+        self.patch.begin_sampling()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            if self.acts:
+                self.last.add(self.patch, None if self.tuning else self.values["since"])
+            log.info("Agent Attention: %s", ascii_of(self.last.line().to_dict()["text"]))
+
     @contextmanager
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Answer in a call of the U-Net; what is done is decided at the first one of a sampling."""
-        size = read_size(args, kwargs)
+        size, self.last = read_size(args, kwargs), self.last or PassReport(name="sampling")
         if self.made is None and size is not None:
             latent, moments = self._sampling
-            self.made = self._decide(SamplingPass(latent or size, FIRST, moments), args, kwargs)
-        self.report.see(size)
+            self.last.made = self._decide(SamplingPass(latent or size, FIRST, moments), args, kwargs)
+        self.last.see(size)
         if not self.acts:
             yield
             return
-        self.patch.begin_call(self.unet, args, kwargs)
+        self.patch.begin_call(self._unet, args, kwargs)
         try:
             yield
         except BaseException:
@@ -133,7 +119,7 @@ class Slot:
         try:
             made = self.decide(sampling, args, kwargs)
             if made.patches and made.config != self.patch.config:
-                self.patch = ClonePatch(self.unet, made.config)
+                self.patch = ClonePatch(self._unet, made.config)
             return made
         except Exception as error:  # an error of ours costs no image
             log.debug("nothing could be decided", exc_info=True)
@@ -141,7 +127,7 @@ class Slot:
 
     def decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
         """Decide what is done in a sampling, given the arguments of its first U-Net call."""
-        return decide(self.values, sampling, len(args[0]), self.program)
+        return decide(self.values, sampling, len(args[0]), self)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Answer the self-attention of a block; see `ClonePatch.answer`."""

@@ -59,34 +59,33 @@ class TunedSlot(Slot):
         self.tolerance, self.given, self.said = tolerance, given, ""
         if given is not None:
             given.config_for(unet)  # raises where it is for another model
-            self.program.tuning = given
+            self.tuning = given
 
     def describe(self, word: Callable[[Line], str]) -> str:
-        tuning = self.program.tuning
-        plan = "" if tuning is None else f"plan: {tuning.text}"
+        plan = "" if self.tuning is None else f"plan: {self.tuning.text}"
         return "\n".join(filter(None, [self.said, super().describe(word), plan]))
 
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.said, self._patcher, self.program.tuning = "", getattr(args[0], "model_patcher", None), self.given
+        self.said, self._patcher, self.tuning = "", getattr(args[0], "model_patcher", None), self.given
         with ExitStack() as self._recording:
-            calls = [] if self.given else self._recording.enter_context(record_calls(self.unet, MOMENTS))
+            calls = [] if self.given else self._recording.enter_context(record_calls(self._unet, MOMENTS))
             output = super().sample(executor, args, kwargs)
-        if self.program.tuning is None:
+        if self.tuning is None:
             self._tune(calls)
         return output
 
     def decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
-        size, options, unet = read_size(args, kwargs), _options_of(args, kwargs), self.unet
+        size, options, unet = read_size(args, kwargs), _options_of(args, kwargs), self._unet
         self._conditions = {"lora": _lora_of(self._patcher), "patches": _patches_of(options)}
         model = structure_of(ordered_sites(unet)), weights_of(unet), adapters_of(unet)
         self._key = (*model, *self._conditions.values(), size, self.tolerance)
         kept = _TUNINGS.get(self._key)
         if self.given is None and (kept is None or kept.doubts(start=progress_of((args, kwargs)) or 0.0)):
-            self.report.tuned = WITHOUT
+            self.last.tuned = WITHOUT
             return Decision(sampling)
-        self.program.tuning = tuning = self.given or kept
+        self.tuning = tuning = self.given or kept
         self._recording.close()
-        self.said = tuning.advice(*size)
+        self.said = "\n".join(filter(None, [tuning.advice(*size), *tuning.notes]))
         made = super().decide(sampling, args, kwargs)
         return made if made.tuning else replace(made, config=None, reason=Hint(made.instead), refused=True)
 
@@ -100,13 +99,13 @@ class TunedSlot(Slot):
                 return
             bare = [_bare(call) for call in calls]
             with attention_by(kernel_of(_options_of(*bare[0]))):
-                tuning = tune(self.unet, bare, self.tolerance, progress=_progress(), conditions=self._conditions)
+                tuning = tune(self._unet, bare, self.tolerance, progress=_progress(), conditions=self._conditions)
         except InterruptProcessingException:
             self.said = "not tuned: interrupted"
         except Exception as error:
             self.said = f"not tuned: {type(error).__name__}: {error}"
         else:
-            _TUNINGS[self._key] = self.program.tuning = tuning
+            _TUNINGS[self._key] = self.tuning = tuning
             told = f"tuned on this sampling, used from the next one on: {headline(tuning)}"
             self.said = "\n".join([told, *tuning.notes])
         finally:

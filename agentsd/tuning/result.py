@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
@@ -45,6 +46,17 @@ class TunedConfig(AgentConfig):
 
 class TuningError(ValueError):
     """A tuning is damaged, or was made for another model. The message says which."""
+
+
+@contextmanager
+def reading(what: str = "this tuning") -> Iterator[None]:
+    """Raise TuningError for whatever else is raised while a tuning is read: it is damaged then."""
+    try:
+        yield
+    except TuningError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TuningError(f"{what} is damaged: {error}") from error
 
 
 class TuningCancelled(Exception):
@@ -208,19 +220,22 @@ class Tuning:
 
     def rules(self, blocks: Sequence[TunedBlock]) -> tuple[Rule, ...]:
         """Return the plan as rules beside `BASE`; `blocks` are those of a U-Net, in its order."""
-        rules, ends = [Rule(None)], (*self.since[1:], 1.0)
-        for letter, candidate in zip(LETTERS, self.candidates, strict=False):
-            # runs of parts in which the same blocks use this candidate
-            users = [tuple(i for i, c in enumerate(part) if c == letter) for part in self.choices]
-            for which, run in groupby(range(len(users)), key=users.__getitem__):
-                parts = list(run)
-                by_tokens: dict[int, list[str]] = {}
-                for i in which:
-                    by_tokens.setdefault(self._tokens(blocks[i]), []).append(blocks[i].name)
-                for tokens, names in sorted(by_tokens.items()):
-                    settings = {**candidate, "min_tokens": tokens}
-                    rules.append(Rule(settings, blocks=tuple(names), since=self.since[parts[0]], until=ends[parts[-1]]))
+        rules, by_letter = [Rule(None)], dict(zip(LETTERS, self.candidates, strict=False))
+        for since, until, choices in self._runs():
+            users: dict[tuple[str, int], list[str]] = {}
+            for letter, block in zip(choices, blocks, strict=True):
+                users.setdefault((letter, self._tokens(block)), []).append(block.name)
+            for (letter, tokens), names in sorted(users.items()):
+                if letter != FULL_LETTER:
+                    settings = {**by_letter[letter], "min_tokens": tokens}
+                    rules.append(Rule(settings, blocks=tuple(names), since=since, until=until))
         return tuple(rules)
+
+    def _runs(self) -> list[tuple[float, float, str]]:
+        """Parts of the diffusion, from and until, and their choices; neighbours that do the same are one."""
+        begun = [next(run) for _, run in groupby(zip(self.since, self.choices, strict=True), lambda part: part[1])]
+        ends = (*(since for since, _ in begun[1:]), 1.0)
+        return [(since, until, choices) for (since, choices), until in zip(begun, ends, strict=True)]
 
     def _tokens(self, block: TunedBlock) -> int:
         """Number of tokens of a block at the tuned size: with fewer, cells would be coarser than what was measured."""
@@ -274,9 +289,7 @@ class Tuning:
         by_letter = zip(LETTERS, self.candidates, strict=False)
         used = {c: candidate for c, candidate in by_letter if any(c in part for part in self.choices)}
         renamed = str.maketrans(dict(zip(used, LETTERS, strict=False)))
-        # parts that do the same are written once
-        runs = [next(run) for _, run in groupby(zip(self.since, self.choices, strict=True), lambda part: part[1])]
-        parts = [f"{since} {choices.translate(renamed)}" for since, choices in runs]
+        parts = [f"{since} {choices.translate(renamed)}" for since, _, choices in self._runs()]
         return " | ".join([head, *(format_rules([Rule(each)]) for each in used.values()), *parts])
 
     @classmethod
@@ -287,7 +300,7 @@ class Tuning:
             TuningError: it is damaged, or of a later version.
         """
         head, *rest = (part.strip() for part in str(text).strip().removeprefix("plan:").split("|"))
-        try:
+        with reading():
             word, version, size, tolerance, structure = head.split()
             if word != "tuning" or int(version) != VERSION:
                 raise TuningError(f"this tuning has version {version}, and {VERSION} is what can be read")
@@ -296,10 +309,6 @@ class Tuning:
             since, choices = zip(*(part.split() for part in rest if "=" not in part), strict=True)
             plan = TunedPlan(float(tolerance), choices)
             return cls((height, width), candidates, tuple(map(float, since)), plan, structure).checked()
-        except TuningError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise TuningError(f"this tuning is damaged: {error}") from error
 
     def checked(self) -> Tuning:
         """Return the tuning if it makes sense.
@@ -312,7 +321,7 @@ class Tuning:
         parts = [set(part) for plan in plans for part in plan.choices]
         shares = (*self.since, *self.covers, *(plan.tolerance for plan in plans), *(each.progress for each in found))
         known = (self.seconds_full, self.peak_full, *(plan.time for plan in plans), *(plan.peak for plan in plans))
-        try:
+        with reading():
             for name, values, high, optional in (
                 ("a share", shares, 1.0, False),
                 ("a deviation", (each.predicted for each in found), 1e6, False),
@@ -320,10 +329,7 @@ class Tuning:
             ):
                 for value in values:
                     Setting(name, "number", None, high=high, optional=optional).check(value)
-            for candidate in self.candidates:
-                AgentConfig(**BASE, rules=(Rule(candidate),))
-        except SettingError as error:
-            raise TuningError(f"this tuning is damaged: {error}") from error
+            AgentConfig(**BASE, rules=tuple(map(Rule, self.candidates)))
         sound = (
             all(plan.tolerance > 0 or not plan.acts for plan in plans)
             and self.since[:1] == (0.0,)
@@ -350,7 +356,7 @@ class Tuning:
         Raises:
             TuningError: it is damaged.
         """
-        try:
+        with reading():
             given = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
             given["plan"] = _plan_from(given["plan"])
             given["frontier"] = tuple(map(_plan_from, given.get("frontier", ())))
@@ -358,10 +364,6 @@ class Tuning:
             for name in ("conditions", "versions"):
                 given[name] = {str(key): str(value) for key, value in dict(given.get(name, {})).items()}
             return cls(**given).checked()
-        except TuningError:
-            raise
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise TuningError(f"this tuning is damaged: {error}") from error
 
     def to_json(self) -> str:
         """Write the tuning as JSON, with its format and a checksum: what `save` saves."""
@@ -381,18 +383,16 @@ class Tuning:
             OSError: the file cannot be read.
             TuningError: it is no tuning, is damaged, or is of a later version.
         """
-        try:
-            whole = json.loads(Path(path).read_bytes().decode("utf-8", "replace"))
+        text = Path(path).read_bytes().decode("utf-8", "replace")
+        with reading(f"{path} is no tuning, or"):
+            whole = json.loads(text)
             if whole["format"] != FORMAT:
                 raise KeyError("format")
-            version, checksum, data = whole["version"], whole["checksum"], whole["tuning"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TuningError(f"{path} is no tuning, or is damaged") from error
-        if version != VERSION:
-            raise TuningError(f"{path} has version {shown(version)}, and {VERSION} is what can be read")
-        if checksum != _checksum(data):
-            raise TuningError(f"{path} is damaged: its checksum is another one")
-        return cls.from_dict(data)
+            if whole["version"] != VERSION:
+                raise TuningError(f"{path} has version {shown(whole['version'])}, and {VERSION} is what can be read")
+            if whole["checksum"] != _checksum(whole["tuning"]):
+                raise TuningError(f"{path} is damaged: its checksum is another one")
+            return cls.from_dict(whole["tuning"])
 
     def __str__(self) -> str:
         """Describe what was promised, what was reached, and what the blocks do in each part of the diffusion."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Any
 
@@ -174,13 +174,6 @@ class Tuner:
             self.moments.setdefault(progress, []).append(number)
         self.noise, self.notes = 0.0, []  # by how much the same call differs from time to time; what can't be seen
 
-    def tuning(self, tolerance: float) -> Tuning:
-        """Choose, verify and time."""
-        parts = self.parts()
-        if self.blocks and self.noise <= MAX_NOISE * tolerance:
-            self.verify(parts, AIM * tolerance)
-        return self.result(parts, tolerance)
-
     # Measure
 
     def observe(self) -> None:
@@ -190,8 +183,7 @@ class Tuner:
         with alone(self.unet, self.probe):
             for number in range(len(replay)):
                 self.probe.make_room()
-                differs = replay.remember(number, "Trying the methods in every block")
-                self.noise = max(self.noise, differs)
+                self.noise = max(self.noise, replay.remember(number, "Trying the methods in every block"))
         again, self.seconds = replay.call(0, "Making a call again")
         self.noise = max(self.noise, replay.deviation(0, again))
         self.notes = list(self.probe.notes)
@@ -240,12 +232,7 @@ class Tuner:
 
     def groups(self) -> list[list[Site]]:
         """Group neighbouring blocks of the same kind; the groups with the most to save are split first."""
-        groups: list[list[Site]] = []
-        for site in self.blocks:
-            if groups and self.probe.trials[groups[-1][-1].name].kind == self.probe.trials[site.name].kind:
-                groups[-1].append(site)
-            else:
-                groups.append([site])
+        groups = [list(run) for _, run in groupby(self.blocks, lambda site: self.probe.trials[site.name].kind)]
         while len(groups) < MAX_GROUPS and any(len(group) > 1 for group in groups):
             largest = max((g for g in groups if len(g) > 1), key=lambda g: sum(map(self._saving, g)))
             at, middle = groups.index(largest), len(largest) // 2
@@ -294,7 +281,11 @@ class Tuner:
 
     # Result
 
-    def result(self, parts: list[_Part], tolerance: float) -> Tuning:
+    def tuning(self, tolerance: float) -> Tuning:
+        """Choose, verify and time."""
+        parts = self.parts()
+        if self.blocks and self.noise <= MAX_NOISE * tolerance:
+            self.verify(parts, AIM * tolerance)
         chosen = [part.best[0] for part in parts]
         ratio = self.time(parts, chosen)
         wanted = self.plan(parts, chosen, tolerance, [part.best[1] for part in parts])
@@ -302,6 +293,14 @@ class Tuner:
         if not wanted.acts or ratio.high >= 1:  # nothing is faster, or nobody can tell
             full = self.plan(parts, [part.full for part in parts], tolerance, [0.0] * len(parts))
             plan = replace(full, time=1.0, peak=ratio.peaks[0])
+        notes = list(self.notes)
+        if self.noise > MAX_NOISE * tolerance:
+            notes.append(
+                f"not tuned within {percent(tolerance)}: the same U-Net call differs by {percent(self.noise)} from "
+                "time to time, as beside a cache of steps or random merging"
+            )
+        elif wanted.acts and ratio.low <= 1 <= ratio.high:
+            notes.append("it cannot be told whether the plan is faster: the machine is busy, or the gain is too small")
         trusted = plan.acts or not wanted.acts
         since, before, after = self.edges()
         weight = weight_of(self.unet)
@@ -319,7 +318,7 @@ class Tuner:
             seconds_full=ratio.seconds or self.seconds,
             peak_full=ratio.peaks[0],
             covers=(since[1] if before else 0.0, since[-1] if after else 1.0),
-            notes=(*self.notes, *self._doubts(tolerance, wanted, ratio)),
+            notes=tuple(notes),
             versions={
                 "agentsd": VERSION,
                 "torch": torch.__version__,
@@ -327,17 +326,6 @@ class Tuner:
                 "dtype": str(weight.dtype).removeprefix("torch."),
             },
         )
-
-    def _doubts(self, tolerance: float, plan: TunedPlan, ratio: TimeRatio) -> list[str]:
-        """Say why nothing is changed although something might be gained."""
-        if self.noise > MAX_NOISE * tolerance:
-            return [
-                f"not tuned within {percent(tolerance)}: the same U-Net call differs by {percent(self.noise)} from "
-                "time to time, as beside a cache of steps or random merging"
-            ]
-        if plan.acts and ratio.low <= 1 <= ratio.high:
-            return ["it cannot be told whether the plan is faster: the machine is busy, or the gain is too small"]
-        return []
 
     def plan(
         self, parts: list[_Part], chosen: Sequence[Chosen], tolerance: float, measured: Sequence[float | None]
