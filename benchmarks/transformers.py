@@ -29,28 +29,30 @@ from agentsd.patching.joint import JointAnswerer, share_left
 from .machine import DTYPES, choose_device, processor
 from .results import table
 
-# family, head size, tokens of text
+# family, head size, tokens of text, whether tokens stand before heads in memory
 SHAPES = {
-    "SD 3 medium": ("SD3Transformer2DModel", 64, 333),
-    "Flux": ("FluxTransformer2DModel", 128, 512),
+    "SD 3 medium": ("SD3Transformer2DModel", 64, 333, False),
+    "Flux": ("FluxTransformer2DModel", 128, 512, True),
 }
-HEADS, SIDES, EXACT = 24, (64, 96, 128), (0.14, 0.0)
-SETTINGS = {"method": "corrected", "agent_ratio": 0.95}
+HEADS, SIDES = 24, (64, 96, 128)
+SETTINGS = {
+    f"{exact}, {side}×{side}": AgentConfig(method="corrected", agent_ratio=1 - 1 / side**2, exact_ratio=exact)
+    for exact in (0.14, 0.0)
+    for side in (4, 8)
+}
 
 
-def attention_call(
-    family: str, tokens: int, text: int, heads: int, head: int, dtype: torch.dtype, device: str
-) -> JointCall:
+def attention_call(name: str, tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> JointCall:
     """A call of one attention, as the processor makes it from a transformer's."""
+    family, head, text, by_tokens = SHAPES[name]
     generator = torch.Generator().manual_seed(tokens)
-    shape = (1, heads, tokens + text, head)
-    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    qkv = torch.randn(3, 1, tokens + text, heads, head, generator=generator).to(device, dtype).transpose(2, 3)
+    q, k, v = qkv if by_tokens else qkv.contiguous()
     return JointCall(FAMILIES[family], F.scaled_dot_product_attention, q, k, v, {})
 
 
-def answer(call: JointCall, grid: Grid, exact: float) -> tuple[Callable[[], Tensor], LayerPlan]:
+def answer(call: JointCall, grid: Grid, config: AgentConfig) -> tuple[Callable[[], Tensor], LayerPlan]:
     """What the patch does in place of a call, and its plan."""
-    config = AgentConfig(**SETTINGS, exact_ratio=exact)
     plan = method_named(config.method).plan(config, *grid, 0)
     planned = Planned(config, plan, grid)
     return lambda: JointAnswerer().answer(None, call, planned, None), plan
@@ -65,31 +67,24 @@ def seconds(run: Callable[[], Tensor]) -> float:
 
 
 @torch.inference_mode()
-def measure(name: str, side: int, dtype: str, heads: int, rounds: int, device: str) -> list[str]:
+def measure(name: str, side: int, dtype: str, heads: int, rounds: int, device: torch.device) -> list[str]:
     """A row of the table for one shape at one size."""
-    family, head, text = SHAPES[name]
     grid = Grid(side, side)
-    call = attention_call(family, grid.tokens, text, heads, head, DTYPES[dtype], device)
-    runs = {"sdpa": call.proceed}
-    shares = []
-    for exact in EXACT:
-        runs[f"{exact}"], plan = answer(call, grid, exact)
-        shares.append(f"{share_left(plan, text):.2f}")
+    call = attention_call(name, grid.tokens, heads, DTYPES[dtype], device)
+    runs, shares = {"sdpa": call.proceed}, {}
+    for key, config in SETTINGS.items():
+        runs[key], plan = answer(call, grid, config)
+        shares[key] = share_left(plan, SHAPES[name][2])
     for run in runs.values():
         seconds(run)
     taken: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         for key in random.sample(list(runs), len(runs)):
             taken[key].append(seconds(runs[key]))
-    ratios = [median(a / b for a, b in zip(taken[f"{exact}"], taken["sdpa"], strict=True)) for exact in EXACT]
+    ratios = {key: median(a / b for a, b in zip(taken[key], taken["sdpa"], strict=True)) for key in SETTINGS}
     whole = median(taken["sdpa"]) * HEADS / heads
-    return [
-        name,
-        f"{grid.tokens:,}",
-        dtype,
-        f"{whole:.2f}",
-        *(f"{r:.2f} ({c})" for r, c in zip(ratios, shares, strict=True)),
-    ]
+    cells = [f"{ratios[key]:.2f} ({shares[key]:.2f})" for key in SETTINGS]
+    return [name, f"{grid.tokens:,}", dtype, f"{whole:.2f}", *cells]
 
 
 def main() -> None:
@@ -105,8 +100,9 @@ def main() -> None:
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
     )
+    print("Seconds over SDPA's (FLOPs over its), by exact_ratio and cells;", end=" ")
     print(f"{where}, PyTorch {torch.__version__}, {args.heads} of {HEADS} heads, {args.rounds} rounds\n")
-    head = ["shape", "image tokens", "dtype", "SDPA, s", *(f"exact_ratio {exact} over SDPA (FLOPs)" for exact in EXACT)]
+    head = ["shape", "image tokens", "dtype", "SDPA, s", *SETTINGS]
     rows = []
     for name in SHAPES:
         for dtype in args.dtypes:

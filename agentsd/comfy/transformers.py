@@ -27,6 +27,8 @@ log = logging.getLogger("agentsd.comfy")
 
 KEY, SLOT = "agent_attention", "optimized_attention_override"
 _WRAPPERS = ("apply_model", "sampler_sample")  # comfy.patcher_extension.WrappersMP
+# Place of the options among the arguments of `apply_model`
+_OPTIONS = 5
 
 
 class _NoSeam(Seam):
@@ -88,6 +90,7 @@ class CloneTransformerPatch(TransformerPatch):
 
     def __init__(self, model: nn.Module, config: AgentConfig, family: ComfyTransformer) -> None:
         super().__init__(model, config, family)
+        self.active = True
         self.neighbour = ""
         self._asked = 0
 
@@ -109,7 +112,7 @@ class CloneTransformerPatch(TransformerPatch):
 
     def answer_in(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call of the model, answering its attention."""
-        options = next((arg for arg in args if isinstance(arg, dict)), kwargs.get("transformer_options", {}))
+        options = args[_OPTIONS] if len(args) > _OPTIONS else kwargs["transformer_options"]
         before, self._asked = options.get(SLOT), 0
         self.neighbour = "" if before is None else f"{before.__module__}.{getattr(before, '__qualname__', before)}"
         self.begin_call(self._unet(), args, kwargs)
@@ -154,7 +157,8 @@ class CloneTransformerPatch(TransformerPatch):
             return inner(q, k, v, heads, mask=attn_mask, **shapes, **kwargs)
 
         if not apart[0]:
-            q, k, v = (split_heads(x, heads) for x in (q, k, v))
+            # SD 3's values come by heads, its queries and keys do not
+            q, k, v = (split_heads(x.flatten(2), heads) for x in (q, k, v))
         given = {} if mask is None else {"attn_mask": _by_rows(mask, q)}
         single = layer.site.name.partition(".")[0].endswith("refiner")
         call = JointCall(self.family, compute, q, k, v, given)

@@ -23,7 +23,7 @@ class Site:
     block: nn.Module  # attn1, attn2 and ff
     parent: nn.Module  # the module around it that sees the tokens as an image
     place: Block  # its name and its level, read off the U-Net's structure
-    host: Host  # the family that its self-attention belongs to
+    host: Host | Transformer  # the family that its self-attention belongs to
     attn: nn.Module  # its self-attention
 
     @property

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attention.grid import Grid
-from .base import Call, Handler, Host, Seam, UnsupportedModelError, named
+from .base import Call, Handler, Seam, named
 from .diffusers import Processor, ProcessorSeam, around, host_processor
 
 SDPA = F.scaled_dot_product_attention
@@ -87,7 +87,7 @@ def _raster(ids: Tensor) -> Grid | None:
 
 
 @dataclass(frozen=True)
-class Transformer(Host):
+class Transformer:
     """A family of transformers.
 
     Attributes:
@@ -113,17 +113,9 @@ class Transformer(Host):
     masks: bool = False
     reads_values: bool = False
 
-    def owns(self, attn: nn.Module) -> bool:
-        return False
-
     def seam(self, attn: nn.Module) -> Seam:
+        """Make a seam in an attention module."""
         return JointSeam(attn, self)
-
-    def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
-        return iter(())
-
-    def example_call(self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor) -> Any:
-        raise UnsupportedModelError(f"no example call is known of {self.model}")
 
     def read_grid(self, model: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Grid | None:
         """Read (height, width) of the image's tokens off the arguments of a call; None if they form no single grid."""

@@ -88,7 +88,7 @@ def make(family: str):
 
 
 def run(model, conditioning):
-    noise = torch.randn(1, 16, 40, 36, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1, 16, 56, 48, generator=torch.Generator().manual_seed(1))
     return comfy.sample.sample(
         model, noise, 2, 2.0, "euler", "normal", *conditioning, torch.zeros_like(noise), seed=0, disable_pbar=True
     )
@@ -110,7 +110,7 @@ def check(family: str) -> dict:
         return ((latent - base).norm() / base.norm()).item()
 
     def node(model, **inputs):
-        return AgentAttention().apply(model, method="corrected", cells="2×2, closest", min_tokens=0, **inputs)[0]
+        return AgentAttention().apply(model, method="corrected", cells="2×2, closest", **inputs)[0]
 
     on = node(model, exact_ratio=0.2)
     closer = node(model, exact_ratio=0.45)
