@@ -1,7 +1,7 @@
 """Differences between WebUIs. The only folder that imports one, apart from the script itself.
 
 A WebUI is one file of this folder: a subclass of `WebUI` (AUTOMATIC1111's ways), listed in `_FAMILIES`. A feature that
-it lacks counts as off.
+it lacks counts as off, so that Forge and its forks need no file of their own.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 from modules.ui_components import InputAccordion
 
 from .a1111 import SHARED_PACKAGE, WebUI
-from .forge import Forge, ReForge
 from .sdnext import SDNext
 
 __all__ = ["HOST", "SHARED_PACKAGE", "InputAccordion", "WebUI"]
 
 # The first that recognises itself; AUTOMATIC1111 last, which takes whatever nobody else does
-_FAMILIES: tuple[type[WebUI], ...] = (SDNext, ReForge, Forge, WebUI)
+_FAMILIES: tuple[type[WebUI], ...] = (SDNext, WebUI)
 
 HOST: WebUI = next(family for family in _FAMILIES if family.is_running())()

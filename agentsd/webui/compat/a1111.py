@@ -64,7 +64,6 @@ def _replaced(module: nn.Module, name: str) -> bool:
 class WebUI(Program):
     """The program that we are installed in."""
 
-    name = "AUTOMATIC1111"
     p: Any = None  # the host's processing object that decisions are about; None: about what the page shows
     options: Mapping[str, Any] = MappingProxyType({})  # those of its page's override settings, by name
     clock = WALL  # times layers on an accelerator

@@ -23,7 +23,6 @@ class SDNext(WebUI):
     sampling uses, which is another one than the callbacks' where the host makes only the hires pass again.
     """
 
-    name = "SD.Next"
     announces_passes = False
 
     @classmethod
