@@ -30,15 +30,10 @@ _HELP = {
 
 def page_data() -> dict[str, Any]:
     """Collect what the page's script needs to know about the settings, in JSON types."""
-    rows = [
-        {"name": row.name, "kind": row.kind, "low": row.low, "high": row.high, "choices": list(row.choices)}
-        for row in SETTINGS
-    ]
     return {
-        "rows": rows,
+        "rows": [{"name": row.name, "kind": row.kind, "choices": list(row.choices)} for row in SETTINGS],
         "defaults": dict(DEFAULTS),
         "presets": {name: dict(values) for name, values in PRESETS.items()},
-        "custom": CUSTOM,
         "help": {**{row.name: row.tooltip for row in SETTINGS}, **_HELP},
     }
 

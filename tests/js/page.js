@@ -11,26 +11,24 @@ const TABS = ["txt2img", "img2img"];
 
 // What the server's page route answers: a few settings of each kind
 const ROWS = [
-    {name: "enabled", kind: "flag", low: 0, high: 1, choices: []},
-    {name: "ratio", kind: "slider", low: 0, high: 0.95, choices: []},
-    {name: "fp32", kind: "flag", low: 0, high: 1, choices: []},
-    {name: "method", kind: "choice", low: 0, high: 1, choices: ["agent", "pool"]},
-    {name: "min_tokens", kind: "number", low: 0, high: 9999, choices: []},
-    {name: "rules", kind: "text", low: 0, high: 1, choices: []},
+    {name: "enabled", kind: "flag", choices: []},
+    {name: "ratio", kind: "slider", choices: []},
+    {name: "fp32", kind: "flag", choices: []},
+    {name: "method", kind: "choice", choices: ["agent", "pool"]},
+    {name: "min_tokens", kind: "number", choices: []},
+    {name: "rules", kind: "text", choices: []},
 ];
 const PAGE = {
     rows: ROWS,
     defaults: {enabled: false, ratio: 0, fp32: false, method: "agent", min_tokens: 0, rules: ""},
     presets: {Fast: {ratio: 0, method: "agent", rules: ""}, Paper: {ratio: 0.4, method: "agent", rules: ""}},
-    custom: "Custom",
     help: {enabled: "Faster.", ratio: "Share of merged tokens.", preset: "By intention."},
-    min_tokens_label: "Minimum tokens",
 };
 const NAMES = ROWS.map((row) => row.name).filter((name) => name !== "enabled");
 
 const presetOf = (values) => {
     const fits = (preset) => Object.entries(preset).every(([name, value]) => values[name] === value);
-    return Object.keys(PAGE.presets).find((name) => fits(PAGE.presets[name])) ?? PAGE.custom;
+    return Object.keys(PAGE.presets).find((name) => fits(PAGE.presets[name])) ?? "Custom";
 };
 const summaryOf = ({values, width, height}) => `${width}×${height} at ${values.ratio}`;
 

@@ -88,7 +88,7 @@ test("a page that is loaded again tells its own last run, and no other", async (
 
 // Have the page a control `tune` that shows `value`, as after a press of the button.
 const ordered = (page, value) => {
-    page.server["GET page"] = {...PAGE, rows: [...PAGE.rows, {name: "tune", kind: "slider", low: 0, high: 1, choices: []}]};
+    page.server["GET page"] = {...PAGE, rows: [...PAGE.rows, {name: "tune", kind: "slider", choices: []}]};
     const input = new Element("input", {type: "number", value: String(value)});
     page.find("more").append(new Element("div", {id: "txt2img_agent_attention_tune"}, input));
     page.find("tuner").append(new Element("button", {id: "txt2img_agent_attention_tune_done"}));
