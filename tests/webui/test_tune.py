@@ -22,6 +22,7 @@ PLAN = f"first tuning 1 {SIDE // 8}x{SIDE // 8} 0.05"
 @pytest.fixture(scope="module")
 def tuned(a1111: Host):
     """What a generation that tuned has answered."""
+    a1111.call(PROBE + "/every-gain-counts", {})
     return a1111.txt2img([{"tune": 0.05}], **SMALL)
 
 
