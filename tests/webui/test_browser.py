@@ -69,7 +69,7 @@ def test_filled_in_generated_from_and_read_back(a1111: Host, page, panel: Panel)
 
 
 def test_an_image_at_the_tables_defaults_undoes_the_users_own(a1111: Host, page, panel: Panel):
-    made = a1111.txt2img([True], width=64, height=64, steps=1)
+    made = a1111.txt2img([True], width=256, height=256, steps=1)  # smaller layers are left alone
     paste(page, made.infotext)
     panel.open()
     assert panel.values() == {**DEFAULTS, "enabled": True}

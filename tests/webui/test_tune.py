@@ -135,7 +135,9 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host, tmp_path):
 
 def exported_and_imported(page, panel: Panel, folder) -> None:
     """A tuning leaves as a file, is forgotten, which the preview notices, and comes back."""
+    panel.open()
     panel.choose(TUNED)
+    panel.set("how_close", "5%")
     panel.said("U-Net output within 5%")
     panel.unfold("tuner")
     panel.press("tune_export")
