@@ -85,7 +85,6 @@ class Program:
         return None
 
     def checkpoint(self) -> str:
-        """Return the name of the current model."""
         return ""
 
     def obstacle(self, sampling: SamplingPass) -> Hint | None:
@@ -168,7 +167,6 @@ class Decision:
 
     @property
     def patches(self) -> bool:
-        """Whether the pass is patched."""
         return self.config is not None
 
     @property
@@ -178,7 +176,6 @@ class Decision:
 
 
 def is_left_out(values: Mapping[str, Any], hires: bool) -> bool:
-    """Whether the user has chosen the other pass."""
     return values["passes"] == (schema.FIRST if hires else schema.HIRES)
 
 
@@ -258,7 +255,6 @@ _LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
 def layout_of_unet(unet: nn.Module) -> Layout:
-    """Return the layout of a U-Net, reading it only once."""
     from ..hosts.layout import layout_of
 
     if unet not in _LAYOUTS:

@@ -72,7 +72,6 @@ class PassReport:
         return self.tuned.startswith("not ") or (self.made is not None and self.made.refused)
 
     def see(self, latent: tuple[int, int] | None) -> None:
-        """Note the size of a U-Net call."""
         if latent is not None and tuple(latent) not in self.sizes:
             self.sizes.append(tuple(latent))
 
@@ -117,7 +116,6 @@ class PassReport:
         return self.title, self.obstacle, self.tuned, tuple(self.layers), self.patched, frozenset(self.notes)
 
     def with_more(self, other: PassReport) -> PassReport:
-        """Sum up two passes that went alike."""
         both = copy(other)
         both.calls, both.notes = copy(self.calls), copy(self.notes)
         both.calls.update(other.calls)
@@ -127,7 +125,6 @@ class PassReport:
         return both
 
     def line(self) -> Line:
-        """Describe the pass, in the preview's words."""
         name, made = self.title + (f", {self.times} times" if self.times > 1 else ""), self.made
         if self.tuned:
             return Line(f"{name}: {self.tuned}", None, WRONG if self.refused else ACTS)
@@ -225,7 +222,6 @@ class Status:
         self.say(f"not applied: {error}")
 
     def add(self, report: PassReport) -> None:
-        """Add the report of a pass that has ended."""
         self.passes.append(report)
         self.at = time.time()
         if report.patched or report.tuned:
@@ -254,7 +250,6 @@ class Status:
         return [*lines, Line(f"and {more} more kinds of passes")] if more > 0 else lines
 
     def text(self) -> str:
-        """Return the lines as one text."""
         return " ".join(["Last run:", *told]) if (told := [str(line) for line in self.lines()]) else ""
 
     def of(self, task: str | None = None) -> Mapping[str, Any]:

@@ -134,7 +134,6 @@ def sentence(hint: Hint) -> str:
 
 
 def line_of(made: Decision, values: Mapping[str, Any]) -> Line:
-    """Say what happens in a pass."""
     name, total = str(made.sampling), len(made.sampling.moments or ())
     head = f"{name}: {made.instead}, so {preset_of({**values, 'tuning': ''})} applies" if made.instead else name
     if not made.patches:
@@ -160,7 +159,6 @@ def tuned_in_words(made: Decision) -> str:
 
 
 def layers_in_words(layers: Iterable[tuple[LayerPlan, int]]) -> str:
-    """Say what is done in which layers."""
     words = (f"{plan.method.words(plan)} in {n} layer{'' if n == 1 else 's'}" for plan, n in layers)
     return ", ".join(words) or "tokens merged outside self-attention"
 

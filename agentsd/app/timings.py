@@ -25,7 +25,6 @@ _RUNS = 5  # the last ones count
 
 
 def changed(calls: Mapping[str, int]) -> int:
-    """Count the self-attention calls that were changed."""
     return sum(n for action, n in calls.items() if action != UNTOUCHED)
 
 
@@ -80,7 +79,6 @@ class Timing:
 
     @property
     def slower(self) -> bool:
-        """Whether agents were clearly slower."""
         return self.patched > (1.0 if self.layers else CLEARLY) * self.untouched
 
     @property

@@ -68,12 +68,7 @@ class Recording:
         self.parts = False  # whether the U-Net was called on parts of the latent, which cannot be mapped
 
     def observer(self, hires: bool, latent: tuple[int, int] | None) -> Callable[[Answer], None]:
-        """Make an observer for `agentsd.Patch.observer` that records one pass.
-
-        Args:
-            hires: whether it is the hires pass.
-            latent: (height, width) of its latent; None if unknown.
-        """
+        """Make an observer for `agentsd.Patch.observer` that records a pass over a latent of (height, width), if known."""
         moments: set[int | None] = set()
         seen, record = None, None
 
@@ -160,12 +155,7 @@ def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Ima
     """Draw the map of one layer over the image.
 
     Tokens of one colour belong to one cluster; unclustered tokens stay grey, and so does the image underneath, so that
-    no colour comes from it. Dots are agents, or sampled keys; thin lines bound their cells.
-
-    Args:
-        image: the generated image.
-        layer: what was done.
-        latent: (height, width) of the latent that the layer belongs to.
+    no colour comes from it. Dots are agents, or sampled keys; thin lines bound their cells. `latent` is (height, width).
     """
     longer = max(image.size)  # tokens are to be distinguishable, on a page that is no larger than needed
     factor = -(-SMALLEST // longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
@@ -279,12 +269,8 @@ FOREIGN = "This image was made by another page or the API."
 def view(recording: Recording | None, call: int, layer: int, outcome: str, foreign: bool = False) -> View:
     """Show the map of one layer at one call; both numbers count from 1 and are clamped to the available range.
 
-    Args:
-        recording: recording of the last generation; None if there is none.
-        call: number of the call.
-        layer: number of the layer among those changed in that call.
-        outcome: status line of the last run, which gives the reason if nothing was changed.
-        foreign: whether somebody else made the image than the one who looks at the map.
+    `outcome` is the status line of the last run, which gives the reason if nothing was changed; `foreign` says that
+    somebody else made the image than the one who looks at the map.
     """
     if recording is None:
         return View(None, UNRECORDED)

@@ -54,7 +54,6 @@ def _reason(name: str, values: Mapping[str, Any]) -> str:
 
 
 def _read(values: Mapping[str, Any]) -> set[str]:
-    """Return the names of the settings that have an effect."""
     ends = [end for end, other in (("until", HIRES), ("hires_until", FIRST)) if values["passes"] != other]
     read = settings_read(SimpleNamespace(**values))
     if any(values[end] < 1 for end in ends):

@@ -279,7 +279,6 @@ def sampling_pass(
 
 @contextmanager
 def tuning_pass(p: Any, generation: Generation, sampling: SamplingPass) -> Iterator[Pass]:
-    """Leave the current U-Net alone, and tune on the pass."""
     report = PassReport(name=str(sampling))
     with under_way(Pass()) as current:
         generation.reports.append(report)
@@ -310,19 +309,13 @@ def under_way(current: Pass) -> Iterator[Pass]:
 
 
 class Pass:
-    """The patch during one sampling pass.
-
-    Args:
-        decide: decides on the U-Net at hand; None leaves it alone.
-        observer: as `agentsd.Patch.observer`.
-        since: where agents begin, for the report.
-    """
+    """The patch during one sampling pass."""
 
     def __init__(
         self,
-        decide: Callable[[], Decision] | None = None,
-        observer: Callable[[Answer], None] | None = None,
-        since: float = 0.0,
+        decide: Callable[[], Decision] | None = None,  # on the U-Net at hand; None leaves it alone
+        observer: Callable[[Answer], None] | None = None,  # as `agentsd.Patch.observer`
+        since: float = 0.0,  # where agents begin, for the report
     ) -> None:
         self.decide, self.observer, self.since = decide, observer, since
         self.report = PassReport()

@@ -32,12 +32,10 @@ HYPERTILE = "HyperTile is on"
 
 
 def option(name: str) -> Any:
-    """Return one of the host's options; None if it has no such option."""
     return getattr(shared.opts, name, None)
 
 
 def unet_of(model: Any) -> nn.Module | None:
-    """Return a model's U-Net; None if it has none that can be patched."""
     try:
         return find_unet(model)
     except UnsupportedModelError:
@@ -45,7 +43,6 @@ def unet_of(model: Any) -> nn.Module | None:
 
 
 def _module(name: str) -> Any:
-    """Import one of the host's modules; None if it has none of that name."""
     try:
         return import_module(f"modules.{name}")
     except ImportError:
@@ -75,7 +72,6 @@ class WebUI(Program):
 
     @classmethod
     def is_running(cls) -> bool:
-        """Whether this is the WebUI that imports us."""
         return True
 
     # The model
@@ -125,7 +121,6 @@ class WebUI(Program):
         """Have `callback(p)` called when a generation has ended in whatever way, where passes are not announced."""
 
     def unets(self) -> list[nn.Module]:
-        """List the U-Nets that may be called next."""
         unet = self.unet()
         return [] if unet is None else [unet]
 
@@ -134,7 +129,6 @@ class WebUI(Program):
         return str(getattr(_module("progress"), "current_task", None) or "")
 
     def is_hires(self, p: Any) -> bool:
-        """Whether `p` is in its hires pass."""
         return bool(getattr(p, "is_hr_pass", False))
 
     def kind(self, p: Any, hires: bool) -> str:
@@ -218,7 +212,6 @@ class WebUI(Program):
         return self.options[name] if name in self.options else option(name)
 
     def upcasts(self) -> bool:
-        """Whether the host's options upcast attention to float32."""
         return bool(self.option("upcast_attn"))
 
     def observes_closeness(self) -> bool:
@@ -237,7 +230,6 @@ class WebUI(Program):
         return Hint(HYPERTILE, ("Settings → HyperTile",)) if self._hypertile(sampling.hires) else None
 
     def _token_merging(self, of: str) -> float:
-        """Return the ratio of the host's own token merging."""
         of_p = getattr(self.p, "get_token_merging_ratio", None)
         if of_p is not None:
             return of_p(for_hr=of == tunings.HIRES) or 0
@@ -267,11 +259,9 @@ class WebUI(Program):
 
     @cached_property
     def timings(self) -> Timings:
-        """What was measured here, in that cache."""
         return Timings(lambda section, _: self.cache(section))
 
     def cache(self, section: str) -> MutableMapping[str, Any]:
-        """Return a section of that cache."""
         host = _module("cache")
         return _FACTS.setdefault(section, {}) if host is None else host.cache(section)
 
@@ -348,7 +338,6 @@ class WebUI(Program):
         return shared.OptionHTML(text)
 
     def is_sd2(self) -> bool:
-        """Whether the loaded model is of Stable Diffusion 2."""
         return bool(getattr(self.model(), "is_sd2", False))
 
     def _hypertile(self, hires: bool) -> bool:
@@ -356,7 +345,6 @@ class WebUI(Program):
 
 
 def _progress(sampler: Any, scheduler: str, steps: int) -> list[float]:
-    """Return the progress at each step that one of the host's samplers makes."""
     # of a stand-in, since the sampler writes into its infotext
     p = SimpleNamespace(scheduler=scheduler or "Automatic", is_hr_pass=False, extra_generation_params={})
     p.hr_scheduler, p.sampler_noise_scheduler_override = p.scheduler, None
