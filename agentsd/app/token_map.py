@@ -68,7 +68,7 @@ class Recording:
         self.parts = False  # whether the U-Net was called on parts of the latent, which cannot be mapped
 
     def observer(self, hires: bool, latent: tuple[int, int] | None) -> Callable[[Answer], None]:
-        """Make an observer for `agentsd.Patch.observer` that records a pass over a latent of (height, width), if known."""
+        """Make a `Patch.observer` that records a pass; `latent` is its (height, width), None if unknown."""
         moments: set[int | None] = set()
         seen, record = None, None
 
@@ -155,7 +155,8 @@ def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Ima
     """Draw the map of one layer over the image.
 
     Tokens of one colour belong to one cluster; unclustered tokens stay grey, and so does the image underneath, so that
-    no colour comes from it. Dots are agents, or sampled keys; thin lines bound their cells. `latent` is (height, width).
+    no colour comes from it. Dots are agents, or sampled keys; thin lines bound their cells. `latent` is the
+    (height, width) of that which the layer belongs to.
     """
     longer = max(image.size)  # tokens are to be distinguishable, on a page that is no larger than needed
     factor = -(-SMALLEST // longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
