@@ -22,6 +22,8 @@ from .tensors import compiling, no_autocast
 
 # Weight of an agent of the ring beside one of the window, where cells are chosen.
 AROUND = 1 / 3
+# Weight there of a mass that a cell's landmark misses or claims wrongly, beside the mass itself.
+MISSED = 1 / 2
 # Numbers of keys are multiples of this, for kernels that multiply tiles.
 EVEN = 32
 # Bytes of a matrix at a time: what the CPU's cache holds, and what other devices spare.
@@ -47,7 +49,7 @@ def corrected_attention(
 
         P   = σ(A Kᵀ · d^-½)                              once for all windows
         V_A = P V                                         full attention at the agents
-        𝒪   = cells of largest mass + |mass − s p|        mass: P over the cell, p: P at j, both summed over agents
+        𝒪   = cells of largest mass + β |mass − s p|      mass: P over the cell, p: P at j, both summed over agents
         W   = σ(A [K_𝒪, K̄]ᵀ · d^-½ + [0, log c])          what the approximation does at the agents; K̄: j ∉ 𝒪
         Y   = V̄ + W̄ᵀ (W̄ W̄ᵀ + λ I)⁻¹ (V_A − W [V_𝒪, V̄])    W̄: W's columns of landmarks
         O   = σ(Q [K_𝒪, K̄]ᵀ · d^-½ + [0, log c]) [V_𝒪, Y]
@@ -105,18 +107,19 @@ def _attend(at: _Layout, scratch: _Scratch, q: Tensor, k: Tensor, v: Tensor, *te
         w = _softmax(a.flatten(0, 1), k.flatten(0, 1).float(), at.bias)
         r = torch.baddbmm(v_a.flatten(0, 1), w, v.flatten(0, 1).float(), alpha=-1)
         w, r = w.unflatten(0, (B, H)), r.unflatten(0, (B, H))
+    head = torch.arange(H, device=q.device)[:, None]
     for some in scratch.windows(at, B * H, d):
-        agents, bias = at.agents[some], at.bias
+        agents, bias = at.agents[some, None], at.bias  # (windows, 1, a)
         if order is None:
             seen_k, seen_v = (t[:, None].expand(-1, len(agents), -1, -1, -1) for t in (k, v))
-            some_w, some_r = (t[:, :, agents].transpose(1, 2).flatten(0, 2) for t in (w, r))
+            some_w, some_r = (t[:, head, agents].flatten(0, 2) for t in (w, r))
         else:
             rows, bias = _seen(at, order[:, some], k.shape[2])
             seen_k, seen_v = scratch.taken("seen k", k, rows), scratch.taken("seen v", v, rows)
-            some_a, some_r = (t[:, :, agents].transpose(1, 2).flatten(0, 2) for t in (a, v_a))
+            some_a, some_r = (t[:, head, agents].flatten(0, 2) for t in (a, v_a))
             room = scratch.empty("w", *some_a.shape[:2], seen_k.shape[3], dtype=a.dtype)
-            some_w = _softmax(some_a, seen_k.flatten(0, 2).float(), bias, room)
-            some_r = torch.baddbmm(some_r, some_w, seen_v.flatten(0, 2).float(), alpha=-1)
+            some_w = _softmax(some_a, scratch.single("some k", seen_k.flatten(0, 2)), bias, room)
+            some_r = torch.baddbmm(some_r, some_w, scratch.single("some v", seen_v.flatten(0, 2)), alpha=-1)
         squares = torch.linalg.vector_norm(some_w, dim=(-2, -1)).square()
         delta = value_correction(some_w[..., -at.far :], some_r, squares).view(*seen_v.shape[:3], at.far, d)
         y = cast_within_range(v.dtype, delta.add_(seen_v[..., -at.far :, :]))
@@ -145,22 +148,23 @@ def _agents_attention(at: _Layout, scratch: _Scratch, a: Tensor, k: Tensor, v: T
     """V_A (B, H, n, d), and the cells as each window orders them, those it opens first (B, windows, H, n)."""
     count = scratch.count(4 * at.n * k.shape[2])
     pieces = zip(*(t.flatten(0, 1).split(count) for t in (a, k, v)), strict=True)
-    v_a, scores = zip(*(_choose(at, scratch, *(t.float() for t in piece)) for piece in pieces), strict=True)
+    v_a, scores = zip(*(_choose(at, scratch, *piece) for piece in pieces), strict=True)
     order = _joined(scores, 0).argsort(-1, descending=True)
     return _joined(v_a, 0).unflatten(0, a.shape[:2]), order.unflatten(0, a.shape[:2]).transpose(1, 2)
 
 
 def _choose(at: _Layout, scratch: _Scratch, a: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """V_A (G, n, d), and by how much each window would open each cell (G, windows, n)."""
+    k, v = scratch.single("some k", k), scratch.single("some v", v)
     p = _softmax(a, k, at.held, scratch.empty("p", len(a), at.n, k.shape[1], dtype=a.dtype))
     sums = at.sums @ p[..., : at.n * at.s].reshape(-1, at.s).mT
     near = at.near @ sums.unflatten(1, (-1, at.n, at.n))
-    return p @ v, torch.maximum(near[0], near[1])  # max(x, y) = ½ (x + y + |x − y|)
+    return p @ v, torch.maximum(near[0], near[1])
 
 
 def _softmax(a: Tensor, k: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """σ(A Kᵀ · d^-½ + bias)."""
-    added = a.new_zeros(()) if bias is None else bias.reshape(-1, 1, bias.shape[-1])
+    added = a[:1, :1, :1] if bias is None else bias.reshape(-1, 1, bias.shape[-1])
     scores = torch.baddbmm(added, a, k.mT, beta=float(bias is not None), alpha=a.shape[-1] ** -0.5, out=out)
     return torch.softmax(scores, -1, out=scores if not scores.requires_grad else None)
 
@@ -231,9 +235,14 @@ class _Scratch:
         return kept[name][:size].view(shape)
 
     def release(self) -> None:
-        """Keep no more than little pieces."""
+        """Keep what is small."""
         for name in [name for name, t in self.kept.__dict__.items() if t.nbytes > _KEPT]:
             del self.kept.__dict__[name]
+
+    def single(self, name: str, t: Tensor) -> Tensor:
+        """Convert to float32."""
+        out = None if t.dtype == torch.float32 else self.empty(name, *t.shape, dtype=torch.float32)
+        return t.float() if out is None else out.copy_(t)
 
     def tokens(self, name: str, t: Tensor, index: Tensor) -> Tensor:
         """(B, H, N, d) → (B, M, H, d)."""
@@ -308,7 +317,7 @@ class _Layout(NamedTuple):
         by_cells: the tokens of the cells, the landmark first (n · s,); where a cell lacks one, the landmark again.
         inside: 0 for the tokens of a cell, −∞ where it lacks one (n, s).
         held: that and zeros for text (n · s + T,); None where no cell lacks any.
-        sums: what sums over a cell, doubled less the landmark's share, and that share (2, s).
+        sums: (1 ± β) mass ∓ β s p of a cell, of which the larger is mass + β |mass − s p| (2, s).
         rows: 0, 1, … (n · s + T,).
         log_c: log c (n,).
         bias: the bias of the keys that a window sees (keys,), where it is the same for all windows and not even.
@@ -375,6 +384,7 @@ def _make_layout(
         inside = rounded.expand(n, s).masked_fill(lacks, -math.inf)
         keys = opened * s + words
         bias = torch.cat([rounded.expand(keys), torch.full((far - n + opened,), -math.inf), log_c[opened:]])
+        whole = 1 - s * torch.eye(s)[0]
         agents = (y.agents[:, None, :, None] * C + x.agents[None, :, None, :]).flatten(2).flatten(0, 1)
         row, column = torch.arange(R)[:, None], torch.arange(C)
         near = torch.zeros(y.windows * x.windows, n).scatter(1, agents, AROUND)
@@ -391,7 +401,7 @@ def _make_layout(
             by_cells.to(device),
             inside.to(device),
             torch.cat([inside.flatten(), rounded.expand(words)]).to(device) if ragged else None,
-            torch.stack([2 - s * torch.eye(s)[0], s * torch.eye(s)[0]]).to(device),
+            torch.stack([1 + MISSED * whole, 1 - MISSED * whole]).to(device),
             torch.arange(n * s + words, device=device),
             log_c.to(device),
             bias.to(device) if opened or words or ragged else None,

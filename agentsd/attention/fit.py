@@ -20,8 +20,7 @@ FIT_GROWTH = 16.0
 def value_correction(w: Tensor, r: Tensor, squares: Tensor) -> Tensor:
     """Compute Wᵀ (W Wᵀ + λ I)⁻¹ R, the change of values that makes up for R at the agents, without waiting.
 
-    It is the smallest that does so, as far as the penalty lets it: its norm is at most ‖R‖ / 2√λ. Where R is 0 it is
-    0, whatever is rounded.
+    It is the smallest that does so, as far as the penalty lets it: its norm is at most ‖R‖ / 2√λ, and 0 where R is 0.
 
     Args:
         w: weights of the landmarks at the agents (…, m, n), float32.
@@ -35,9 +34,8 @@ def value_correction(w: Tensor, r: Tensor, squares: Tensor) -> Tensor:
     if not has_cholesky(w.device.type):
         return _bounded(fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
     gram = w @ w.mT
-    rows = w.shape[-2]
-    penalty = torch.addcmul(squares, squares, squares, value=GROWTH / rows)[..., None]
-    gram.diagonal(dim1=-2, dim2=-1).add_(penalty, alpha=MU / rows)
+    penalty = torch.addcmul(squares, squares, squares, value=GROWTH / w.shape[-2])
+    gram.diagonal(dim1=-2, dim2=-1).add_(penalty[..., None], alpha=MU / w.shape[-2])
     # this succeeds: factors that are rounded, as TF32's, leave products of a matrix with itself no negative eigenvalues
     factor, _ = cholesky_ex(gram)
     return (w.mT @ r.cholesky_solve(factor)).nan_to_num_(0.0, 0.0, 0.0)
