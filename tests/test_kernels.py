@@ -18,8 +18,8 @@ MOST = {
     "grid agents": (GRID, 4),
     "pooled keys and values": ({"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0}, 6),
     "pooled over cells that the edge cuts short": ({"method": "pool", "sx": 3, "sy": 3, "ratio": 0.0}, 6),
-    "corrected agents": (CORRECTED, 54),
-    "corrected agents, open cells": (OPEN, 80),
+    "corrected agents": (CORRECTED, 30),
+    "corrected agents, open cells": (OPEN, 46),
     "AgentSD's settings": ({}, 40),
     "token merging": ({"method": "merge", "sx": 2, "sy": 2}, 40),
 }
