@@ -124,24 +124,21 @@ class TestGraphs:
                 made.append(compiled.made)
         assert made == graphs
 
-    def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, monkeypatch):
+    def test_what_is_left_to_the_host_costs_the_speed_and_not_the_image(self, monkeypatch):
         def fail(*args, **kwargs):
             raise ValueError("no such kernel")
 
         unet, example = one_block_unet(), given()
-        plain = run(unet, example)
-        monkeypatch.setattr("agentsd.attention.agent.agent_attention", fail)
-        with agentsd.patched(unet, **GRID):
-            assert_close(Compiled(unet)(*example), plain)
-            assert list(agentsd.get_patch(unet).notes) == ["an error of ours: ValueError: no such kernel"]
-
-    def test_what_is_not_ours_to_answer_is_left_to_the_host(self):
-        unet, example = one_block_unet(), given()
         with_self_attention(unet, lambda attn, x: attn(x, context=x.flip(1)))
-        plain = run(unet, example)
-        with agentsd.patched(unet, **GRID):
-            assert_close(Compiled(unet)(*example), plain)
-            assert list(agentsd.get_patch(unet).notes) == ["self-attention was given a context of its own"]
+        monkeypatch.setattr("agentsd.attention.agent.agent_attention", fail)
+        for model, note in (
+            (unet, "self-attention was given a context of its own"),
+            (one_block_unet(), "an error of ours: ValueError: no such kernel"),
+        ):
+            plain = run(model, example)
+            with agentsd.patched(model, **GRID):
+                assert_close(Compiled(model)(*example), plain)
+                assert list(agentsd.get_patch(model).notes) == [note]
 
     def test_an_observer_is_told(self):
         unet, example, seen = one_block_unet(), given(), []

@@ -1,7 +1,5 @@
 """How far the diffusion is, where the timestep is no training step from 1000 to 0."""
 
-from __future__ import annotations
-
 import logging
 import math
 
@@ -104,37 +102,23 @@ def test_a_callback_that_fails_costs_no_image():
         assert list(notes.values()) == [2]
 
 
-def _edm():
-    return D.EDMEulerScheduler()
+KARRAS = {"prediction_type": "v_prediction", "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 80}
+DPM = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "algorithm_type": "dpmsolver++"}
+SCHEDULERS = {
+    "EDM": lambda: D.EDMEulerScheduler(),
+    "continuous": lambda: D.EulerDiscreteScheduler(timestep_type="continuous", **KARRAS),
+    "flow": lambda: D.FlowMatchEulerDiscreteScheduler(),
+    "flow by sigmas": lambda: D.DPMSolverMultistepScheduler(**DPM),
+}
 
 
-def _continuous():
-    return D.EulerDiscreteScheduler(
-        timestep_type="continuous",
-        prediction_type="v_prediction",
-        use_karras_sigmas=True,
-        sigma_min=0.002,
-        sigma_max=80,
-    )
-
-
-def _flow():
-    return D.FlowMatchEulerDiscreteScheduler()
-
-
-def _flow_sigmas():
-    return D.DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="dpmsolver++"
-    )
-
-
-@pytest.mark.parametrize("make", [_edm, _continuous, _flow, _flow_sigmas], ids=lambda make: make.__name__)
-def test_a_pipeline_s_scheduler_says_it(make):
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_pipeline_s_scheduler_says_it(name):
     pipe = tiny_sd()
-    pipe.scheduler = make()
+    pipe.scheduler = SCHEDULERS[name]()
     pipe.scheduler.set_timesteps(12)
     sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[: len(pipe.scheduler.timesteps)]]
-    if "flow" in make.__name__:
+    if "flow" in name:
         sigmas = [sigma / (1 - sigma) if sigma < 1 else math.inf for sigma in sigmas]
     early = [sigma > SIGMA_AT_HALF for sigma in sigmas]
     (first, notes), (second, _) = halves(pipe, pipe.scheduler.timesteps)
@@ -157,7 +141,7 @@ def test_svd_is_known_by_its_unet():
 
 def test_a_tuning_under_edm_has_parts_by_the_noise():
     pipe = tiny_sd()
-    pipe.scheduler = _edm()
+    pipe.scheduler = D.EDMEulerScheduler()
     with agentsd.record_calls(pipe, moments=3) as calls:
         picture(pipe, steps=10)
     at = sorted({call.progress for call in calls})
