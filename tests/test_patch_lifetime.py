@@ -8,8 +8,7 @@ import weakref
 import torch
 from blocks import blocks_of, flat_unet, run, tree
 from kinds import EVERYWHERE, GRID, POOL, SIMILARITY, kinds, of
-from patching import EXAMPLE, answer, changed, undisturbed
-from torch import nn
+from patching import EXAMPLE, answer, changed
 
 from agentsd import AgentConfig, Rule, apply_patch, early, get_patch, patch_unet, patched, remove_patch
 
@@ -88,13 +87,3 @@ def test_a_patched_model_can_be_pickled(any_unet, kw):
     remove_patch(twin)
     assert torch.equal(answer(twin), plain)
     assert torch.equal(answer(unet), plain)
-
-
-def test_an_ldm_model_that_is_a_module(unet):
-    model = nn.Module()
-    model.model = nn.Module()
-    model.model.diffusion_model = unet
-    model.first_stage_model = nn.Conv2d(3, 3, 1)
-    with undisturbed(unet):
-        apply_patch(model)
-        remove_patch(model)
