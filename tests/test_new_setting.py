@@ -45,9 +45,9 @@ assert infotext.read("ratio=0.3")["sharpness"] == 0.0
 assert PRESETS["Balanced"]["sharpness"] == 1.0
 assert page_data()["help"]["sharpness"] == "How sharp it is."
 # X/Y/Z
-grid = SimpleNamespace(axis_options=[], AxisOption=lambda label, type, apply, **more: (label, type, apply))
+grid = SimpleNamespace(axis_options=[], AxisOption=lambda *args, **more: SimpleNamespace(label=args[0], args=args))
 xyz.register([grid])
-label, kind, apply = next(option for option in grid.axis_options if option[0].endswith("Sharpness"))
+label, kind, apply = next(option.args for option in grid.axis_options if option.label.endswith("Sharpness"))
 p = SimpleNamespace()
 apply(p, kind("0.9"), [])
 assert from_args([False], getattr(p, xyz.XYZ))["sharpness"] == 0.9
