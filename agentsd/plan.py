@@ -16,6 +16,7 @@ What only the call itself shows (an attention that cannot be patched, a mask, a 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from .attention.grid import Grid, destinations
 from .config import AUTO, FIELDS, AgentConfig
@@ -45,7 +46,10 @@ def plan_block(
     size = size or Grid(*latent).at(block.downsample)
     d = Grid(*latent).level_of(size)
     settings = config.at(progress, Block(block.name, d, block.largest_level))
-    return None if settings is None else (settings, plan_layer(settings, *size, d, largest_level=block.largest_level))
+    if settings is None:
+        return None
+    height, width = size
+    return settings, plan_layer(settings, height, width, d, largest_level=block.largest_level)
 
 
 def plan_layer(config: AgentConfig, height: int, width: int, downsample: int, *, largest_level: int = 1) -> LayerPlan:
@@ -81,7 +85,7 @@ def _at_another_size(plan: LayerPlan, tuned: LayerPlan) -> LayerPlan:
     return replace(plan, note=f"tuned for {tuned.tokens} tokens, the deviation was not measured for {plan.tokens}")
 
 
-def settings_read(config: AgentConfig) -> set[str]:
+def settings_read(config: Any) -> set[str]:
     """Return the names of the settings that have an effect under the others, stages and rules aside."""
     method, outside = method_named(config.method), config.merge_crossattn or config.merge_mlp
     merges = outside or (config.merge_attn and method.merges)

@@ -55,7 +55,7 @@ def rules_from(value: Any) -> tuple[Rule, ...]:
         if isinstance(rule, Mapping):
             check_names(rule, (*_CONDITIONS, "settings"))
             rules[i] = Rule(**rule)
-    return AgentConfig(rules=rules).rules
+    return AgentConfig(rules=tuple(rules)).rules
 
 
 def _parse(text: str) -> Rule:
@@ -78,7 +78,7 @@ def _parse(text: str) -> Rule:
 
 def _format(rule: Rule) -> str:
     where = {
-        "downsample": _SEVERAL.join(map(LEVEL.format, rule.downsample)),
+        "downsample": _SEVERAL.join(map(LEVEL.format, rule.downsample)),  # type: ignore[arg-type]
         "blocks": _SEVERAL.join(rule.blocks),
         "since": SINCE.format(rule.since) if rule.since > 0 else "",
         "until": UNTIL.format(rule.until) if rule.until < 1 else "",

@@ -162,7 +162,8 @@ class Rule:
     def names(self, block: Block) -> bool:
         """Whether it applies to this block."""
         named = not self.blocks or any(fnmatchcase(block.name, pattern) for pattern in self.blocks)
-        return named and (not self.downsample or block.downsample in self.downsample)
+        levels: Any = self.downsample  # a tuple, since it was checked
+        return named and (not levels or block.downsample in levels)
 
 
 def _several(value: Any) -> tuple[Any, ...]:

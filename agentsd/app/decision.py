@@ -78,7 +78,7 @@ class Schedule:
 class Program:
     """What `decide` asks of the program that samples. Its subclasses say what is different there."""
 
-    timings = Timings({}.setdefault)  # what was measured here
+    timings = Timings({}.setdefault)  # type: ignore[arg-type]  # what was measured here
 
     def unet(self) -> nn.Module | None:
         """Return the U-Net of the current model; None if no model is loaded. Never loads one."""

@@ -73,7 +73,7 @@ class PassReport:
 
     def see(self, latent: tuple[int, int] | None) -> None:
         if latent is not None and tuple(latent) not in self.sizes:
-            self.sizes.append(tuple(latent))
+            self.sizes.append((latent[0], latent[1]))
 
     def add(self, patch: Patch, progress: float | None) -> None:
         """Collect the report of a patch before it is removed.
@@ -85,7 +85,7 @@ class PassReport:
         self.calls.update(sum(counts.values(), Counter()))
         self.steps += max(map(changed, counts.values()), default=0)
         self.of_steps += max((sum(count.values()) for count in counts.values()), default=0)
-        self.see(patch.last_call and patch.last_call.latent)
+        self.see(None if patch.last_call is None else patch.last_call.latent)
         if progress is not None:
             self._add_plans(patch, counts, progress)
         self.closeness = patch.closeness() or self.closeness

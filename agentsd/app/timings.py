@@ -116,7 +116,7 @@ class Timings:
         """Return what was measured of passes with this case and settings; None if not both are known."""
         layers = self._read(key, "layers")
         if len(layers) == 2:
-            return Timing(*layers, layers=True)
+            return Timing(layers[0], layers[1], layers=True)
         with_, without = self._read(key, "calls"), self._read((key[0], ""), "calls")
         return Timing(statistics.median(with_), statistics.median(without)) if with_ and without else None
 

@@ -120,8 +120,8 @@ class _Raster:
     """Placement of a token grid on a map, in pixels of the map."""
 
     size: tuple[int, int]  # (height, width) of the grid in tokens
-    side: tuple[float, float]  # (height, width) of a token
-    origin: tuple[float, float]  # (top, left) of the first token; outside the map if the image is a crop
+    side: tuple[float, ...]  # (height, width) of a token
+    origin: tuple[float, ...]  # (top, left) of the first token; outside the map if the image is a crop
     shape: tuple[int, int]  # (height, width) of the map
 
     def places(self, axis: int) -> np.ndarray:
@@ -145,7 +145,7 @@ def _raster(layer: Layer, latent: tuple[int, int], shape: tuple[int, int]) -> _R
     origin = tuple((side - scale * length) / 2 for side, length in zip(shape, latent, strict=True))
     level = Grid(*latent).level_of(layer.size)
     if Grid(*latent).at(level) == layer.size:
-        side = (scale * level, scale * level)
+        side: tuple[float, ...] = (scale * level, scale * level)
     else:  # something shrinks the latent inside the U-Net
         side = tuple(scale * length / count for length, count in zip(latent, layer.size, strict=True))
     return _Raster(layer.size, side, origin, shape)
@@ -166,7 +166,7 @@ def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Ima
     raster = _raster(layer, latent, (canvas.height, canvas.width))
     rows, columns = raster.places(0), raster.places(1)
     index = layer.agents if layer.merged is None else layer.merged
-    pixels = np.asarray(canvas if index is None else canvas.convert("L").convert("RGB"), dtype=np.float32)
+    pixels: np.ndarray = np.asarray(canvas if index is None else canvas.convert("L").convert("RGB"), dtype=np.float32)
     if index is not None:
         pixels = _coloured(pixels, index.reshape(layer.size)[rows][:, columns], index)
     if layer.plan.cell is not None:
@@ -175,7 +175,7 @@ def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Ima
         pixels = pixels * (1 - SHADE * lines[..., None])
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     radius, brush = max(2.0, 0.3 * min(raster.side)), ImageDraw.Draw(picture)
-    for top, left, bottom, right in layer.plan.method.marks(layer.plan, *layer.size, layer.agent_tokens()):
+    for top, left, bottom, right in layer.plan.method.marks(layer.plan, *layer.size, layer.agent_tokens().tolist()):
         y, x = raster.middle(0, top, bottom), raster.middle(1, left, right)
         brush.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black")
     return picture

@@ -6,7 +6,6 @@ With no cell opened these are corrected agents; with all of them opened it is fu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from threading import local
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ def corrected_attention(
     size: tuple[int, int],
     cell: tuple[int, int],
     opened: int = 0,
-    text: tuple[Tensor, Tensor] | None = None,
+    text: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """Attend to the keys of `opened` cells, and to one landmark of each other cell, with values fitted at the agents.
 
@@ -101,7 +100,8 @@ def _attend(at: _Layout, scratch: _Scratch, q: Tensor, k: Tensor, v: Tensor, *te
         a = a.float()
         v_a, order = _agents_attention(at, scratch, a, k, v)
     else:
-        v_a = sdpa(a, *(_joined([t, *more], 2) for t, *more in _beside(text, k, v))).float()
+        keys, values = (_joined([t, *more], 2) for t, *more in _beside(text, k, v))
+        v_a = sdpa(a, keys, values).float()
         a, order = a.float(), None
         k, v = (_joined([*more, t[:, :, at.tokens]], 2) for t, *more in _beside(text, k, v))
         w = _softmax(a.flatten(0, 1), k.flatten(0, 1).float(), at.bias)
@@ -266,7 +266,7 @@ class _Scratch:
         return torch.index_select(t.flatten(0, 2), 0, rows.flatten(), out=out).view(*rows.shape, -1)
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -354,7 +354,7 @@ class _Layout(NamedTuple):
 
 def _layout(q: Tensor, *given: Any) -> _Layout:
     # tensors without values, as counters of FLOPs use them, must not be kept
-    make = _kept_layout if type(q) is Tensor else _make_layout
+    make: Any = _kept_layout if type(q) is Tensor else _make_layout
     return make(*given, q.device, q.dtype, q.shape[-1])
 
 

@@ -64,7 +64,8 @@ def fit_values(w: Tensor, v_a: Tensor, y: Tensor, steps: int) -> Tensor:
     Returns:
         The fitted values (..., n, d).
     """
-    residual, directions = v_a - w @ y, []
+    residual = v_a - w @ y
+    directions: list[tuple[Tensor, ...]] = []
     for _ in range(steps):
         p = w.mT @ residual
         image = w @ p

@@ -132,7 +132,10 @@ def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:
     dst = unit.index_select(1, part.dst).transpose(1, 2)
     step = max(1, _SLAB // max(1, part.dst.numel()))
     best = [(unit.index_select(1, src) @ dst).max(dim=-1) for src in part.src.split(step)]
-    return best[0] if len(best) == 1 else tuple(torch.cat(parts, 1) for parts in zip(*best, strict=True))
+    if len(best) == 1:
+        return best[0]
+    values, indices = zip(*best, strict=True)
+    return torch.cat(values, 1), torch.cat(indices, 1)
 
 
 def _cluster(part: Partition, rank: Tensor, nearest: Tensor, r: int, steps: Tensor) -> Clusters:

@@ -30,7 +30,8 @@ class AgentBias(nn.Module):
     def forward(self, size: tuple[int, int]) -> Tensor:
         """Interpolate the bias to a grid of `size` = (height, width): (1, H, n, height · width)."""
         parts = (self.row, (size[0], 1)), (self.column, (1, size[1])), (self.block, size)
-        return sum(F.interpolate(part, to, mode="bilinear") for part, to in parts).flatten(2).unsqueeze(0)
+        row, column, rest = (F.interpolate(part, to, mode="bilinear") for part, to in parts)
+        return (row + column + rest).flatten(2).unsqueeze(0)
 
 
 class AgentAttention(nn.Module):

@@ -190,7 +190,8 @@ def demo(args: argparse.Namespace) -> None:
     ways = {"without": None, "with": to_config(args.settings), "tuned": tuning.config_for(model.unet)}
     warm_up(model, requests[0], ways.values(), args.quiet)
 
-    pictures, captions, rows, said = [], [], [], []
+    pictures, captions, said = [], [], []
+    rows: list[list[Any]] = []
     for i, request in enumerate(requests):
         # in turns, and each way comes first in turn: a machine's pace drifts
         order, prompt = [*ways][i % len(ways) :] + [*ways][: i % len(ways)], request.prompt

@@ -55,7 +55,7 @@ class Model:
 
     def __init__(self, name: str, pipe: Any) -> None:
         self.name, self.pipe = name, pipe
-        self.unet: nn.Module = find_unet(pipe)
+        self.unet: Any = find_unet(pipe)
 
     def complete(self, request: Request) -> Request:
         """Fill in the model's defaults where the request is None."""
@@ -97,10 +97,15 @@ class DiffusersModel(Model):
         pipe.set_progress_bar_config(disable=True)
 
     def draw(self, request: Request, step: Callable[[], None]) -> Image:
-        given = {"negative_prompt": request.negative or None, "num_inference_steps": request.steps}
+        given: dict[str, Any] = {"negative_prompt": request.negative or None, "num_inference_steps": request.steps}
         given |= {"guidance_scale": request.guidance, "height": request.size[0], "width": request.size[1]}
         given |= {"generator": torch.Generator().manual_seed(request.seed)}
-        return self.pipe(request.prompt, **given, callback_on_step_end=lambda *_: step() or {}).images[0]
+
+        def on_step(*_: Any) -> dict[str, Any]:
+            step()
+            return {}  # it changes no tensors
+
+        return self.pipe(request.prompt, **given, callback_on_step_end=on_step).images[0]
 
 
 def open_model(

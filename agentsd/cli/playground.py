@@ -102,7 +102,7 @@ class Playground(Program):
     def _draw_both(
         self, request: Request, values: Mapping[str, Any], progress: Any
     ) -> tuple[tuple[Image, Image], str, str]:
-        latent = tuple(side // self.model.factor for side in request.size)
+        latent = request.size[0] // self.model.factor, request.size[1] // self.model.factor
         sampling = SamplingPass(latent, FIRST, evenly(request.steps))
         wanted = values["enabled"] and not is_left_out(values, hires=False)
         made = decide(values, sampling, ROWS, self) if wanted else None
@@ -123,7 +123,8 @@ class Playground(Program):
             return draw(self.model, request, config, label, True, step, lambda patch: told.add(patch, since))
 
         tunes = wanted and values["tune"] > 0
-        with record_calls(self.model.unet) if tunes else nullcontext([]) as calls:
+        recorded: Any = record_calls(self.model.unet) if tunes else nullcontext([])
+        with recorded as calls:
             plain = draw_one("without", None, PassReport())
         if tunes:
             STATUS.add(PassReport(name=str(sampling), tuned=self._tune(calls, values["tune"], progress)))

@@ -124,7 +124,12 @@ def warm_up(model: Model, request: Request, configs: Iterable[AgentConfig | None
 
 def record(model: Model, request: Request, values: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
     """Make the metadata of a picture's file; `values` are the settings, None if unpatched."""
-    made = {"agentsd": __version__, "model": model.name, "prompt": request.prompt, "negative_prompt": request.negative}
+    made: dict[str, Any] = {
+        "agentsd": __version__,
+        "model": model.name,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative,
+    }
     made |= {"seed": request.seed, "steps": request.steps, "sampler": model.sampler, "guidance": request.guidance}
     made |= {"width": request.size[1], "height": request.size[0]}
     return {**made, "agent_attention": None if values is None else dict(values), **more}

@@ -181,7 +181,7 @@ def attach(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
     def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return slot.sample(executor, args, kwargs)
 
-    attention.slot = slot
+    attention.slot = slot  # type: ignore[attr-defined]
     replaced = _replaced(clone)
     for block in slot.patch.blocks():
         # what another node has put there stays; a report says so
@@ -292,7 +292,8 @@ def kernel_of(options: Mapping[str, Any]) -> Kernel:
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[1]
-        return split_heads(_attention(*map(join_heads, (q, k, v)), heads, options), heads)
+        joined = join_heads(q), join_heads(k), join_heads(v)
+        return split_heads(_attention(*joined, heads, options), heads)
 
     return kernel
 
@@ -308,7 +309,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Mapping[str
 class _CloneAnswerer(Answerer):
     """Answers from the projections that the host has made, with the kernel that the user chose there."""
 
-    def answer(
+    def answer(  # type: ignore[override]
         self,
         layer: Layer,
         host: _ProjectedCall,
@@ -321,7 +322,7 @@ class _CloneAnswerer(Answerer):
         with attention_by(kernel_of(host.options)):
             return super().answer(layer, host, planned, matching, watch)
 
-    def attention(
+    def attention(  # type: ignore[override]
         self, layer: Layer, host: _ProjectedCall, planned: Planned, matching: Matching | None
     ) -> SelfAttention:
         return SelfAttention(

@@ -130,7 +130,7 @@ class AgentAttentionTuned(_OnModel):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tolerance = {"default": 0.02, "min": 0.001, "max": 0.5, "step": 0.001, "round": 0.001}
+        tolerance: dict[str, Any] = {"default": 0.02, "min": 0.001, "max": 0.5, "step": 0.001, "round": 0.001}
         tolerance["tooltip"] = "Upper limit on the relative deviation of the U-Net's output: 0.02 is 2%."
         tip = "A plan that a report has shown, to use instead of tuning."
         plan = {"default": "", "multiline": True, "tooltip": tip}

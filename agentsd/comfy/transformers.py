@@ -96,7 +96,8 @@ class CloneTransformerPatch(TransformerPatch):
 
     def read_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
         """Read the grid of patches of the latent, which the host pads to whole ones."""
-        side = self._unet().patch_size
+        model: Any = self._unet()
+        side = model.patch_size
         return None if kwargs.get("ref_latents") else Grid(*args[0].shape[-2:]).cells((side, side))
 
     def find_timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -214,7 +215,7 @@ def attach_transformer(model: Any, config: AgentConfig, hints: Sequence[str] = (
         finally:
             log.info(ascii_of(patch.describe()))
 
-    model_call.describe = lambda: "\n".join([patch.describe(), *hints])
+    model_call.describe = lambda: "\n".join([patch.describe(), *hints])  # type: ignore[attr-defined]
     wrappers = clone.model_options["transformer_options"].setdefault("wrappers", {})
     for kind, wrapper in zip(_WRAPPERS, (model_call, sampling), strict=True):
         wrappers.setdefault(kind, {})[KEY] = [wrapper]

@@ -45,5 +45,5 @@ def read_timestep(t: Any) -> float | None:
 def read_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Read (height, width) off the image (B, C, height, width), or video of five dimensions, among the arguments."""
     x = _find(0, _IMAGES, args, kwargs)
-    shape = x.shape if isinstance(x, Tensor) else ()
+    shape: Any = x.shape if isinstance(x, Tensor) else ()
     return (shape[-2], shape[-1]) if len(shape) in (4, 5) else None

@@ -58,7 +58,7 @@ class Seam(ABC):
 
     obstacle = ""  # why its calls can't be answered; empty if they can
 
-    def __init__(self, attn: nn.Module) -> None:
+    def __init__(self, attn: Any) -> None:
         self.attn = attn
 
     @abstractmethod
@@ -107,13 +107,11 @@ class Host(ABC):
         """Make a seam in this attention module."""
 
     @abstractmethod
-    def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
+    def stages(self, unet: Any) -> Iterator[tuple[str, int]]:
         """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is another family's."""
 
     @abstractmethod
-    def example_call(
-        self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
-    ) -> ExampleCall:
+    def example_call(self, unet: Any, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor) -> ExampleCall:
         """Make arguments for calling the U-Net on noise.
 
         `noise` makes a tensor of the given shape, the batch first; `size` is (height, width) of the latent; t (B,).

@@ -30,7 +30,7 @@ class Diffusers(Host):
     def seam(self, attn: nn.Module) -> Seam:
         return ProcessorSeam(attn)
 
-    def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
+    def stages(self, unet: Any) -> Iterator[tuple[str, int]]:
         if not hasattr(unet, "down_blocks"):
             return
         d = 1
@@ -43,9 +43,7 @@ class Diffusers(Host):
             yield f"up_blocks.{i}", d
             d //= 2 if getattr(stage, "upsamplers", None) else 1
 
-    def example_call(
-        self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
-    ) -> ExampleCall:
+    def example_call(self, unet: Any, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor) -> ExampleCall:
         config, more = unet.config, {}
         prompt = noise(len(t), PROMPT_TOKENS, config.cross_attention_dim)
         if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL
@@ -68,7 +66,7 @@ def progress_by(model: Any, unet: nn.Module) -> Moment | None:
 class ProcessorSeam(Seam):
     """Replacement of the processor of one diffusers attention module."""
 
-    def __init__(self, attn: nn.Module) -> None:
+    def __init__(self, attn: Any) -> None:
         super().__init__(attn)
         self.obstacle = self.obstacle_of(attn)
         self._answered: tuple[Handler, Callable[[], Any]] | None = None
@@ -96,7 +94,7 @@ class ProcessorSeam(Seam):
         if processor is not None and self.attn.processor is processor:
             self.attn.set_processor(processor.previous)
 
-    def obstacle_of(self, attn: nn.Module) -> str:
+    def obstacle_of(self, attn: Any) -> str:
         """Say why the calls of an attention can't be answered; empty if they can."""
         return _obstacle(attn)
 
@@ -125,6 +123,7 @@ class Processor:
 
     _NAMES = ("encoder_hidden_states", "attention_mask", "temb")
     _kind: type[Processor]
+    previous: Any
 
     def __init__(self, previous: Callable[..., Tensor], handler: Handler | None, wants: Callable[[], Any]) -> None:
         self.previous, self.handler, self.wants = previous, handler, wants
@@ -133,7 +132,7 @@ class Processor:
         state = {name: value for name, value in vars(self).items() if name != "previous"}
         return around, (self._kind, self.previous, None, always), state
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return self.previous.__class__
 
@@ -159,10 +158,8 @@ class Processor:
         return self.handler(Call(hidden_states, context, mask, extras, proceed, wanted))
 
 
-def around(
-    kind: type[Processor], previous: Callable[..., Tensor], handler: Handler | None, wants: Callable[[], Any]
-) -> Processor:
-    return _processor_like(kind, type(previous))(previous, handler, wants)
+def around(kind: type[Processor], previous: Any, handler: Handler | None, wants: Callable[[], Any]) -> Processor:
+    return _processor_like(kind, type(previous))(previous, handler, wants)  # type: ignore[arg-type]
 
 
 # Attributes by which diffusers chooses how processors compute
@@ -181,12 +178,13 @@ def _processor_like(kind: type[Processor], cls: type) -> type[Processor]:
         return self.answer(attn, hidden_states, args, kwargs)
 
     # not by functools.wraps, which the compiler does not follow; and it asks for the number of defaults
-    call.__signature__, call.__defaults__ = inspect.signature(cls.__call__), ()
+    call.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
+    call.__defaults__ = ()
     settings = {name: _forwarded(name) for name in _SETTINGS if hasattr(cls, name)}
     return type(kind.__name__, (kind,), {"__call__": call, "_kind": kind, **settings})
 
 
-def host_processor(attn: nn.Module) -> Any:
+def host_processor(attn: Any) -> Any:
     """Return an attention's processor, skipping ours that were removed but are still referenced by others."""
     processor = attn.processor
     while issubclass(type(processor), Processor) and processor.handler is None:
@@ -201,7 +199,7 @@ _PLAIN_PROCESSORS = {
 }
 
 
-def _obstacle(attn: nn.Module) -> str:
+def _obstacle(attn: Any) -> str:
     # __class__ instead of type(): an active processor of ours reports the one underneath
     processor = host_processor(attn)
     if isinstance(processor, nn.Module) or processor.__class__.__name__ not in _PLAIN_PROCESSORS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ def example_call(unet: nn.Module, height: int, width: int, progress: float, rows
 
     The latent has `height` × `width` positions; the batch has `rows`, two for cond and uncond.
     """
-    host, weight = host_of(next(m.attn1 for m in unet.modules() if is_block(m))), weight_of(unet)
+    block: Any = next(filter(is_block, unet.modules()))
+    host, weight = host_of(block.attn1), weight_of(unet)
     generator, dtype = torch.Generator().manual_seed(0), host.dtype(unet)
 
     def noise(*shape: int) -> Tensor:

@@ -29,7 +29,7 @@ class LDM(Host):
     def seam(self, attn: nn.Module) -> Seam:
         return ForwardSeam(attn)
 
-    def stages(self, unet: nn.Module) -> Iterator[tuple[str, int]]:
+    def stages(self, unet: Any) -> Iterator[tuple[str, int]]:
         def factor(stage: nn.Module, resampler: str) -> int:
             return 2 if any(type(module).__name__ == resampler for module in stage.modules()) else 1
 
@@ -68,7 +68,7 @@ class ForwardSeam(Seam):
     # around attn1.
     _HARMLESS = ("transformer_options",)
 
-    def __init__(self, attn: nn.Module) -> None:
+    def __init__(self, attn: Any) -> None:
         super().__init__(attn)
         self._names = _positional_names(type(attn).forward)
         self._previous: Callable[..., Tensor] | None = None

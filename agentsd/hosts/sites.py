@@ -20,11 +20,11 @@ _TEMPORAL = {name for host in HOSTS for name in host.temporal}
 class Site:
     """One transformer block that can be patched; in a transformer, one attention of a block."""
 
-    block: nn.Module  # attn1, attn2 and ff
+    block: Any  # attn1, attn2 and ff
     parent: nn.Module  # the module around it that sees the tokens as an image
     place: Block  # its name and its level, read off the U-Net's structure
     host: Host | Transformer  # the family that its self-attention belongs to
-    attn: nn.Module  # its self-attention
+    attn: Any  # its self-attention
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ def find_model(model: Any) -> nn.Module:
     )
 
 
-def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Yield (name, parent, block); none of a transformer by itself, whose input is no image."""
     for name, module in unet.named_modules():
         for child_name, block in module.named_modules() if name and hasattr(module, "transformer_blocks") else ():

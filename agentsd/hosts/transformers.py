@@ -35,7 +35,7 @@ CHANNELS, CLOSED = 8, 30000.0
 Arguments = Mapping[str, Any]
 
 
-def _latent_grid(model: nn.Module, given: Arguments) -> Grid | None:
+def _latent_grid(model: Any, given: Arguments) -> Grid | None:
     """The grid of patches of a latent (B, C, height, width)."""
     x = given.get("hidden_states")
     if not isinstance(x, Tensor) or x.dim() != 4:
@@ -117,13 +117,13 @@ class Transformer:
         """Make a seam in an attention module."""
         return JointSeam(attn, self)
 
-    def read_grid(self, model: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Grid | None:
+    def read_grid(self, model: Any, args: tuple[Any, ...], kwargs: Arguments) -> Grid | None:
         """Read (height, width) of the image's tokens off the arguments of a call; None if they form no single grid."""
-        return self.grid(model, named(_parameters(type(model)), args, kwargs))
+        return self.grid(model, named(_parameters(type(model)), args, kwargs))  # type: ignore[arg-type]
 
-    def read_time(self, model: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+    def read_time(self, model: Any, args: tuple[Any, ...], kwargs: Arguments) -> Any:
         """Return the noise level in thousandths, 1000 for noise; None if the call has none."""
-        given, (a, b) = named(_parameters(type(model)), args, kwargs), self.time
+        given, (a, b) = named(_parameters(type(model)), args, kwargs), self.time  # type: ignore[arg-type]
         t = given.get("timestep", given.get("t"))
         return t if t is None or (a, b) == (1.0, 0.0) else a * t + b
 

@@ -72,7 +72,8 @@ class Watch:
 
     def attend(self, name: str, method: Method, attention: SelfAttention) -> Tensor:
         """Have `method` answer the attention of the block `name`, and compare the answer."""
-        places, found = _places(attention.x.shape[1], attention.x.device), []
+        places = _places(attention.x.shape[1], attention.x.device)
+        found: list[Tensor] = []
 
         @torch.no_grad()
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

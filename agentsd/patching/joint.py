@@ -125,7 +125,7 @@ class JointAnswerer(Answerer):
 
     clusters_first = False
 
-    def answer(
+    def answer(  # type: ignore[override]
         self, layer: Layer, host: JointCall, planned: Planned, matching: Matching | None, watch: Watch | None = None
     ) -> Tensor:
         if compiling():
@@ -135,10 +135,12 @@ class JointAnswerer(Answerer):
                 image = super().answer(layer, host, planned, matching, watch)
         return host.joined(image, planned.plan.tokens)
 
-    def attention(self, layer: Layer, host: JointCall, planned: Planned, matching: Matching | None) -> SelfAttention:
+    def attention(  # type: ignore[override]
+        self, layer: Layer, host: JointCall, planned: Planned, matching: Matching | None
+    ) -> SelfAttention:
         tokens = planned.plan.tokens
         parts = [tuple(map(join_heads, host.split(x, tokens))) for x in host.opened(tokens)]
-        image, text = tuple(part[0] for part in parts), tuple(part[1] for part in parts[1:])
+        image, text = (parts[0][0], parts[1][0], parts[2][0]), (parts[1][1], parts[2][1])
         return SelfAttention(
             x=image[0],
             plan=planned.plan,

@@ -383,7 +383,7 @@ class Layer:
         self, switch: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         block = self._current()
-        merged = block and (block.merged or {}).pop(switch, None)
+        merged = None if block is None else (block.merged or {}).pop(switch, None)
         if merged is None:
             return None
         clusters, x = merged

@@ -54,7 +54,7 @@ def adapters_of(unet: nn.Module) -> str:
     return " ".join(_values([_effective(site.block.attn1.to_q)]) for site in sites[:: -(-len(sites) // BLOCKS)])
 
 
-def _effective(linear: nn.Module) -> Any:
+def _effective(linear: Any) -> Any:
     """A linear layer's weight; peft keeps what is not fused beside it."""
     weight = getattr(linear, "weight", None)
     if not _readable(weight) or getattr(linear, "merged", False):

@@ -50,7 +50,8 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
     """
     if isinstance(moments, bool) or not isinstance(moments, int) or not 1 <= moments <= 100:
         raise SettingError(f"moments must be a whole number from 1 to 100, got {moments!r}")
-    calls, unet = [], find_unet(model)
+    unet = find_unet(model)
+    calls: list[RecordedCall] = []
     recorder = _Recorder(moments, Timesteps(progress or progress_by(model, unet)))
     handles = [unet.register_forward_pre_hook(recorder.see, with_kwargs=True)]
     handles.append(unet.register_forward_hook(recorder.see_output))
@@ -60,8 +61,10 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
         for handle in handles:
             handle.remove()
         calls += recorder.spread()
-        if recorder.lost:
-            log.warning("calls were not recorded: no progress is known at their timesteps")
+        if recorder.size is not None and not calls:
+            log.warning(
+                "no call was recorded; where timesteps are no training steps, `progress` has to say what they mean"
+            )
 
 
 def copied(value: Any) -> Any:
@@ -75,7 +78,7 @@ def copied(value: Any) -> Any:
     return value
 
 
-def progress_of(call: RecordedCall, timesteps: Timesteps | None = None) -> float | None:
+def progress_of(call: tuple[tuple[Any, ...], dict[str, Any]], timesteps: Timesteps | None = None) -> float | None:
     """Return the fraction of the diffusion that is done at a call, 0–1; None if it isn't known.
 
     Args:
@@ -92,7 +95,7 @@ def spread(values: Iterable[float], count: int) -> list[float]:
     if len(at) <= count:
         return at
     wanted = [at[0] + (at[-1] - at[0]) * (i / (count - 1) if count > 1 else 0.5) for i in range(count)]
-    return sorted({min(at, key=lambda value, w=w: abs(value - w)) for w in wanted})
+    return sorted({min(at, key=lambda value, w=w: abs(value - w)) for w in wanted})  # type: ignore[misc]
 
 
 @dataclass
@@ -102,7 +105,6 @@ class _Recorder:
     size: tuple[int, int] | None = None
     seen: dict[float, list[RecordedCall]] = field(default_factory=dict)
     under_way: RecordedCall | None = None
-    lost: bool = False
 
     @not_compiled
     def see(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -126,7 +128,6 @@ class _Recorder:
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         size, progress = read_size(args, kwargs), progress_of((args, kwargs), self.timesteps)
         self.size = self.size or size
-        self.lost = self.lost or progress is None
         if size is None or size != self.size or progress is None:
             return
         calls = self.seen.setdefault(progress, [])

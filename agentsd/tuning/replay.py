@@ -86,7 +86,7 @@ class Replay:
         self.done += 1
         args, kwargs = copied(tuple(self.calls[number]))
         moment = self.moments[number]
-        patch = config and Patch(self.unet, config, self.kv_context, progress=lambda t: moment)
+        patch = None if config is None else Patch(self.unet, config, self.kv_context, progress=lambda t: moment)
         with nullcontext() if patch is None else alone(self.unet, patch):
             out, seconds = self.clock.timed(lambda: self.unet(*args, **kwargs), self.device)
         return output_tensor(out).detach().float(), seconds

@@ -41,7 +41,7 @@ Candidate = Mapping[str, Any]
 class TunedConfig(AgentConfig):
     """Settings of a tuning. At another size than its own, the planner says what becomes of them."""
 
-    tuned_for: tuple[int, int] | None = None
+    tuned_for: tuple[int, int] | None = None  # type: ignore[misc]
 
 
 class TuningError(ValueError):
@@ -357,7 +357,9 @@ class Tuning:
             TuningError: it is damaged.
         """
         with reading():
-            given = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+            given: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+            }
             given["plan"] = _plan_from(given["plan"])
             given["frontier"] = tuple(map(_plan_from, given.get("frontier", ())))
             given["blocks"] = tuple(TunedBlock(**block) for block in given.get("blocks", ()))

@@ -172,7 +172,8 @@ class Tuner:
         self.moments: dict[float, list[int]] = {}
         for number, progress in enumerate(replay.moments if self.has_timesteps else [0.0] * len(replay)):
             self.moments.setdefault(progress, []).append(number)
-        self.noise, self.notes = 0.0, []  # by how much the same call differs from time to time; what can't be seen
+        self.notes: list[str] = []
+        self.noise = 0.0  # by how much the same call differs from time to time; what can't be seen
 
     # Measure
 

@@ -153,7 +153,7 @@ def after_batch(p: Any) -> None:
 def before_sampling(p: Any, latent: Tensor | None = None) -> None:
     """Sample the next pass under the patch; `latent` is its (B, C, height, width), if the host provides it."""
     hires = compat.HOST.is_hires(p)
-    size = None if latent is None else tuple(latent.shape[-2:])
+    size = None if latent is None else (latent.shape[-2], latent.shape[-1])
     if generation_of(p) is not None or _running:
         wrap_sampling(p.sampler, lambda: around_pass(p, hires, size))
     else:
@@ -235,7 +235,7 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
         else:
             sampler.launch_sampling = before
 
-    launch_sampling.unwrap = restore
+    launch_sampling.unwrap = restore  # type: ignore[attr-defined]
     sampler.launch_sampling = launch_sampling
 
 
@@ -386,7 +386,8 @@ class Pass:
 
     def _lap(self) -> None:
         if self._patch is not None:
-            self.report.see(self._patch.last_call and self._patch.last_call.latent)
+            call = self._patch.last_call
+            self.report.see(None if call is None else call.latent)
         self._clock.lap(0 if self._patch is None else sum(changed(layer.calls) for layer in self._patch.report()))
 
     def suspend(self) -> None:

@@ -31,7 +31,8 @@ def tuned_on(p: Any, values: Mapping[str, Any], sampling: SamplingPass, report: 
     unet, checkpoint = compat.HOST.current_unet(), compat.HOST.checkpoint()
     cfg = getattr(p, "cfg_scale", None)
     conditions = {**compat.HOST.program(p).conditions(), "cfg": "" if cfg is None else f"{cfg:g}"}
-    kept, calls, why_not = [], [], ""
+    kept: list[Kept] = []
+    calls, why_not = [], ""
     with ExitStack() as stack:
         try:
             why_not = _obstacle(p, unet, sampling)

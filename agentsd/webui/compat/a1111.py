@@ -155,7 +155,7 @@ class WebUI(Program):
             return SamplingPass(latent, of)
         sampler, scheduler = (given(f"{hires}{name}", name) or "" for name in ("sampler_name", "scheduler"))
         asked = map(given, ("steps", "hr_second_pass_steps", "denoising_strength"))
-        return SamplingPass(latent, of, self.moments(of, *asked, self.schedule(sampler, scheduler)))
+        return SamplingPass(latent, of, self.moments(of, *asked, self.schedule(sampler, scheduler)))  # type: ignore[call-arg]
 
     def schedule(self, sampler: str, scheduler: str) -> Schedule:
         try:
@@ -258,7 +258,7 @@ class WebUI(Program):
         return Store(self.cache)
 
     @cached_property
-    def timings(self) -> Timings:
+    def timings(self) -> Timings:  # type: ignore[override]
         return Timings(lambda section, _: self.cache(section))
 
     def cache(self, section: str) -> MutableMapping[str, Any]:
