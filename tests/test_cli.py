@@ -80,6 +80,7 @@ def test_an_options_value_reaches_the_config(row):
         (["sweep", "a rose", "--x", "ratio=0.1,2"], "ratio must be a number from 0.0 to 0.99, got 2"),
         (["sweep", "a rose", "--x", "ratio=0:1:0"], "'0:1:0' is no range"),
         (["sweep", "a rose", "--x", "until=0.1,0.5", "--since", "0.3"], "until must be above since (0.3), got 0.1"),
+        (["sweep", "rose", "--x", "since=0.1,0.6", "--y", "until=0.3,0.9"], "until must be above since (0.6), got 0.3"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_happens(given, message, capsys, tmp_path):
