@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import agentsd
 from agentsd.attention.tensors import join_heads, split_heads
-from agentsd.hosts import Call, Handler, Seam, find_sites
+from agentsd.hosts import Call, Seam, find_sites
 from agentsd.settings import DEFAULTS, to_config
 
 # A context manager; it yields a function that raises RuntimeError if the method did not do what it is measured for.
@@ -56,8 +57,8 @@ def patched(config: agentsd.AgentConfig) -> Install:
     return install
 
 
-def _by_handler(make: Callable[[nn.Module, Seam], Handler], deepest: int) -> Install:
-    """Replace every self-attention down to a level by a handler."""
+def _by_handler(answer: Callable[[nn.Module, Seam, Call], Tensor], deepest: int) -> Install:
+    """Replace every self-attention down to a level by what `answer` makes of its call."""
 
     @contextmanager
     def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
@@ -66,7 +67,7 @@ def _by_handler(make: Callable[[nn.Module, Seam], Handler], deepest: int) -> Ins
             for site in find_sites(unet):
                 if site.downsample is not None and site.downsample <= deepest:
                     seam = site.seam()
-                    seam.install(make(site.block.attn1, seam))
+                    seam.install(partial(answer, site.block.attn1, seam))
                     seams.append(seam)
             yield _no_check
         finally:
@@ -76,61 +77,41 @@ def _by_handler(make: Callable[[nn.Module, Seam], Handler], deepest: int) -> Ins
     return install
 
 
-def _limit(attn: nn.Module, seam: Seam) -> Handler:
+def _limit(attn: nn.Module, seam: Seam, call: Call) -> Tensor:
     """The four projections and nothing between them: out = to_out(to_v(x)), with to_q and to_k computed."""
-
-    def handler(call: Call) -> Tensor:
-        attn.to_q(call.x)
-        attn.to_k(call.x)
-        return seam.project_out(attn.to_v(call.x))
-
-    return handler
+    attn.to_q(call.x)
+    attn.to_k(call.x)
+    return seam.project_out(attn.to_v(call.x))
 
 
-def _tiles(attn: nn.Module, seam: Seam) -> Handler:
+def _tiles(attn: nn.Module, seam: Seam, call: Call) -> Tensor:
     """Full attention within tiles of a square image (HyperTile): two or more along each axis, of at most 32 tokens."""
-
-    def handler(call: Call) -> Tensor:
-        B, N, C = call.x.shape
-        side = math.isqrt(N)
-        count = max(2, -(-side // 32))
-        tile = side // count
-        if count * tile != side or side * side != N:
-            raise ValueError(f"{N} tokens are no square that {count}×{count} tiles cover")
-        x = call.x.view(B, count, tile, count, tile, C).transpose(2, 3).reshape(B * count * count, tile * tile, C)
-        q, k, v = (split_heads(to(x), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
-        out = seam.project_out(join_heads(scaled_dot_product_attention(q, k, v)))
-        return out.view(B, count, count, tile, tile, C).transpose(2, 3).reshape(B, N, C)
-
-    return handler
+    B, N, C = call.x.shape
+    side = math.isqrt(N)
+    count = max(2, -(-side // 32))
+    tile = side // count
+    if count * tile != side or side * side != N:
+        raise ValueError(f"{N} tokens are no square that {count}×{count} tiles cover")
+    x = call.x.view(B, count, tile, count, tile, C).transpose(2, 3).reshape(B * count * count, tile * tile, C)
+    q, k, v = (split_heads(to(x), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
+    out = seam.project_out(join_heads(scaled_dot_product_attention(q, k, v)))
+    return out.view(B, count, count, tile, tile, C).transpose(2, 3).reshape(B, N, C)
 
 
-def _todo(s: int) -> Callable[[nn.Module, Seam], Handler]:
+def _todo(s: int, attn: nn.Module, seam: Seam, call: Call) -> Tensor:
     """Keys and values of the first token of each cell of s × s (ToDo, arXiv 2402.13573); for a square image."""
-
-    def make(attn: nn.Module, seam: Seam) -> Handler:
-        def handler(call: Call) -> Tensor:
-            side = math.isqrt(call.x.shape[1])
-            few = call.x.unflatten(1, (side, side))[:, ::s, ::s].flatten(1, 2)
-            q, k, v = (
-                split_heads(to(x), attn.heads) for to, x in ((attn.to_q, call.x), (attn.to_k, few), (attn.to_v, few))
-            )
-            return seam.project_out(join_heads(scaled_dot_product_attention(q, k, v)))
-
-        return handler
-
-    return make
+    side = math.isqrt(call.x.shape[1])
+    few = call.x.unflatten(1, (side, side))[:, ::s, ::s].flatten(1, 2)
+    projected = ((attn.to_q, call.x), (attn.to_k, few), (attn.to_v, few))
+    q, k, v = (split_heads(to(x), attn.heads) for to, x in projected)
+    return seam.project_out(join_heads(scaled_dot_product_attention(q, k, v)))
 
 
-def _naive(attn: nn.Module, seam: Seam) -> Handler:
+def _naive(attn: nn.Module, seam: Seam, call: Call) -> Tensor:
     """softmax(Q Kᵀ) V as three operations."""
-
-    def handler(call: Call) -> Tensor:
-        q, k, v = (split_heads(to(call.x), attn.heads).flatten(0, 1) for to in (attn.to_q, attn.to_k, attn.to_v))
-        weights = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
-        return seam.project_out(join_heads((weights @ v).unflatten(0, (-1, attn.heads))))
-
-    return handler
+    q, k, v = (split_heads(to(call.x), attn.heads).flatten(0, 1) for to in (attn.to_q, attn.to_k, attn.to_v))
+    weights = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+    return seam.project_out(join_heads((weights @ v).unflatten(0, (-1, attn.heads))))
 
 
 class _LatentDiffusion(nn.Module):
@@ -165,7 +146,7 @@ def tomesd(ratio: float, deepest: int) -> Install:
 
 
 def todo(s: int) -> Install:
-    return _by_handler(_todo(s), 1)
+    return _by_handler(partial(_todo, s), 1)
 
 
 # agent_ratio for cells of 8×8 and of 4×4 tokens

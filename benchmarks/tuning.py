@@ -128,22 +128,20 @@ class Bench:
     def sample(self, prompt: str, seed: int, size: tuple[int, int], steps: int) -> torch.Tensor:
         return self.pipe.sample(prompt, seed=seed, steps=steps, guidance=GUIDANCE, height=size[0], width=size[1])
 
-    def calls(self, case: Case, prompts: tuple[str, ...], seed: int, steps: int, moments: int) -> list[RecordedCall]:
+    def calls(self, case: Case, prompts: Sequence[str], steps: int, moments: int) -> list[RecordedCall]:
         calls = []
-        for i, prompt in enumerate(prompts):
+        for seed, prompt in enumerate(prompts):
             with agentsd.record_calls(self.pipe.unet, moments) as recorded:
-                self.sample(prompt, seed + i, case.size, steps)
+                self.sample(prompt, seed, case.size, steps)
             calls += recorded
         return calls
 
     def noised(self, case: Case, i: int, t: int) -> RecordedCall:
         """A call on the training picture of a prompt, noised to a timestep."""
-        prompt = CHECKED_ON[i]
-        picture = self.pipe.latents_of(self.pipe.pictures[[self.pipe.prompts.index(prompt)]])
-        clean = covering(picture, *case.size)
-        noise = self.pipe.noise([1000 * i + t], *case.size)
-        at = torch.tensor(t)
-        return (self.pipe.scheduler.add_noise(clean, noise, at[None]), at, self.pipe.encode([prompt])), {}
+        pipe, prompt, at = self.pipe, CHECKED_ON[i], torch.tensor(t)
+        clean = covering(pipe.latents_of(pipe.pictures[[pipe.prompts.index(prompt)]]), *case.size)
+        noise = pipe.noise([1000 * i + t], *case.size)
+        return (pipe.scheduler.add_noise(clean, noise, at[None]), at, pipe.encode([prompt])), {}
 
     # Seconds of the candidates
 
@@ -152,7 +150,7 @@ class Bench:
             self.store.get(f"times {size[1]}×{size[0]}", lambda size=size: self._times(Case(1, size)))
 
     def _times(self, case: Case) -> list[list[Any]]:
-        replay = Replay(self.pipe.unet, self.calls(case, TUNED_ON[:1], 0, 4, 4))
+        replay = Replay(self.pipe.unet, self.calls(case, TUNED_ON[:1], 4, 4))
         tuner = Tuner(replay, checked_candidates())
         with torch.no_grad():
             tuner.observe()
@@ -184,7 +182,7 @@ class Bench:
 
     def _tune(self, case: Case) -> dict[str, Any]:
         start = time.perf_counter()
-        replay = Replay(self.pipe.unet, self.calls(case, TUNED_ON, 0, STEPS, MOMENTS[case.size]))
+        replay = Replay(self.pipe.unet, self.calls(case, TUNED_ON, STEPS, MOMENTS[case.size]))
         tuner = Tuner(replay, checked_candidates())
         with torch.no_grad():
             tuner.observe()
@@ -241,7 +239,7 @@ class Bench:
     def _rounds(self, case: Case, tunings: Mapping[str, Any]) -> dict[str, list[float]]:
         """Seconds relative to full attention: means over three moments of medians over rounds."""
         configs = self._configs(tunings)
-        wanted = [name for name in configs if self.keeps_any(case, name)]
+        wanted = [n for n in configs if n.startswith("tuned") or self.keeps(case, n, max(TOLERANCES))]
         replay = Replay(self.pipe.unet, [self.noised(case, 0, t) for t in (CHECKED[0], CHECKED[2], CHECKED[3])])
         ratios: dict[str, list[list[float]]] = {name: [[] for _ in range(len(replay))] for name in wanted}
         with torch.no_grad():
@@ -268,9 +266,6 @@ class Bench:
         """Whether the mean deviation is within the tolerance, and the worst within 1.5 times it."""
         found = self.deviations(case, name)
         return fmean(found) <= tolerance and max(found) <= 1.5 * tolerance
-
-    def keeps_any(self, case: Case, name: str) -> bool:
-        return name.startswith("tuned") or self.keeps(case, name, max(TOLERANCES))
 
     def report(self, data: Path, page: Path) -> None:
         """Write a line for each case and tolerance, and the section "tuning" of the page."""
@@ -314,13 +309,10 @@ class Bench:
         if seconds := self._seconds(case):
             rival, time_of = self._rival(case, t)
             times = (f"{seconds[name]:.2f}", rival, f"{time_of:.2f}")
-        figures = (f"{fmean(found):.4f}", f"{max(found):.4f}", kept, self._picture(case, name))
-        return (case.name, str(t), *figures, *times)
-
-    def _picture(self, case: Case, name: str) -> str:
         entries = (self.store.data.get(f"pictures {case.name}, {i}", {}) for i in range(PICTURES))
-        found = [entry[name] for entry in entries if name in entry]
-        return f"{fmean(found):.4f}" if found else ""
+        latents = [entry[name] for entry in entries if name in entry]
+        figures = (f"{fmean(found):.4f}", f"{max(found):.4f}", kept, f"{fmean(latents):.4f}" if latents else "")
+        return (case.name, str(t), *figures, *times)
 
 
 def _cost() -> dict[str, float]:
@@ -357,9 +349,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=(*STEPS_OF_ALL, "all"))
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/tuning.json"), help="file to go on with (out/tuning.json)"
-    )
+    out = Path("out/tuning.json")
+    parser.add_argument("--out", type=Path, default=out, help=f"file to go on with ({out})")
     parser.add_argument("--side", type=int, choices=[size[0] for size in SIZES], help="only latents of this side")
     parser.add_argument("--most", type=int, default=-1, help="stop after as many measurements")
     args = parser.parse_args(arguments)
