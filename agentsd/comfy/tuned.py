@@ -62,8 +62,8 @@ class TunedSlot(Slot):
             self.tuning = given
 
     def describe(self, word: Callable[[Line], str]) -> str:
-        plan = "" if self.tuning is None else f"plan: {self.tuning.text}"
-        return "\n".join(filter(None, [self.said, super().describe(word), plan]))
+        found = [] if self.tuning is None else [*self.tuning.notes, f"plan: {self.tuning.text}"]
+        return "\n".join([*filter(None, [self.said, super().describe(word)]), *found])
 
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.said, self._patcher, self.tuning = "", getattr(args[0], "model_patcher", None), self.given
@@ -85,7 +85,7 @@ class TunedSlot(Slot):
             return Decision(sampling)
         self.tuning = tuning = self.given or kept
         self._recording.close()
-        self.said = "\n".join(filter(None, [tuning.advice(*size), *tuning.notes]))
+        self.said = tuning.advice(*size)
         made = super().decide(sampling, args, kwargs)
         return made if made.tuning else replace(made, config=None, reason=Hint(made.instead), refused=True)
 
@@ -106,8 +106,7 @@ class TunedSlot(Slot):
             self.said = f"not tuned: {type(error).__name__}: {error}"
         else:
             _TUNINGS[self._key] = self.tuning = tuning
-            told = f"tuned on this sampling, used from the next one on: {headline(tuning)}"
-            self.said = "\n".join([told, *tuning.notes])
+            self.said = f"tuned on this sampling, used from the next one on: {headline(tuning)}"
         finally:
             log.info("Agent Attention: %s", ascii_of(self.said))
 

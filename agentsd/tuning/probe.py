@@ -39,6 +39,7 @@ class Trials:
     # for each call, the error of each candidate, ‖candidate − full‖ / ‖h‖, h: the tokens that the block was given, to
     # which attention is added; empty for a call in which the block did not run
     errors: list[dict[int, float]] = field(default_factory=list)
+    calls: int = 0  # in which it ran, whether or not anything was tried
 
 
 class Probe(Patch):
@@ -110,6 +111,7 @@ class _Trying(Answerer):
         probe, call, size, name = self.probe, current_call(), planned.size, layer.site.name
         trials, timed = probe.trials[name], probe.clock.timed
         trials.kind = (size, tuple(host.x.shape), layer.site.heads)
+        trials.calls += 1
         full, seconds = timed(host.proceed, host.x.device)
         probe.full[trials.kind].append(seconds)
         for k, (config, plan) in self._plans(layer, call, size):

@@ -189,7 +189,7 @@ class Tuner:
         self.noise = max(self.noise, replay.deviation(0, again))
         self.notes = list(self.probe.notes)
         trials = [self.probe.trials[site.name] for site in self.sites]
-        skipped = sum(len(each.errors) < len(replay) or not all(each.errors) for each in trials if each.kind)
+        skipped = sum(0 < each.calls < len(replay) for each in trials)
         if skipped:
             self.notes.append(f"{skipped} of {len(trials)} blocks did not run in every recorded call")
 
