@@ -179,6 +179,6 @@ def test_parts_of_an_image_are_named(host, unet):
 def test_no_closeness_is_told_where_it_is_no_number(host, monkeypatch):
     from agentsd.patching.closeness import Closeness
 
-    monkeypatch.setattr("agentsd.patching.closeness.ClosenessMeter.read", lambda self: Closeness(0.1, NAN, "a", 1))
+    monkeypatch.setattr("agentsd.patching.closeness.Watch.read", lambda self: Closeness(0.1, NAN, "a", 1))
     generate(host)
     assert "nan" not in said(host)[0].lower()

@@ -218,7 +218,7 @@ def test_a_tuning_that_fails_costs_no_image_and_nothing_that_was_kept(host, unet
 
 def test_a_report_that_fails_costs_no_image(host, unet, monkeypatch):
     before = state(unet)
-    monkeypatch.setattr("agentsd.patching.closeness.ClosenessMeter.read", lambda self: 1 / 0)
+    monkeypatch.setattr("agentsd.patching.closeness.Watch.read", lambda self: 1 / 0)
     make(host, {"until": 1.0, "min_tokens": 0})
     assert "an error of ours: ZeroDivisionError" in host.session.STATUS.text()
     assert state(unet) == before

@@ -27,8 +27,8 @@ from ..schedule import Timesteps
 from .finite import FiniteCheck
 
 if TYPE_CHECKING:
-    from .closeness import ClosenessMeter, Watch
-    from .measure import Measurement
+    from .closeness import Watch
+    from .measure import Measured, Measurement
 
 log = logging.getLogger("agentsd")
 
@@ -145,8 +145,9 @@ class PatchState:
     # is called with an `Answer` after every patched attention, of which it must not keep a tensor; None (the default)
     # costs nothing
     observer: Callable[[Answer], None] | None = None
-    meter: ClosenessMeter | None = None
+    meter: Watch | None = None
     timing: Measurement | None = None
+    measured: Measured | None = None  # what `Patch.measure` found; None before two U-Net calls have been changed
     finite: FiniteCheck = field(default_factory=FiniteCheck)
     # the U-Net call that began last; None before the first, and where torch.compile made it part of a graph. Gradient
     # checkpointing makes blocks run again when it has ended.
@@ -157,13 +158,8 @@ class PatchState:
     key: str | None = None
     _said: set[str] = field(default_factory=set)
 
-    def read_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-        """Read (height, width) off the arguments of the model, or of a part that sees tokens as an image."""
-        return read_size(args, kwargs)
-
-    def find_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Find the timesteps among the model's arguments, unread; None if there are none."""
-        return find_timestep(args, kwargs)
+    # of the model, or of a part that sees tokens as an image; transformers have others
+    read_size, find_timestep = staticmethod(read_size), staticmethod(find_timestep)
 
     @property
     def watched(self) -> bool:

@@ -30,45 +30,28 @@ class Closeness:
         return f"error of attention {mean} (worst block {worst})"
 
 
-class ClosenessMeter:
-    """Sums what `Watch` has found in several calls. It stays on the device until `read`."""
+class Watch:
+    """Compares the answers of some U-Net calls with full attention at a few tokens; on the device until `read`."""
 
     def __init__(self) -> None:
         self._seen = self._observed = 0
-        self._sums: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}  # ‖ours − full‖² and ‖full‖² (2,) by the block's name
 
-    def watch(self) -> Watch | None:
-        """Return what compares the answers of the call that begins; None if it is not observed."""
+    def next_call(self) -> Watch | None:
+        """Return this for the call that begins; None if it is not observed."""
         observed = self._seen % EVERY == 0
         self._seen += 1
         self._observed += observed
-        return Watch() if observed else None
-
-    def add(self, watch: Watch) -> None:
-        """Add what was found in a call that has ended."""
-        for name, squares in watch.squares.items():
-            earlier = self._sums.get(name)
-            self._sums[name] = squares if earlier is None or earlier.device != squares.device else earlier + squares
+        return self if observed else None
 
     def read(self) -> Closeness | None:
         """Return what was found so far; None if no patched block was observed. Waits for the device."""
-        if not self._sums:
+        if not self._squares:
             return None
-        squares = torch.stack([sums.cpu() for sums in self._sums.values()]).tolist()
-        errors = {name: (a / b) ** 0.5 if b else 0.0 for name, (a, b) in zip(self._sums, squares, strict=True)}
+        squares = torch.stack([sums.cpu() for sums in self._squares.values()]).tolist()
+        errors = {name: (a / b) ** 0.5 if b else 0.0 for name, (a, b) in zip(self._squares, squares, strict=True)}
         block = max(errors, key=errors.__getitem__)
         return Closeness(sum(errors.values()) / len(errors), errors[block], block, self._observed)
-
-
-class Watch:
-    """Compares the answers of one U-Net call with full attention at a few tokens.
-
-    Attributes:
-        squares: ‖ours − full‖² and ‖full‖² (2,) by the block's name.
-    """
-
-    def __init__(self) -> None:
-        self.squares: dict[str, Tensor] = {}
 
     def attend(self, name: str, method: Method, attention: SelfAttention) -> Tensor:
         """Have `method` answer the attention of the block `name`, and compare the answer."""
@@ -90,8 +73,9 @@ class Watch:
             # the method may have projected other tokens, merged ones say
             full = found[0] if found else attend(*attention.project(attention.x))
             full, ours = attention.project_out(full).float(), out.detach().index_select(1, places).float()
-            squares = torch.stack([(ours - full).square().sum(), full.square().sum()])
-            self.squares[name] = self.squares.get(name, 0) + squares
+            squares, earlier = torch.stack([(ours - full).square().sum(), full.square().sum()]), self._squares.get(name)
+            moved = earlier is None or earlier.device != squares.device
+            self._squares[name] = squares if moved else earlier + squares
         return out
 
 

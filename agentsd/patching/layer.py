@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.grid import Grid
-from ..attention.merging import Clusters, Matching
+from ..attention.merging import Matching
 from ..config import AgentConfig
 from ..eager import compiler_loaded, compiling, constant, followed, not_compiled
 from ..hosts import Call, Site, read_tokens
@@ -371,22 +371,24 @@ class Layer:
 
     @not_compiled
     def _merge(self, switch: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        block = self._current()
-        clusters = _clusters(block, switch, args[0]) if block is not None and args else None
-        if clusters is None:
+        block, x = self._current(), args[0] if args else None
+        matching = None if block is None else block.matching
+        if matching is None or matching.merged is None or not getattr(block.planned.config, switch):
             return None
-        block.merged = {**(block.merged or {}), switch: (clusters, args[0])}
-        return (clusters.merge(args[0]), *args[1:]), kwargs
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != matching.shape:
+            return None
+        block.merged = {**(block.merged or {}), switch: (matching.merged, x)}
+        return (matching.merged.merge(x), *args[1:]), kwargs
 
     @not_compiled
     def _unmerge(
         self, switch: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         block = self._current()
-        merged = None if block is None else (block.merged or {}).pop(switch, None)
-        if merged is None:
+        merged = {} if block is None else block.merged or {}
+        clusters, x = merged.pop(switch, (None, None))
+        if clusters is None:
             return None
-        clusters, x = merged
         if self.patch.timing is None:
             return clusters.unmerge(output)
 
@@ -397,12 +399,6 @@ class Layer:
             return clusters.unmerge(module.forward(clusters.merge(x), *args[1:], **kwargs))
 
         return self._timed(switch, ours, host, x.device)
-
-
-def _clusters(block: BlockCall, switch: str, x: Any) -> Clusters | None:
-    config, matching = block.planned.config, block.matching
-    wanted = config is not None and getattr(config, switch) and matching is not None and isinstance(x, Tensor)
-    return matching.merged if wanted and x.dim() == 3 and x.shape[:2] == matching.shape else None
 
 
 class _Traced:

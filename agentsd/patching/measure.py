@@ -27,15 +27,10 @@ class Measured:
 
 
 class Measurement:
-    """Times what a patch does beside what it replaces: a first time to warm up, and a second time that counts.
-
-    Attributes:
-        measured: the result; None before the U-Net call in which everything was timed a second time has ended.
-    """
+    """Times what a patch does beside what it replaces: a first time to warm up, and a second time that counts."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.measured: Measured | None = None
         # seconds (with, without) of each run, by the block's name and its part
         self._runs: defaultdict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
 
@@ -54,9 +49,10 @@ class Measurement:
         self._runs[name, part].append((seconds, host_seconds))
         return out
 
-    def end_call(self) -> None:
-        """Make the result, once every part that was seen has been timed twice."""
-        if self._runs and all(len(runs) >= 2 for runs in self._runs.values()):
-            # the first time, kernels are loaded and memory is taken
-            ours, host = zip(*(runs[1] for runs in self._runs.values()), strict=True)
-            self.measured = Measured(sum(ours), sum(host), len({name for name, _ in self._runs}))
+    def end_call(self) -> Measured | None:
+        """Return the result at the end of a U-Net call, once every part that was seen has been timed twice."""
+        if not self._runs or any(len(runs) < 2 for runs in self._runs.values()):
+            return None
+        # the first time, kernels are loaded and memory is taken
+        ours, host = zip(*(runs[1] for runs in self._runs.values()), strict=True)
+        return Measured(sum(ours), sum(host), len({name for name, _ in self._runs}))

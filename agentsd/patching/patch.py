@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -14,16 +13,16 @@ from ..attention.grid import Grid
 from ..clock import WALL, Clock
 from ..config import AgentConfig
 from ..eager import compiler_loaded, compiling, followed, keep_out, not_compiled
-from ..hosts import Site, UnsupportedModelError, find_sites
+from ..hosts import UnsupportedModelError, find_sites
 from ..methods import LayerPlan
 from ..plan import may_match, plan_block
 from ..schedule import MAX_TIMESTEP, Moment, Timesteps
 from .call import KVContext, ModelCall, PatchState
-from .closeness import Closeness, ClosenessMeter
+from .closeness import Closeness, Watch
 from .finite import NOTE as NOT_FINITE
 from .finite import FiniteCheck
 from .layer import Answerer, Image, Layer, LayerReport
-from .measure import Measured, Measurement
+from .measure import Measurement
 
 
 class Patch(PatchState):
@@ -55,8 +54,7 @@ class Patch(PatchState):
         outside = may_match(config) or not answerer.traceable
         super().__init__(config, kv_context, outside=outside, timesteps=Timesteps(progress))
         self._unet = weakref.ref(unet)
-        self._timed = config.timed
-        self._measurement: Measurement | None = None
+        self._timed, self._parts = config.timed, [since for since, _ in config.parts()]
         sites = self.sites(unet)
         images = {id(site.parent): Image(self, site.parent) for site in sites}
         self._images = list(images.values())
@@ -67,15 +65,13 @@ class Patch(PatchState):
         self._note_idle_rules()
 
     def __getstate__(self) -> dict[str, Any]:
-        of_this_run = {"last_call": None, "timing": None, "_measurement": None, "finite": FiniteCheck()}
+        of_this_run = {"last_call": None, "timing": None, "measured": None, "finite": FiniteCheck()}
         return {**vars(self), "_unet": self._unet(), **of_this_run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _unet=weakref.ref(state["_unet"]))
 
-    def sites(self, unet: nn.Module) -> list[Site]:
-        """List what can be patched, in order."""
-        return find_sites(unet)
+    sites = staticmethod(find_sites)  # what can be patched, in order; transformers have others
 
     def install(self) -> None:
         """Install hooks and replace self-attention, all or nothing. An existing patch is removed first."""
@@ -140,7 +136,7 @@ class Patch(PatchState):
 
     @observe_closeness.setter
     def observe_closeness(self, on: bool) -> None:
-        self.meter = ClosenessMeter() if on else None
+        self.meter = Watch() if on else None
 
     def closeness(self) -> Closeness | None:
         """Return how close attention was to full attention; None if not observed. Waits for the device."""
@@ -152,12 +148,7 @@ class Patch(PatchState):
         No U-Net call is made for that, and the outputs are those of the patch. `measured` has the result. What
         torch.compile made part of a graph can't be measured.
         """
-        self.timing = self._measurement = Measurement(clock)
-
-    @property
-    def measured(self) -> Measured | None:
-        """What `measure` found; None before two U-Net calls have been changed."""
-        return None if self._measurement is None else self._measurement.measured
+        self.timing, self.measured = Measurement(clock), None
 
     @followed
     def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -187,7 +178,7 @@ class Patch(PatchState):
         call = ModelCall(self, latent and Grid(*latent), self.find_timestep(args, kwargs))
         call.active = call.active and not self._failed(call) and (not self._timed or self._enter_part(call))
         self.key = f"{call.latent.height} {call.latent.width} {call.part}" if call.active else None
-        call.watch = None if self.meter is None else self.meter.watch()
+        call.watch = self.meter and self.meter.next_call()
         self.begin(call)
         compiled = compiler_loaded()
         for layer in self._layers:
@@ -211,11 +202,8 @@ class Patch(PatchState):
             return
         for layer in self._layers:
             layer.end_call(call)
-        if call.watch is not None and self.meter is not None:
-            self.meter.add(call.watch)
-        if timing is not None:
-            timing.end_call()
-            self.timing = timing if timing.measured is None else None
+        if timing is not None and (found := timing.end_call()) is not None:
+            self.timing, self.measured = None, found
 
     def _failed(self, call: ModelCall) -> bool:
         """Whether the first answers of this pass were not finite, so that the host makes the rest of it."""
@@ -236,10 +224,6 @@ class Patch(PatchState):
             return False
         call.part = self._parts[bisect_right(self._parts, progress) - 1]
         return True
-
-    @cached_property
-    def _parts(self) -> list[float]:
-        return [since for since, _ in self.config.parts()]
 
     def _note_idle_rules(self) -> None:
         """Note rules that match no block of this U-Net; these are no calls."""
