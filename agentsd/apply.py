@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -18,10 +18,7 @@ from .patching.joint import TransformerPatch
 from .patching.patch import Patch, patch_of
 from .schedule import Moment
 from .tuning.fingerprint import adapters_of
-from .tuning.result import as_tuning
-
-if TYPE_CHECKING:
-    from .tuning.result import Tuning
+from .tuning.result import Tuning, as_tuning
 
 log = logging.getLogger("agentsd")
 

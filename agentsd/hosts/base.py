@@ -141,8 +141,9 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def is_block(module: nn.Module) -> bool:
     """Whether this is a BasicTransformerBlock with self-attention, by names, since every host has its own class."""
-    named = any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__)
+    if not any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__):
+        return False
     parts = ("to_q", "to_k", "to_v", "to_out", "heads")
     # in most blocks of the x4 upscaler both attentions are to the prompt
     to_prompt = getattr(module, "only_cross_attention", False) or getattr(module, "disable_self_attn", False)
-    return named and not to_prompt and all(hasattr(getattr(module, "attn1", None), name) for name in parts)
+    return not to_prompt and all(hasattr(getattr(module, "attn1", None), name) for name in parts)

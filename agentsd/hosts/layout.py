@@ -9,7 +9,7 @@ from torch import nn
 
 from ..costs import PROMPT_TOKENS, CountedBlock, Layout
 from .families import HOSTS, downsamples
-from .sites import Site, find_sites
+from .sites import find_sites
 
 _RESAMPLED = {kind: factor for host in HOSTS for kind, factor in host.resamplers.items()}
 
@@ -21,7 +21,8 @@ def layout_of(unet: nn.Module, name: str = "") -> Layout:
     """
     sites = [site for site in find_sites(unet) if site.downsample is not None]
     blocks = tuple(CountedBlock(site.name, site.downsample, site.channels) for site in sites)
-    constant = sum(_prompt_flops(site) for site in sites)
+    prompted = [site.block.attn2 for site in sites if getattr(site.block, "attn2", None) is not None]
+    constant = PROMPT_TOKENS * sum(_flops_per_position(to) for attn in prompted for to in (attn.to_k, attn.to_v))
     inside = {id(module) for site in sites for module in site.block.modules()}
     levels, kinds = dict(downsamples(unet)), {full: type(module).__name__ for full, module in unet.named_modules()}
     resampled = {full: _RESAMPLED[kind] for full, kind in kinds.items() if kind in _RESAMPLED}
@@ -47,10 +48,3 @@ def _flops_per_position(module: nn.Module) -> int:
     if isinstance(module, nn.Linear):
         return 2 * module.in_features * module.out_features
     return 0
-
-
-def _prompt_flops(site: Site) -> int:
-    attn2 = getattr(site.block, "attn2", None)
-    if attn2 is None:
-        return 0
-    return sum(PROMPT_TOKENS * _flops_per_position(getattr(attn2, name)) for name in ("to_k", "to_v"))

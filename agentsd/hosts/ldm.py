@@ -70,7 +70,9 @@ class ForwardSeam(Seam):
 
     def __init__(self, attn: Any) -> None:
         super().__init__(attn)
-        self._names = _positional_names(type(attn).forward)
+        _, *parameters = inspect.signature(type(attn).forward).parameters.values()
+        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        self._names = names or ("x", "context", "mask")  # LDM's if a wrapper hides them
         self._previous: Callable[..., Tensor] | None = None
         self._forward: Callable[..., Tensor] | None = None
         self._handler: Handler | None = None
@@ -123,9 +125,3 @@ class ForwardSeam(Seam):
         extras = {} if plain else {"value": value}
         extras |= {name: v for name, v in arguments.items() if name not in self._HARMLESS and is_set(v)}
         return Call(x, context, mask, extras, proceed, wanted)
-
-
-def _positional_names(method: Callable[..., Any]) -> tuple[str, ...]:
-    """List the names of a method's positional parameters without self; LDM's if a wrapper hides them."""
-    _, *parameters = inspect.signature(method).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD) or ("x", "context", "mask")

@@ -1,10 +1,7 @@
 """Interface of a self-attention method, and the registry of all methods.
 
-A method is one file in this folder: a subclass of `Method` under `@register`. It plans a grid of tokens, computes
-attention, counts its FLOPs, describes itself in a sentence and marks tokens for the token map. Nothing outside the file
-depends on it.
-
-Importing a method loads no torch: functions that compute import it themselves.
+A method is one file in this folder: a subclass of `Method` under `@register`. Nothing outside the file depends on it.
+Importing it loads no torch: functions that compute import it themselves.
 """
 
 from __future__ import annotations
