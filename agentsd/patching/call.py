@@ -158,8 +158,13 @@ class PatchState:
     key: str | None = None
     _said: set[str] = field(default_factory=set)
 
-    # of the model, or of a part that sees tokens as an image; transformers have others
-    read_size, find_timestep = staticmethod(read_size), staticmethod(find_timestep)
+    def read_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """Read (height, width) off the arguments of the model, or of a part that sees tokens as an image."""
+        return read_size(args, kwargs)
+
+    def find_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Find the timesteps among the model's arguments, unread; None if there are none."""
+        return find_timestep(args, kwargs)
 
     @property
     def watched(self) -> bool:

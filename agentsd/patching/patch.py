@@ -13,7 +13,7 @@ from ..attention.grid import Grid
 from ..clock import WALL, Clock
 from ..config import AgentConfig
 from ..eager import compiler_loaded, compiling, followed, keep_out, not_compiled
-from ..hosts import UnsupportedModelError, find_sites
+from ..hosts import Site, UnsupportedModelError, find_sites
 from ..methods import LayerPlan
 from ..plan import may_match, plan_block
 from ..schedule import MAX_TIMESTEP, Moment, Timesteps
@@ -71,7 +71,9 @@ class Patch(PatchState):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _unet=weakref.ref(state["_unet"]))
 
-    sites = staticmethod(find_sites)  # what can be patched, in order; transformers have others
+    def sites(self, unet: nn.Module) -> list[Site]:
+        """List what can be patched, in order."""
+        return find_sites(unet)
 
     def install(self) -> None:
         """Install hooks and replace self-attention, all or nothing. An existing patch is removed first."""
