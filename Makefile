@@ -34,9 +34,10 @@ demo: $(READY) ## pictures of the embedded model with and without agent attentio
 playground: $(READY) ## the panel in a local web page, on the embedded model
 	$(PY) -m agentsd playground
 
-test: $(READY) ## all tests, and the linter
+test: $(READY) ## all tests, the linter and the type checker
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) -m pytest -n auto --dist loadscope
 
 stress: $(READY) ## 20,000 random cases on tiny models, for as long as STRESS_SECONDS

@@ -30,7 +30,7 @@ def settings() -> str:
         if row.kind == "choice":
             values = ", ".join(map(str, row.choices))
         else:
-            values = {"flag": "on, off", "text": "text"}.get(row.kind) or f"{row.low:g} to {row.high:g}"
+            values = {"flag": "on, off", "text": "text"}.get(row.kind) or f"{row.low:g} to {row.high:.15g}"
         default = row.format(row.default) or "empty"
         rows.append((f"**{row.label}**", f"`{row.name}`", cell(f"{values}; {default}"), cell(row.tooltip)))
     lines = table(("control", "in the API", "values; default", "what it does"), rows)
