@@ -131,18 +131,18 @@ def verdict(points: Points) -> str:
             f"{len(rivals) - len(median)} by the median head and in {len(rivals) - len(worst)} by the worst**."
         )
     lines += ["", "Where ours is not, by kind: comparisons, lost by the median and by the worst head.", ""]
-    head = "| kind | by seconds | ideal, ours by seconds | ideal, ours too | closer at these prices (ideal: ours too) |"
+    head = "| kind | by seconds | ideal, ours by seconds | ideal, ours too | closer at some price (ideal: ours too) |"
     lines += [head, "|---|---:|---:|---:|---|"]
     for kind in dict.fromkeys(case.kind for case in points):
-        cells, prices = [kind], defaultdict(list)
+        cells, closer = [kind], {}
         for basis, by_measure in found.items():
             (rivals, median), (_, worst) = by_measure.values()
             lost = [sum(loss.case.kind == kind for loss in losses) for losses in (median, worst)]
             cells.append(f"{sum(case.kind == kind for case in rivals)}: {lost[0]}, {lost[1]}")
             for loss in median if basis != (False, "price") else ():
                 if loss.case.kind == kind:
-                    prices[loss.other.of.family].append(loss.other.price)
-        cells.append(", ".join(f"{family} {_span(of)}" for family, of in prices.items()))
+                    closer[loss.other.of.family] = None
+        cells.append(", ".join(closer))
         lines.append("| " + " | ".join(cells) + " |")
     leads = sorted(found[False, "ideal"]["median"][1], key=lambda loss: -loss.factor)[:1]
     return "\n".join([*lines, *(f"\nThe largest lead at ideal prices: {lead}." for lead in leads)])
