@@ -302,7 +302,7 @@ def other_value(row):
         return 1234
     if row.kind == "text":
         return RULES
-    return {"since": 0.13, "sx": 3, "sy": 5}.get(row.name, 0.25)
+    return {"agent_ratio": 0.8, "since": 0.13, "sx": 3, "sy": 5}.get(row.name, 0.25)
 
 
 # tests/webui/test_tune.py has the plans of tunings
@@ -361,6 +361,7 @@ def test_every_axis(a1111: Host):
             continue
         axis = f"[Agent Attention] {BY_NAME[name].label}", str(value)
         plot = a1111.plot(axis, agents=[{"method": "agent"}], **{**TINY, "steps": 2})
+        assert f"{infotext.KEY}: " in plot.infotext, (name, plot.infotext)
         assert infotext.read(plot.infotext.split(f"{infotext.KEY}: ")[1].split(",")[0])[name] == value
 
 
