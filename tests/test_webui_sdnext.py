@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -116,6 +117,17 @@ def test_patched_during_the_batch_and_no_longer(host, unet):
     assert torch.equal(call(unet), plain)
     assert infotext.read(p.extra_generation_params[infotext.KEY])["until"] == 1.0
     assert host.session.STATUS.notes() == []
+
+
+def test_no_sampler_is_made(host, monkeypatch):
+    """The host's function gives it to the model, and an image that is half done is lost."""
+    made, p = [], Processing()
+    p.steps, p.sampler_name, p.width, p.height = 2, "Euler a", 128, 128
+    module = SimpleNamespace(create_sampler=lambda *names: made.append(names))
+    monkeypatch.setitem(sys.modules, "modules.sd_samplers", module)
+    generate(host, p=p)
+    assert infotext.KEY in p.extra_generation_params
+    assert not made
 
 
 def test_off_does_nothing(host, unet):

@@ -39,7 +39,7 @@ def leaves_no_trace(sdnext: Host, plain: Result):
     assert sdnext.state()["tree"] == before["tree"]
 
 
-NO_END = "this WebUI doesn't tell where a pass ends"
+NO_END = "this WebUI does not tell where a pass ends"
 
 
 def says_nothing(made: Result) -> bool:
@@ -137,7 +137,7 @@ def test_what_was_tuned_elsewhere_is_used(sdnext: Host, leaves_no_trace, plain: 
     sites = ordered_sites(kind.from_config(kind.load_config(sdnext.models / "tiny-sd/unet")))
     plan = f"first tuning 1 16x16 0.05 {structure_of(sites)} | method=pool sx=2 sy=2 | 0.0 {'a' * len(sites)}"
     on = sdnext.txt2img([{"tuning": plan}])
-    assert f"tuned to within {percent(0.05)}" in sdnext.status()["text"]
+    assert f"tuned, U-Net output within {percent(0.05)}" in sdnext.status()["text"]
     assert on.pixels != plain.pixels
     assert f"tuning={plan}" in on.infotext
     # none are kept here

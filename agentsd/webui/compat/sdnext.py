@@ -9,7 +9,7 @@ import gradio as gr
 from modules import script_callbacks, sd_models, shared
 from torch import nn
 
-from ...app.decision import Hint, SamplingPass
+from ...app.decision import Hint, SamplingPass, Schedule
 from .a1111 import HYPERTILE, WebUI, unet_of
 
 MERGING = {"ToMe": "tome_ratio", "ToDo": "todo_ratio"}
@@ -44,6 +44,9 @@ class SDNext(WebUI):
         from modules import processing_callbacks
 
         return super().is_hires(processing_callbacks.p or p)
+
+    def schedule(self, sampler: str, scheduler: str) -> Schedule:
+        return Schedule()  # to make a sampler is to give it to the model, whose image may be half done
 
     def obstacle(self, sampling: SamplingPass) -> Hint | None:
         text = self._merging() or (HYPERTILE if self._tiled(sampling.hires) else "")
