@@ -142,7 +142,7 @@ def test_what_was_tuned_elsewhere_is_used(sdnext: Host, leaves_no_trace, plain: 
     assert f"tuning={plan}" in on.infotext
     # none are kept here
     auto = sdnext.txt2img([{"tuning": "auto"}])
-    assert "so the other settings are used" in sdnext.status()["text"]
+    assert "so the other settings were used" in sdnext.status()["text"]
     assert auto.pixels == sdnext.txt2img([{}]).pixels
 
 
