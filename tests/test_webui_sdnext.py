@@ -130,6 +130,27 @@ def test_no_sampler_is_made(host, monkeypatch):
     assert not made
 
 
+def test_a_checkpoint_is_looked_up_here_alone(host, monkeypatch):
+    """The host's own search goes online for a name that it does not know, and downloads what it finds."""
+    known = {"mine.safetensors [0123456789]": SimpleNamespace(name="mine")}
+    monkeypatch.setitem(sys.modules, "modules.sd_checkpoint", SimpleNamespace(checkpoint_aliases=known))
+    host.parts["sd_models"].get_closet_checkpoint_match = lambda title: pytest.fail(f"searched for {title}")
+    for title, name in (("mine.safetensors [0123456789]", "mine"), ("owner/name", "owner/name")):
+        host.host.options = {"sd_model_checkpoint": title}
+        assert host.host.other_checkpoint() == name
+
+
+def test_no_model_is_loaded_to_answer(host):
+    class Shared:
+        @property
+        def sd_model(self):
+            raise AssertionError("the host loads one")
+
+    host.host.current_unet.__globals__["shared"] = Shared()
+    host.parts["sd_models"].model_data.sd_model = None
+    assert host.host.current_unet() is None
+
+
 def test_off_does_nothing(host, unet):
     p = Processing()
     made = generate(host, None, p)

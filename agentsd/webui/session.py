@@ -420,8 +420,10 @@ class _Without:
         """Begin a pass; nothing is timed where its seconds would not be those of full attention."""
         self.end()
         unet = compat.HOST.current_unet()
+        if unet is None or not _is_cpu(unet):
+            return
         sampling = compat.HOST.sampling(p, compat.HOST.kind(p, hires), size)
-        if unet is not None and _is_cpu(unet) and compat.HOST.program(p).obstacle(sampling) is None:
+        if compat.HOST.program(p).obstacle(sampling) is None:
             self._clock = StepClock(compat.HOST.now)
             self._case = case_of(unet, compat.HOST.checkpoint(), sampling.latent, compat.HOST.rows(p))
 

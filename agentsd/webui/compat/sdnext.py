@@ -10,7 +10,7 @@ from modules import script_callbacks, sd_models, shared
 from torch import nn
 
 from ...app.decision import Hint, SamplingPass, Schedule
-from .a1111 import HYPERTILE, WebUI, unet_of
+from .a1111 import HYPERTILE, WebUI, _module, unet_of
 
 MERGING = {"ToMe": "tome_ratio", "ToDo": "todo_ratio"}
 SD2_WIDTH = 1024  # channels of SD 2's text encoder, read off the U-Net's cross-attention
@@ -36,6 +36,14 @@ class SDNext(WebUI):
         # the refiner's too, if it is loaded; not through `shared`, which would load a model to answer
         models = (getattr(sd_models.model_data, name, None) for name in ("sd_model", "sd_refiner"))
         return [unet for unet in map(unet_of, models) if unet is not None]
+
+    def current_unet(self) -> nn.Module | None:
+        return unet_of(self.model())
+
+    def _checkpoint_named(self, title: str) -> str:
+        # what the host's own search does not find here it looks for online, and downloads
+        known = getattr(_module("sd_checkpoint"), "checkpoint_aliases", {})
+        return str(getattr(known.get(title), "name", title))
 
     def task(self) -> str:
         return ""  # its page forgets the id when the request is done, so no run could be told to be its own
