@@ -47,6 +47,22 @@ def test_labels_say_which_is_measured_and_lie_below_the_line():
     assert float(texts["2%: 1.60× measured"].get("y")) > float(chosen.get("cy")) + 6
 
 
+def test_no_label_covers_another():
+    """As where presets are about as fast: letters are about 6 wide and 11 high."""
+    near = [PresetPoint(name, 0.2 + 0.01 * i, 1.2 + 0.01 * i) for i, name in enumerate(("Fast", "Balanced", "SDXL"))]
+    near += [PresetPoint("Faithful", 0.018, 1.6), PresetPoint("Paper", 0.3, 1.21)]
+    labels = [
+        t for t in drawn(replace(KEPT, presets=near)).iter("text") if t.text in {p.name for p in near} or ":" in t.text
+    ]
+    assert len(labels) == 7
+    boxes = []
+    for label in labels:
+        x, y, width = float(label.get("x")), float(label.get("y")), 6 * len(label.text)
+        left = x - width if label.get("text-anchor") == "end" else x
+        boxes.append((left, y - 9, left + width, y + 2))
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if chart._overlap(a, b)]
+
+
 def test_each_size_has_its_chart_and_the_newest_is_unfolded():
     hires = replace(KEPT, of="hires", tuning=replace(KEPT.tuning, size=(128, 96), notes=("<busy>",)))
     shown = chart.html([hires, KEPT])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,7 @@ NAMES = {tunings.FIRST: "First pass", tunings.HIRES: "Hires pass", tunings.IMG2I
 _WIDTH, _HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 26, 40
 _TICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_LINE, _LABEL = 13, 90  # height and width of a label
+_LINE, _LETTER = 13, 6.2  # height of a label, and width of its letters
 _STYLE = (
     "text{font:11px sans-serif}.agent-attention-grid{stroke:#ddd}.agent-attention-frontier{fill:none;stroke:#2563eb;"
     "stroke-width:2}.agent-attention-plan{fill:#2563eb}.agent-attention-chosen{fill:#dc2626}.agent-attention-preset"
@@ -161,15 +162,29 @@ def _steps(low: float, high: float) -> list[float]:
 
 
 def _labels(axes: _Axes, marks: Sequence[_Mark]) -> Iterable[str]:
-    """Write each label below its point, since the line rises from it, and further down where it would cover another."""
-    taken: list[tuple[float, float]] = []
-    for mark in sorted(marks, key=lambda m: -m.speed_up):
-        x, y = axes.x(mark.deviation), axes.y(mark.speed_up) + _LINE
-        anchor = "end" if x > _WIDTH - _LABEL - _RIGHT else "start"
-        while any(abs(x - other) < _LABEL and abs(y - above) < _LINE for other, above in taken):
-            y += 2
-        taken.append((x, y))
-        yield _text(x - 9 if anchor == "end" else x + 9, y, mark.label, anchor, strong=mark.kind == "chosen")
+    """Write each label beside its point where it covers no other, a plan's below it, since the line rises from it."""
+    points = [(axes.x(m.deviation), axes.y(m.speed_up)) for m in marks]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
+    for mark, (x, y) in sorted(zip(marks, points, strict=True), key=lambda marked: marked[0].kind == "preset"):
+        width = _LETTER * len(mark.label)
+        sides = [("start", x + 9, x + 9 + width), ("end", x - 9 - width, x - 9)]
+        shifts = range(4, 60, 9) if mark.kind == "preset" else range(_LINE, 60, 9)
+        places = [
+            (anchor, down, (left, y + down - 9, right, y + down + 2))
+            for down in shifts
+            for anchor, left, right in sides
+            if (anchor == "end" or right < _WIDTH)
+            and (mark.kind == "preset" or anchor == "start" or x + width > _WIDTH)
+        ]
+        free = (place for place in places if not any(map(partial(_overlap, place[2]), taken)))
+        anchor, down, box = next(free, places[0])
+        taken.append(box)
+        yield _text(x + 9 if anchor == "start" else x - 9, y + down, mark.label, anchor, strong=mark.kind == "chosen")
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two boxes (left, top, right, bottom) have a point in common."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _text(x: float, y: float, text: str, anchor: str, strong: bool = False) -> str:

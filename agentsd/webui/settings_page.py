@@ -21,8 +21,8 @@ _HANDLER = "agent attention"
 # a single line without tags, since translations match whole texts
 _ABOUT = (
     "To change what the panel starts with, set its controls, press Apply in Settings → Defaults and restart the WebUI. "
-    "A preset chosen below overrides them each time the page loads; FP32 precision, Minimum tokens and Partition seed "
-    "belong to no preset and keep your defaults."
+    "A preset chosen below overrides them each time the page loads; How close, FP32 precision, Minimum tokens and "
+    "Partition seed belong to no preset and keep your defaults."
 )
 
 

@@ -1,4 +1,4 @@
-"""Make the pictures of docs/tour.md and docs/panel.md on a real AUTOMATIC1111 WebUI.
+"""Make the pictures of docs/user.md on a real AUTOMATIC1111 WebUI.
 
 Usage: python tests/webui/make_pictures.py WEBUI_FOLDER docs/img
 
@@ -54,7 +54,6 @@ def pictures(page: Any, folder: Path, prompt: str) -> None:
     page.wait_for_timeout(SECONDS)
     take(element(page), folder / "panel.png")
     panel.unfold("more")
-    take(element(page), folder / "panel-open.png")
     panel.set("min_tokens", 5000)
     fold(page, panel)
     page.wait_for_timeout(SECONDS)
@@ -77,7 +76,7 @@ def pictures(page: Any, folder: Path, prompt: str) -> None:
     panel.set("how_close", "5%")
     panel.press("tune_next")
     generate(page)
-    page.locator(f"#{element_id('txt2img', 'tuned')} figure").wait_for(timeout=30 * SECONDS)
+    page.locator(f"#{element_id('txt2img', 'tuned')} svg").wait_for(timeout=120 * SECONDS)
     page.wait_for_timeout(SECONDS)
     take(element(page, "tuned"), folder / "panel-tune.png")
     page.locator("#tabs button", has_text="Settings").first.click()
