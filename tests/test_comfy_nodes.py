@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from blocks import initialised, inputs, sdxl_like_unet
-from comfy_stub import ModelPatcher, comfy_unet, install, sample
+from comfy_stub import ModelPatcher, comfy_unet, install, sample, wrapped
 from patching import GOLDEN, changed, difference, tree
+from torch import nn
 from tuned_models import quick_tune
 
 import agentsd
 from agentsd import SettingError, TuningError, UnsupportedModelError
+from agentsd.attention.tensors import join_heads, split_heads
 from agentsd.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from agentsd.comfy.model import NOT_CALLED, Slot, attach, report_on, slot_of
 from agentsd.comfy.nodes import (
@@ -543,3 +547,104 @@ def test_graphs_of_the_docs(file):
         shown = dict(zip(widgets, page[name].get("widgets_values", ()), strict=bool(widgets)))
         assert {n: shown.get(n, value) for n, value in given.items()} == given
     assert ours == 2
+
+
+class Flux(nn.Module):
+    """A transformer that asks the host's attention as ComfyUI's does; `skipped` blocks are skipped by another node."""
+
+    def __init__(self):
+        super().__init__()
+        self.double_blocks = nn.ModuleList(nn.Identity() for _ in range(3))
+        self.patch_size, self.skipped = 2, ()
+
+    def forward(self, x, t, c_concat, context, control, transformer_options):
+        tokens = F.pixel_unshuffle(x, 2).flatten(2).mT
+        h = torch.cat([context, tokens], dim=1)
+        for i in range(3):
+            if i not in self.skipped:
+                q = split_heads(h, 2)
+                h = h + self.attention(
+                    q, q.roll(1, -1), q, 2, skip_reshape=True, transformer_options=transformer_options
+                )
+        return h[:, context.shape[1] :]
+
+    def attention(self, q, k, v, heads, transformer_options, **kwargs):
+        override = transformer_options.get("optimized_attention_override")
+        return (partial(override, self.full) if override else self.full)(q, k, v, heads, **kwargs)
+
+    def full(self, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False):
+        if not skip_reshape:
+            q, k, v = (split_heads(x, heads) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out if skip_output_reshape else join_heads(out)
+
+
+class TestTransformers:
+    X, SIGMA = torch.randn(1, 8, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+
+    @pytest.fixture
+    def flux(self):
+        return Flux()
+
+    def node(self, flux, **inputs):
+        return AgentAttention().apply(ModelPatcher(flux), method="corrected", cells="2×2, closest", **inputs)[0]
+
+    @torch.no_grad()
+    def run(self, model, skipping=((),)):
+        """Sample in calls that skip these blocks; return the outputs."""
+        flux, options = model.model.diffusion_model, dict(model.options)
+        context = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
+
+        def steps():
+            outs = []
+            for flux.skipped in skipping:
+                outs.append(wrapped("apply_model", options, flux)(self.X, self.SIGMA, None, context, None, options))
+                assert options.get("optimized_attention_override") is model.options.get("optimized_attention_override")
+            return outs
+
+        return wrapped("sampler_sample", options, steps)()
+
+    def report(self, model):
+        return AgentAttentionReport().report(model, None)[0]
+
+    def test_rules_stand_down_where_another_node_skips_blocks(self, flux):
+        calls = ((), (0,), (0,), ())
+        plain = self.run(ModelPatcher(flux), calls)
+        named, any_block = (
+            self.node(flux, rules="blocks=double_blocks.0 full | min_tokens=0"),
+            self.node(flux, rules="min_tokens=0"),
+        )
+        first, _, *later = self.run(named, calls)
+        assert changed(first, plain[0])
+        assert all(map(torch.equal, later, plain[2:])), "it is not known which block asks"
+        assert "another node skips blocks (1 calls)" in self.report(named)
+        assert all(map(changed, self.run(any_block, calls), plain)), "all blocks are treated alike"
+        assert "another node skips blocks (1 calls)" in self.report(any_block)
+        assert changed(self.run(named)[0], plain[0]), "the next sampling is free of it"
+        assert "skips" not in self.report(named)
+
+    def test_a_model_answered_from_a_cache_skips_no_blocks(self, flux):
+        named = self.node(flux, rules="blocks=double_blocks.0 full")
+        self.run(named, ((), (0, 1, 2), ()))
+        assert "skips" not in self.report(named)
+
+    @pytest.mark.parametrize("where", ["begin_call", "read_size", "_joint", "join_heads"])
+    def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, flux, monkeypatch, where):
+        plain, model = self.run(ModelPatcher(flux), ((), ())), self.node(flux, rules="min_tokens=0")
+        owner = "" if where == "join_heads" else "CloneTransformerPatch."
+        monkeypatch.setattr(f"agentsd.comfy.transformers.{owner}{where}", lambda *args, **kwargs: 1 / 0)
+        assert all(map(torch.equal, self.run(model, ((), ())), plain))
+        assert "an error of ours: ZeroDivisionError" in self.report(model)
+
+    def test_who_empties_the_slot_meanwhile_costs_no_image(self, flux, monkeypatch):
+        model = self.node(flux, rules="min_tokens=0")
+        out = self.run(model)
+        full = flux.forward
+
+        def emptied(*args):
+            done = full(*args)
+            args[-1].pop("optimized_attention_override")
+            return done
+
+        monkeypatch.setattr(flux, "forward", emptied)
+        assert torch.equal(self.run(model)[0], out[0])

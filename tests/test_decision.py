@@ -176,11 +176,19 @@ class TestTheHostsOwnSchedule:
             def get_timesteps(self, p, steps):
                 return torch.clip(torch.tensor(list(range(0, 1000, 1000 // steps))) + 1, 0, 999)
 
+        class Model:
+            """A host's sampler that writes into the loaded model would change the next image."""
+
+            def __setattr__(self, name, value):
+                pytest.fail(f"{name} of the loaded model is set")
+
         def create_sampler(name, model):
+            assert isinstance(model, Model)
             return {"DPM++ 2M": KDiffusion, "DDIM": Timesteps}[name]()
 
-        module = SimpleNamespace(create_sampler=create_sampler)
-        monkeypatch.setattr("agentsd.webui.compat.a1111._module", lambda name: module)
+        modules = {"sd_samplers": SimpleNamespace(create_sampler=create_sampler)}
+        monkeypatch.setattr("agentsd.webui.compat.a1111._module", modules.get)
+        monkeypatch.setattr(host.session.compat.HOST, "model", Model)
         return host.session.compat.HOST
 
     def test_of_a_k_diffusion_sampler(self, samplers):

@@ -324,7 +324,7 @@ def _planned(made: Decision, values: Mapping[str, Any], layout: Layout) -> Decis
     least = sum(part.steps * part.least for part in parts) / total if moments else 1.0
     return replace(
         made,
-        reason=None if tuned else _advice(shown, parts, steps, share, values, sampling),
+        reason=None if tuned else _advice(shown, parts, steps, share, sampling),
         layers=tuple((level.plan, level.count) for level in shown.cost.changed),
         calls={} if sampling.moments is None else {action: n for action, n in calls.items() if n},
         steps=0 if sampling.moments is None else steps,
@@ -359,9 +359,7 @@ def last_veto(plans_made: Iterable[LayerPlan]) -> Hint:
     return Hint(plan.reason, plan.remedy)
 
 
-def _advice(
-    shown: _Part, parts: Sequence[_Part], steps: int, share: float, values: Mapping[str, Any], sampling: SamplingPass
-) -> Hint | None:
+def _advice(shown: _Part, parts: Sequence[_Part], steps: int, share: float, sampling: SamplingPass) -> Hint | None:
     """Give advice on a part of the diffusion in which something is changed."""
     own = next((part for part in parts if part.own), None)
     if own is None:

@@ -21,10 +21,11 @@ from ..eager import not_compiled
 from ..hosts import Handler, JointCall, Seam, Transformer, UnsupportedModelError
 from ..patching.finite import FiniteCheck
 from ..patching.joint import TransformerPatch
-from ..words import ascii_of
+from ..words import ascii_of, error_of_ours
 
 log = logging.getLogger("agentsd.comfy")
 
+SKIPS = "another node skips blocks"
 KEY, SLOT = "agent_attention", "optimized_attention_override"
 _WRAPPERS = ("apply_model", "sampler_sample")  # comfy.patcher_extension.WrappersMP
 # Place of the options among the arguments of `apply_model`
@@ -113,13 +114,14 @@ class CloneTransformerPatch(TransformerPatch):
 
     def answer_in(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call of the model, answering its attention."""
-        options = args[_OPTIONS] if len(args) > _OPTIONS else kwargs["transformer_options"]
-        before, self._asked = options.get(SLOT), 0
-        self.neighbour = "" if before is None else f"{before.__module__}.{getattr(before, '__qualname__', before)}"
-        self.begin_call(self._unet(), args, kwargs)
-        for image in self._images:
-            image.see(self.read_size(args, kwargs))
-        options[SLOT] = partial(self.answer, before)
+        if SKIPS in self.notes and any(rule.blocks for rule in self.config.rules):
+            return executor(*args, **kwargs)  # the host does not say which block asks
+        try:
+            options, before = self._prepare(args, kwargs)
+        except Exception as error:
+            self.end()
+            self._note_error(error)
+            return executor(*args, **kwargs)
         try:
             output = executor(*args, **kwargs)
         except BaseException:
@@ -127,11 +129,29 @@ class CloneTransformerPatch(TransformerPatch):
             raise
         finally:
             if before is None:
-                del options[SLOT]
+                options.pop(SLOT, None)
             else:
                 options[SLOT] = before
+        # a call without any attention was answered from a cache
+        if self._asked not in (0, len(self._layers)) and SKIPS not in self.notes:
+            self.note(SKIPS)
         self.end_call()
         return output
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Begin a call of the model and fill the slot; return the host's options and what was in the slot."""
+        options = args[_OPTIONS] if len(args) > _OPTIONS else kwargs["transformer_options"]
+        before, self._asked = options.get(SLOT), 0
+        self.neighbour = "" if before is None else f"{before.__module__}.{getattr(before, '__qualname__', before)}"
+        self.begin_call(self._unet(), args, kwargs)
+        for image in self._images:
+            image.see(self.last_call.latent)  # type: ignore[union-attr]
+        options[SLOT] = partial(self.answer, before)
+        return options, before
+
+    def _note_error(self, error: Exception) -> None:
+        self.note(error_of_ours(error))
+        log.debug("agent attention failed", exc_info=True)
 
     @not_compiled
     def answer(
@@ -151,20 +171,40 @@ class CloneTransformerPatch(TransformerPatch):
             return inner(q, k, v, heads, mask=mask, **kwargs)
         layer = self._layers[self._asked]
         self._asked += 1
-        apart = kwargs.pop("skip_reshape", False), kwargs.pop("skip_output_reshape", False)
+        try:
+            call = self._joint(inner, q, k, v, heads, mask, kwargs)
+        except Exception as error:
+            self._note_error(error)
+            return inner(q, k, v, heads, mask=mask, **kwargs)
+        single = layer.site.name.partition(".")[0].endswith("refiner")
+        out = call.proceed() if single else layer.answer(call)
+        try:
+            return out if kwargs.get("skip_output_reshape") else join_heads(out)
+        except Exception as error:  # who overrides attention has given it another shape
+            self._note_error(error)
+            return inner(q, k, v, heads, mask=mask, **kwargs)
+
+    def _joint(
+        self,
+        inner: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> JointCall:
+        """A call of `inner` by heads, whatever shapes the host asks for."""
+        shapes = {**kwargs, "skip_reshape": True, "skip_output_reshape": True}
 
         def compute(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-            shapes = {"skip_reshape": True, "skip_output_reshape": True}
-            return inner(q, k, v, heads, mask=attn_mask, **shapes, **kwargs)
+            return inner(q, k, v, heads, mask=attn_mask, **shapes)
 
-        if not apart[0]:
+        if not kwargs.get("skip_reshape"):
             # SD 3's values come by heads, its queries and keys do not
             q, k, v = (split_heads(x.flatten(2), heads) for x in (q, k, v))
         given = {} if mask is None else {"attn_mask": _by_rows(mask, q)}
-        single = layer.site.name.partition(".")[0].endswith("refiner")
-        call = JointCall(self.family, compute, q, k, v, given)
-        out = call.proceed() if single else layer.answer(call)
-        return out if apart[1] else join_heads(out)
+        return JointCall(self.family, compute, q, k, v, given)
 
     def describe(self) -> str:
         """Describe the last sampling."""

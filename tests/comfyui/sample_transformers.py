@@ -127,10 +127,12 @@ def check(family: str) -> dict:
     out["neighbour"], out["with neighbour"] = away(loud), away(run(both, conditioning), loud)
     out["calls"], out["calls with node"] = alone, calls[alone:]
     out["report with neighbour"] = AgentAttentionReport().report(both, None)[0]
-    try:
-        AgentAttention().apply(model, method="merge", ratio=0.4)
-    except ValueError as error:
-        out["refused"] = str(error)
+    out["refused"] = {}
+    for method in ("merge", "pool"):
+        try:
+            AgentAttention().apply(model, method=method)
+        except ValueError as error:
+            out["refused"][method] = str(error)
     return out
 
 
