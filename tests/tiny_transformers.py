@@ -94,14 +94,20 @@ class PixArtTransformer2DModel(Tiny):
         }
 
 
+# Flux, and who is built like it
+FLUX = {
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": HEAD,
+    "num_attention_heads": HEADS,
+    "joint_attention_dim": 32,
+}
+
+
 class FluxTransformer2DModel(Tiny):
     config: ClassVar = {
-        "in_channels": 4,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": HEAD,
-        "num_attention_heads": HEADS,
-        "joint_attention_dim": 32,
+        **FLUX,
         "pooled_projection_dim": 32,
         "axes_dims_rope": (4, 4, 8),
     }
@@ -119,12 +125,7 @@ class FluxTransformer2DModel(Tiny):
 
 class ChromaTransformer2DModel(FluxTransformer2DModel):
     config: ClassVar = {
-        "in_channels": 4,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": HEAD,
-        "num_attention_heads": HEADS,
-        "joint_attention_dim": 32,
+        **FLUX,
         "axes_dims_rope": (4, 4, 8),
         "approximator_num_channels": 8,
         "approximator_hidden_dim": 16,
@@ -139,12 +140,7 @@ class ChromaTransformer2DModel(FluxTransformer2DModel):
 
 class Flux2Transformer2DModel(Tiny):
     config: ClassVar = {
-        "in_channels": 4,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": HEAD,
-        "num_attention_heads": HEADS,
-        "joint_attention_dim": 32,
+        **FLUX,
         "timestep_guidance_channels": 32,
         "axes_dims_rope": (4, 4, 4, 4),
         "guidance_embeds": False,
