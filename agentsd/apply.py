@@ -42,6 +42,7 @@ def apply_patch(
             own, beside which none may be given.
         progress: maps the U-Net's timestep to the fraction of the diffusion that is done, 0–1. None: by the pipeline's
             scheduler as it is now; without one, timesteps are training steps from 1000 to 0. See `progress_of_sigma`.
+            `tune` and `compare` have another `progress`, which is told how far they are.
             Of a transformer, it is given the share of noise in thousandths, and None is linear in that.
         **settings: the settings of `AgentConfig`, which documents their meanings and ranges.
 
@@ -79,8 +80,11 @@ def patch_unet(
 ) -> Patch:
     """Patch a U-Net or transformer with a config, replacing an existing patch; see `Patch` for the arguments."""
     # may raise, before anything has been changed
-    if family_of(unet) is None:
+    family = family_of(unet)
+    if family is None:
         patch = Patch(unet, config, kv_context, progress=progress)
+    elif kv_context is not None:
+        raise UnsupportedModelError(f"kv_context is for a U-Net, got {family.model}")
     else:
         patch = TransformerPatch(unet, config, progress=progress)
     patch.install()

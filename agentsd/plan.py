@@ -9,8 +9,8 @@ vetoes leaves a layer alone:
 4. `merge_attn` is off;
 5. the method has nothing to do there, or would not pay off (`Method.plan`).
 
-What only the call itself shows (an attention that cannot be patched, a mask, a foreign context) is checked by
-`agentsd.patching.patch`. Imports no torch.
+What only the call itself shows is checked there: a mask or a foreign context by `Call.veto` (`agentsd.hosts.base`),
+an attention that cannot be patched by `agentsd.patching.layer`. Imports no torch.
 """
 
 from __future__ import annotations

@@ -86,9 +86,9 @@ class Timesteps:
         if self._told is not None:
             try:
                 progress = self._told(t)
+                return progress if progress is not None and 0 <= progress <= 1 else None
             except Exception:  # the caller's; it must not cost the image
                 return None
-            return progress if progress is not None and 0 <= progress <= 1 else None
         if not t <= self._last:  # another run; none of training steps begins at 1 or between two of the last
             self._steps = t == 0 or 2 <= t <= MAX_TIMESTEP
         self._last, self._steps = t, self._steps and 0 <= t <= MAX_TIMESTEP

@@ -280,9 +280,15 @@ class TestMemory:
         assert not torch.equal(first, second)
         kept = corrected._Scratch.kept.__dict__
         assert kept
-        monkeypatch.setattr(corrected, "_KEPT", 1000)
+        most = max(t.nbytes for t in kept.values())
+        monkeypatch.setattr(corrected, "_KEPT", most)
         corrected_attention(*smooth(40, 36), size=(40, 36), cell=(4, 4), opened=opened)
-        assert all(t.nbytes <= 1000 for t in kept.values())
+        assert 0 < sum(t.nbytes for t in kept.values()) <= most
+        monkeypatch.setattr(corrected, "_KEPT", 0)
+        monkeypatch.setattr(corrected, "value_correction", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            corrected_attention(*smooth(40, 36), size=(40, 36), cell=(4, 4), opened=opened)
+        assert not kept
 
     @torch.no_grad()
     def test_no_matrix_of_tokens_by_tokens_or_landmarks(self):

@@ -105,20 +105,19 @@ class TestConjugateSteps:
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_residual_never_grows(self, kind):
         w = weights(kind)[0, 0]
-        v_a, start = torch.randn(w.shape[0], 5), torch.randn(w.shape[1], 5)
-        residuals = torch.stack([(v_a - w @ fit_values(w, v_a, start, steps)).norm(dim=0) for steps in range(9)])
+        v_a = torch.randn(w.shape[0], 5)
+        residuals = torch.stack([(v_a - w @ fit_values(w, v_a, steps)).norm(dim=0) for steps in range(9)])
         assert residuals.isfinite().all()
         assert (residuals.diff(dim=0) <= 1e-5).all()
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_is_solved_stays(self, kind):
         w = weights(kind)[0, 0]
-        start = torch.randn(w.shape[1], 5)
-        torch.testing.assert_close(fit_values(w, w @ start, start, 8), start, **CLOSE)
+        assert not fit_values(w, torch.zeros(w.shape[0], 5), 8).any()
 
     def test_a_rectangular_fit_is_the_least_squares_solution(self):
         w, v_a = torch.randn(40, 6).softmax(-1), torch.randn(40, 3)
-        y = fit_values(w, v_a, torch.zeros(6, 3), 12)
+        y = fit_values(w, v_a, 12)
         torch.testing.assert_close(y, torch.linalg.lstsq(w, v_a).solution, rtol=1e-3, atol=1e-3)
 
 

@@ -106,6 +106,26 @@ class TestForeignCalls:
             assert torch.equal(run(unet, EXAMPLE), plain)
             assert get_patch(unet).notes
 
+    @pytest.mark.parametrize(
+        "what",
+        [
+            "patching.call.read_size",
+            "patching.call.find_timestep",
+            "patching.finite.FiniteCheck.poll",
+            "patching.layer.plan_block",
+            "attention.merging.Clusters.merge",
+        ],
+    )
+    def test_an_error_in_a_hook_costs_no_image_either(self, unet, what, monkeypatch):
+        def fail(*args, **kwargs):
+            raise RuntimeError("no such thing")
+
+        plain = run(unet, EXAMPLE)
+        monkeypatch.setattr(f"agentsd.{what}", fail)
+        with patched(unet, method="merge", merge_attn=False, merge_mlp=True, max_downsample=8):
+            assert torch.equal(run(unet, EXAMPLE), plain)
+            assert list(get_patch(unet).notes) == ["an error of ours: RuntimeError: no such thing"]
+
     def test_self_attention_answered_by_somebody_else_is_said(self, unet):
         with_self_attention(unet, lambda attn, x: attn.to_out(attn.to_v(x)))
         with patched(unet):

@@ -96,8 +96,9 @@ def test_the_caller_says_it():
     assert notes == {}
 
 
-def test_a_callback_that_fails_costs_no_image():
-    for acted, notes in halves(tiny_unet(), [900, 100], progress=lambda t: 1 / 0):
+@pytest.mark.parametrize("progress", [lambda t: 1 / 0, lambda t: "half"])
+def test_a_callback_that_fails_costs_no_image(progress):
+    for acted, notes in halves(tiny_unet(), [900, 100], progress=progress):
         assert not any(acted)
         assert list(notes.values()) == [2]
 

@@ -1,5 +1,7 @@
 """No black image on our account: where the first answers are not finite, the host makes the rest of the pass."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from blocks import inputs, run
@@ -8,7 +10,7 @@ from patching import EXAMPLE, GOLDEN
 
 from agentsd import get_patch, patched
 from agentsd.methods import method_named
-from agentsd.patching.finite import NOTE
+from agentsd.patching.finite import NOTE, FiniteCheck
 
 
 @pytest.fixture
@@ -64,3 +66,16 @@ def test_only_the_first_answers_are_looked_at(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: looked.append(self))
         run(GOLDEN, EXAMPLE)
         assert not looked
+
+
+def test_a_device_without_events_is_read_at_once(monkeypatch):
+    class Bad:
+        device = SimpleNamespace(type="privateuseone")  # DirectML's
+
+        def any(self):
+            return self
+
+    check = FiniteCheck()
+    check._bad.append(None)
+    monkeypatch.setattr(torch, "stack", lambda bad: Bad())
+    assert check.poll()

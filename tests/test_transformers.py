@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
-from agentsd import Rule, get_patch
+from agentsd import AgentConfig, Rule, get_patch
 from agentsd.attention.corrected import corrected_attention
 from agentsd.checks import SettingError
-from agentsd.hosts import UnsupportedModelError, find_sites, find_unet
+from agentsd.hosts import UnsupportedModelError, family_of, find_sites, find_unet
 from agentsd.methods import LayerPlan, register, unregister
 from agentsd.methods.corrected import Corrected
 
@@ -306,6 +307,34 @@ def test_tuning_and_unknown_transformers_are_refused():
         agentsd.apply_patch(model, tuning="")
     with pytest.raises(UnsupportedModelError, match=r"FluxTransformer2DModel.*got Linear"):
         agentsd.apply_patch(torch.nn.Linear(2, 2), **CORRECTED)
+    with pytest.raises(UnsupportedModelError, match="kv_context is for a U-Net"):
+        agentsd.patch_unet(model, AgentConfig(**CORRECTED), lambda attn, x: (x, x))
+    assert get_patch(model) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("FluxTransformer2DModel", {}),
+        ("QwenImageTransformer2DModel", {}),
+        ("QwenImageTransformer2DModel", {"img_shapes": [[]]}),
+        ("ZImageTransformer2DModel", {}),
+        ("ZImageTransformer2DModel", {"x": []}),
+        ("ZImageTransformer2DModel", {"x": [torch.zeros(3)]}),
+    ],
+)
+def test_odd_calls_have_no_grid(family, given):
+    assert family_of(TINY[family].make()).read_grid(TINY[family].make(), (), given) is None
+
+
+def test_a_patch_that_is_removed_meanwhile_answers_to_the_end():
+    tiny = TINY["SD3Transformer2DModel"]
+    model, given = tiny.make(), tiny.call(*SIZE)
+    agentsd.apply_patch(model, **CORRECTED)
+    expected = run(model, given)
+    attn = model.transformer_blocks[0].attn
+    attn.to_q.register_forward_hook(lambda *call: setattr(attn.processor, "handler", None))
+    assert torch.equal(run(model, given), expected)
 
 
 # What diffusers does beside it
@@ -382,12 +411,21 @@ def test_a_cache_of_blocks_works_beside_it():
     assert torch.equal(run(model, given), expected)
 
 
-def test_a_copy_has_a_patch_of_its_own():
-    tiny = TINY["SD3Transformer2DModel"]
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_a_copy_has_a_patch_of_its_own(family, copied):
+    tiny = TINY[family]
     model, given = tiny.make(), tiny.call(*SIZE)
     plain = run(model, given)
     agentsd.apply_patch(model, **CORRECTED)
-    patched, twin = run(model, given), copy.deepcopy(model)
+    patched, twin = run(model, given), copied(model)
     agentsd.remove_patch(model)
     assert torch.equal(run(twin, given), patched)
     agentsd.remove_patch(twin)

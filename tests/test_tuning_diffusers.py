@@ -92,6 +92,14 @@ def test_a_lora_is_seen_fused_or_not(fused):
     assert agree(beside, adapters_of(unet))
 
 
+def test_an_adapter_that_is_no_lora_costs_no_tuning():
+    peft = pytest.importorskip("peft")
+    unet = tiny_unet()
+    before = adapters_of(unet)
+    unet.add_adapter(peft.LoHaConfig(r=2, target_modules=["to_q"]))
+    assert agree(before, adapters_of(unet))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_model_is_tuned_and_takes_the_tuning_of_the_one_it_was(every_gain_counts, bits):
     quantization = pytest.importorskip("torchao.quantization")

@@ -27,8 +27,8 @@ MISSED = 1 / 2
 EVEN = 32
 # Bytes of a matrix at a time: what the CPU's cache holds, and what other devices spare.
 _CACHED, _SPARED = 4 * 2**20, 64 * 2**20
-# Bytes of each piece of memory that the CPU keeps from call to call, at most.
-_KEPT = 8 * 2**20
+# Bytes that each thread keeps on the CPU from call to call, at most.
+_KEPT = 16 * 2**20
 
 
 def corrected_attention(
@@ -74,19 +74,20 @@ def corrected_attention(
     given = (q, k, v, *(text or ()))
     at = _layout(q, size, cell, opened, text[0].shape[2] if text else 0)
     scratch = _Scratch(given)
-    (B, H, N, d), (rows, heads), out = q.shape, scratch.pairs(q), None
-    with no_autocast(q.device.type):
-        if (rows, heads) == (B, H):
-            out = _attend(at, scratch, *given)
-        else:
+    (B, H, N, d), (rows, heads) = q.shape, scratch.pairs(q)
+    try:
+        with no_autocast(q.device.type):
+            if (rows, heads) == (B, H):
+                return _attend(at, scratch, *given)
             out = q.new_empty(B, N, H, d).transpose(1, 2)
             for b in range(0, B, rows):
                 for h in range(0, H, heads):
                     piece = slice(b, b + rows), slice(h, h + heads)
                     out[piece] = _attend(at, scratch, *(t[piece] for t in given))
-    if scratch.keeps:
-        scratch.release()
-    return out
+            return out
+    finally:
+        if scratch.keeps:
+            scratch.release()
 
 
 def _attend(at: _Layout, scratch: _Scratch, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
@@ -235,9 +236,12 @@ class _Scratch:
         return kept[name][:size].view(shape)
 
     def release(self) -> None:
-        """Keep what is small."""
-        for name in [name for name, t in self.kept.__dict__.items() if t.nbytes > _KEPT]:
-            del self.kept.__dict__[name]
+        """Keep the smallest pieces, as many as there is room for."""
+        kept, held = self.kept.__dict__, 0
+        for name in sorted(kept, key=lambda name: kept[name].nbytes):
+            held += kept[name].nbytes
+            if held > _KEPT:
+                del kept[name]
 
     def single(self, name: str, t: Tensor) -> Tensor:
         """Convert to float32."""

@@ -32,7 +32,7 @@ def value_correction(w: Tensor, r: Tensor, squares: Tensor) -> Tensor:
         steps take its place.
     """
     if not has_cholesky(w.device.type):
-        return _bounded(fit_values(w, r, r.new_zeros(*w.shape[:-2], w.shape[-1], r.shape[-1]), FIT_STEPS), r)
+        return _bounded(fit_values(w, r, FIT_STEPS), r)
     gram = w @ w.mT
     penalty = torch.addcmul(squares, squares, squares, value=GROWTH / w.shape[-2])
     gram.diagonal(dim1=-2, dim2=-1).add_(penalty[..., None], alpha=MU / w.shape[-2])
@@ -47,8 +47,8 @@ def cast_within_range(dtype: torch.dtype, y: Tensor) -> Tensor:
     return y.nan_to_num() if dtype == torch.float16 else y
 
 
-def fit_values(w: Tensor, v_a: Tensor, y: Tensor, steps: int) -> Tensor:
-    """Minimise ‖W Y − V_A‖² from Y by `steps` conjugate directions, for every column (channel) separately.
+def fit_values(w: Tensor, v_a: Tensor, steps: int) -> Tensor:
+    """Minimise ‖W Y − V_A‖² from Y = 0 by `steps` conjugate directions, for every column (channel) separately.
 
     The directions are those of conjugate gradients on the least-squares problem (CGLS). Each image W p is explicitly
     orthogonalised against all earlier ones: by the recursion alone, rounding errors grow a thousandfold within six
@@ -58,13 +58,12 @@ def fit_values(w: Tensor, v_a: Tensor, y: Tensor, steps: int) -> Tensor:
     Args:
         w: (..., m, n).
         v_a: (..., m, d).
-        y: start of the fit (..., n, d).
         steps: number of steps, at least 0.
 
     Returns:
         The fitted values (..., n, d).
     """
-    residual = v_a - w @ y
+    y, residual = v_a.new_zeros(*w.shape[:-2], w.shape[-1], v_a.shape[-1]), v_a
     directions: list[tuple[Tensor, ...]] = []
     for _ in range(steps):
         p = w.mT @ residual

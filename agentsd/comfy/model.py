@@ -28,7 +28,6 @@ from ..hosts import Call, find_unet, read_size
 from ..methods import SelfAttention
 from ..patching.call import Planned
 from ..patching.closeness import Watch
-from ..patching.finite import FiniteCheck
 from ..patching.layer import Answerer, Layer
 from ..patching.patch import Patch
 from ..plan import plan_block
@@ -36,7 +35,7 @@ from ..schedule import Timesteps
 from ..settings import to_config
 from ..settings.tunings import FIRST
 from ..tuning.result import Tuning
-from ..words import ascii_of
+from ..words import ascii_of, error_of_ours
 
 log = logging.getLogger("agentsd.comfy")
 
@@ -88,7 +87,7 @@ class Slot(Program):
     def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a sampling of the host; by then it has loaded the model, with what other nodes do to its weights."""
         self.last, self._sampling = PassReport(name="sampling"), _sampling(args)
-        self.patch.begin_sampling()
+        self.patch.restart_report()
         try:
             return executor(*args, **kwargs)
         finally:
@@ -123,7 +122,7 @@ class Slot(Program):
             return made
         except Exception as error:  # an error of ours costs no image
             log.debug("nothing could be decided", exc_info=True)
-            return Decision(sampling, reason=Hint(f"an error of ours: {type(error).__name__}: {error}"), refused=True)
+            return Decision(sampling, reason=Hint(error_of_ours(error)), refused=True)
 
     def decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
         """Decide what is done in a sampling, given the arguments of its first U-Net call."""
@@ -232,14 +231,6 @@ class ClonePatch(Patch):
     def blocks(self) -> list[tuple[str, int]]:
         """List the parts of the U-Net that have transformer blocks, by the host's names."""
         return list(dict.fromkeys(block for block, _ in self._at))
-
-    def begin_sampling(self) -> None:
-        """Start the counts of a report."""
-        self.notes.clear()
-        self.finite = FiniteCheck()
-        self._note_idle_rules()
-        for layer in self._layers:
-            layer.calls.clear()
 
     def end_call(self) -> None:
         """Note the blocks where somebody else has answered in our place."""

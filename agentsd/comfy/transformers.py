@@ -19,9 +19,8 @@ from ..attention.tensors import join_heads, split_heads
 from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Handler, JointCall, Seam, Transformer, UnsupportedModelError
-from ..patching.finite import FiniteCheck
 from ..patching.joint import TransformerPatch
-from ..words import ascii_of, error_of_ours
+from ..words import ascii_of
 
 log = logging.getLogger("agentsd.comfy")
 
@@ -104,14 +103,6 @@ class CloneTransformerPatch(TransformerPatch):
     def find_timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return 1000 * args[1]  # σ of the flow
 
-    def begin_sampling(self) -> None:
-        """Start the counts of a report."""
-        self.notes.clear()
-        self.finite = FiniteCheck()
-        self._note_idle_rules()
-        for layer in self._layers:
-            layer.calls.clear()
-
     def answer_in(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call of the model, answering its attention."""
         if SKIPS in self.notes and any(rule.blocks for rule in self.config.rules):
@@ -120,7 +111,7 @@ class CloneTransformerPatch(TransformerPatch):
             options, before = self._prepare(args, kwargs)
         except Exception as error:
             self.end()
-            self._note_error(error)
+            self.note_error(error)
             return executor(*args, **kwargs)
         try:
             output = executor(*args, **kwargs)
@@ -149,10 +140,6 @@ class CloneTransformerPatch(TransformerPatch):
         options[SLOT] = partial(self.answer, before)
         return options, before
 
-    def _note_error(self, error: Exception) -> None:
-        self.note(error_of_ours(error))
-        log.debug("agent attention failed", exc_info=True)
-
     @not_compiled
     def answer(
         self,
@@ -174,14 +161,14 @@ class CloneTransformerPatch(TransformerPatch):
         try:
             call = self._joint(inner, q, k, v, heads, mask, kwargs)
         except Exception as error:
-            self._note_error(error)
+            self.note_error(error)
             return inner(q, k, v, heads, mask=mask, **kwargs)
         single = layer.site.name.partition(".")[0].endswith("refiner")
         out = call.proceed() if single else layer.answer(call)
         try:
             return out if kwargs.get("skip_output_reshape") else join_heads(out)
         except Exception as error:  # who overrides attention has given it another shape
-            self._note_error(error)
+            self.note_error(error)
             return inner(q, k, v, heads, mask=mask, **kwargs)
 
     def _joint(
@@ -249,7 +236,7 @@ def attach_transformer(model: Any, config: AgentConfig, hints: Sequence[str] = (
         return patch.answer_in(executor, args, kwargs)
 
     def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        patch.begin_sampling()
+        patch.restart_report()
         try:
             return executor(*args, **kwargs)
         finally:

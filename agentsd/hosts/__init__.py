@@ -1,4 +1,4 @@
-"""Host models: their U-Nets, blocks and calls. Each family of models is one file of this folder."""
+"""Host models: their blocks and calls. Each family of U-Nets is one file here; transformers are all in one."""
 
 from .arguments import find_timestep, output_tensor, read_size, read_timestep, read_tokens
 from .base import Call, Handler, Seam, UnsupportedModelError, weight_of

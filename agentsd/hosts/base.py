@@ -1,7 +1,8 @@
 """Interface of a host: a family of models whose U-Nets share classes and call signatures.
 
-A host is one file in this folder: a subclass of `Host`, listed in `agentsd.hosts.families.HOSTS`. No other file of the
-core knows a host's class names, call signatures or dtypes.
+A host is one file in this folder: a subclass of `Host`, listed in `agentsd.hosts.families.HOSTS`. Transformers are one
+`Transformer` a family, all in `transformers.py`. No other file of the core knows their class names, call signatures or
+dtypes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 
 class UnsupportedModelError(ValueError):
-    """The model has no Stable Diffusion U-Net, or its U-Net has no transformer block to patch."""
+    """The model has neither a Stable Diffusion U-Net with transformer blocks to patch nor a known transformer."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Finding a model's U-Net and its transformer blocks."""
+"""Finding a model's U-Net and its transformer blocks, or its transformer and the attentions in it."""
 
 from __future__ import annotations
 

@@ -45,15 +45,18 @@ def _latent_grid(model: Any, given: Arguments) -> Grid | None:
 
 def _listed_grid(model: nn.Module, given: Arguments) -> Grid | None:
     """That of Z-Image's list of latents (C, frames, height, width)."""
-    x = given.get("x")
-    if not all(isinstance(each, Tensor) and each.shape == x[0].shape for each in x) or x[0].shape[1] != 1:
+    x = given.get("x") or [None]
+    alike = all(isinstance(each, Tensor) and each.dim() == 4 and each.shape == x[0].shape for each in x)
+    if not alike or x[0].shape[1] != 1:
         return None
     return Grid(*x[0].shape[2:]).patches(given.get("patch_size") or 2)
 
 
 def _shapes_grid(model: nn.Module, given: Arguments) -> Grid | None:
     """That of Qwen-Image's `img_shapes`: (frames, height, width) of each image, by row of the batch."""
-    shapes = [each if isinstance(each, list) else [each] for each in given["img_shapes"]]
+    shapes = [each if isinstance(each, list) else [each] for each in given.get("img_shapes") or ()]
+    if not shapes or not shapes[0]:
+        return None
     first = shapes[0][0]
     return Grid(*first[1:]) if all(each == [first] for each in shapes) and first[0] == 1 else None
 
@@ -61,11 +64,15 @@ def _shapes_grid(model: nn.Module, given: Arguments) -> Grid | None:
 class _IdsGrid:
     """That of Flux's `img_ids` (N, axes): row and column of each token. A pass has one tensor of them, read once."""
 
-    def __init__(self) -> None:
-        self._read: tuple[Callable[[], Any], Grid | None] = (lambda: None), None
+    _read: tuple[Callable[[], Any], Grid | None] = (lambda: None), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a weak reference can't be pickled
 
     def __call__(self, model: nn.Module, given: Arguments) -> Grid | None:
-        ids, (known, grid) = given["img_ids"], self._read
+        ids, (known, grid) = given.get("img_ids"), self._read
+        if ids is None:
+            return None
         if known() is not ids:
             grid = _raster(ids[0] if ids.dim() == 3 else ids)
             self._read = weakref.ref(ids), grid
@@ -228,19 +235,20 @@ class JointProcessor(Processor):
     def answer(self, attn: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the host's processor."""
         parallel = getattr(self.previous, "_parallel_config", None) is not None
-        wanted = None if parallel or self.handler is None else self.wants()
+        handler = self.handler  # which another thread may remove meanwhile
+        wanted = None if parallel or handler is None else self.wants()
         if not wanted:
             return self.previous(attn, hidden_states, *args, **kwargs)
-        with _Listening(self, wanted):
+        with _Listening(self, handler, wanted):
             return self.native(attn, hidden_states, *args, **kwargs)
 
-    def attend(self, wanted: Any, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
-        """Answer a call of `F.scaled_dot_product_attention`."""
+    def attend(self, handler: Handler, wanted: Any, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+        """Have `handler` answer a call of `F.scaled_dot_product_attention`."""
         if query.shape[-2] != key.shape[-2]:  # an IP-Adapter's keys, say
             return self.compute(query, key, value, **given)
         call = JointCall(self.family, self.compute, query, key, value, given)
         call.wanted = wanted
-        return self.handler(call)
+        return handler(call)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
         """Full attention (B, H, M, d), by what the user chose."""
@@ -257,14 +265,14 @@ class _Listening(TorchFunctionMode):
 
     _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
-    def __init__(self, processor: JointProcessor, wanted: Any) -> None:
+    def __init__(self, processor: JointProcessor, handler: Handler, wanted: Any) -> None:
         super().__init__()
-        self.processor, self.wanted = processor, wanted
+        self.processor, self.handler, self.wanted = processor, handler, wanted
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is SDPA:
             given = {**dict(zip(self._NAMES, args, strict=False)), **(kwargs or {})}
-            return self.processor.attend(self.wanted, **given)
+            return self.processor.attend(self.handler, self.wanted, **given)
         if func is Tensor.unflatten:  # whose call of its base class the compiler does not follow
             func = torch.unflatten
         return func(*args, **(kwargs or {}))

@@ -28,8 +28,8 @@ class Corrected(Method):
     takes_text = True
     tuned_from = MIN_AGENTS_TUNED
     candidates = tuple(  # cells of 8×8, 4×4 and 2×2
-        {"agent_ratio": cells, "exact_ratio": exact}
-        for cells in (0.98, 0.95, 0.75)
+        {"agent_ratio": ratio, "exact_ratio": exact}
+        for ratio in (0.98, 0.95, 0.75)
         for exact in (0.0, 0.04, 0.08, 0.14, 0.25, 0.4)
     )
 

@@ -24,6 +24,7 @@ from ..config import AgentConfig
 from ..hosts import find_timestep, read_size, read_timestep
 from ..methods import LayerPlan
 from ..schedule import Timesteps
+from ..words import error_of_ours
 from .finite import FiniteCheck
 
 if TYPE_CHECKING:
@@ -209,6 +210,11 @@ class PatchState:
         with COUNTING:
             self.notes[reason] += 1
         self.say_once(reason, f"self-attention left to the host: {reason}{detail and f' ({detail})'}")
+
+    def note_error(self, error: Exception, where: str = "a call of the model") -> None:
+        """Note an error that is being handled: a bug of ours must never cost the user an image."""
+        self.note(error_of_ours(error))
+        log.debug("agent attention failed in %s", where, exc_info=True)
 
     def say_once(self, what: str, text: str = "") -> None:
         """Log `text`, or `what` without one, unless `what` was said before."""

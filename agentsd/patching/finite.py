@@ -54,11 +54,12 @@ class FiniteCheck:
             return self.failed  # a CUDA graph has no room for what is read
         if self._bad:
             bad, self._bad = torch.stack(self._bad).any(), []
-            if bad.device.type == "cpu":
+            event = getattr(getattr(torch, bad.device.type, None), "Event", None)
+            if bad.device.type == "cpu" or event is None:  # DirectML has none
                 self.failed |= bool(bad)
             else:
                 self._sent = bad.to("cpu", non_blocking=True)
-                self._arrived = getattr(torch, bad.device.type).Event()
+                self._arrived = event()
                 self._arrived.record()
         if self._arrived is not None and self._arrived.query():
             self._arrived = None

@@ -121,9 +121,10 @@ def _check(settings: AgentConfig, family: Transformer) -> None:
 
 
 class JointAnswerer(Answerer):
-    """Answers from queries, keys and values, with the kernel that the user chose for what is attended to in full."""
+    """Answers from queries, keys and values.
 
-    clusters_first = False
+    Outside of graphs, the kernel that the user chose computes text's attention, and the image's except by `corrected`.
+    """
 
     def answer(  # type: ignore[override]
         self, layer: Layer, host: JointCall, planned: Planned, matching: Matching | None, watch: Watch | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,8 +21,6 @@ from ..methods import UNTOUCHED, LayerPlan, SelfAttention
 from ..plan import deepest_level, merged_tokens, plan_block
 from .call import COUNTING, UNPLANNED, Answer, BlockCall, ModelCall, PatchState, Planned
 from .closeness import Watch
-
-log = logging.getLogger("agentsd")
 
 # Levels of a U-Net, and those that something which shrinks the latent on the way may lead to
 _LEVELS = (1, 2, 4, 8, 16, 32)
@@ -100,15 +97,24 @@ class Image:
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the size of the tokens for this U-Net call; the module's pre-hook."""
         if not compiling():
-            self.see(self.patch.read_size(args, kwargs))
+            self.read(args, kwargs)
         elif self.patch.sized_outside or self.patch.stays_outside:
-            self._look_outside_graph(args, kwargs)
+            self._read_outside_graph(args, kwargs)
         else:
             self._foresee(self.patch.read_size(args, kwargs))
 
     @not_compiled
-    def _look_outside_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.see(self.patch.read_size(args, kwargs))
+    def _read_outside_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.read(args, kwargs)
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the size of the tokens that the module's arguments tell."""
+        try:
+            size = self.patch.read_size(args, kwargs)
+        except Exception as error:
+            self.patch.note_error(error)
+            size = None
+        self.see(size)
 
     def see(self, size: tuple[int, int] | None) -> None:
         """Keep the size of the tokens for this U-Net call."""
@@ -139,7 +145,12 @@ class Image:
             return dict.fromkeys(self.layers, UNPLANNED)
         key = (call.part, call.latent, size)
         if key not in self._plans:
-            self._plans[key] = {layer: _planned(layer.answerer.plan(layer, call, size), size) for layer in self.layers}
+            try:
+                plans = {layer: _planned(layer.answerer.plan(layer, call, size), size) for layer in self.layers}
+            except Exception as error:
+                self.patch.note_error(error)
+                return dict.fromkeys(self.layers, UNPLANNED)
+            self._plans[key] = plans
         return self._plans[key]
 
 
@@ -363,9 +374,7 @@ class Layer:
         return ours() if timing is None else timing.time(self.site.name, part, ours, host, device)
 
     def _note_error(self, error: Exception) -> None:
-        """Note an error that is being handled: a bug of ours must never cost the user an image."""
-        self.patch.note(f"an error of ours: {type(error).__name__}: {error}")
-        log.debug("agent attention failed in %s", self.site.name, exc_info=True)
+        self.patch.note_error(error, self.site.name)
 
     # Hooks that merge tokens before cross-attention or the feed-forward layer, and unmerge them after it
 
@@ -377,8 +386,13 @@ class Layer:
             return None
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != matching.shape:
             return None
+        try:
+            merged = matching.merged.merge(x)
+        except Exception as error:  # too little memory, say
+            self._note_error(error)
+            return None
         block.merged = {**(block.merged or {}), switch: (matching.merged, x)}
-        return (matching.merged.merge(x), *args[1:]), kwargs
+        return (merged, *args[1:]), kwargs
 
     @not_compiled
     def _unmerge(

@@ -112,6 +112,14 @@ class Patch(PatchState):
         while self.end() is not None:  # calls that were interrupted
             pass
 
+    def restart_report(self) -> None:
+        """Start the counts of a report, and the look at the first answers, anew."""
+        self.notes.clear()
+        self.finite = FiniteCheck()
+        self._note_idle_rules()
+        for layer in self._layers:
+            layer.calls.clear()
+
     def report(self) -> list[LayerReport]:
         """Report what was done to each block so far, in U-Net order."""
         return [layer.report() for layer in self._layers]
@@ -176,9 +184,13 @@ class Patch(PatchState):
         self.begin_call(unet, args, kwargs)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latent = self.read_size(args, kwargs)
-        call = ModelCall(self, latent and Grid(*latent), self.find_timestep(args, kwargs))
-        call.active = call.active and not self._failed(call) and (not self._timed or self._enter_part(call))
+        try:
+            latent = self.read_size(args, kwargs)
+            call = ModelCall(self, latent and Grid(*latent), self.find_timestep(args, kwargs))
+            call.active = call.active and not self._failed(call) and (not self._timed or self._enter_part(call))
+        except Exception as error:
+            self.note_error(error)
+            call = ModelCall(self, None)
         self.key = f"{call.latent.height} {call.latent.width} {call.part}" if call.active else None
         call.watch = self.meter and self.meter.next_call()
         self.begin(call)

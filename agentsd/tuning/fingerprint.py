@@ -59,7 +59,7 @@ def _effective(linear: Any) -> Any:
     weight = getattr(linear, "weight", None)
     if not _readable(weight) or getattr(linear, "merged", False):
         return weight
-    names = [name for name in getattr(linear, "active_adapters", ()) if name in linear.lora_A]
+    names = [name for name in getattr(linear, "active_adapters", ()) if name in getattr(linear, "lora_A", ())]
     return sum((linear.get_delta_weight(name) for name in names), weight.data)
 
 

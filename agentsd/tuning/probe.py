@@ -25,6 +25,7 @@ from ..patching.closeness import Watch
 from ..patching.layer import Answerer, Layer
 from ..patching.patch import Patch, patch_of
 from ..plan import merged_tokens, plan_block
+from ..words import error_of_ours
 
 FULL = 0
 # Time, full attention = 1, above which a candidate is not tried again.
@@ -123,7 +124,7 @@ class _Trying(Answerer):
                     trial()  # the first time, kernels are loaded and tables are made
                 out, spent = timed(trial, host.x.device)
             except RuntimeError as failure:  # too little memory, say; what was not tried here is not chosen here
-                probe.note(f"an error of ours: {failure}")
+                probe.note(error_of_ours(failure))
                 continue
             probe.ratios[trials.kind, k].append(spent / max(seconds, 1e-12))
             trials.errors[-1][k] = norm(out.float() - full.float()) / max(probe.streams[name], 1e-12)

@@ -43,7 +43,7 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
     Args:
         model: as for `apply_patch`.
         moments: number of timesteps, 1–100.
-        progress: as for `apply_patch`.
+        progress: as for `apply_patch`, not as for `tune`: it maps timesteps.
 
     Yields:
         The list of (args, kwargs), in the order of the diffusion; filled when the block ends, even by an error.

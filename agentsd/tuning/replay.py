@@ -179,7 +179,7 @@ def compare(
 
     Args:
         configs: the settings, by names of the caller's, which those of what is returned are.
-        model, calls, progress, kv_context, clock: as for `agentsd.tune`.
+        model, calls, progress, kv_context, clock: as for `agentsd.tune`; this `progress` is told how far it is.
     """
     replay = Replay(find_unet(model), calls, progress, kv_context, clock)
     replay.total = comparing_takes(replay, configs)

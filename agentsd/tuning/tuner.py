@@ -64,7 +64,8 @@ def tune(
             `agentsd.record_calls`.
         tolerance: upper limit on ‖out − full‖ / ‖full‖ of the U-Net's output, above 0 and at most 1.
         methods: what to try: names of methods, or settings as in `agentsd.Rule`; None for all methods.
-        progress: called with (done, total, text) before each U-Net call. Tuning stops if it returns False.
+        progress: called with (done, total, text) before each U-Net call. Tuning stops if it returns False. Not
+            the `progress` of `apply_patch` and `record_calls`, which maps timesteps.
         kv_context: as for `agentsd.Patch`.
         clock: measures seconds.
         conditions: what the calls were made under, by name, such as {"lora": "detail 0.8"}; kept in the tuning.
