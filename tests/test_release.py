@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
@@ -57,14 +59,37 @@ class TestWheel:
         assert f"Version: {agentsd.__version__}" in metadata
         assert {"diffusers", "playground"} == set(re.findall(r"Provides-Extra: (\w+)", metadata))
 
-    def test_its_command_runs_where_it_is_installed(self, wheel, tmp_path):
-        options = ("--no-deps", "--no-index", "--no-compile", "--quiet", "--target", str(tmp_path))
-        run(sys.executable, "-m", "pip", "install", *options, str(wheel))
-        code = "import agentsd, sys; from agentsd.cli import main; print(agentsd.__file__); main(['--version'])"
-        given = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}}
-        said = run(sys.executable, "-c", code, **given).splitlines()
-        assert said == [str(tmp_path / "agentsd/__init__.py"), f"agentsd {agentsd.__version__}"]
-        assert (tmp_path / "bin/agentsd").exists()
+    def test_it_runs_where_only_what_it_requires_is_installed(self, wheel, tmp_path):
+        bare, scripts = tmp_path / "bare", "Scripts" if os.name == "nt" else "bin"
+        venv.create(bare)
+        (site,) = bare.rglob("site-packages")
+        for found in required("torch", "einops"):
+            for name in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+                (site / name).symlink_to(found.locate_file(name))
+        python, command = (str(bare / scripts / name) for name in ("python", "agentsd"))
+        options = ("--no-deps", "--no-index", "--no-compile", "--quiet", "--disable-pip-version-check")
+        run(sys.executable, "-m", "pip", "--python", python, "install", *options, str(wheel))
+        given = {"cwd": tmp_path, "env": {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}}
+        assert run(python, "-c", "import agentsd; print(agentsd.__file__)", **given).startswith(str(site))
+        assert run(command, "--version", **given) == f"agentsd {agentsd.__version__}\n"
+        assert "playground" in run(command, "--help", **given)
+        without = subprocess.run((command, "info"), capture_output=True, text=True, **given)
+        assert (without.returncode, without.stderr.splitlines()[-1]) == (
+            1,
+            "agentsd: error: info needs PIL: pip install 'agentsd[diffusers]' brings it",
+        )
+
+
+def required(*names: str) -> list[Distribution]:
+    """Installed packages, and those that they require."""
+    found: dict[str, Distribution] = {}
+    wanted = list(names)
+    while wanted:
+        name = re.match(r"[\w.-]+", wanted.pop())[0].lower()
+        if name not in found:
+            found[name] = distribution(name)
+            wanted += [line for line in found[name].requires or () if ";" not in line]
+    return list(found.values())
 
 
 @pytest.fixture(scope="module")

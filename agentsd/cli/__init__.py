@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except CommandError as error:
         told = str(error)
+    except ModuleNotFoundError as error:
+        told = f"{args.command} needs {error.name}: pip install 'agentsd[diffusers]' brings it"
     except Exception as error:  # from a library: its message is enough for most users
         if args.debug:
             raise

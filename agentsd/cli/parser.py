@@ -11,7 +11,6 @@ from .. import __version__
 from ..checks import SettingError
 from ..methods import METHODS
 from ..settings import check, to_config
-from . import commands
 from .options import ROWS, TOLERANCE, axis, option_name, reader, real, size, whole
 
 _SEED = {"type": whole("seed", 0, 2**63 - 1), "default": 0, "help": "seed of the picture (default: 0)"}
@@ -55,22 +54,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"agentsd {__version__}")
     subs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    add = _command(subs, "generate", commands.generate, "draw a picture with agent attention", "PROMPT ")
+    add = _command(subs, "generate", "draw a picture with agent attention", "PROMPT ")
     _picture_options(add)
     add("--off", action="store_true", help="draw the picture without agent attention")
 
     with_and_without = "draw a picture with and without agent attention, side by side"
-    add = _command(subs, "compare", commands.compare, with_and_without, "PROMPT ")
+    add = _command(subs, "compare", with_and_without, "PROMPT ")
     _picture_options(add)
 
-    add = _command(subs, "sweep", commands.sweep, "draw a picture over ranges of one or two settings", "PROMPT ")
+    add = _command(subs, "sweep", "draw a picture over ranges of one or two settings", "PROMPT ")
     _picture_options(add, "FOLDER", "folder to write to")
     ranges = "SETTING=VALUES: values separated by commas, or FIRST:LAST:STEP; settings are named like the options below"
     add("--x", type=axis, required=True, metavar="SETTING=VALUES", help=f"the columns, as {ranges}")
     add("--y", type=axis, metavar="SETTING=VALUES", help="the rows, in the same form; may be left out")
 
     fastest = "find the fastest settings of each layer within a tolerance"
-    add = _command(subs, "tune", commands.tune, fastest, settings=False)
+    add = _command(subs, "tune", fastest, settings=False)
     prompts = "prompts of the pictures to tune on (default: some of the model's)"
     add("--prompt", nargs="+", metavar="PROMPT", help=prompts)
     _model_options(add)
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", **_QUIET)
 
     layers = "show which layers of a model would be patched, and what that saves"
-    add = _command(subs, "info", commands.info, layers, "[MODEL] ")
+    add = _command(subs, "info", layers, "[MODEL] ")
     add("model", nargs="?", default="embedded", metavar="MODEL", help=_MODEL)
     add("--size", type=size, nargs="+", metavar="SIZE", help="picture sizes in pixels, such as 512 or 768x512")
     add("--layers", action="store_true", help="list every layer by its name")
@@ -90,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tuning", **_TUNING)
     add("--download", **_DOWNLOAD)
 
-    add = _command(subs, "demo", commands.demo, "draw a sheet of pictures with and without agent attention")
+    add = _command(subs, "demo", "draw a sheet of pictures with and without agent attention")
     add("--out", metavar="FOLDER", default="outputs/demo", help="where to put it (default: %(default)s)")
     add("--steps", type=whole("steps", 1, 1000), default=20, help="sampling steps (default: 20)")
     add("--prompts", type=whole("prompts", 1, 100), default=6, help="number of prompts (default: 6)")
@@ -98,25 +97,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", **_QUIET)
 
     page = "serve a page with the WebUI's panel, to this machine only"
-    add = _command(subs, "playground", _playground, page, settings=False)
+    add = _command(subs, "playground", page, settings=False)
     add("--port", type=whole("port", 0, 65535), default=7860, help="port (default: 7860, or a free one)")
     add("--open", action="store_true", help="open the page in the browser")
     return parser
 
 
-def _playground(args: argparse.Namespace) -> None:
-    from .playground import serve  # needs gradio
+def _run(args: argparse.Namespace) -> None:
+    if args.command == "playground":
+        from .playground import serve  # needs gradio
 
-    serve(args.port, args.open)
+        return serve(args.port, args.open)
+    from . import commands  # needs Pillow, and mostly diffusers
+
+    return getattr(commands, args.command)(args)
 
 
-def _command(
-    subs: Any, name: str, run: Callable[..., Any], text: str, arguments: str = "", settings: bool = True
-) -> Callable[..., Any]:
+def _command(subs: Any, name: str, text: str, arguments: str = "", settings: bool = True) -> Callable[..., Any]:
     """Add a command; returns what adds its options, before those of agent attention."""
     usage = f"python -m agentsd {name} {arguments}[options]"
     sub = subs.add_parser(name, help=text, usage=usage, description=f"{text[0].upper()}{text[1:]}.")
-    sub.set_defaults(run=run, parser=sub, download=False)
+    sub.set_defaults(run=_run, parser=sub, download=False)
     sub.add_argument("--debug", action="store_true", help="show where an error came from")
     if settings:
         group = sub.add_argument_group("agent attention", "the settings of the WebUI's panel, with its defaults")
