@@ -15,7 +15,8 @@ from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, r
 from torch import Tensor, nn
 
 from agentsd import get_patch, patched
-from agentsd.hosts import example_call, output_tensor
+from agentsd.hosts import output_tensor, weight_of
+from agentsd.schedule import timestep_at
 
 EXAMPLE = inputs(2, 12, 12)
 CHANGED = 1e-2  # what patching changes at least, in an output of about 1
@@ -34,15 +35,31 @@ def diffusers_unet(name: str, **layout: Any) -> nn.Module:
 UNETS = {"LDM": lambda: copy.deepcopy(GOLDEN), "diffusers": lambda: diffusers_unet("tiny_unet")}
 
 
+def example_call(unet: Any, height: int, width: int, progress: float, rows: int = 2) -> Any:
+    """(args, kwargs) of a call of any host's U-Net on noise, the same every time; `rows` are those of its batch."""
+    generator, weight, more = torch.Generator().manual_seed(0), weight_of(unet), {}
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(rows, *shape, generator=generator).to(weight)
+
+    prompt = noise(77, next(m for name, m in unet.named_modules() if name.endswith("attn2.to_k")).in_features)
+    if hasattr(unet, "add_embedding"):  # SDXL of diffusers
+        ids = 6  # original size, crop and target size, two numbers each
+        pooled = unet.add_embedding.linear_1.in_features - ids * unet.config.addition_time_embed_dim
+        more["added_cond_kwargs"] = {"text_embeds": noise(pooled), "time_ids": noise(ids)}
+    channels = next(m for m in unet.modules() if isinstance(m, nn.Conv2d)).in_channels
+    t = torch.full((rows,), timestep_at(progress), device=weight.device)
+    return (noise(channels, height, width), t, prompt), more
+
+
 @torch.no_grad()
 def answer(
     unet: nn.Module, height: int = 16, width: int = 16, progress: float = 0.5, t: float | None = None, **more: Any
 ) -> Tensor:
     """The output of any host's U-Net for the example call of this size at a progress, or at timestep t to the bit."""
-    call = example_call(unet, height, width, progress, **more)
-    x, timesteps, *rest = call.args
+    (x, timesteps, prompt), given = example_call(unet, height, width, progress, **more)
     timesteps = timesteps if t is None else torch.full((len(timesteps),), float(t))
-    return output_tensor(unet(x, timesteps, *rest, **call.kwargs))
+    return output_tensor(unet(x, timesteps, prompt, **given))
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -4,10 +4,10 @@ import oracle
 import torch
 from blocks import blocks_of
 from kinds import GRID, by_kind, of
-from patching import EXAMPLE
+from patching import EXAMPLE, example_call
 
 from agentsd import get_patch, patched
-from agentsd.hosts import example_call, output_tensor
+from agentsd.hosts import output_tensor
 
 
 def gradients(unet, *args, **kwargs):
@@ -38,15 +38,15 @@ def test_gradients_equal_the_oracle_s(flat, kw):
 
 @of("similarity", "everywhere", "corrected")
 def test_gradient_checkpointing_changes_no_gradient(any_unet, kw):
-    call = example_call(any_unet, 16, 16, 0.5)
+    args, given = example_call(any_unet, 16, 16, 0.5)
     with patched(any_unet, **kw):
-        expected = gradients(any_unet, *call.args, **call.kwargs)
+        expected = gradients(any_unet, *args, **given)
     if hasattr(any_unet, "enable_gradient_checkpointing"):
         any_unet.train()
         any_unet.enable_gradient_checkpointing()
     for block in blocks_of(any_unet):
         block.checkpoint = True
     with patched(any_unet, **kw):
-        found = gradients(any_unet, *call.args, **call.kwargs)
+        found = gradients(any_unet, *args, **given)
         assert not get_patch(any_unet).notes
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -7,11 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from .families import HOSTS
+# Names that hosts give the argument with an image-shaped tensor (B, C, height, width), tokens (B, N, C), the timestep
+_IMAGES, _TOKENS = ("x", "sample", "hidden_states"), ("x", "hidden_states")
+_TIMESTEPS = ("timesteps", "t", "timestep")
 
-_IMAGES = tuple(name for host in HOSTS for name in host.images)
-_TOKENS = tuple(name for host in HOSTS for name in host.tokens)
-_TIMESTEPS = tuple(name for host in HOSTS for name in host.timesteps)
+
+def is_set(value: Any) -> bool:
+    """Whether an argument can change the result: it is neither None, empty, zero nor False."""
+    # bool of a tensor would wait for the device, or raise
+    return bool(value) if isinstance(value, (bool, int, float, str, dict, list, tuple)) else value is not None
+
+
+def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Map the arguments of a call to names, given the names of the positional ones."""
+    more = {f"argument {i}": value for i, value in enumerate(args[len(names) :])}
+    return {**dict(zip(names, args, strict=False)), **kwargs, **more}
 
 
 def output_tensor(output: Any) -> Tensor:

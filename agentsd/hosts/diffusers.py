@@ -5,52 +5,36 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..costs import PROMPT_TOKENS
 from ..schedule import Moment, progress_of_edm, progress_of_flow
-from .base import Call, ExampleCall, Handler, Host, Seam, always, is_set, named
+from .arguments import is_set, named
+from .base import Call, Handler, Seam, always
+
+# Processors that compute plain attention, each with a different kernel: diffusers', InvokeAI's, and SD.Next's in slices
+_PLAIN_PROCESSORS = {
+    *("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "FusedAttnProcessor2_0", "SlicedAttnProcessor"),
+    *("XFormersAttnProcessor", "XLAFlashAttnProcessor2_0", "CustomAttnProcessor2_0", "DynamicAttnProcessorBMM"),
+}
+# Attributes by which diffusers chooses how processors compute
+_SETTINGS = ("_attention_backend", "_parallel_config")
 
 
-class Diffusers(Host):
-    paths = ("unet",)
-    images = ("sample", "hidden_states")
-    tokens = ("hidden_states",)
-    timesteps = ("timestep",)
-    temporal = ("motion_modules", "temp_attentions", "transformer_in")
-    # a stage ends with its downsampler or upsampler
-    resamplers = MappingProxyType({"Downsample2D": 2.0, "Upsample2D": 0.5})
-
-    def owns(self, attn: nn.Module) -> bool:
-        return hasattr(attn, "processor") and hasattr(attn, "set_processor")
-
-    def seam(self, attn: nn.Module) -> Seam:
-        return ProcessorSeam(attn)
-
-    def stages(self, unet: Any) -> Iterator[tuple[str, int]]:
-        if not hasattr(unet, "down_blocks"):
-            return
-        d = 1
-        for i, stage in enumerate(unet.down_blocks):
-            yield f"down_blocks.{i}", d
-            # ControlNet-XS has a second name for it
-            d *= 2 if getattr(stage, "downsamplers", None) or getattr(stage, "base_downsamplers", None) else 1
-        yield "mid_block", d
-        for i, stage in enumerate(getattr(unet, "up_blocks", ())):  # a ControlNet has none
-            yield f"up_blocks.{i}", d
-            d //= 2 if getattr(stage, "upsamplers", None) else 1
-
-    def example_call(self, unet: Any, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor) -> ExampleCall:
-        config, more = unet.config, {}
-        prompt = noise(len(t), PROMPT_TOKENS, config.cross_attention_dim)
-        if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL
-            ids = 6  # original size, crop and target size, two numbers each
-            pooled = unet.add_embedding.linear_1.in_features - ids * config.addition_time_embed_dim
-            more["added_cond_kwargs"] = {"text_embeds": noise(len(t), pooled), "time_ids": noise(len(t), ids)}
-        return ExampleCall((noise(len(t), config.in_channels, *size), t, prompt), more)
+def stages(unet: Any) -> Iterator[tuple[str, int]]:
+    """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is another family's."""
+    if not hasattr(unet, "down_blocks"):
+        return
+    d = 1
+    for i, stage in enumerate(unet.down_blocks):
+        yield f"down_blocks.{i}", d
+        # ControlNet-XS has a second name for it
+        d *= 2 if getattr(stage, "downsamplers", None) or getattr(stage, "base_downsamplers", None) else 1
+    yield "mid_block", d
+    for i, stage in enumerate(getattr(unet, "up_blocks", ())):  # a ControlNet has none
+        yield f"up_blocks.{i}", d
+        d //= 2 if getattr(stage, "upsamplers", None) else 1
 
 
 def progress_by(model: Any, unet: nn.Module) -> Moment | None:
@@ -96,7 +80,16 @@ class ProcessorSeam(Seam):
 
     def obstacle_of(self, attn: Any) -> str:
         """Say why the calls of an attention can't be answered; empty if they can."""
-        return _obstacle(attn)
+        # __class__ instead of type(): an active processor of ours reports the one underneath
+        processor = host_processor(attn)
+        if isinstance(processor, nn.Module) or processor.__class__.__name__ not in _PLAIN_PROCESSORS:
+            return f"its attention processor is {processor.__class__.__name__}"
+        for name in ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
+            if getattr(attn, name, None) is not None:
+                return f"its attention has {name}"
+        if getattr(attn, "residual_connection", False) or getattr(attn, "rescale_output_factor", 1) != 1:
+            return "its attention rescales its output"
+        return ""
 
     def wrap(self, previous: Callable[..., Tensor], handler: Handler, wants: Callable[[], Any]) -> Processor:
         """Make a processor around the host's."""
@@ -138,32 +131,29 @@ class Processor:
 
     def answer(self, attn: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Answer a call of self-attention."""
-        wanted = None if self.handler is None else self.wants()
+        handler, previous = self.handler, self.previous  # which another thread may remove meanwhile
+        wanted = None if handler is None else self.wants()
         if not wanted:
-            return self.previous(attn, hidden_states, *args, **kwargs)
+            return previous(attn, hidden_states, *args, **kwargs)
         if not args and all(value is None for value in kwargs.values()):  # nearly every call
-            return self.handler(
-                Call(hidden_states, None, None, {}, lambda x=hidden_states: self.previous(attn, x, **kwargs), wanted)
+            return handler(
+                Call(hidden_states, None, None, {}, lambda x=hidden_states: previous(attn, x, **kwargs), wanted)
             )
         arguments = named(self._NAMES, args, kwargs)
         context, mask = (arguments.pop(name, None) for name in self._NAMES[:2])
 
         def proceed(tokens: Tensor | None = None) -> Tensor:
             if tokens is None:
-                return self.previous(attn, hidden_states, *args, **kwargs)
+                return previous(attn, hidden_states, *args, **kwargs)
             rest = arguments if context is None else {"encoder_hidden_states": tokens, **arguments}
-            return self.previous(attn, tokens, **rest)
+            return previous(attn, tokens, **rest)
 
         extras = {name: value for name, value in arguments.items() if is_set(value)}
-        return self.handler(Call(hidden_states, context, mask, extras, proceed, wanted))
+        return handler(Call(hidden_states, context, mask, extras, proceed, wanted))
 
 
 def around(kind: type[Processor], previous: Any, handler: Handler | None, wants: Callable[[], Any]) -> Processor:
     return _processor_like(kind, type(previous))(previous, handler, wants)  # type: ignore[arg-type]
-
-
-# Attributes by which diffusers chooses how processors compute
-_SETTINGS = ("_attention_backend", "_parallel_config")
 
 
 def _forwarded(name: str) -> property:
@@ -190,23 +180,3 @@ def host_processor(attn: Any) -> Any:
     while issubclass(type(processor), Processor) and processor.handler is None:
         processor = processor.previous
     return processor
-
-
-# Processors that compute plain attention, each with a different kernel: diffusers', InvokeAI's, and SD.Next's in slices
-_PLAIN_PROCESSORS = {
-    *("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "FusedAttnProcessor2_0", "SlicedAttnProcessor"),
-    *("XFormersAttnProcessor", "XLAFlashAttnProcessor2_0", "CustomAttnProcessor2_0", "DynamicAttnProcessorBMM"),
-}
-
-
-def _obstacle(attn: Any) -> str:
-    # __class__ instead of type(): an active processor of ours reports the one underneath
-    processor = host_processor(attn)
-    if isinstance(processor, nn.Module) or processor.__class__.__name__ not in _PLAIN_PROCESSORS:
-        return f"its attention processor is {processor.__class__.__name__}"
-    for name in ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
-        if getattr(attn, name, None) is not None:
-            return f"its attention has {name}"
-    if getattr(attn, "residual_connection", False) or getattr(attn, "rescale_output_factor", 1) != 1:
-        return "its attention rescales its output"
-    return ""

@@ -8,10 +8,11 @@ from collections import Counter
 from torch import nn
 
 from ..costs import PROMPT_TOKENS, CountedBlock, Layout
-from .families import HOSTS, downsamples
-from .sites import find_sites
+from .sites import downsamples, find_sites
 
-_RESAMPLED = {kind: factor for host in HOSTS for kind, factor in host.resamplers.items()}
+# Downsample at which a resampling module convolves, relative to that of its stage: LDM's begin with a Downsample and
+# end with an Upsample, those of diffusers end with either
+_RESAMPLED = {"Downsample": 1.0, "Upsample": 0.5, "Downsample2D": 2.0, "Upsample2D": 0.5}
 
 
 def layout_of(unet: nn.Module, name: str = "") -> Layout:

@@ -4,61 +4,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..costs import PROMPT_TOKENS
-from .base import Call, ExampleCall, Handler, Host, Seam, always, is_set, named, weight_of
+from .arguments import is_set, named
+from .base import Call, Handler, Seam, always
 
 
-class LDM(Host):
-    paths = ("forge_objects.unet.model.diffusion_model", "model.diffusion_model", "diffusion_model")
-    images = ("x",)
-    tokens = ("x",)
-    timesteps = ("timesteps", "t")
-    temporal = ("time_stack",)
-    # a stage begins with its Downsample and ends with its Upsample
-    resamplers = MappingProxyType({"Downsample": 1.0, "Upsample": 0.5})
+def stages(unet: Any) -> Iterator[tuple[str, int]]:
+    """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is another family's."""
 
-    def owns(self, attn: nn.Module) -> bool:
-        return not hasattr(attn, "set_processor")
+    def factor(stage: nn.Module, resampler: str) -> int:
+        return 2 if any(type(module).__name__ == resampler for module in stage.modules()) else 1
 
-    def seam(self, attn: nn.Module) -> Seam:
-        return ForwardSeam(attn)
-
-    def stages(self, unet: Any) -> Iterator[tuple[str, int]]:
-        def factor(stage: nn.Module, resampler: str) -> int:
-            return 2 if any(type(module).__name__ == resampler for module in stage.modules()) else 1
-
-        if not hasattr(unet, "input_blocks"):
-            return
-        d = 1
-        for i, stage in enumerate(unet.input_blocks):
-            d *= factor(stage, "Downsample")
-            yield f"input_blocks.{i}", d
-        yield "middle_block", d
-        for i, stage in enumerate(getattr(unet, "output_blocks", ())):  # a ControlNet has none
-            yield f"output_blocks.{i}", d
-            d //= factor(stage, "Upsample")
-
-    def example_call(
-        self, unet: nn.Module, noise: Callable[..., Tensor], size: tuple[int, int], t: Tensor
-    ) -> ExampleCall:
-        channels = next(m for m in unet.modules() if isinstance(m, nn.Conv2d)).in_channels
-        width = next(m for name, m in unet.named_modules() if name.endswith("attn2.to_k")).in_features
-        more = {"context": noise(len(t), PROMPT_TOKENS, width)}
-        labels = getattr(unet, "label_emb", None)
-        if labels is not None:
-            linear = next((m for m in labels.modules() if isinstance(m, nn.Linear)), None)
-            # a vector, as sgm's; or the number of a class
-            more["y"] = t.new_zeros(len(t)).long() if linear is None else noise(len(t), linear.in_features)
-        return ExampleCall((noise(len(t), channels, *size), t), more)
-
-    def dtype(self, unet: nn.Module) -> torch.dtype:
-        return getattr(unet, "computation_dtype", None) or weight_of(unet).dtype  # Forge casts weights as it goes
+    if not hasattr(unet, "input_blocks"):
+        return
+    d = 1
+    for i, stage in enumerate(unet.input_blocks):
+        d *= factor(stage, "Downsample")
+        yield f"input_blocks.{i}", d
+    yield "middle_block", d
+    for i, stage in enumerate(getattr(unet, "output_blocks", ())):  # a ControlNet has none
+        yield f"output_blocks.{i}", d
+        d //= factor(stage, "Upsample")
 
 
 class ForwardSeam(Seam):

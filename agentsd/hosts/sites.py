@@ -9,11 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..schedule import Block
-from .base import Host, Seam, UnsupportedModelError, is_block
-from .families import HOSTS, downsamples, host_of
+from . import diffusers, ldm
+from .base import Seam, UnsupportedModelError
 from .transformers import FAMILIES, Transformer, family_of
 
-_TEMPORAL = {name for host in HOSTS for name in host.temporal}
+# Dotted attributes under which models hold their U-Net or transformer
+_PATHS = ("forge_objects.unet.model.diffusion_model", "model.diffusion_model", "diffusion_model", "unet", "transformer")
+# Names of modules whose transformer blocks attend over frames
+_TEMPORAL = {"time_stack", "motion_modules", "temp_attentions", "transformer_in"}
 
 
 @dataclass
@@ -23,8 +26,8 @@ class Site:
     block: Any  # attn1, attn2 and ff
     parent: nn.Module  # the module around it that sees the tokens as an image
     place: Block  # its name and its level, read off the U-Net's structure
-    host: Host | Transformer  # the family that its self-attention belongs to
     attn: Any  # its self-attention
+    family: Transformer | None = None  # of the transformer that it is in; None in a U-Net
 
     @property
     def name(self) -> str:
@@ -44,12 +47,14 @@ class Site:
         return self.attn.to_q.in_features
 
     def seam(self) -> Seam:
-        return self.host.seam(self.attn)
+        """Make a seam in its self-attention."""
+        if self.family is not None:
+            return self.family.seam(self.attn)
+        return (diffusers.ProcessorSeam if hasattr(self.attn, "set_processor") else ldm.ForwardSeam)(self.attn)
 
     def wrapped(self) -> bool:
         """Whether another extension wraps this instance's projections and may rely on seeing all N tokens."""
-        attn = self.attn
-        return "forward" in attn.to_q.__dict__ or "forward" in attn.to_k.__dict__ or "forward" in attn.to_v.__dict__
+        return any("forward" in vars(part) for part in (self.attn.to_q, self.attn.to_k, self.attn.to_v))
 
 
 def find_unet(model: Any) -> nn.Module:
@@ -66,7 +71,7 @@ def find_unet(model: Any) -> nn.Module:
 
 def find_model(model: Any) -> nn.Module:
     """As `find_unet`, or the transformer of a diffusers pipeline that has one instead."""
-    for path in (*(path for host in HOSTS for path in host.paths), "transformer", ""):
+    for path in (*_PATHS, ""):
         found = model
         for name in filter(None, path.split(".")):
             found = getattr(found, name, None)
@@ -77,6 +82,22 @@ def find_model(model: Any) -> nn.Module:
         f"model must be a Stable Diffusion model (LDM, sgm or diffusers), its U-Net with transformer blocks, or a "
         f"transformer that is one of {', '.join(FAMILIES)}, got {type(model).__name__}"
     )
+
+
+def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is unknown."""
+    yield from ldm.stages(unet)
+    yield from diffusers.stages(unet)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether this is a BasicTransformerBlock with self-attention, by names, since every host has its own class."""
+    if not any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__):
+        return False
+    parts = ("to_q", "to_k", "to_v", "to_out", "heads")
+    # in most blocks of the x4 upscaler both attentions are to the prompt
+    to_prompt = getattr(module, "only_cross_attention", False) or getattr(module, "disable_self_attn", False)
+    return not to_prompt and all(hasattr(getattr(module, "attn1", None), name) for name in parts)
 
 
 def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -96,7 +117,7 @@ def find_sites(unet: nn.Module) -> list[Site]:
     levels, sites = dict(downsamples(unet)), []
     for name, parent, block in _blocks(unet):
         level = next((d for prefix, d in levels.items() if name.startswith(prefix + ".")), None)
-        sites.append(Site(block, parent, Block(name, level), host_of(block.attn1), block.attn1))
+        sites.append(Site(block, parent, Block(name, level), block.attn1))
     largest = min((site.downsample for site in sites if site.downsample), default=1)
     for site in sites:
         site.place = replace(site.place, largest_level=largest)
@@ -107,6 +128,6 @@ def sites_of(model: nn.Module, family: Transformer) -> list[Site]:
     """List the attentions of a transformer that see the image, in the order in which they run."""
     modules = dict(model.named_modules())
     return [
-        Site(modules[name.rpartition(".")[0]], model, Block(name, 1), family, attn)
+        Site(modules[name.rpartition(".")[0]], model, Block(name, 1), attn, family)
         for name, attn in family.names(model)
     ]

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attention.grid import Grid
-from .base import Call, Handler, Seam, named
+from .arguments import named
+from .base import Call, Handler, Seam
 from .diffusers import Processor, ProcessorSeam, around, host_processor
 
 SDPA = F.scaled_dot_product_attention
