@@ -31,9 +31,8 @@ class AgentAttentionScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        panel = controls.build(
-            "img2img" if is_img2img else "txt2img", compat.InputAccordion, session.token_map, tuning.panel_tunings()
-        )
+        tab, tunings = "img2img" if is_img2img else "txt2img", tuning.panel_tunings()
+        panel = controls.build(tab, compat.InputAccordion, session.token_map, tunings)
         _panels.append(panel)
         self.infotext_fields = [(panel.controls[name], compat.HOST.pasted(infotext.reader(name))) for name in NAMES]
         self.paste_field_names = [infotext.reader(name) for name in NAMES]
@@ -69,11 +68,12 @@ def on_app_started(demo, app):
 
 
 def add_settings():
-    settings_page.register(shared.opts, shared.OptionInfo, compat.HOST.paragraph, compat.HOST.category())
+    settings_page.register(shared.opts, shared.OptionInfo, getattr(shared, "OptionHTML", None), compat.HOST.category())
 
 
 script_callbacks.on_cfg_denoiser(lambda params: session.before_model_call())
 script_callbacks.on_before_ui(lambda: xyz.register(compat.HOST.xyz_grids()))
 script_callbacks.on_ui_settings(add_settings)
-compat.HOST.on_end(batch.end_all)
 script_callbacks.on_app_started(on_app_started)
+if not compat.HOST.announces_passes:
+    script_callbacks.on_after_process(batch.end_all)

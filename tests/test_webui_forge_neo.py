@@ -82,7 +82,7 @@ def test_each_is_recognised_and_nothing_misleading_is_imported(host):
 
 
 def test_both_passes_are_patched_once(host):
-    unet = host.host.current_unet()
+    unet = host.host.unet()
     before, plain, p = state(unet), run(unet, inputs()), Processing()
     first, second = generate(host, p, unet)
     assert not torch.equal(first, plain)
@@ -93,7 +93,7 @@ def test_both_passes_are_patched_once(host):
 
 
 def test_stands_down_beside_its_token_merging(host):
-    unet, p = host.host.current_unet(), Processing(get_token_merging_ratio=lambda for_hr=False: 0.5)
+    unet, p = host.host.unet(), Processing(get_token_merging_ratio=lambda for_hr=False: 0.5)
     assert torch.equal(generate(host, p, unet)[0], run(unet, inputs()))
     assert "token merging" in host.session.STATUS.text()
     assert p.extra_generation_params == {"Other extension": "here"}

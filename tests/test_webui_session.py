@@ -13,7 +13,6 @@ from fake_webui import ON, Processing, Sampler, fake_host, fake_unet, generate, 
 
 from agentsd import get_patch
 from agentsd.app import token_map as tokenmap
-from agentsd.app.decision import SamplingPass
 from agentsd.settings import NAMES, infotext
 
 
@@ -186,8 +185,8 @@ def test_leftovers_of_another_thread_are_cleaned(host, unet):
     before, held = state(unet), []
 
     def lose():
-        generation = host.session.Generation(host.session.schema.check({"enabled": True, **ON}), 0)
-        held.append(host.session.sampling_pass(Processing(), generation, SamplingPass((16, 16))))
+        host.session.process(p := Processing(), [ON])
+        held.append(host.session.around_pass(p, False, (16, 16)))
         held[0].__enter__()
 
     thread = threading.Thread(target=lose)

@@ -23,29 +23,28 @@ class Batch:
     """A batch of images that the host is making by the processing object `p`."""
 
     def __init__(self, p: Any) -> None:
-        self.p = p
-        self.thread = threading.get_ident()
+        self.p, self.thread = p, threading.get_ident()
         self._pass: session.Pass | None = None  # the one under way
-        self._hires = False  # whether it is the hires pass
-        self._end_pass = ExitStack()
-        self._watched: dict[nn.Module, Any] = {}
+        self._end_pass, self._unwatch = ExitStack(), ExitStack()
+        self._watched: set[nn.Module] = set()
+        self._watch()
 
-    def watch(self) -> None:
+    def _watch(self) -> None:
         """Watch the loaded U-Nets."""
-        for unet in compat.HOST.unets():
-            if unet not in self._watched:
-                self._watched[unet] = unet.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
+        for unet in set(compat.HOST.unets()) - self._watched:
+            self._watched.add(unet)
+            hook = unet.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
+            self._unwatch.callback(hook.remove)
 
     def close(self) -> None:
         """End the pass under way and stop watching."""
         if self in _batches:
             _batches.remove(self)
-        while self._watched:
-            self._watched.popitem()[1].remove()
+        self._unwatch.close()
         self._end_pass.close()
 
     def _before_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _batches or _batches[-1] is not self:
+        if _batches[-1:] != [self]:
             return  # an image is being made in the middle of this one
         patch = get_patch(unet)
         try:
@@ -58,10 +57,9 @@ class Batch:
 
     def _follow(self, unet: nn.Module, size: tuple[int, int] | None) -> None:
         hires = compat.HOST.is_hires(self.p)
-        if self._pass is None or hires is not self._hires:
+        if self._pass is None or hires is not self._pass.hires:
             self._end_pass.close()
-            self._hires = hires
-            self.watch()  # a refiner may have been loaded since
+            self._watch()  # a refiner may have been loaded since
             self._pass = self._end_pass.enter_context(session.around_pass(self.p, hires, size))
         self._pass.next_call(unet)
 
@@ -72,13 +70,10 @@ _batches: list[Batch] = []
 
 def begin(p: Any) -> None:
     """Watch the next batch of `p`, where the host does not announce passes."""
-    if compat.HOST.announces_passes:
-        return
-    end(p)
-    if session.generation_of(p) is not None or _batches:
-        batch = Batch(p)
-        _batches.append(batch)
-        batch.watch()
+    if not compat.HOST.announces_passes:
+        end(p)
+        if session.generation_of(p) is not None or _batches:
+            _batches.append(Batch(p))
 
 
 def end(p: Any) -> None:

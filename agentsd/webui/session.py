@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from ..app import token_map as tokenmap
 from ..app.decision import Decision, SamplingPass, decide, is_left_out
-from ..app.kept_tunings import Kept
 from ..app.last_run import STATUS, PassReport
 from ..app.timings import StepClock, case_of, changed
 from ..apply import patch_unet
 from ..checks import SettingError
 from ..hosts.base import weight_of
-from ..patching.call import Answer
 from ..patching.patch import Patch
 from ..settings import infotext, schema, tunings
 from ..words import error_of_ours
@@ -30,10 +28,8 @@ NO_PASS = "the host announced no sampling pass"
 NOT_CHOSEN = "Passes leaves out what was sampled"
 NO_UNET = "the model has no U-Net with self-attention that can be patched"
 REPLACED = "another extension replaces transformer blocks; its own attention is left to it"
-# Attribute of the host's processing object that holds the `Generation`
-_GENERATION = "_agent_attention"
-# Attribute of that object that holds why its settings are invalid
-_ERROR = "_agent_attention_error"
+# Attributes of the host's processing object: the `Generation`, and why its settings are invalid
+_GENERATION, _ERROR = "_agent_attention", "_agent_attention_error"
 
 
 @dataclass
@@ -53,26 +49,26 @@ class Generation:
         """Whether it is made without us, to tune on it."""
         return self.values["tune"] > 0
 
-    def entries(self) -> dict[str, str]:
-        """Make the infotext entries of the batch's images: none unless a pass of theirs was patched."""
+    def entries(self, current: PassReport | None = None) -> dict[str, str]:
+        """Make the infotext entries of the batch's images: none unless a pass of them was patched."""
         reports = self.reports[self.batch :]
+        if current is not None:
+            return self.foreseen(report.made for report in reports if report is current or report.patched)
         if not any(report.patched for report in reports):
             return {}
-        result = self.foreseen([report.made for report in reports if report.patched or report.obstacle])
+        result = self.foreseen(report.made for report in reports if report.patched or report.obstacle)
         left_alone = _distinct(report.obstacle for report in reports)
         return {**result, infotext.NOTE: infotext.note(left_alone)} if left_alone else result
 
     def foreseen(self, decisions: Iterable[Decision | None]) -> dict[str, str]:
-        """Make the entries of a batch: the settings, the tunings used in place of "auto", and the passes patched.
-
-        A pass that is left alone because it was measured to be slower here would be patched elsewhere.
-        """
+        """Make a batch's entries: the settings, the tunings used in place of "auto", and the passes patched."""
         decisions = [made for made in decisions if made is not None]
         patched = [made for made in decisions if made.patches]
         if not patched:
             return {}
         used = [tunings.PassTuning(made.sampling.of, made.tuning) for made in patched if made.tuning is not None]
         values = {**self.values, "tuning": tunings.write(used)}
+        # a pass that is left alone because it was measured to be slower here would be patched elsewhere
         if any(made.left_as_slower for made in decisions) and len({made.sampling.hires for made in patched}) == 1:
             values["passes"] = schema.HIRES if patched[0].sampling.hires else schema.FIRST
         return infotext.entries(values)
@@ -81,10 +77,8 @@ class Generation:
         """Make what an API request is told and no image is: what was tuned, or why nothing was patched."""
         if self.tunes:
             refusals = _distinct(report.tuned for report in self.reports if report.refused)
-            told = {
-                infotext.NOTE: infotext.note(["the image was made without Agent Attention and tuned on", *refusals])
-            }
-            return {**told, infotext.TUNED: tunings.write(self.found)} if self.found else told
+            note = infotext.note(["the image was made without Agent Attention and tuned on", *refusals])
+            return {infotext.NOTE: note, **({infotext.TUNED: tunings.write(self.found)} if self.found else {})}
         reasons = _distinct(reason for report in self.reports for reason in (report.obstacle, *report.notes))
         unpatched = not any(report.patched for report in self.reports)
         return {infotext.NOTE: infotext.note(reasons)} if reasons and unpatched else {}
@@ -132,8 +126,8 @@ def before_batch(p: Any) -> None:
         return
     generation.batch = len(generation.reports)
     try:
-        passes = [compat.HOST.sampling(p, of) for of in compat.HOST.kinds(p)]
-        decisions = [_decide(p, generation, sampling) for sampling in passes]
+        kinds = (False, True) if getattr(p, "enable_hr", False) else (False,)
+        decisions = [_decide(p, generation, compat.HOST.sampling(p, hires)) for hires in kinds]
         _write_infotext(p, generation.foreseen(decisions))
     except Exception as error:  # a bug of ours must never cost the user an image
         STATUS.say(error_of_ours(error))
@@ -157,15 +151,15 @@ def before_sampling(p: Any, latent: Tensor | None = None) -> None:
     if generation_of(p) is not None or _running:
         wrap_sampling(p.sampler, lambda: around_pass(p, hires, size))
     else:
-        _without.begin(p, hires, size)
+        _begin_without(p, hires, size)
 
 
 def before_model_call() -> None:
     """Follow a refiner that has taken over since the last step."""
     if _running:
-        _running[-1].next_call(compat.HOST.current_unet())
-    else:
-        _without.lap()
+        _running[-1].next_call(compat.HOST.unet())
+    elif _without is not None:
+        _without[0].lap()
 
 
 def postprocess(p: Any, processed: Any) -> None:
@@ -182,11 +176,11 @@ def postprocess(p: Any, processed: Any) -> None:
 
 def finish(p: Any) -> None:
     """Say why if the images were made without any pass of ours."""
-    _without.end()
+    _end_without()
     generation = generation_of(p)
     if generation is None or generation.reports or generation.run != STATUS.run or STATUS.errors:
         return
-    no_pass = NO_UNET if compat.HOST.current_unet() is None else NO_PASS
+    no_pass = NO_UNET if compat.HOST.unet() is None else NO_PASS
     STATUS.fail(NOT_CHOSEN if generation.announced else no_pass)
 
 
@@ -215,10 +209,11 @@ def _write_infotext(p: Any, entries: Mapping[str, str]) -> None:
 
 def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) -> None:
     """Run the sampler's next launch inside `around()`, and restore the sampler afterwards."""
-    unwrap = getattr(vars(sampler).get("launch_sampling"), "unwrap", None)
+    own = vars(sampler)
+    unwrap = getattr(own.get("launch_sampling"), "unwrap", None)
     if unwrap is not None:  # Forge announces a hires pass twice
         unwrap()
-    before, launch = vars(sampler).get("launch_sampling"), sampler.launch_sampling
+    before, launch = own.get("launch_sampling"), sampler.launch_sampling
 
     def launch_sampling(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -228,7 +223,7 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
             restore()
 
     def restore() -> None:
-        if vars(sampler).get("launch_sampling") is not launch_sampling:
+        if own.get("launch_sampling") is not launch_sampling:
             return  # another extension has wrapped our wrapper: removing ours would remove both
         if before is None:
             del sampler.launch_sampling
@@ -239,104 +234,71 @@ def wrap_sampling(sampler: Any, around: Callable[[], AbstractContextManager]) ->
     sampler.launch_sampling = launch_sampling
 
 
-def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> AbstractContextManager[Pass]:
-    """Make the context in which a pass is sampled, patched or not; `size` is the latent's (height, width), if known."""
-    generation = generation_of(p)
-    if generation is None:  # an unpatched image may be generated in the middle of a patched one
-        return under_way(Pass())
-    generation.announced = True
-    if is_left_out(generation.values, hires):
-        return under_way(Pass())
-    sampling = compat.HOST.sampling(p, compat.HOST.kind(p, hires), size)
-    if not generation.tunes:
-        return sampling_pass(p, generation, sampling, size)
-    # of several images the first is tuned on
-    return under_way(Pass()) if getattr(p, "iteration", 0) else tuning_pass(p, generation, sampling)
-
-
 @contextmanager
-def sampling_pass(
-    p: Any, generation: Generation, sampling: SamplingPass, size: tuple[int, int] | None = None
-) -> Iterator[Pass]:
-    """Patch the current U-Net, and any that takes over from it; unpatch both however the pass ends."""
-    observer, recording = None, generation.recording
-    if recording is not None and not getattr(p, "iteration", 0):  # the map is that of the first image
-        observer = recording.observer(sampling.hires, size)
-    current = Pass(lambda: _decide(p, generation, sampling), observer, generation.values["since"])
-    generation.reports.append(current.report)
+def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> Iterator[Pass]:
+    """Sample a pass, patched or not, and unpatch however it ends; `size` is the latent's (height, width), if known."""
+    current = Pass(p, hires, size)
+    generation, report = current.generation, current.report
+    for outer in _running:
+        outer.suspend()  # enclosing passes lose their patch until their next step
+    _running.append(current)
     try:
-        with under_way(current):
-            # some hosts make an interrupted image's infotext before the pass ends
-            reports = generation.reports[generation.batch :]
-            _write_infotext(
-                p, generation.foreseen([one.made for one in reports if one is current.report or one.patched])
-            )
+        current.follow(compat.HOST.unet())
+        tunes = generation is not None and generation.tunes
+        with tuned_on(p, generation, current.sampling, report) if tunes else nullcontext():
+            if generation is not None and not tunes:
+                # some hosts make an interrupted image's infotext before the pass ends
+                _write_infotext(p, generation.entries(report))
             yield current
     finally:
-        STATUS.add(current.report)
-        _write_infotext(p, generation.entries())
-
-
-@contextmanager
-def tuning_pass(p: Any, generation: Generation, sampling: SamplingPass) -> Iterator[Pass]:
-    report = PassReport(name=str(sampling))
-    with under_way(Pass()) as current:
-        generation.reports.append(report)
-        kept: list[Kept] = []
-        try:
-            with tuned_on(p, generation.values, sampling, report) as kept:
-                yield current
-        finally:
-            generation.found += [tunings.PassTuning(one.of, one.tuning) for one in kept]
-            STATUS.tuned |= bool(kept)
-            if report.refused:
-                p.comment(f"Agent Attention: {report.tuned}")
+        current.close()
+        if generation is not None:
             STATUS.add(report)
             _write_infotext(p, generation.entries())
 
 
-@contextmanager
-def under_way(current: Pass) -> Iterator[Pass]:
-    """Make `current` the pass under way. Enclosing passes lose their patch until their next step."""
-    for outer in _running:
-        outer.suspend()
-    _running.append(current)
-    try:
-        current.follow(compat.HOST.current_unet())
-        yield current
-    finally:
-        current.close()
-
-
 class Pass:
-    """The patch during one sampling pass."""
+    """One sampling pass, and the patch during it.
 
-    def __init__(
-        self,
-        decide: Callable[[], Decision] | None = None,  # on the U-Net at hand; None leaves it alone
-        observer: Callable[[Answer], None] | None = None,  # as `agentsd.Patch.observer`
-        since: float = 0.0,  # where agents begin, for the report
-    ) -> None:
-        self.decide, self.observer, self.since = decide, observer, since
+    Without a `generation` the model is left alone: an unpatched image may be made in the middle of a patched one, the
+    settings leave the pass out, or the first of several images was tuned on already.
+    """
+
+    def __init__(self, p: Any, hires: bool, size: tuple[int, int] | None = None) -> None:
+        self.p, self.hires, self.generation = p, hires, generation_of(p)
         self.report = PassReport()
         self.thread = threading.get_ident()
         self._clock = StepClock(compat.HOST.now)
+        self._observer: Any = None
         self._patch: Patch | None = None
         self._made: Decision | None = None
         self._model: tuple[nn.Module | None, str] = None, ""
         self._models: set[int] = set()
+        generation, later = self.generation, getattr(p, "iteration", 0)
+        if generation is None:
+            return
+        generation.announced = True
+        if is_left_out(generation.values, hires) or (generation.tunes and later):
+            self.generation = None
+            return
+        self.sampling = compat.HOST.sampling(p, hires, size)
+        generation.reports.append(self.report)
+        if generation.tunes:
+            self.report.name = str(self.sampling)
+        elif generation.recording is not None and not later:  # the map is that of the first image
+            self._observer = generation.recording.observer(hires, size)
 
     def follow(self, unet: nn.Module | None) -> None:
         """Patch `unet`, and only that. Never raises: the image is generated unpatched instead."""
         # a host may load another checkpoint into the same U-Net
         model = unet, "" if unet is None else compat.HOST.checkpoint()
-        if self.decide is None or (model == self._model and unet is not None):
+        if self.generation is None or self.generation.tunes or (model == self._model and unet is not None):
             return
         self.suspend()
         self._model = model
         with self._guarded():
             if unet is not None:
-                self._patch = self._patched(unet)
+                self._patch = self._patched(unet, self.generation)
             elif not self._models:
                 self.report.notes[NO_UNET] = 0
 
@@ -367,8 +329,8 @@ class Pass:
                     compat.HOST.timings.add_calls(made.key, pace.patched, pace.untouched)
         self.suspend()
 
-    def _patched(self, unet: nn.Module) -> Patch | None:
-        made = self._made = self.decide()
+    def _patched(self, unet: nn.Module, generation: Generation) -> Patch | None:
+        made = self._made = _decide(self.p, generation, self.sampling)
         if self.report.made is None or made.patches:
             self.report.made = made
         if not made.patches:
@@ -376,7 +338,7 @@ class Pass:
         if compat.HOST.replaced_blocks(unet):
             self.report.notes[REPLACED] = 0
         patch = patch_unet(unet, made.config, compat.HOST.kv_context())
-        patch.observer = self.observer
+        patch.observer = self._observer
         patch.observe_closeness = compat.HOST.observes_closeness()
         if made.key is not None and made.timing is None and not _is_cpu(unet):
             patch.measure(compat.HOST.clock)
@@ -400,45 +362,11 @@ class Pass:
                 found = patch.measured
                 if found is not None:
                     compat.HOST.timings.put_layers(self._made.key, found.with_seconds, found.without_seconds)
-                self.report.add(patch, None if self._made.tuning is not None else self.since)
+                self.report.add(patch, None if self._made.tuning is not None else self.generation.values["since"])
         finally:
             patch.remove()
 
 
-def _is_cpu(unet: nn.Module) -> bool:
-    return weight_of(unet).device.type == "cpu"
-
-
-class _Without:
-    """Seconds of passes that are made without us, by the calls of the host alone: nothing of it is wrapped."""
-
-    def __init__(self) -> None:
-        self._clock: StepClock | None = None
-        self._case = ""
-
-    def begin(self, p: Any, hires: bool, size: tuple[int, int] | None) -> None:
-        """Begin a pass; nothing is timed where its seconds would not be those of full attention."""
-        self.end()
-        unet = compat.HOST.current_unet()
-        if unet is None or not _is_cpu(unet):
-            return
-        sampling = compat.HOST.sampling(p, compat.HOST.kind(p, hires), size)
-        if compat.HOST.program(p).obstacle(sampling) is None:
-            self._clock = StepClock(compat.HOST.now)
-            self._case = case_of(unet, compat.HOST.checkpoint(), sampling.latent, compat.HOST.rows(p))
-
-    def lap(self) -> None:
-        if self._clock is not None:
-            self._clock.lap()
-
-    def end(self) -> None:
-        """Keep what was timed; the end of the last call is not known."""
-        if self._clock is not None:
-            compat.HOST.timings.add_calls((self._case, ""), None, self._clock.pace(skip=1).untouched)
-        self._clock = None
-
-
-_without = _Without()
 # Passes under way, nested if a script generates an image in the middle of another one
 _running: list[Pass] = []
 
@@ -447,3 +375,30 @@ def close_leftovers() -> None:
     """Close passes that other threads left behind: the host makes one image at a time."""
     for leftover in [running for running in _running if running.thread != threading.get_ident()]:
         leftover.close()
+
+
+def _is_cpu(unet: nn.Module) -> bool:
+    return weight_of(unet).device.type == "cpu"
+
+
+# Seconds of a pass that is made without us, by the calls of the host alone: nothing of it is wrapped
+_without: tuple[StepClock, str] | None = None
+
+
+def _begin_without(p: Any, hires: bool, size: tuple[int, int] | None) -> None:
+    """Time a pass, unless its seconds would not be those of full attention."""
+    global _without
+    _end_without()
+    unet, sampling = compat.HOST.unet(), compat.HOST.sampling(p, hires, size)
+    if unet is not None and _is_cpu(unet) and compat.HOST.program(p).obstacle(sampling) is None:
+        case = case_of(unet, compat.HOST.checkpoint(), sampling.latent, compat.HOST.rows(p))
+        _without = StepClock(compat.HOST.now), case
+
+
+def _end_without() -> None:
+    """Keep what was timed; the end of the last call is not known."""
+    global _without
+    if _without is not None:
+        clock, case = _without
+        compat.HOST.timings.add_calls((case, ""), None, clock.pace(skip=1).untouched)
+    _without = None

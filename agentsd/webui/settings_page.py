@@ -11,7 +11,6 @@ from typing import Any
 
 from ..settings.presets import PRESETS
 
-CATEGORY = "agent_attention"
 SECTION = ("agent_attention", "Agent Attention")
 PRESET, LEVEL, STATUS_LINE = "agent_attention_preset", "agent_attention_log_level", "agent_attention_status_line"
 CLOSENESS, EVEN_IF_SLOWER = "agent_attention_closeness", "agent_attention_even_if_slower"
@@ -26,19 +25,18 @@ _ABOUT = (
 )
 
 
-def register(
-    opts: Any, option: Callable[..., Any], text: Callable[[str], Any], category: Callable[[str, str], Any] | None
-) -> None:
-    """Add our section to the host's options, in a category of its own where the host has categories.
+def register(opts: Any, option: Callable[..., Any], text: Any = None, category: Any = None) -> None:
+    """Add our section to the host's options.
 
-    `option` is the host's `OptionInfo`, `text` makes a paragraph, `category` registers one by its id and label.
+    `option` is the host's `OptionInfo`; `text` its `OptionHTML`, and `category` what registers one by its id and label,
+    where it has them.
     """
     import gradio as gr
 
     if category is not None:
-        category(CATEGORY, SECTION[1])
+        category(*SECTION)
     rows = {
-        "agent_attention_about": text(_ABOUT),
+        "agent_attention_about": text(_ABOUT) if text else option(_ABOUT, "", gr.HTML),
         PRESET: option(
             AS_SAVED, "Agent Attention: preset when the page loads", gr.Dropdown, {"choices": [AS_SAVED, *PRESETS]}
         ).info("“as saved” leaves the controls at your defaults"),
@@ -52,7 +50,7 @@ def register(
         EVEN_IF_SLOWER: option(False, "Agent Attention: use it even where it was measured to be slower here"),
     }
     for name, row in rows.items():
-        row.section, row.category_id = SECTION, CATEGORY
+        row.section, row.category_id = SECTION, SECTION[0]
         opts.add_option(name, row)
     opts.onchange(LEVEL, lambda: set_level(getattr(opts, LEVEL, "info")))
 

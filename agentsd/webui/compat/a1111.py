@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property
 from importlib import import_module
@@ -29,33 +29,25 @@ from ..settings_page import CLOSENESS, EVEN_IF_SLOWER
 TOKEN_MERGING = "the WebUI's own token merging is on"
 SHARED_PACKAGE = "the extension {} has a package of the same name as ours, and its panel now runs on ours"
 HYPERTILE = "HyperTile is on"
-
-
-def option(name: str) -> Any:
-    return getattr(shared.opts, name, None)
+PLOTS = ("xyz_grid.py", "scripts.xyz_grid")  # names of the modules of the X/Y/Z plot
 
 
 def unet_of(model: Any) -> nn.Module | None:
-    try:
+    with suppress(UnsupportedModelError):
         return find_unet(model)
-    except UnsupportedModelError:
-        return None
+    return None
 
 
 def _module(name: str) -> Any:
-    try:
+    with suppress(ImportError):
         return import_module(f"modules.{name}")
-    except ImportError:
-        return None
+    return None
 
 
 def _replaced(module: nn.Module, name: str) -> bool:
     """Whether a method on the instance is another than its class's. ControlNet leaves the original there when done."""
-    own = vars(module).get(name)
-    if own is None:
-        return False
-    original = getattr(own, "__func__", None) is getattr(type(module), name, None)
-    return not (original and own.__self__ is module)
+    own, original = vars(module).get(name), getattr(type(module), name, None)
+    return own is not None and own != (original and original.__get__(module))
 
 
 class WebUI(Program):
@@ -65,10 +57,8 @@ class WebUI(Program):
     options: Mapping[str, Any] = MappingProxyType({})  # those of its page's override settings, by name
     clock = WALL  # times layers on an accelerator
     now = staticmethod(perf_counter)  # of U-Net calls, on a CPU
-    # Whether it calls `process_before_every_sampling`. Where it announces batches only, passes are recognised by the
-    # calls of its `unets`, and `is_hires` tells which one it is.
+    # whether it calls `process_before_every_sampling`; otherwise passes are recognised by the calls of its `unets`
     announces_passes = True
-    plots: tuple[str, ...] = ("xyz_grid.py", "scripts.xyz_grid")  # names of the modules of its X/Y/Z plot
 
     @classmethod
     def is_running(cls) -> bool:
@@ -76,23 +66,23 @@ class WebUI(Program):
 
     # The model
 
-    def current_unet(self) -> nn.Module | None:
-        """Return the U-Net of the current checkpoint; a refiner replaces it in the middle of a pass."""
-        return unet_of(shared.sd_model)
-
-    def model(self) -> Any:
+    def model(self, name: str = "sd_model") -> Any:
         """Return the loaded model; None if there is none yet. Never loads one, as `shared.sd_model` does."""
-        return getattr(sd_models.model_data, "sd_model", None)
+        return getattr(sd_models.model_data, name, None)
 
     def unet(self) -> nn.Module | None:
-        return None if self.model() is None else self.current_unet()
+        return unet_of(self.model())  # a refiner's in the middle of a pass
 
-    def checkpoint(self) -> str:
-        return str(getattr(getattr(self.model(), "sd_checkpoint_info", None), "name", ""))
+    def unets(self) -> list[nn.Module]:
+        """List the loaded U-Nets, a refiner's too."""
+        return [unet for unet in (self.unet(), unet_of(self.model("sd_refiner"))) if unet is not None]
+
+    def checkpoint(self, what: str = "name") -> str:
+        return str(getattr(getattr(self.model(), "sd_checkpoint_info", None), what, None) or "")
 
     def checkpoint_hash(self) -> str:
         """Return the short hash of the current checkpoint; empty if none is loaded or it is not known."""
-        return str(getattr(getattr(self.model(), "sd_checkpoint_info", None), "shorthash", None) or "")
+        return self.checkpoint("shorthash")
 
     def conditions(self) -> Mapping[str, str]:
         """Name the networks that the images are made with, with their weights."""
@@ -117,13 +107,6 @@ class WebUI(Program):
 
     # A pass
 
-    def on_end(self, callback: Callable[[Any], None]) -> None:
-        """Have `callback(p)` called when a generation has ended in whatever way, where passes are not announced."""
-
-    def unets(self) -> list[nn.Module]:
-        unet = self.unet()
-        return [] if unet is None else [unet]
-
     def task(self) -> str:
         """Return the host's id of the request that it is working on; empty if it has none."""
         return str(getattr(_module("progress"), "current_task", None) or "")
@@ -131,29 +114,19 @@ class WebUI(Program):
     def is_hires(self, p: Any) -> bool:
         return bool(getattr(p, "is_hr_pass", False))
 
-    def kind(self, p: Any, hires: bool) -> str:
-        """Return the kind of a pass: one of `tunings.PASSES`."""
-        if hires:
-            return tunings.HIRES
-        # SD.Next has an empty list where there are none
-        return tunings.IMG2IMG if getattr(p, "init_images", None) else tunings.FIRST
-
-    def kinds(self, p: Any) -> list[str]:
-        """List the kinds of the passes that are to be expected of `p`."""
-        return [self.kind(p, False), *([tunings.HIRES] if getattr(p, "enable_hr", False) else [])]
-
-    def sampling(self, p: Any, of: str, size: tuple[int, int] | None = None) -> SamplingPass:
+    def sampling(self, p: Any, hires: bool, size: tuple[int, int] | None = None) -> SamplingPass:
         """Describe a pass of `p`; `size` is its latent's (height, width), if the host provides the latent."""
 
         def given(*names: str) -> Any:
             return next(filter(None, (getattr(p, name, None) for name in names)), 0)
 
-        hires = "hr_" if of == tunings.HIRES else ""
+        # SD.Next has an empty list of images where there are none
+        of = tunings.HIRES if hires else tunings.IMG2IMG if given("init_images") else tunings.FIRST
         sides = ("hr_upscale_to_y", "hr_upscale_to_x") if hires else ("height", "width")
         latent = size or Grid.of_pixels(*(int(given(side)) for side in sides))
         if not given("steps"):
             return SamplingPass(latent, of)
-        sampler, scheduler = (given(f"{hires}{name}", name) or "" for name in ("sampler_name", "scheduler"))
+        sampler, scheduler = (given(f"{'hr_' * hires}{name}", name) or "" for name in ("sampler_name", "scheduler"))
         asked = map(given, ("steps", "hr_second_pass_steps", "denoising_strength"))
         return SamplingPass(latent, of, self.moments(of, *asked, self.schedule(sampler, scheduler)))  # type: ignore[call-arg]
 
@@ -185,8 +158,7 @@ class WebUI(Program):
         return bool(self.option("img2img_fix_steps"))
 
     def rows(self, p: Any) -> int:
-        """Return the rows of a U-Net call: cond and uncond of each image."""
-        return 2 * (getattr(p, "batch_size", None) or 1)
+        return 2 * (getattr(p, "batch_size", None) or 1)  # cond and uncond of each image
 
     def program(self, p: Any) -> WebUI:
         """Return the program as it makes the images of `p`."""
@@ -196,27 +168,20 @@ class WebUI(Program):
 
     def with_options(self, texts: Sequence[str]) -> WebUI:
         view = copy(self)
-        view.options = self._options(texts)
+        module = _module("infotext_utils") or _module("generation_parameters_copypaste")
+        view.options = getattr(module, "create_override_settings_dict", lambda texts: {})(list(texts))
         return view
-
-    def _options(self, texts: Sequence[str]) -> Mapping[str, Any]:
-        """Read override settings, such as "Token merging ratio: 0.5"."""
-        for name in ("infotext_utils", "generation_parameters_copypaste"):
-            reader = getattr(_module(name), "create_override_settings_dict", None)
-            if reader is not None:
-                return reader(list(texts))
-        return {}
 
     def option(self, name: str) -> Any:
         """Return an option, as the override settings have it; None if there is none."""
-        return self.options[name] if name in self.options else option(name)
+        return self.options[name] if name in self.options else getattr(shared.opts, name, None)
 
     def upcasts(self) -> bool:
         return bool(self.option("upcast_attn"))
 
     def observes_closeness(self) -> bool:
         """Whether runs are to say how close attention was to full attention: unless the user has switched it off."""
-        return option(CLOSENESS) is not False
+        return getattr(shared.opts, CLOSENESS, True) is not False
 
     def even_if_slower(self, values: Mapping[str, Any]) -> bool:
         # an image's infotext was pasted to make that image again
@@ -230,11 +195,8 @@ class WebUI(Program):
         return Hint(HYPERTILE, ("Settings → HyperTile",)) if self._hypertile(sampling.hires) else None
 
     def _token_merging(self, of: str) -> float:
-        of_p = getattr(self.p, "get_token_merging_ratio", None)
-        if of_p is not None:
-            return of_p(for_hr=of == tunings.HIRES) or 0
         if self.p is not None:
-            return 0
+            return getattr(self.p, "get_token_merging_ratio", lambda for_hr: 0)(for_hr=of == tunings.HIRES) or 0
         own = {tunings.HIRES: "token_merging_ratio_hr", tunings.IMG2IMG: "token_merging_ratio_img2img"}.get(of, "")
         overridden = of == tunings.IMG2IMG and self.options.get("token_merging_ratio")
         return overridden or (own and self.option(own)) or self.option("token_merging_ratio") or 0
@@ -244,10 +206,7 @@ class WebUI(Program):
         images = processed.images[processed.index_of_first_image :]
         if not images or not isinstance(images[0], Image.Image):
             return None
-        region = getattr(p, "paste_to", None)  # "Inpaint area: only masked"
-        if region is None:
-            return images[0].convert("RGB")
-        x, y, width, height = region
+        x, y, width, height = getattr(p, "paste_to", None) or (0, 0, *images[0].size)  # "Inpaint area: only masked"
         return images[0].convert("RGB").crop((x, y, x + width, y + height))
 
     # Tuning
@@ -277,20 +236,19 @@ class WebUI(Program):
         it belongs to: after Interrupt, no further image is made.
         """
         state = shared.state
-        before = {name: getattr(state, name, None) for name in ("sampling_step", "sampling_steps", "textinfo")}
+        before = state.sampling_step, state.sampling_steps, state.textinfo
         if state.job_count > 0:
             state.job_count += 1
         state.nextjob()
 
-        def show(done: int, total: int, text: str) -> bool:
-            state.sampling_step, state.sampling_steps, state.textinfo = done, total, text
+        def show(*told: Any) -> bool:
+            state.sampling_step, state.sampling_steps, state.textinfo = told
             return not self.was_stopped()
 
         try:
             yield show
         finally:
-            for name, value in before.items():
-                setattr(state, name, value)
+            show(*before)
             if state.interrupted:
                 state.interrupted, state.stopping_generation = False, True
             state.skipped = False
@@ -303,18 +261,17 @@ class WebUI(Program):
 
     def advice(self, values: Mapping[str, Any]) -> list[Hint]:
         """Advise against another extension's panel on our package, and 32 bits where half precision may overflow."""
-        name, hints = self.namesake(), []
-        if name:
-            hints.append(Hint(SHARED_PACKAGE.format(name), ("Extensions",)))
-        if not values["fp32"] and (self.upcasts() or self.is_sd2()):
-            sd2 = "attention of SD 2 models can overflow in half precision"
-            reason = "the host's upcast option is on" if self.upcasts() else sd2
+        name = self.namesake()
+        hints = [Hint(SHARED_PACKAGE.format(name), ("Extensions",))] if name else []
+        sd2 = "attention of SD 2 models can overflow in half precision" if self.is_sd2() else ""
+        reason = "the host's upcast option is on" if self.upcasts() else sd2
+        if reason and not values["fp32"]:
             hints.append(Hint(f"{reason}: 32 bits are advised", ("fp32",)))
         return hints
 
     def xyz_grids(self) -> list[Any]:
         """List the modules of the X/Y/Z plot script, where axes are registered."""
-        return [data.module for data in scripts.scripts_data if data.script_class.__module__ in self.plots]
+        return [data.module for data in scripts.scripts_data if data.script_class.__module__ in PLOTS]
 
     def category(self) -> Callable[[str, str], Any] | None:
         """Return what registers a category of the settings page by its id and label; None before the host had them."""
@@ -332,10 +289,6 @@ class WebUI(Program):
     def pasted(self, reader: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
         """Adapt the reader of a setting, from an infotext's entries to its value or None, to the host's paste."""
         return reader
-
-    def paragraph(self, text: str) -> Any:
-        """Make a paragraph between the options of the settings page."""
-        return shared.OptionHTML(text)
 
     def is_sd2(self) -> bool:
         return bool(getattr(self.model(), "is_sd2", False))

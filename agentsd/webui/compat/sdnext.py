@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
-from modules import script_callbacks, sd_models, shared
-from torch import nn
+from modules import script_callbacks
 
 from ...app.decision import Hint, SamplingPass, Schedule
-from .a1111 import HYPERTILE, WebUI, _module, unet_of
+from .a1111 import HYPERTILE, WebUI, _module
 
+PLACE = ("Settings → Pipeline Modifiers",)
 MERGING = {"ToMe": "tome_ratio", "ToDo": "todo_ratio"}
 SD2_WIDTH = 1024  # channels of SD 2's text encoder, read off the U-Net's cross-attention
 
@@ -28,17 +28,6 @@ class SDNext(WebUI):
     @classmethod
     def is_running(cls) -> bool:
         return hasattr(script_callbacks, "on_after_process")
-
-    def on_end(self, callback: Callable[[Any], None]) -> None:
-        script_callbacks.on_after_process(callback)
-
-    def unets(self) -> list[nn.Module]:
-        # the refiner's too, if it is loaded; not through `shared`, which would load a model to answer
-        models = (getattr(sd_models.model_data, name, None) for name in ("sd_model", "sd_refiner"))
-        return [unet for unet in map(unet_of, models) if unet is not None]
-
-    def current_unet(self) -> nn.Module | None:
-        return unet_of(self.model())
 
     def _checkpoint_named(self, title: str) -> str:
         # what the host's own search does not find here it looks for online, and downloads
@@ -57,32 +46,19 @@ class SDNext(WebUI):
         return Schedule()  # to make a sampler is to give it to the model, whose image may be half done
 
     def obstacle(self, sampling: SamplingPass) -> Hint | None:
-        text = self._merging() or (HYPERTILE if self._tiled(sampling.hires) else "")
-        return Hint(text, ("Settings → Pipeline Modifiers",)) if text else None
-
-    def _merging(self) -> str:
-        method = self.option("token_merging_method")
-        ratio = self.option(MERGING.get(method, "")) or 0
-        return f"the WebUI's own token merging ({method}) is on" if ratio > 0 else ""
-
-    def _tiled(self, hires: bool) -> bool:
         def chosen(name: str) -> Any:
             own = getattr(self.p, name, None)
             return self.option(name) if own is None else own
 
-        return bool(chosen("hypertile_unet_enabled") and (hires or not chosen("hypertile_hires_only")))
+        method = self.option("token_merging_method")
+        if (self.option(MERGING.get(method, "")) or 0) > 0:
+            return Hint(f"the WebUI's own token merging ({method}) is on", PLACE)
+        tiled = chosen("hypertile_unet_enabled") and (sampling.hires or not chosen("hypertile_hires_only"))
+        return Hint(HYPERTILE, PLACE) if tiled else None
 
     def is_sd2(self) -> bool:
-        unet = self.unet()
-        return getattr(getattr(unet, "config", None), "cross_attention_dim", None) == SD2_WIDTH
+        return getattr(getattr(self.unet(), "config", None), "cross_attention_dim", None) == SD2_WIDTH
 
     def pasted(self, reader: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
-        def update(entries: Mapping[str, Any]) -> Any:
-            value = reader(entries)
-            # beside a bare value it takes the reader for a name, and fails for every field of the page
-            return None if value is None else gr.update(value=value)
-
-        return update
-
-    def paragraph(self, text: str) -> Any:
-        return shared.OptionInfo(text, "", gr.HTML)
+        # beside a bare value it takes the reader for a name, and fails for every field of the page
+        return lambda entries: None if (value := reader(entries)) is None else gr.update(value=value)
