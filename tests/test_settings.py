@@ -14,24 +14,8 @@ from agentsd.config import FIELDS, SMALL
 from agentsd.methods import selectable
 from agentsd.plan import plan_layer
 from agentsd.rules import format_rules, parse_rules
-from agentsd.settings import infotext, tunings
+from agentsd.settings import BY_NAME, DEFAULTS, NAMES, SETTINGS, check, from_args, infotext, schema, to_config, tunings
 from agentsd.settings.idle import idle
-from agentsd.settings.schema import (
-    ARGUMENTS,
-    BY_NAME,
-    DEFAULTS,
-    IMPLIED,
-    LONGEST_RULES,
-    LONGEST_TUNING,
-    NAMES,
-    RECORD,
-    SETTINGS,
-    check,
-    from_args,
-    labelled,
-    to_config,
-    wants_record,
-)
 from agentsd.tuning.result import Tuning
 from agentsd.webui import xyz
 from agentsd.webui.xyz import XYZ
@@ -58,10 +42,7 @@ def values_of(row):
     return (st.integers if row.kind == "whole" else st.floats)(row.low, row.high)
 
 
-def settings_of(**fixed):
-    return st.fixed_dictionaries(
-        {**{row.name: values_of(row) for row in SETTINGS}, **{k: st.just(fixed[k]) for k in fixed}}
-    )
+SWITCHED_ON = st.fixed_dictionaries({row.name: values_of(row) for row in SETTINGS} | {"enabled": st.just(True)})
 
 
 def on(**values):
@@ -71,111 +52,83 @@ def on(**values):
 # The table
 
 
-def test_labels_and_names_are_unique():
-    assert len({row.label for row in SETTINGS}) == len(BY_NAME) == len(SETTINGS)
-
-
-@pytest.mark.parametrize("row", SETTINGS, ids=NAMES)
-def test_a_row_is_complete(row):
-    assert row.label
-    assert row.help.endswith(".")
-    assert row.check(row.default) == row.default
-    assert type(row.check(row.default)) is type(row.default)
-    assert row.check(row.parse(row.format(row.default))) == row.default
+def test_rows_are_complete_and_labels_are_unique():
+    assert len({row.label for row in SETTINGS} - {""}) == len(BY_NAME) == len(SETTINGS)
+    for row in SETTINGS:
+        assert row.help.endswith(".")
+        for value in (row.check(row.default), row.parse(row.format(row.default))):
+            assert (value, type(value)) == (row.default, type(row.default))
 
 
 def test_the_api_order_is_a_contract():
     """The token map's switch came before the rules did."""
-    assert ARGUMENTS[:24] == (
+    assert schema.ARGUMENTS[:24] == (
         "enabled", "ratio", "agent_ratio", "k_scale2", "k_shortcut", "fp32", "agent_source", "method", "since", "until",
         "hires_until", "after", "passes", "max_downsample", "min_tokens", "max_agents", "sx", "sy", "use_rand",
-        "merge_attn", "merge_crossattn", "merge_mlp", "seed", RECORD,
+        "merge_attn", "merge_crossattn", "merge_mlp", "seed", schema.RECORD,
     )  # fmt: skip
-    assert set(ARGUMENTS) == {*NAMES, RECORD}
+    assert set(schema.ARGUMENTS) == {*NAMES, schema.RECORD}
 
 
 # Values
 
 
-def test_a_cleared_field_is_the_default():
-    assert check(dict.fromkeys(NAMES)) == DEFAULTS
+def test_what_a_browser_or_a_program_makes_of_a_value():
+    made = {"ratio": 0, "sx": 3.0, "max_downsample": 2, "max_agents": 64.0, "until": 1, "how_close": 0.005, "sy": None}
+    canonical = {"ratio": 0.0, "sx": 3, "max_downsample": "2", "max_agents": 64, "until": 1.0, "how_close": "0.5%"}
+    found = check(made)
+    assert found == {**DEFAULTS, **canonical}, "a cleared field is the default"
+    assert {name: type(found[name]) for name in canonical} == {name: type(value) for name, value in canonical.items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "canonical"),
-    [
-        ("ratio", 0, 0.0),
-        ("sx", 3.0, 3),
-        ("max_downsample", 2, "2"),
-        ("max_agents", 64.0, 64),
-        ("until", 1, 1.0),
-        ("how_close", 0.005, "0.5%"),
-    ],
-)
-def test_what_a_browser_or_a_program_makes_of_a_value(name, value, canonical):
-    found = check({name: value})[name]
-    assert found == canonical
-    assert type(found) is type(canonical)
+BAD = {
+    "ratio": (-1, 1.2, float("nan"), "0.4", True, [0.4]),
+    "sx": (0, 2.5, 10**400),
+    "max_downsample": (3, True),
+    "use_rand": ("False", 1),
+    "agent_source": ("tokens",),
+    "until": (0,),
+    "enabled": ("on",),
+    "how_close": (0.3,),
+    "rules": (7, " | ".join(["downsample=1 full"] * 100)),
+    "tuning": (7, "first tuning 1 64x64", {"size": [64, 64]}, [7]),
+    "tune": (1.5,),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *[("ratio", value) for value in (-1, 1.2, float("nan"), "0.4", True, [0.4])],
-        *[("sx", value) for value in (0, 2.5)],
-        pytest.param("sx", 10**400, id="huge"),
-        *[("max_downsample", value) for value in (3, True)],
-        *[("use_rand", value) for value in ("False", 1)],
-        ("agent_source", "tokens"),
-        ("until", 0),
-        ("enabled", "on"),
-        ("how_close", 0.3),
-        ("tuning", 7),
-        ("tune", 1.5),
-    ],
-)
-def test_a_bad_value_is_named(name, value):
-    with pytest.raises(SettingError, match=rf"^{name} must be .*got"):
-        check({name: value})
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_named(name):
+    for value in BAD[name]:
+        with pytest.raises(SettingError, match=rf"^{name} must be .*got"):
+            check({name: value})
 
 
-def test_an_unknown_name_is_named():
-    with pytest.raises(SettingError, match=r"unknown setting rato=0\.4 \(did you mean ratio\?\)"):
-        check({"rato": 0.4})
+def test_messages_repeat_values_shortened():
+    for name, said, longest in (("ratio", "^ratio must be a number", 200), ("x" * 200_000, "^unknown", 800)):
+        with pytest.raises(SettingError, match=said) as raised:
+            check({name: ["y"] * 50_000})
+        assert len(str(raised.value)) < longest
 
 
-@pytest.mark.parametrize("value", ["x" * 200_000, ["y"] * 50_000], ids=["text", "list"])
-def test_messages_repeat_values_shortened(value):
-    with pytest.raises(SettingError, match=r"^ratio must be a number") as raised:
-        check({"ratio": value})
-    assert len(str(raised.value)) < 200
-    with pytest.raises(SettingError) as raised:
-        check({"x" * 200_000: value})
-    assert len(str(raised.value)) < 800
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
+def test_messages_name_controls_by_their_labels():
+    for values, said in (
         ({"since": 0.7, "until": 0.6}, "Until must be above From (0.7), got 0.6"),
         ({"max_agents": 10**11}, "Maximum agents must be a whole number from 0 to"),
-        ({"rato": 1}, "unknown setting rato=1"),
-    ],
-)
-def test_messages_name_controls_by_their_labels(values, said):
-    with pytest.raises(SettingError) as raised:
-        to_config(on(**values))
-    assert labelled(str(raised.value)).startswith(said)
+        ({"rato": 1}, "unknown setting rato=1 (did you mean ratio?)"),
+    ):
+        with pytest.raises(SettingError) as raised:
+            to_config(on(**values))
+        assert schema.labelled(str(raised.value)).startswith(said)
 
 
 # The API's forms
 
 
-@given(settings_of(enabled=True), st.integers(1, 23))
+@given(SWITCHED_ON, st.integers(1, 23))
 def test_list_and_dictionary_mean_the_same(values, n):
-    in_order = {**values, RECORD: False}
-    assert from_args([in_order[name] for name in ARGUMENTS]) == from_args([values]) == values
-    head = {name: values[name] for name in ARGUMENTS[:n]}
+    in_order = {**values, schema.RECORD: False}
+    assert from_args([in_order[name] for name in schema.ARGUMENTS]) == from_args([values]) == values
+    head = {name: values[name] for name in schema.ARGUMENTS[:n]}
     assert from_args(list(head.values())) == {**DEFAULTS, **head}
 
 
@@ -198,10 +151,10 @@ def test_list_and_dictionary_mean_the_same(values, n):
 )
 def test_what_arguments_mean(args, overrides, expected):
     assert from_args(args, overrides).items() >= expected.items()
-    assert wants_record(args) is (len(args) > 23), "it is asked for after the settings"
+    assert schema.wants_record(args) is (len(args) > 23), "it is asked for after the settings"
 
 
-def test_a_list_in_the_older_extensions_order_is_refused_with_the_order_that_is_expected():
+def test_a_list_in_the_older_extensions_order_is_refused():
     older = [True, True, 20, 4, 4, 0.4, 0.95, 2, 2, 0.4, 0.5, False, 1, False, True, 0.3, 0.075]
     with pytest.raises(SettingError, match=r"sd-webui-agentattention.*expected were enabled, ratio, agent_ratio"):
         from_args(older)
@@ -213,72 +166,29 @@ def test_a_list_in_the_older_extensions_order_is_refused_with_the_order_that_is_
 # The core's config
 
 
-def test_panel_defaults():
+def test_the_panels_defaults_are_no_rules():
     config = to_config(on())
     assert (config.method, config.ratio, config.agent_ratio, config.max_downsample) == ("corrected", 0.0, 0.95, "auto")
-    assert config.stages == to_config(on(), hires=True).stages == ()
+    assert config.stages == to_config(on(), hires=True).stages == config.rules == ()
     assert to_config(check({})) is None
 
 
-def test_an_end_is_that_of_its_pass():
-    config = to_config(on(until=0.6))
-    assert config.at(0.59).method == "corrected"
-    assert config.at(0.61) is None
-    assert to_config(on(until=0.6), hires=True).stages == ()
+def test_what_has_another_form_in_the_core():
+    values = {"max_downsample": "4", "fp32": True, "max_agents": 64, "rules": RULES[1]}
+    core = {"max_downsample": 4, "attn_precision": "fp32", "max_agents": 64, "rules": parse_rules(RULES[1])}
+    assert vars(to_config(on(**values))).items() >= core.items()
+    assert vars(to_config(on())).items() >= {"attn_precision": None, "max_agents": None}.items()
 
 
-@pytest.mark.parametrize(("passes", "first", "hires"), [("both", 1, 1), ("first", 1, 0), ("hires", 0, 1)])
-def test_passes(passes, first, hires):
-    found = [to_config(on(passes=passes), hires=h) is not None for h in (False, True)]
-    assert found == [bool(first), bool(hires)]
-
-
-@pytest.mark.parametrize(
-    ("values", "core"),
-    [
-        ({}, {"max_downsample": "auto", "attn_precision": None, "max_agents": None}),
-        ({"max_downsample": "4", "fp32": True, "max_agents": 64}, {"attn_precision": "fp32", "max_agents": 64}),
-        ({"max_downsample": "4"}, {"max_downsample": 4}),
-        *[({"rules": text}, {"rules": parse_rules(text)}) for text in RULES],
-    ],
-)
-def test_what_has_another_form_in_the_core(values, core):
-    assert {name: getattr(to_config(on(**values)), name) for name in core} == core
-
-
-def test_rules_may_be_text_or_a_list_of_mappings():
+def test_rules_and_tunings_may_be_text_or_data():
     written = [{"settings": {"method": "pool"}, "downsample": 2, "until": 0.5}, {"settings": None, "blocks": "mid*"}]
     text = "downsample=2 until=0.5 method=pool | blocks=mid* full"
     assert check({"rules": written})["rules"] == from_args([{"rules": written}])["rules"] == text
     assert format_rules(to_config(on(rules=written)).rules) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        ("ratio=2", "ratio must be"),
-        ("rato=0.2", "unknown setting rato"),
-        ([{"levels": 2}], "unknown setting levels"),
-        (7, "rules must be"),
-        (" | ".join(["downsample=1 full"] * 100), f"rules must be a text of at most {LONGEST_RULES} characters"),
-    ],
-)
-def test_bad_rules_are_named(value, said):
-    with pytest.raises(SettingError, match=said):
-        check({"rules": value})
-
-
-def test_a_tuning_may_be_text_or_a_dictionary_or_several():
     text, data = f"first {PLAN}", Tuning.from_text(PLAN).to_dict()
     for value in (PLAN, text, data, Tuning.from_text(PLAN), [data], [text, PLAN]):
         assert check({"tuning": value})["tuning"] == text
     assert check({"tuning": " auto "})["tuning"] == "auto"
-
-
-@pytest.mark.parametrize("value", ["first tuning 1 64x64", {"size": [64, 64]}])
-def test_a_damaged_tuning_is_named(value):
-    with pytest.raises(SettingError, match=r"tuning must be .* damaged"):
-        check({"tuning": value})
 
 
 def test_a_pass_takes_its_own_plan_before_the_first_passs():
@@ -290,15 +200,18 @@ def test_a_pass_takes_its_own_plan_before_the_first_passs():
     assert tunings.matching(plans, "first", (64, 128)) == []
 
 
-def test_from_until_and_afterwards():
-    config = to_config(on(since=0.2, until=0.5, after="token merging"))
+def test_from_until_and_afterwards_of_each_pass():
+    config = to_config(on(since=0.2, until=0.5))
+    assert [config.at(progress) is None for progress in (0.1, 0.3, 0.7)] == [True, False, True]
+    assert to_config(on(until=0.6), hires=True).stages == ()
+    config = to_config(on(since=0.2, hires_until=0.5, after="token merging"), hires=True)
     plain = {name: getattr(config, name) for name in FIELDS}
     assert config.at(0.1) is None
     assert config.at(0.3).agent_source == "grid"
     assert config.at(0.7) == AgentConfig(**{**plain, **TOKEN_MERGING})
 
 
-@given(settings_of(enabled=True), st.booleans())
+@given(SWITCHED_ON, st.booleans())
 def test_the_table_allows_what_the_core_allows(values, hires):
     """A config comes of all values that the controls can have; only from and until can exclude each other."""
     end = "hires_until" if hires else "until"
@@ -317,8 +230,9 @@ def controls(parsed):
     return {row.name: infotext.reader(row.name)(parsed) for row in SETTINGS}
 
 
-@given(settings_of(enabled=True))
-def test_infotext_round_trip(values):
+@given(SWITCHED_ON)
+def test_infotext_round_trip_in_an_alphabet_that_all_readers_know(values):
+    assert is_plain(infotext.write(values))
     text = f"a cat\nSteps: 4, Sampler: Euler a, {infotext.KEY}: {infotext.write(values)}, Version: v1.10.1"
     found = controls(dict(PAIR.findall(text.splitlines()[-1])))
     assert found == {row.name: None if row.local else values[row.name] for row in SETTINGS}
@@ -385,24 +299,21 @@ def test_a_damaged_entry_is_refused_whole_and_named(entry, said):
     found = controls({infotext.KEY: entry})
     assert {name: value for name, value in found.items() if value is not None}.keys() == {"enabled", "rules"}
     with pytest.raises(SettingError, match=rf"damaged infotext - .*{said}") as error:
-        from_args([found[name] if name != RECORD else None for name in ARGUMENTS])
-    assert "clear Rules" in labelled(str(error.value))
+        from_args([found[name] if name != schema.RECORD else None for name in schema.ARGUMENTS])
+    assert "clear Rules" in schema.labelled(str(error.value))
     assert set(infotext.note([str(error.value)])) <= ALPHABET
 
 
 def test_infotext_without_us_switches_off_and_changes_nothing_else():
     assert controls({"Steps": "4"}) == {**dict.fromkeys(NAMES), "enabled": False}
-
-
-def test_readers_are_shared_by_both_tabs():
-    assert infotext.reader("ratio") is infotext.reader("ratio")
+    assert infotext.reader("ratio") is infotext.reader("ratio"), "both tabs share it"
 
 
 def test_a_dictionary_beside_an_infotext_changes_what_it_names():
     """The host puts the infotext's values into the arguments, and the dictionary into the first of them."""
     read = controls({infotext.KEY: "ratio=0.3; method=pool; until=0.9"})
-    args = [{"ratio": 0.1}, *(read.get(name) for name in ARGUMENTS[1:])]
-    assert from_args(args) == {**IMPLIED, "enabled": True, "ratio": 0.1, "method": "pool", "until": 0.9}
+    args = [{"ratio": 0.1}, *(read.get(name) for name in schema.ARGUMENTS[1:])]
+    assert from_args(args) == {**schema.IMPLIED, "enabled": True, "ratio": 0.1, "method": "pool", "until": 0.9}
 
 
 # The alphabet of what goes into metadata
@@ -416,15 +327,10 @@ def is_plain(text: str) -> bool:
     return set(text) <= ALPHABET and min(depths) >= 0 == depths[-1] and not alone and len(text) < infotext.LONGEST
 
 
-@given(settings_of(enabled=True))
-def test_every_entry_keeps_to_the_alphabet(values):
-    assert is_plain(infotext.write(values))
-
-
 def test_the_longest_entry_fits():
     longest = {row.name: max((row.choices), key=len) if row.choices else row.default for row in SETTINGS}
     longest |= {row.name: row.high - 1e-9 if row.kind == "number" else row.high for row in SETTINGS if row.numeric}
-    longest |= {"rules": "x" * LONGEST_RULES, "tuning": "x" * LONGEST_TUNING}
+    longest |= {"rules": "x" * schema.LONGEST_RULES, "tuning": "x" * schema.LONGEST_TUNING}
     assert infotext.entries(longest).keys() == {infotext.KEY}
     told = infotext.entries({**longest, "tuning": "x" * 4000})
     assert told.keys() == {infotext.NOTE}
@@ -436,7 +342,7 @@ def test_any_note_keeps_to_the_alphabet(text):
     assert is_plain(infotext.note([text]))
 
 
-@given(settings_of(enabled=True), st.integers(1, 160), st.integers(1, 160))
+@given(SWITCHED_ON, st.integers(1, 160), st.integers(1, 160))
 def test_what_plans_and_checks_say_keeps_to_the_alphabet(values, height, width):
     """Reasons, errors and words of all methods, as a note holds them."""
     said = [method.summary for method in selectable()]
@@ -464,18 +370,16 @@ def plot():
         return SimpleNamespace(label=label, type=type, apply=apply, confirm=confirm, choices=choices)
 
     grid = SimpleNamespace(axis_options=[], AxisOption=option)
-    xyz.register([grid])
-    xyz.register([grid])
+    for _ in range(2):
+        xyz.register([grid])
     return {option.label.removeprefix(xyz.PREFIX): option for option in grid.axis_options}
 
 
-def test_an_axis_for_every_setting_once(plot):
+def test_an_axis_for_every_setting_sets_it_from_the_plots_text(plot):
     assert len(plot) == len(SETTINGS) - 1
     assert "Tune to" not in plot, "an order, not a setting of an image"
 
-
-def test_axes_set_values_from_the_plots_text(plot):
-    @given(settings_of(enabled=True))
+    @given(SWITCHED_ON)
     def set_values(values):
         p = SimpleNamespace()
         for row in SETTINGS:
@@ -487,24 +391,19 @@ def test_axes_set_values_from_the_plots_text(plot):
     set_values()
 
 
-def test_the_axis_of_how_close_is_over_one_tuning(plot):
-    for typed in ("0.5%", "0.5 %"):
-        p = SimpleNamespace()
-        plot["How close"].apply(p, typed, [])
-        assert from_args([True], getattr(p, XYZ)).items() >= {"how_close": "0.5%", "tuning": "auto"}.items()
-
-
 def test_an_axis_switches_on_and_cells_are_separate(plot):
     p = SimpleNamespace(**{XYZ: {}})
     cell = SimpleNamespace(**vars(p))
     plot["Ratio"].apply(cell, 0.4, [])
     assert from_args([False], getattr(cell, XYZ))["enabled"] is True
     assert getattr(p, XYZ) == {}
+    plot["How close"].apply(cell, "0.5 %", [])
+    assert from_args([True], getattr(cell, XYZ)).items() >= {"how_close": "0.5%", "tuning": "auto"}.items()
     plot["Enabled"].apply(cell, "False", [])
     assert from_args([True], getattr(cell, XYZ))["enabled"] is False
 
 
-@pytest.mark.parametrize(("label", "value"), [("Ratio", 1.2), ("Agent source", "tokens"), ("Random partition", "no")])
-def test_a_bad_value_is_refused_before_the_plot_starts(plot, label, value):
-    with pytest.raises(SettingError):
-        plot[label].confirm(None, [value])
+def test_a_bad_value_is_refused_before_the_plot_starts(plot):
+    for label, value in (("Ratio", 1.2), ("Agent source", "tokens"), ("Random partition", "no")):
+        with pytest.raises(SettingError):
+            plot[label].confirm(None, [value])

@@ -2,14 +2,5 @@
 
 from .schema import ARGUMENTS, BY_NAME, DEFAULTS, NAMES, SETTINGS, check, from_args, to_config, wants_record
 
-__all__ = [
-    "ARGUMENTS",
-    "BY_NAME",
-    "DEFAULTS",
-    "NAMES",
-    "SETTINGS",
-    "check",
-    "from_args",
-    "to_config",
-    "wants_record",
-]
+__all__ = ["ARGUMENTS", "BY_NAME", "DEFAULTS", "NAMES", "SETTINGS"]
+__all__ += ["check", "from_args", "to_config", "wants_record"]

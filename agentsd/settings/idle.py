@@ -14,24 +14,13 @@ from ..plan import settings_read
 from .schema import BOTH, BY_NAME, FIRST, HIRES, MERGING, SETTINGS
 
 # Settings on which it depends whether others have an effect, each with values that may give them one
-_DECISIVE: Mapping[str, Any] = {
-    "passes": (BOTH,),
-    "until": (0.5,),
-    "hires_until": (0.5,),
-    "merge_attn": (True,),
-    "ratio": (0.4,),
-    "use_rand": (True,),
-    "agent_source": AGENT_SOURCES,
-    "method": METHODS,
-    "merge_mlp": (True,),
-}
+_DECISIVE: dict[str, Any] = {"passes": (BOTH,), "until": (0.5,), "hires_until": (0.5,), "merge_attn": (True,)}
+_DECISIVE |= {"ratio": (0.4,), "use_rand": (True,), "agent_source": AGENT_SOURCES, "method": METHODS}
+_DECISIVE["merge_mlp"] = (True,)
 
 
 def idle(values: Mapping[str, Any]) -> dict[str, str]:
-    """Say which settings have no effect beside the others, and why: {name: sentence}.
-
-    Rules may give any setting an effect.
-    """
+    """Say which settings have no effect beside the others, and why: {name: sentence}. Rules may give any an effect."""
     return {} if values["rules"] else dict(_idle(tuple(METHODS), tuple(values.items())))
 
 
@@ -39,17 +28,16 @@ def idle(values: Mapping[str, Any]) -> dict[str, str]:
 def _idle(methods: tuple[str, ...], given: tuple[tuple[str, Any], ...]) -> dict[str, str]:
     values = dict(given)
     read = _read(values)
-    return {row.name: _reason(row.name, values) for row in SETTINGS if row.name not in read}
+    return {name: _reason(name, values) for name in BY_NAME if name not in read}
 
 
 def _reason(name: str, values: Mapping[str, Any]) -> str:
     """Name the fewest settings without which this one would have an effect."""
-    for count in (1, 2):
-        for names in combinations(_DECISIVE, count):
-            for others in product(*map(_DECISIVE.__getitem__, names)):
-                if name in _read({**values, **dict(zip(names, others, strict=True))}):
-                    causes = (f"{BY_NAME[each].label} is {BY_NAME[each].format(values[each])}" for each in names)
-                    return f"No effect while {' and '.join(causes)}."
+    for names in (*combinations(_DECISIVE, 1), *combinations(_DECISIVE, 2)):
+        for others in product(*map(_DECISIVE.__getitem__, names)):
+            if name in _read({**values, **dict(zip(names, others, strict=True))}):
+                causes = (f"{BY_NAME[each].label} is {BY_NAME[each].format(values[each])}" for each in names)
+                return f"No effect while {' and '.join(causes)}."
     return "No effect beside the other settings."
 
 

@@ -16,26 +16,21 @@ from ..checks import SettingError
 from . import legacy
 from .schema import BY_NAME, DAMAGED, IMPLIED, SETTINGS
 
-KEY = "Agent Attention"
-NOTE = "Agent Attention note"
-# What a generation that tuned has found: not of its own images, which were made without us
-TUNED = "Agent Attention tuning"
-ENTRIES = (KEY, NOTE, TUNED)
-# Characters of an entry
-LONGEST = 4000
-# Ends a text, so that one that was cut off is noticed
-_END = " &"
+# The last is what a generation that tuned has found: not of its own images, which were made without us
+KEY, NOTE, TUNED = ENTRIES = "Agent Attention", "Agent Attention note", "Agent Attention tuning"
+LONGEST = 4000  # characters of an entry
+_END = " &"  # ends a text, so that one that was cut off is noticed
+_ROWS = {row.name: row for row in SETTINGS if row.name != "enabled" and not row.local}
+_PASTED: set[str] = set()  # the entries that were pasted since the program began, as `write` writes them
 # What readers of infotexts take for the end of a value, a quotation, a network or a weight
-_REPLACED = str.maketrans(
-    {",": ";", ":": " -", "(": "[", ")": "]", "{": "[", "}": "]", "×": "x", "→": "to", "–": "-", "−": "-", "…": "...",
-     "<": "", ">": "", '"': "", "'": "", "“": "", "”": "", "‘": "", "’": ""}
-)  # fmt: skip
+_REPLACED = str.maketrans("(){}–−", "[][]--", "<>\"'“”‘’")
+_REPLACED |= str.maketrans({",": ";", ":": " -", "×": "x", "→": "to", "…": "..."})
 
 
 def plain(text: str) -> str:
-    """Rewrite text in the alphabet of what we write into images.
+    """Rewrite text in the alphabet of what we write into images, as shorter than `LONGEST`.
 
-    That is printable ASCII without , : " ' ( ) { } < >, with balanced brackets, of less than `LONGEST` characters.
+    That is printable ASCII without , : " ' ( ) { } < >, with balanced brackets.
     """
     text = unicodedata.normalize("NFKD", text.translate(_REPLACED)).encode("ascii", "ignore").decode()
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[: LONGEST - 1]
@@ -53,17 +48,15 @@ def write(values: Mapping[str, Any]) -> str:
 
     The main settings are always named, others only if they differ from what an entry without them stands for.
     """
-    rows = [row for row in SETTINGS if row.name != "enabled" and not row.local]
-    named = [row for row in rows if row.written or values[row.name] != IMPLIED[row.name]]
+    named = (row for row in _ROWS.values() if row.written or values[row.name] != IMPLIED[row.name])
     return "; ".join(f"{row.name}={row.format(values[row.name])}{_END * (row.kind == 'text')}" for row in named)
 
 
 def entries(values: Mapping[str, Any]) -> dict[str, str]:
     """Make the entry under KEY; where a tuning is too long for an infotext, a note instead."""
     entry = write(values)
-    if len(entry) < LONGEST:
-        return {KEY: entry}
-    return {NOTE: plain(f"the settings are left out; their {len(entry)} characters are too many for an infotext")}
+    refusal = f"the settings are left out; their {len(entry)} characters are too many for an infotext"
+    return {KEY: entry} if len(entry) < LONGEST else {NOTE: plain(refusal)}
 
 
 def read(entry: str) -> dict[str, Any]:
@@ -75,19 +68,13 @@ def read(entry: str) -> dict[str, Any]:
     values = {**IMPLIED, "enabled": True}
     for pair in entry.split(";"):
         name, _, text = pair.strip().partition("=")
-        row = BY_NAME.get(name)
-        if row is None or row.local or name == "enabled":
+        row = _ROWS.get(name)
+        if row is None:
             raise SettingError(f"unknown setting {name[:40]!r}")
-        if row.kind == "text":
-            if not text.endswith(_END):
-                raise SettingError(f"{name} is cut off")
-            text = text.removesuffix(_END)
-        values[name] = row.parse(text)
+        if row.kind == "text" and not text.endswith(_END):
+            raise SettingError(f"{name} is cut off")
+        values[name] = row.parse(text.removesuffix(_END) if row.kind == "text" else text)
     return values
-
-
-# The entries that were pasted since the program began, as `write` writes them
-_PASTED: set[str] = set()
 
 
 def was_pasted(values: Mapping[str, Any]) -> bool:
@@ -99,22 +86,22 @@ def was_pasted(values: Mapping[str, Any]) -> bool:
 def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
     """Return a function from the host's parsed infotext to the control's value; None leaves the control as it is.
 
-    Images of the older extension are read too. An image made with neither extension switches the extension off and
-    changes nothing else. A damaged entry is refused as a whole: it switches the extension on and puts the reason in the
-    place of the rules, where preview and run find it and tell it. Each name has exactly one function, so that the host
-    can match the controls of two tabs by it.
+    Images of the older extension are read too; one made with neither switches ours off and changes nothing else. A
+    damaged entry is refused as a whole: it switches the extension on and puts the reason in the place of the rules,
+    where preview and run find it and tell it. Each name has one function, by which the host matches the controls of two
+    tabs.
     """
 
     def value(params: Mapping[str, Any]) -> Any:
-        entry = params.get(KEY)
         try:
-            values = legacy.read(params) if entry is None else read(str(entry))
+            values = read(str(params[KEY])) if params.get(KEY) is not None else legacy.read(params)
         except SettingError as error:
-            values = {**dict.fromkeys(BY_NAME), "enabled": True, "rules": plain(f"{DAMAGED} {error}")}
+            values = {"enabled": True, "rules": plain(f"{DAMAGED} {error}")}
         else:
             if values is None:
-                return False if name == "enabled" else None
-            _PASTED.add(write(values))
-        return None if BY_NAME[name].local else values[name]
+                values = {"enabled": False}
+            else:
+                _PASTED.add(write(values))
+        return None if BY_NAME[name].local else values.get(name)
 
     return value

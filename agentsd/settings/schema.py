@@ -17,10 +17,9 @@ from . import tunings
 
 NOTHING, MERGING = "nothing", "token merging"
 BOTH, FIRST, HIRES = "both", "first", "hires"
-# Stands in the place of the rules where an infotext's entry cannot be read, with the reason
-DAMAGED = "damaged infotext -"
-# Characters of texts: all settings together have to fit into an infotext
-LONGEST_RULES, LONGEST_TUNING = 1000, 2500
+DAMAGED = "damaged infotext -"  # stands in the place of the rules where an infotext can't be read, with the reason
+RECORD = "record"  # the argument that asks for the token map's record
+LONGEST_RULES, LONGEST_TUNING = 1000, 2500  # characters: all settings together have to fit into an infotext
 
 
 def fraction_of(text: str) -> float:
@@ -76,8 +75,6 @@ _FIRST = (
     "merge_attn", "merge_crossattn", "merge_mlp", "seed",
 )
 # fmt: on
-# The argument that asks for the token map's record
-RECORD = "record"
 
 _CORE: Mapping[str, Setting] = {name: field for name, field in FIELDS.items() if field.label}
 _ALL = {row.name: row for row in (*_OWN, *(field.control for field in _CORE.values()))}
@@ -105,12 +102,12 @@ def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
 
     Args:
         args: values in the order of `ARGUMENTS`; missing ones get their defaults, extra ones are ignored. The first may
-            be a mapping of settings by name, which switches the extension on unless it says otherwise. Settings that it
-            does not name are those of the remaining arguments, which follow in order.
-        overrides: settings by name that take precedence over the arguments, such as those of an X/Y/Z cell.
+            be a mapping of settings by name, which switches the extension on unless it says otherwise, and counts more
+            than the arguments behind it.
+        overrides: settings by name that count more than the arguments, such as those of an X/Y/Z cell.
 
     Returns:
-        Every setting, in canonical form. While the extension is off, all settings are at their defaults, unchecked.
+        Every setting, in canonical form; while the extension is off, the defaults: nothing is checked then.
 
     Raises:
         SettingError: a name is unknown or a value is outside its range.
@@ -134,11 +131,8 @@ def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
 
 def labelled(message: str) -> str:
     """Name the settings in the message of a `SettingError` by their labels, as the panel shows them."""
-    return _NAMED.sub(lambda found: BY_NAME[found[0]].label if found[0] in BY_NAME else found[0], message)
-
-
-# Where a message has a setting's name
-_NAMED = re.compile(r"^\w+|(?<=must be above )\w+")
+    name = r"^\w+|(?<=must be above )\w+"
+    return re.sub(name, lambda found: BY_NAME[found[0]].label if found[0] in BY_NAME else found[0], message)
 
 
 def wants_record(args: Sequence[Any]) -> bool:
@@ -146,17 +140,19 @@ def wants_record(args: Sequence[Any]) -> bool:
     return dict(zip(ARGUMENTS, args, strict=False)).get(RECORD) is True
 
 
-def to_config(values: Mapping[str, Any], *, hires: bool = False) -> AgentConfig | None:
-    """Make the core's config for one sampling pass; None if the pass is to be left alone.
+def is_left_out(values: Mapping[str, Any], hires: bool) -> bool:
+    return values["passes"] == (FIRST if hires else HIRES)
 
-    Args:
-        values: every setting, in canonical form (from `check`).
-        hires: whether it is the hires pass.
+
+def to_config(values: Mapping[str, Any], *, hires: bool = False) -> AgentConfig | None:
+    """Make the core's config for the first or the hires pass, of every setting, in canonical form (from `check`).
+
+    None if the pass is to be left alone.
 
     Raises:
         SettingError: settings contradict each other; the message names them.
     """
-    if not values["enabled"] or values["passes"] == (FIRST if hires else HIRES):
+    if not values["enabled"] or is_left_out(values, hires):
         return None
     end = "hires_until" if hires else "until"
     since, until = values["since"], values[end]

@@ -5,7 +5,8 @@ first tuning 1 64x64 0.02 1f00… | method=corrected … & hires tuning 1 128x12
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,16 +43,13 @@ def read(text: str) -> tuple[PassTuning, ...]:
     Raises:
         SettingError: the text is damaged, or of a later version.
     """
-    return () if text.strip() in ("", AUTO) else tuple(_read(part) for part in text.split(_AND.strip()))
-
-
-def _read(text: str) -> PassTuning:
-    first, _, rest = text.strip().removeprefix("plan:").strip().partition(" ")
-    of, plan = (first, rest) if first in PASSES else (FIRST, text)
-    try:
-        return PassTuning(of, Tuning.from_text(plan))
-    except TuningError as error:
-        raise _refuse(text, str(error)) from error
+    found = []
+    for part in () if text.strip() in ("", AUTO) else text.split(_AND.strip()):
+        first, _, rest = part.strip().removeprefix("plan:").strip().partition(" ")
+        of, plan = (first, rest) if first in PASSES else (FIRST, part)
+        with _refusing(part):
+            found.append(PassTuning(of, Tuning.from_text(plan)))
+    return tuple(found)
 
 
 def canonical(value: Any) -> str:
@@ -62,34 +60,27 @@ def canonical(value: Any) -> str:
     """
     if isinstance(value, str):
         return AUTO if value.strip() == AUTO else write(read(value))
-    if isinstance(value, Tuning):
-        return PassTuning(FIRST, value).text
-    if isinstance(value, Mapping):
-        try:
-            return PassTuning(FIRST, Tuning.from_dict(value)).text
-        except TuningError as error:
-            raise _refuse(value, str(error)) from error
     if isinstance(value, (list, tuple)):
         return write(plan for entry in value for plan in read(canonical(entry)))
-    raise _refuse(value, "it is none")
+    with _refusing(value):
+        if not isinstance(value, (Tuning, Mapping)):
+            raise TuningError("it is none")
+        return PassTuning(FIRST, value if isinstance(value, Tuning) else Tuning.from_dict(value)).text
 
 
-def _refuse(value: Any, why: str) -> SettingError:
-    return SettingError(
-        f"tuning must be {AUTO!r} or a tuning, as text or as a dictionary, got {str(value)[:LONGEST]!r}: {why}"
-    )
+@contextmanager
+def _refusing(value: Any) -> Iterator[None]:
+    try:
+        yield
+    except TuningError as error:
+        allowed, given = f"{AUTO!r} or a tuning, as text or as a dictionary", str(value)[:LONGEST]
+        raise SettingError(f"tuning must be {allowed}, got {given!r}: {error}") from error
 
 
-def matching(plans: Iterable[PassTuning], of: str, size: tuple[int, int]) -> list[Tuning]:
-    """Return the tunings for a pass at a size, its own first.
+def matching(plans: Sequence[PassTuning], of: str, size: tuple[int, int]) -> list[Tuning]:
+    """Return the tunings for a pass at a size, the (height, width) of its latent: its own first, then the first pass's.
 
-    A tuning of the first pass was measured over the whole diffusion, so it does for the others, too. `size` is the
-    (height, width) of the latent.
+    A tuning of the first pass was measured over the whole diffusion, so it does for the others, too.
     """
-    listed = list(plans)
-    return [
-        plan.tuning
-        for kind in dict.fromkeys((of, FIRST))
-        for plan in listed
-        if (plan.of, plan.tuning.size) == (kind, size)
-    ]
+    found = [(kind, plan) for kind in dict.fromkeys((of, FIRST)) for plan in plans]
+    return [plan.tuning for kind, plan in found if (plan.of, plan.tuning.size) == (kind, size)]
