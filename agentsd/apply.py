@@ -12,9 +12,9 @@ from torch import nn
 
 from .checks import SettingError, check_names
 from .config import SETTINGS, AgentConfig
-from .hosts import UnsupportedModelError, find_model, progress_by
+from .hosts import UnsupportedModelError, family_of, find_model, progress_by
 from .patching.call import KVContext
-from .patching.joint import make_patch
+from .patching.joint import TransformerPatch
 from .patching.patch import Patch, patch_of
 from .schedule import Moment
 from .tuning.fingerprint import adapters_of
@@ -32,7 +32,7 @@ def apply_patch(
     progress: Moment | None = None,
     **settings: Any,
 ) -> Model:
-    """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
+    """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch; return the model.
 
     Args:
         model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, a U-Net, or a transformer of
@@ -40,35 +40,33 @@ def apply_patch(
         *reference: AgentSD's settings in its order, `ratio` to `merge_mlp`.
         tuning: a result of `agentsd.tune` for this model, its text, or the path of its file. It has settings of its
             own, beside which none may be given.
-        progress: maps the U-Net's timestep to the fraction of the diffusion that is done, 0–1. None: by the pipeline's
-            scheduler as it is now; without one, timesteps are training steps from 1000 to 0. See `progress_of_sigma`.
-            `tune` and `compare` have another `progress`, which is told how far they are.
+        progress: maps the U-Net's timestep to the fraction of the diffusion that is done, 0–1; see `progress_of_sigma`.
+            None: by the pipeline's scheduler as it is now; without one, timesteps are training steps from 1000 to 0.
             Of a transformer, it is given the share of noise in thousandths, and None is linear in that.
         **settings: the settings of `AgentConfig`, which documents their meanings and ranges.
 
-    Returns:
-        The model.
-
-    Raises:
-        SettingError: a setting is unknown or outside its range. The model is unchanged.
-        OSError: the file of a tuning cannot be read. The model is unchanged.
-        TuningError: the tuning is damaged, or for another model. The model is unchanged.
-        UnsupportedModelError: the model has no transformer blocks, or is a transformer that is not known. The model is
-            unchanged.
+    Raises, before the model is changed:
+        SettingError: a setting is unknown or outside its range.
+        OSError: the file of a tuning cannot be read.
+        TuningError: the tuning is damaged, or for another model.
+        UnsupportedModelError: the model has no transformer blocks, or is a transformer that is not known.
     """
     check_names(settings, SETTINGS)
     names = SETTINGS[: SETTINGS.index("merge_mlp") + 1]
     if len(reference) > len(names) or set(names[: len(reference)]) & settings.keys():
         raise TypeError(f"settings without a name are {', '.join(names)} in this order, each once; got {reference}")
     unet, config = find_model(model), AgentConfig(*reference, **settings)
+    family = family_of(unet)
     if tuning is not None:
+        if family is not None:
+            raise UnsupportedModelError(f"a tuning is of a U-Net, got {family.model}")
         if given := [name for name in SETTINGS if getattr(config, name) != getattr(AgentConfig, name)]:
             raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
         made = as_tuning(tuning)
         config = made.config_for(unet)
         if doubts := made.doubts(adapters=adapters_of(unet)):
             log.warning("a tuning is used for what it was not made on: %s", doubts)
-    patch_unet(unet, config, progress=progress or progress_by(model, unet))
+    patch_unet(unet, config, progress=progress or (progress_by(model, unet) if family is None else None))
     return model
 
 
@@ -76,7 +74,14 @@ def patch_unet(
     unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None, progress: Moment | None = None
 ) -> Patch:
     """Patch a U-Net or transformer with a config, replacing an existing patch; see `Patch` for the arguments."""
-    patch = make_patch(unet, config, kv_context, progress=progress)  # may raise, before anything has been changed
+    # may raise, before anything has been changed
+    family = family_of(unet)
+    if family is None:
+        patch = Patch(unet, config, kv_context, progress=progress)
+    elif kv_context is not None:
+        raise UnsupportedModelError(f"kv_context is for a U-Net, got {family.model}")
+    else:
+        patch = TransformerPatch(unet, config, progress=progress)
     patch.install()
     return patch
 
