@@ -114,6 +114,17 @@ def test_grid_agents_leave_the_images_colours(page, panel: Panel, told):
     assert (middles >= 235).all(), "a dot in the middle of each cell"
 
 
+def test_a_click_shows_what_the_window_opens(page, panel: Panel, told):
+    panel.choose("Faithful")
+    generate(page)
+    assert "Click on a window" in told("Click on a window")
+    before = panel.picture("map_image").tobytes()
+    page.locator(f"#{element_id('txt2img', 'map_image')} img").click(position={"x": 20, "y": 20})
+    panel.said("Tinted: those of the outlined window", "map_text")
+    page.wait_for_timeout(SECONDS)
+    assert panel.picture("map_image").tobytes() != before
+
+
 def test_the_map_of_a_new_image_comes_by_itself_and_goes_with_the_record(page, panel: Panel, told):
     panel.choose("Balanced")
     generate(page)
