@@ -1,13 +1,10 @@
 "use strict";
-// The panel's part of the page: it reads the controls, asks the server what they come to, and shows the answer.
-//
-// The server knows the model, the meaning of the settings and the host's options; the page alone knows what its fields
-// show at this moment. So nothing is worked out here. agentsd/panel/routes.py answers, agentsd/panel/controls.py makes
-// the elements.
+// The panel's part of the page: it reads the controls, asks the server what they come to, and shows the answer. Nothing
+// is worked out here: agentsd/panel/routes.py answers, agentsd/panel/controls.py makes the elements.
 {
     const TABS = ["txt2img", "img2img"];
     const PASTING = "#paste, #txt2img_tab, #img2img_tab, #inpaint_tab"; // the host's buttons that bring an infotext
-    const FOLDS = ["", "more", "tuner", "map"];
+    const FOLDS = '[id*="_agent_attention"] > .label-wrap';
     const POLL_MS = 250; // sliders that the host moves by itself (paste, swap, presets) fire no event
     const DEBOUNCE_MS = 150; // a slider on its way is not worth a question
     const RETRY_MS = 5000;
@@ -21,7 +18,10 @@
     const find = (selector) => gradioApp().querySelector(selector);
     const panelId = (tab, name = "") => `${tab}_agent_attention${name && "_" + name}`;
     const findOurs = (tab, name, inner = "") => find(`#${panelId(tab, name)} ${inner}`.trim());
-    const numberIn = (id) => parseFloat(find(`#${id} input[type=number]`)?.value);
+    const numberIn = (id) => {
+        const value = parseFloat(find(`#${id} input[type=number]`)?.value);
+        return Number.isNaN(value) ? undefined : value; // left out of a request: the server knows what is usual
+    };
     const textIn = (id) => find(`#${id} input`)?.value ?? "";
     const isChecked = (id) => Boolean(find(`#${id} input[type=checkbox]`)?.checked);
     const isShown = (element) => Boolean(element && element.offsetParent);
@@ -79,33 +79,17 @@
 
     // The host's controls that decide on the passes; null while a size is being typed.
     const readPasses = (tab) => {
-        const [width, height] = sizeOf(tab);
-        const orElse = (name, usual) => {
-            const value = numberIn(`${tab}_${name}`);
-            return Number.isNaN(value) ? usual : value;
-        };
-        const other = textIn("hr_checkpoint");
-        const hires = tab !== "txt2img" || !isChecked("txt2img_hr-checkbox") ? null : {
-            scale: numberIn("txt2img_hr_scale"),
-            resize_x: orElse("hr_resize_x", 0),
-            resize_y: orElse("hr_resize_y", 0),
-            steps: orElse("hires_steps", 0),
-            checkpoint: other === "Use same checkpoint" ? "" : other,
-        };
-        if (!(width > 0 && height > 0 && (!hires || hires.scale > 0))) return null;
+        const [width, height] = sizeOf(tab), number = (name) => numberIn(`${tab}_${name}`);
+        const [scale, resize_x, resize_y, more] = ["hr_scale", "hr_resize_x", "hr_resize_y", "hires_steps"].map(number);
+        const checkpoint = textIn("hr_checkpoint").replace(/^Use same checkpoint$/, "");
+        const hires = isChecked(`${tab}_hr-checkbox`) ? {scale, resize_x, resize_y, steps: more, checkpoint} : null;
+        if (!(width > 0 && height > 0 && (!hires || scale > 0))) return null;
+        const [steps, batch_size, denoising] = ["steps", "batch_size", "denoising_strength"].map(number);
+        const [sampler, scheduler] = ["sampling", "scheduler"].map((name) => textIn(`${tab}_${name}`));
         // as the host shows them: a token for each, such as "Token merging ratio: 0.5"
-        const overrides = [...gradioApp().querySelectorAll(`#${tab}_override_settings .token`)];
-        return {
-            width,
-            height,
-            steps: orElse("steps", 20),
-            batch_size: orElse("batch_size", 1),
-            denoising: orElse("denoising_strength", 1),
-            sampler: textIn(`${tab}_sampling`),
-            scheduler: textIn(`${tab}_scheduler`),
-            hires,
-            overrides: overrides.map((token) => token.textContent.trim()),
-        };
+        const tokens = [...gradioApp().querySelectorAll(`#${tab}_override_settings .token`)];
+        const overrides = tokens.map((token) => token.textContent.trim());
+        return {width, height, steps, batch_size, denoising, sampler, scheduler, hires, overrides};
     };
 
     // ---- What is shown ----
@@ -115,13 +99,11 @@
     // The host's translation of a whole text, where it has one
     const translated = (text) => (typeof getTranslation === "function" && getTranslation(text)) || text;
 
-    // Sentences name controls by their labels, which are shown translated
-    const withLabels = (text) => text.replace(/“([^”]+)”/g, (all, label) => `“${translated(label)}”`);
-
-    // `state` is what the style sheet marks it by
+    // A line, marked by its `state` for the style sheet. Hints name controls by their labels, which are shown translated.
     const lineOf = ({text, hint, state}) => {
         const line = made("div", text && hint ? `${text} ` : text);
-        if (hint) line.append(Object.assign(made("span", withLabels(hint)), {className: "agent-attention-hint"}));
+        const words = hint?.replace(/“([^”]+)”/g, (all, label) => `“${translated(label)}”`);
+        if (hint) line.append(Object.assign(made("span", words), {className: "agent-attention-hint"}));
         if (state) line.className = `agent-attention-${state}`;
         return line;
     };
@@ -142,7 +124,7 @@
         // undefined until the answer is there.
         const tabs = TABS.map((name) => ({name, values: {}, again: Infinity, lost: false, pressed: -Infinity}));
         const tabNamed = (name) => tabs.find((tab) => tab.name === name);
-        let data = null, learning = false, learnt = -Infinity; // the page's tables, and when they were asked for
+        let data = null, learnt = -Infinity; // the page's tables, and when they were asked for
         let version = 0; // goes up when the server may answer otherwise although nothing in the page has changed
         let greeted = false, missed = 0;
 
@@ -159,14 +141,11 @@
         // ---- The preview ----
 
         const learn = async () => {
-            if (data || learning || Date.now() - learnt < RETRY_MS || !findOurs(TABS[0], "summary")) return;
-            [learning, learnt] = [true, Date.now()];
-            try {
-                data = await ask("page", {signal: stopped.signal});
-            } catch (error) {
-                if (!stopped.signal.aborted) tabs.forEach((tab) => showTrouble(tab, error));
-            }
-            learning = false;
+            if (data || Date.now() - learnt < RETRY_MS || !findOurs(TABS[0], "summary")) return;
+            learnt = Date.now();
+            const given = await ask("page", {signal: stopped.signal}).catch((error) => error);
+            if (!(given instanceof Error)) data = given;
+            else if (!data && !stopped.signal.aborted) tabs.forEach((tab) => showTrouble(tab, given));
         };
 
         const settingNames = () => data.rows.map((row) => row.name).filter((name) => name !== "enabled");
@@ -187,8 +166,7 @@
         const preview = async (tab) => {
             if (tab.lost && Date.now() < tab.again) return; // `look` comes back to it
             tab.request?.abort();
-            const request = new AbortController();
-            tab.request = request;
+            const request = tab.request = new AbortController();
             const late = setTimeout(() => request.abort(), TIMEOUT_MS);
             const given = await ask("preview", {method: "POST", body: tab.body, signal: request.signal}).catch((error) => error);
             clearTimeout(late);
@@ -291,9 +269,7 @@
             return [tab.preset ?? preset, ...values];
         };
 
-        const press = ({target}) => {
-            if (target.closest(PASTING)) for (const tab of tabs) tab.wanted = undefined;
-        };
+        const press = ({target}) => target.closest(PASTING) && tabs.forEach((tab) => { tab.wanted = undefined; });
 
         // ---- The last run ----
 
@@ -321,21 +297,19 @@
             return status;
         };
 
-        // An order to tune holds for one image. Whoever gave it wants to see what was found, and to use it.
-        const showTuned = (tab, status) => {
+        // Handler of gradio: [task, call, layer] in and out.
+        const ofTask = (name, [, call, layer]) => [taskOf(tabNamed(name)), call, layer];
+
+        const showResult = async (tab) => {
+            // who has the map open and asked for a record wants to see the new image's
+            const map = findOurs(tab.name, "map_show");
+            if (isChecked(panelId(tab.name, "record")) && isShown(map)) map.click();
+            const status = await showStatus(tab);
             if (!(tab.values.tune > 0)) return;
+            // an order to tune holds for one image; whoever gave it wants to see what was found, and to use it
             findOurs(tab.name, "tune_done")?.click();
             tab.found = status?.preset || undefined;
         };
-
-        // Who has the map open and asked for a record wants to see the new image's.
-        const showMap = (tab) => {
-            const button = findOurs(tab.name, "map_show");
-            if (isChecked(panelId(tab.name, "record")) && isShown(button)) button.click();
-        };
-
-        // Handler of gradio: [task, call, layer] in and out.
-        const ofTask = (name, [, call, layer]) => [taskOf(tabNamed(name)), call, layer];
 
         // The host shows one of these buttons while it generates. SD.Next shows them always, and keeps the request's id.
         const isGenerating = (tab) => Boolean(stored(() => localStorage.getItem("task")))
@@ -347,8 +321,7 @@
             tab.noted &&= now;
             if (tab.generating && !now) {
                 version += 1; // another model may have been loaded for it
-                showStatus(tab).then((status) => showTuned(tab, status));
-                showMap(tab);
+                showResult(tab);
             }
             tab.generating = now;
         };
@@ -369,10 +342,9 @@
         // ---- The keyboard ----
 
         // gradio 3 draws the label of what is folded so that a mouse alone can open it.
-        const reachFolds = (tab) => {
-            for (const name of FOLDS) {
-                const label = findOurs(tab, name, "> .label-wrap");
-                if (!label || label.tagName === "BUTTON") continue;
+        const reachFolds = () => {
+            for (const label of gradioApp().querySelectorAll(FOLDS)) {
+                if (label.tagName === "BUTTON") continue;
                 label.tabIndex = 0;
                 label.setAttribute("role", "button");
                 label.setAttribute("aria-expanded", label.classList.contains("open"));
@@ -380,26 +352,20 @@
         };
 
         const pressKey = (event) => {
-            const ours = TABS.flatMap((tab) => FOLDS.map((name) => panelId(tab, name)));
-            const label = event.target;
-            if (!["Enter", " "].includes(event.key) || !label.matches(".label-wrap[role=button]")) return;
-            if (!ours.includes(label.parentElement.id)) return;
+            if (!["Enter", " "].includes(event.key) || !event.target.matches(`${FOLDS}[role=button]`)) return;
             event.preventDefault();
-            label.click();
+            event.target.click();
         };
 
         const tick = () => {
             if (document.hidden || stopped.signal.aborted) return;
             // without the extension's Python part (another one's package of the same name came first) there is no panel
             missed = find("#txt2img_prompt") && !findOurs(TABS[0]) ? missed + 1 : 0;
-            if (missed > PATIENCE) {
-                stop();
-                return;
-            }
+            if (missed > PATIENCE) return stop();
             greet();
             tabs.forEach(watchGeneration);
             tabs.forEach(look);
-            TABS.forEach(reachFolds);
+            reachFolds();
         };
 
         const stop = () => {
@@ -413,9 +379,10 @@
         };
 
         const timer = setInterval(tick, POLL_MS);
-        document.addEventListener("input", () => requestAnimationFrame(tick), {signal: stopped.signal});
-        document.addEventListener("click", press, {signal: stopped.signal});
-        document.addEventListener("keydown", pressKey, {signal: stopped.signal});
+        const listeners = {input: () => requestAnimationFrame(tick), click: press, keydown: pressKey};
+        for (const [type, listener] of Object.entries(listeners)) {
+            document.addEventListener(type, listener, {signal: stopped.signal});
+        }
         return {choose, sync, ofTask, stop};
     };
 

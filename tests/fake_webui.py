@@ -18,6 +18,7 @@ from agentsd import get_patch
 from agentsd.settings.schema import ARGUMENTS, RECORD
 
 ON = {"until": 1.0, "min_tokens": 0}  # the U-Net's layers are small
+OTHERS = {"Other extension": "here"}  # in every infotext
 
 
 class Sampler:
@@ -31,7 +32,7 @@ class Processing:
     """What the WebUI's processing object is to us."""
 
     def __init__(self, **more):
-        self.extra_generation_params = {"Other extension": "here"}
+        self.extra_generation_params = {**OTHERS}
         self.comments, self.sampler, self.is_hr_pass = [], Sampler(), False
         self.width = self.height = self.hr_upscale_to_x = self.hr_upscale_to_y = 128
         vars(self).update(more)
@@ -53,17 +54,6 @@ class State:
         self.job_no += 1
 
 
-class Loaded:
-    """What the WebUI's `sd_models.model_data` is to us."""
-
-    def __init__(self, shared):
-        self._shared = shared
-
-    @property
-    def sd_model(self):
-        return self._shared.sd_model
-
-
 def stand_in(monkeypatch, name):
     """Make a module of the host, which `find_spec` finds too, and the attribute of its package."""
     module = ModuleType(name)
@@ -75,45 +65,25 @@ def stand_in(monkeypatch, name):
     return module
 
 
-def stand_ins(monkeypatch, parts):
-    """Make the host's package `modules` with these parts: modules by name."""
-    return {name: stand_in(monkeypatch, name) for name in ("modules", *(f"modules.{part}" for part in parts.split()))}
+def stand_ins(monkeypatch, more=""):
+    """Make the host's package `modules`, with these parts beside those that every WebUI has."""
+    stand_in(monkeypatch, "modules")
+    parts = f"progress script_callbacks scripts shared sd_models ui_components {more}".split()
+    fake = SimpleNamespace(**{part: stand_in(monkeypatch, f"modules.{part}") for part in parts})
+    fake.scripts.scripts_data, fake.ui_components.InputAccordion = [], object
+    fake.shared.opts, fake.sd_models.model_data = SimpleNamespace(), SimpleNamespace()
+    fake.twice = False  # whether a hires pass is announced twice, as in Forge
+    return fake
 
 
-@pytest.fixture(name="host")
-def fake_host(monkeypatch):
-    """The WebUI's modules, as far as we import them, around a small U-Net."""
-    parts = "cache extensions infotext_utils progress script_callbacks scripts shared sd_models sd_unet ui_components"
-    fake = stand_ins(monkeypatch, parts)
-    fake["modules.scripts"].scripts_data = []
-    fake["modules.ui_components"].InputAccordion = object
-    fake["modules.sd_unet"].current_unet = None
-    shared = fake["modules.shared"]
-    # what a test expects must not hang on the clock of a busy machine; tests of what was measured set it back
-    shared.opts, shared.loaded_hypernetworks = SimpleNamespace(agent_attention_even_if_slower=True), []
-    shared.state = State()
-    shared.sd_model = as_model(golden_unet())
-    shared.sd_model.sd_checkpoint_info = SimpleNamespace(name="small.safetensors")
-    fake["modules.sd_models"].model_data = Loaded(shared)
-    cache: dict[str, dict] = {}
-    fake["modules.cache"].cache = lambda section: cache.setdefault(section, {})
+@contextmanager
+def imported(name):
+    """A module of ours that imports the host's."""
     _forget_ours()
-    session = importlib.import_module("agentsd.webui.session")
-    progress = fake["modules.progress"]
-    extensions = fake["modules.extensions"]
-    extensions.active = list
-    fake["modules.infotext_utils"].create_override_settings_dict = override_settings
-    more = {"sd_unet": fake["modules.sd_unet"], "progress": progress, "extensions": extensions, "cache": cache}
-    more["override_names"] = []
-    yield SimpleNamespace(session=session, shared=shared, **more)
-    _forget_ours()
-
-
-def override_settings(texts):
-    """As the WebUI's `create_override_settings_dict`; names beyond its own are those of the options."""
-    names = {"Token merging ratio": "token_merging_ratio", "Upcast cross attention": "upcast_attn"}
-    pairs = (text.split(": ") for text in texts)
-    return {names.get(name, name): value == "True" if value.isalpha() else float(value) for name, value in pairs}
+    try:
+        yield importlib.import_module(f"agentsd.webui.{name}")
+    finally:
+        _forget_ours()
 
 
 def _forget_ours():
@@ -124,35 +94,66 @@ def _forget_ours():
             vars(agentsd.webui).pop(name.split(".")[2], None)
 
 
+@pytest.fixture(name="host")
+def fake_host(monkeypatch):
+    """The WebUI's modules, as far as we import them, around a small U-Net."""
+    fake = stand_ins(monkeypatch, "cache extensions infotext_utils sd_unet")
+    fake.sd_unet.current_unet, fake.extensions.active = None, list
+    shared = fake.shared
+    # what a test expects must not hang on the clock of a busy machine; tests of what was measured set it back
+    shared.opts.agent_attention_even_if_slower, shared.loaded_hypernetworks = True, []
+    shared.state, shared.sd_model = State(), as_model(golden_unet())
+    shared.sd_model.sd_checkpoint_info = SimpleNamespace(name="small.safetensors")
+    fake.sd_models.model_data = type("Loaded", (), {"sd_model": property(lambda self: shared.sd_model)})()
+    fake.infotext_utils.create_override_settings_dict = override_settings
+    cache = {}
+    fake.cache.cache = lambda section: cache.setdefault(section, {})
+    with imported("session") as session:
+        yield SimpleNamespace(**{**vars(fake), "session": session, "cache": cache, "override_names": []})
+
+
+def override_settings(texts):
+    """As the WebUI's `create_override_settings_dict`; names beyond its own are those of the options."""
+    names = {"Token merging ratio": "token_merging_ratio", "Upcast cross attention": "upcast_attn"}
+    pairs = (text.split(": ") for text in texts)
+    return {names.get(name, name): value == "True" if value.isalpha() else float(value) for name, value in pairs}
+
+
 @pytest.fixture(name="unet")
 def fake_unet(host):
     return host.shared.sd_model.model.diffusion_model
 
 
-def generate(host, settings=ON, p=None, steps=None, passes=(False,), record=False):
-    """A generation as the host makes it; the outputs of its model calls."""
-    p, made = p or Processing(), []
+def step(host, given=None):
+    """A model call as the host makes it."""
+    host.session.before_model_call()
+    return run(host.shared.sd_model.model.diffusion_model, given or inputs())
 
-    def step():
-        host.session.before_model_call()
-        made.append(run(host.shared.sd_model.model.diffusion_model, inputs()))
 
-    args = [settings if settings is not None else False] + [None] * (ARGUMENTS.index(RECORD) - 1) + [True]
-    args = args if record else args[:1]
+def process(host, p, args, passes):
+    """Make images as the host does; each of `passes` is (whether it is the hires pass, size of the latent, steps)."""
     host.session.before_process(p)
     host.session.process(p, args)
     host.session.before_batch(p)
     p.params_txt = dict(p.extra_generation_params)  # what the host keeps of its last generation
-    for hires in passes:
-        p.is_hr_pass, p.sampler = hires, Sampler()
-        host.session.before_sampling(p, torch.empty(2, 4, 16, 16))
-        p.sampler.launch_sampling(1, steps or step)
+    for p.is_hr_pass, size, steps in passes:
+        p.sampler = Sampler()
+        for _ in range(1 + (host.twice and p.is_hr_pass)):
+            host.session.before_sampling(p, torch.empty(2, 4, *size))
+        p.sampler.launch_sampling(1, steps)
     host.session.after_batch(p)
-    picture = Image.new("RGB", (128, 128), (100, 100, 100))
-    p.processed = SimpleNamespace(
-        images=["a grid", picture], index_of_first_image=1, extra_generation_params=p.extra_generation_params
-    )
+    images, written = ["a grid", Image.new("RGB", (128, 128), (100, 100, 100))], p.extra_generation_params
+    p.processed = SimpleNamespace(images=images, index_of_first_image=1, extra_generation_params=written)
     host.session.postprocess(p, p.processed)
+    return p
+
+
+def generate(host, settings=ON, p=None, steps=None, passes=(False,), record=False):
+    """A generation of one step a pass, or these; the outputs of its model calls."""
+    made = []
+    args = [settings if settings is not None else False] + [None] * (ARGUMENTS.index(RECORD) - 1) + [True]
+    steps = steps or (lambda: made.append(step(host)))
+    process(host, p or Processing(), args if record else args[:1], [(hires, (16, 16), steps) for hires in passes])
     return made
 
 
@@ -215,20 +216,12 @@ def passes_of(state, opts):
 def generate_like(host, state, settings, *, refiner=None, hires_checkpoint=None, around=lambda: nullcontext()):
     """Make the image of a page's state, as the WebUI does it, and return its processing object."""
     img2img, opts = state["tab"] == "img2img", host.shared.opts
-    hires = state["hires"] or {}
+    hires, rows = state["hires"] or {}, 2 * state["batch_size"]
     scale = hires.get("scale", 1)
-    p = Processing(
-        width=state["width"],
-        height=state["height"],
-        steps=state["steps"],
-        batch_size=state["batch_size"],
-        denoising_strength=state["denoising"],
-        init_images=["an image"] if img2img else [],
-        enable_hr=bool(hires),
-        hr_upscale_to_x=int(state["width"] * scale),
-        hr_upscale_to_y=int(state["height"] * scale),
-        hr_second_pass_steps=hires.get("steps", 0),
-    )
+    p = Processing(**{name: state[name] for name in ("width", "height", "steps", "batch_size")})
+    p.denoising_strength, p.init_images, p.enable_hr = state["denoising"], ["an image"] * img2img, bool(hires)
+    p.hr_upscale_to_x, p.hr_upscale_to_y = int(state["width"] * scale), int(state["height"] * scale)
+    p.hr_second_pass_steps = hires.get("steps", 0)
 
     def own_merging(for_hr=False):
         general, of_hr = (getattr(opts, f"token_merging_ratio{name}", 0) for name in ("", "_hr"))
@@ -237,31 +230,21 @@ def generate_like(host, state, settings, *, refiner=None, hires_checkpoint=None,
             return asked or getattr(opts, "token_merging_ratio_img2img", 0) or general
         return (for_hr and of_hr) or general
 
-    p.get_token_merging_ratio = own_merging
-    with overridden(opts, override_settings(state["overrides"])):
-        host.session.before_process(p)
-        host.session.process(p, [settings])
-        host.session.before_batch(p)
-        p.params_txt = dict(p.extra_generation_params)
+    def passes():
         for is_hires, height, width, ts in passes_of(state, opts):
             if is_hires and hires_checkpoint is not None:
                 host.shared.sd_model = hires_checkpoint
-            p.is_hr_pass, p.sampler = is_hires, Sampler()
-            host.session.before_sampling(p, torch.empty(1, 4, height // 8, width // 8))
+            size = height // 8, width // 8
 
-            def steps(height=height, width=width, ts=ts):
+            def steps(size=size, ts=ts):
                 for i, t in enumerate(ts):
                     if refiner is not None and i == len(ts) // 2:
                         host.shared.sd_model = refiner
-                    host.session.before_model_call()
-                    rows = 2 * state["batch_size"]
-                    given = inputs(rows, height // 8, width // 8, t=[t] * rows)
                     with around():
-                        run(host.shared.sd_model.model.diffusion_model, given)
+                        step(host, inputs(rows, *size, t=[t] * rows))
 
-            p.sampler.launch_sampling(len(ts), steps)
-        host.session.after_batch(p)
-        images, written = [Image.new("RGB", (64, 64))], p.extra_generation_params
-        p.processed = SimpleNamespace(images=images, index_of_first_image=0, extra_generation_params=written)
-        host.session.postprocess(p, p.processed)
-    return p
+            yield is_hires, size, steps
+
+    p.get_token_merging_ratio = own_merging
+    with overridden(opts, override_settings(state["overrides"])):
+        return process(host, p, [settings], passes())

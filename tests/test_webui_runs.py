@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 import time
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from blocks import blocks_of, inputs, run
-from fake_webui import ON, Processing, fake_host, fake_unet, generate, left_to_others  # noqa: F401 - fixtures
+from blocks import blocks_of, inputs
+from fake_webui import ON, OTHERS, Processing, fake_host, fake_unet, generate, left_to_others, step  # noqa: F401
 from test_webui_session import SIMILARITY
 
 from agentsd import get_patch
@@ -31,9 +33,7 @@ def test_a_run_is_told_to_whom_it_belongs(host):
     assert status.of("task(3)")["text"] == status.of("")["text"] == ""
     assert status.of() == status.of("task(2)"), "the last one of all"
     assert abs(status.of("task(1)")["at"] - time.time()) < 60
-
-
-def test_somebody_elses_map_is_shown_with_a_word(host):
+    # somebody else's map is shown with a word
     host.progress.current_task = "task(1)"
     generate(host, SIMILARITY, record=True)
     own, other = (host.session.token_map(task, 1, 1) for task in ("task(1)", "task(2)"))
@@ -47,36 +47,31 @@ def test_from_the_page_messages_name_labels(host):
     assert "Until must be above From" in p.comments[0]
     note = infotext.note(["until must be above since (0.7), got 0.6"])
     assert p.processed.extra_generation_params[infotext.NOTE] == note
-    assert p.extra_generation_params == {"Other extension": "here"}
+    assert p.extra_generation_params == OTHERS
 
 
 # Other extensions
 
 
-def hijacked(block, call):
-    """The block's forward replaced on the instance, as ControlNet's reference does."""
-    block._forward = types.MethodType(call, block)
-
-
 def test_blocks_that_call_their_own_forward_again_are_nobodys(host, unet):
-    """ControlNet's reference, once used, leaves the original on the blocks."""
-    for block in blocks_of(unet):
+    """ControlNet's reference replaces the forward on the instance and, once used, leaves the original there."""
+    replaced, blocks = host.session.compat.HOST.replaced_blocks, blocks_of(unet)
+    for block in blocks:
         original = block._forward
-        hijacked(block, lambda block, x, context=None, **more: x)
-        assert host.session.compat.HOST.replaced_blocks(unet)
+        block._forward = lambda x, context=None, **more: x
+        assert replaced(unet)
         block._forward = original
     generate(host)
-    assert "_forward" in vars(blocks_of(unet)[0])
+    assert "_forward" in vars(blocks[0])
     assert host.session.STATUS.notes() == []
-    hijacked(blocks_of(unet)[0], lambda block, x, context=None, **more: x)
+    blocks[0]._forward = types.MethodType(lambda block, x, context=None, **more: x, blocks[0])
     generate(host)
     assert "replaces transformer blocks" in host.session.STATUS.notes()[0]
-    blocks_of(unet)[0]._forward = blocks_of(unet)[1]._forward  # another block's
-    assert host.session.compat.HOST.replaced_blocks(unet)
+    blocks[0]._forward = blocks[1]._forward  # another block's
+    assert replaced(unet)
 
 
 def test_another_extension_with_a_package_of_our_name_is_told(host, tmp_path):
-    sys.modules["modules.sd_models"].model_data = SimpleNamespace(sd_model=host.shared.sd_model)
     advice = host.session.compat.HOST.advice
     values = schema.check({})
     assert advice(values) == []
@@ -89,26 +84,27 @@ def test_another_extension_with_a_package_of_our_name_is_told(host, tmp_path):
     assert hint.remedy == ("Extensions",)
 
 
+def test_where_their_package_came_first_the_script_says_so_and_loads_nothing(host, monkeypatch, tmp_path):
+    theirs = types.ModuleType("agentsd")
+    theirs.__file__ = str(tmp_path / "other-extension" / "agentsd" / "__init__.py")
+    monkeypatch.setitem(sys.modules, "agentsd", theirs)
+    with pytest.raises(ImportError, match="Disable that extension") as raised:
+        runpy.run_path(str(Path(__file__).parents[1] / "scripts/agent_attention.py"))
+    assert theirs.__file__ in str(raised.value)
+
+
 # The host's "last generation": the infotext as it is before the sampling
 
 
-@pytest.mark.parametrize("settings", [ON, {**ON, "until": 0.7, "method": "pool"}])
-def test_the_hosts_last_generation_has_our_settings(host, settings):
-    p = Processing(steps=4)
-    generate(host, settings, p)
-    assert infotext.read(p.params_txt[infotext.KEY])["until"] == settings["until"]
+def test_the_hosts_last_generation_has_our_settings_and_what_did_not_come_is_withdrawn(host):
+    generate(host, {**ON, "until": 0.7, "method": "pool"}, p := Processing(steps=4))
+    assert infotext.read(p.params_txt[infotext.KEY])["until"] == 0.7
     assert p.params_txt[infotext.KEY] == p.extra_generation_params[infotext.KEY]
-
-
-def test_what_was_foreseen_and_did_not_come_is_withdrawn(host):
-    """Every call is left to another extension, which nobody could know before."""
-    p = Processing()
-    generate(host, p=p, steps=lambda: left_to_others(host))
-    assert infotext.KEY in p.params_txt
-    assert infotext.KEY not in p.extra_generation_params
-    p = Processing()
-    generate(host, p=p, passes=())  # no pass was announced
-    assert infotext.KEY not in p.extra_generation_params
+    # every call is left to another extension, which nobody could know before, or no pass was announced
+    for made in ({"steps": lambda: left_to_others(host)}, {"passes": ()}):
+        generate(host, p=(p := Processing()), **made)
+        assert infotext.KEY in p.params_txt
+        assert infotext.KEY not in p.extra_generation_params
 
 
 # What the last run says
@@ -136,14 +132,12 @@ def test_a_run_is_all_that_a_request_makes(host):
 
 def test_the_reason_given_is_the_reason(host, unet):
     def reason(settings, **more):
-        p = Processing(steps=1)
-        generate(host, settings, p, **more)
+        generate(host, settings, Processing(steps=1), **more)
         (line,) = said(host)
         return line.partition("nothing happened. ")[2]
 
     def call(t, height=16):
-        host.session.before_model_call()
-        run(unet, inputs(height=height, t=[t, t]))
+        step(host, inputs(height=height, t=[t, t]))
 
     late = {**ON, "since": 0.4, "until": 0.5}
     assert reason(ON, steps=lambda: None) == "The U-Net was not called."
@@ -166,13 +160,8 @@ def test_the_reason_given_is_the_reason(host, unet):
     assert reason(ON, steps=lambda: left_to_others(host)).startswith("Left to the host: another extension answers (")
 
 
-def test_parts_of_an_image_are_named(host, unet):
-    def steps():
-        for height in (8, 16):
-            host.session.before_model_call()
-            run(unet, inputs(height=height))
-
-    generate(host, steps=steps)
+def test_parts_of_an_image_are_named(host):
+    generate(host, steps=lambda: [step(host, inputs(height=height)) for height in (8, 16)])
     assert said(host)[0].startswith("128×128, in parts of 128×64: ")
 
 

@@ -21,6 +21,7 @@ from ..patching.patch import Patch
 from ..settings import infotext, schema, tunings
 from ..words import error_of_ours
 from . import compat
+from .settings_page import CLOSENESS
 from .tuning import tuned_on
 from .xyz import XYZ
 
@@ -189,9 +190,9 @@ def generation_of(p: Any) -> Generation | None:
     return getattr(p, _GENERATION, None)
 
 
-def token_map(task: str, call: int, layer: int, *place: Any) -> tokenmap.View:
+def token_map(task: str, call: int, layer: int) -> tokenmap.View:
     """Show the token map of the last run to the page whose last request was `task`; see `tokenmap.view`."""
-    return tokenmap.view(STATUS.recording, call, layer, STATUS.text(), task != STATUS.task, *place)
+    return tokenmap.view(STATUS.recording, call, layer, STATUS.text(), foreign=task != STATUS.task)
 
 
 def _decide(p: Any, generation: Generation, sampling: SamplingPass) -> Decision:
@@ -339,7 +340,7 @@ class Pass:
             self.report.notes[REPLACED] = 0
         patch = patch_unet(unet, made.config, compat.HOST.kv_context())
         patch.observer = self._observer
-        patch.observe_closeness = compat.HOST.observes_closeness()
+        patch.observe_closeness = compat.HOST.option(CLOSENESS) is not False
         if made.key is not None and made.timing is None and not _is_cpu(unet):
             patch.measure(compat.HOST.clock)
         self._models.add(id(unet))

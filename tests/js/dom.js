@@ -3,13 +3,14 @@
 
 // Selectors such as "#a input[type=number], #b > .c": an element and those around it, from the inside out.
 const PART = /([>\s]*)([^\s>]+)/g;
-const SIMPLE = /(^[\w-]+)|#([\w-]+)|\.([\w-]+)|\[([\w-]+)=([\w-]+)\]/g;
+const SIMPLE = /(^[\w-]+)|#([\w-]+)|\.([\w-]+)|\[([\w-]+)(\*?)="?([\w-]+)"?\]/g;
 
-const fits = (element, text) => [...text.matchAll(SIMPLE)].every(([, tag, id, name, attribute, value]) => {
+const fits = (element, text) => [...text.matchAll(SIMPLE)].every(([, tag, id, name, attribute, part, value]) => {
     if (tag) return element.tagName === tag.toUpperCase();
     if (id) return element.id === id;
     if (name) return element.classList.contains(name);
-    return String(element[attribute] ?? element.getAttribute(attribute)) === value;
+    const own = String(element[attribute] ?? element.getAttribute(attribute));
+    return part ? own.includes(value) : own === value;
 });
 
 const matchesParts = (element, parts) => {

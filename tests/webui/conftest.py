@@ -47,19 +47,6 @@ def a1111() -> Iterator[Host]:
     yield from _running("a1111")
 
 
-@pytest.fixture(scope="module")
-def page(a1111: Host) -> Iterator[Any]:
-    """AUTOMATIC1111's page, opened once for a file of tests."""
-    with browser(a1111.url) as page:
-        yield page
-
-
-@pytest.fixture
-def panel(page) -> Panel:
-    """The panel of its txt2img tab, as the test before has left it."""
-    return Panel(page)
-
-
 @pytest.fixture(scope="session", params=["forge", "reforge"])
 def forge(request: pytest.FixtureRequest) -> Iterator[Host]:
     """Forge and its fork, one after the other."""
@@ -69,3 +56,26 @@ def forge(request: pytest.FixtureRequest) -> Iterator[Host]:
 @pytest.fixture(scope="session")
 def sdnext() -> Iterator[Host]:
     yield from _running("sdnext")
+
+
+@pytest.fixture
+def leaves_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the WebUI that the test uses; see `Host.no_trace`."""
+    name = next(name for name in ("a1111", "forge", "sdnext") if name in request.fixturenames)
+    with request.getfixturevalue(name).no_trace():
+        yield
+
+
+@pytest.fixture(scope="module")
+def page(a1111: Host) -> Iterator[Any]:
+    """AUTOMATIC1111's page, opened once for a file of tests."""
+    with browser(a1111.url) as page:
+        yield page
+
+
+@pytest.fixture
+def panel(page) -> Panel:
+    """The panel of its txt2img tab, opened."""
+    panel = Panel(page)
+    panel.open()
+    return panel

@@ -16,61 +16,41 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from agentsd.settings import infotext
 from agentsd.settings.schema import ARGUMENTS, RECORD
 from agentsd.settings.schema import DEFAULTS as DEFAULT_SETTINGS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRODUCT = ("agentsd", "scripts", "javascript", "install.py", "metadata.ini", "style.css")
 PROBE = "/agent-attention-probe"
-NAME = "agent attention"
+EXTENSIONS = ("sd-webui-agent-attention", "agent-attention-probe")
 
-COMMON_FLAGS = [
-    "--skip-python-version-check",
-    "--skip-torch-cuda-test",
-    "--skip-version-check",
-    "--no-hashing",
-    "--do-not-download-clip",
-    "--no-download-sd-model",
-    "--api",
-]
-FORGE_FLAGS = [*COMMON_FLAGS, "--always-cpu", "--all-in-fp32", "--skip-install", "--attention-pytorch"]
-ELSEWHERE = "control,video,extras,caption,gallery,models,extensions,info"
+COMMON_FLAGS = (
+    "--skip-python-version-check --skip-torch-cuda-test --skip-version-check --no-hashing --do-not-download-clip "
+    "--no-download-sd-model --api"
+)
+FORGE_FLAGS = f"{COMMON_FLAGS} --always-cpu --all-in-fp32 --skip-install --attention-pytorch"
 FLAGS = {
-    "a1111": [*COMMON_FLAGS, "--no-half", "--no-half-vae", "--use-cpu", "all"],
+    "a1111": f"{COMMON_FLAGS} --no-half --no-half-vae --use-cpu all",
     "forge": FORGE_FLAGS,
     "reforge": FORGE_FLAGS,
     # without the tabs that we are not in, its page is drawn in a third of the time
-    "sdnext": ["--skip-all", "--skip-git", "--skip-torch", "--experimental", "--disable", ELSEWHERE],
+    "sdnext": "--skip-all --skip-git --skip-torch --experimental "
+    "--disable control,video,extras,caption,gallery,models,extensions,info",
 }
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "GRADIO_ANALYTICS_ENABLED": "False",
-    "PIP_NO_INDEX": "1",
-    "OMP_WAIT_POLICY": "passive",
-    "CUDA_VISIBLE_DEVICES": "",
-    "IGNORE_CMD_ARGS_ERRORS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "COLUMNS": "200",
-    "NO_PROXY": "127.0.0.1,localhost",
-    "no_proxy": "127.0.0.1,localhost",
-}
-DEFAULTS = {
-    "prompt": "a cat",
-    "negative_prompt": "bad",
-    "steps": 4,
-    "width": 128,
-    "height": 128,
-    "seed": 1,
-    "sampler_name": "Euler a",
-    "cfg_scale": 7,
-    "save_images": False,
-}
+OFFLINE = (
+    "HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False PIP_NO_INDEX=1 OMP_WAIT_POLICY=passive "
+    "CUDA_VISIBLE_DEVICES= IGNORE_CMD_ARGS_ERRORS=1 TORCHDYNAMO_DISABLE=1 COLUMNS=200 NO_PROXY=127.0.0.1,localhost "
+    "no_proxy=127.0.0.1,localhost"
+)
+DEFAULTS: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "bad", "steps": 4, "width": 128, "height": 128}
+DEFAULTS |= {"seed": 1, "sampler_name": "Euler a", "cfg_scale": 7, "save_images": False}
 # Settings that tests do not name: their images are small, and layers that small are left alone by default
 SMALL_IMAGES = {"min_tokens": 0}
 # Kept checkpoints save time; tests about switching them ask for fewer. Small images are slower with agents.
@@ -85,15 +65,10 @@ SDNEXT_CONFIG = {
     "agent_attention_even_if_slower": True,
 }
 # A user's own defaults: other values than ours, and whole numbers where ours have a fraction
-USER_DEFAULTS = {
-    "customscript/agent_attention.py/txt2img/Ratio/value": 0,
-    "customscript/agent_attention.py/txt2img/Until/value": 1,
-    "customscript/agent_attention.py/txt2img/k_scale2/value": 1,
-    "customscript/agent_attention.py/txt2img/Random partition/value": False,
-    "customscript/agent_attention.py/txt2img/Merge MLP/value": True,
-    "customscript/agent_attention.py/txt2img/Agent source/value": "similarity",
-    "customscript/agent_attention.py/txt2img/Maximum agents/value": 77,
-}
+OWN = {"Ratio": 0, "Until": 1, "k_scale2": 1, "Random partition": False, "Merge MLP": True}
+OWN |= {"Agent source": "similarity", "Maximum agents": 77}
+OURS = "customscript/agent_attention.py/txt2img/"
+USER_DEFAULTS = {f"{OURS}{label}/value": value for label, value in OWN.items()}
 
 
 @dataclass
@@ -111,10 +86,25 @@ class Result:
     def infotext(self) -> str:
         return self.info["infotexts"][0]
 
+    @property
+    def written(self) -> dict[str, Any]:
+        """What the answer says beside the image: the infotext's entries, ours among them, and notes."""
+        return self.info["extra_generation_params"]
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The settings that the image's infotext names."""
+        return infotext.read(self.written[infotext.KEY])
+
 
 def with_record(settings: Mapping[str, Any]) -> list[Any]:
     """The script's arguments for these settings that also ask for a token map's record."""
     return [settings, *[DEFAULT_SETTINGS[name] for name in ARGUMENTS[1 : ARGUMENTS.index(RECORD)]], True]
+
+
+def acted(one: Mapping[str, Any]) -> int:
+    """The self-attention calls of a pass that were changed, by whatever method."""
+    return sum(count for action, count in one["calls"].items() if action != "untouched")
 
 
 def image_to_base64(image: Image.Image) -> str:
@@ -142,7 +132,7 @@ class Host:
     def __init__(self, root: Path, kind: str, checkpoint: str, flags: tuple[str, ...] = ()) -> None:
         self.root, self.kind, self.checkpoint, self.flags = root, kind, checkpoint, flags
         self.port = free_port()
-        self.log = root / f"agent-attention-tests{'-'.join(flags[:1])}.log"
+        self.log = root / "agent-attention-tests.log"
         self._process: subprocess.Popen | None = None
         self._saved: dict[Path, bytes | None] = {}
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -163,48 +153,54 @@ class Host:
 
     def install(self) -> None:
         """Copy the extension and the probe into the checkout, and give its user defaults that are hard to live with."""
-        for name in ("config.json", "ui-config.json"):
-            path = self.root / name
-            self._saved[path] = path.read_bytes() if path.exists() else None
-        (self.root / "ui-config.json").write_text(json.dumps(USER_DEFAULTS if self.kind == "a1111" else {}))
+        config, ui_config = paths = [self.root / name for name in ("config.json", "ui-config.json")]
+        self._saved = {path: path.read_bytes() if path.exists() else None for path in paths}
+        ui_config.write_text(json.dumps(USER_DEFAULTS if self.kind == "a1111" else {}))
         if self.kind == "sdnext":
-            (self.root / "config.json").write_text(
-                json.dumps({**SDNEXT_CONFIG, "sd_model_checkpoint": self.checkpoint})
-            )
-        target = self._fresh("sd-webui-agent-attention")
+            config.write_text(json.dumps({**SDNEXT_CONFIG, "sd_model_checkpoint": self.checkpoint}))
+        target, probe = self._removed()
         target.mkdir(parents=True)
         for part in filter(Path.exists, (REPOSITORY / name for name in PRODUCT)):
             if part.is_dir():
                 shutil.copytree(part, target / part.name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(part, target)
-        shutil.copytree(Path(__file__).parent / "probe", self._fresh("agent-attention-probe"))
+        shutil.copytree(Path(__file__).parent / "probe", probe)
 
-    def _fresh(self, name: str) -> Path:
-        path = self.root / "extensions" / name
-        shutil.rmtree(path, ignore_errors=True)
-        return path
+    def _removed(self) -> list[Path]:
+        paths = [self.root / "extensions" / name for name in EXTENSIONS]
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+        return paths
 
     def uninstall(self) -> None:
         """Take out what `install` put in."""
-        self._fresh("sd-webui-agent-attention")
-        self._fresh("agent-attention-probe")
+        self._removed()
         for path, content in self._saved.items():
             path.unlink(missing_ok=True)
             if content is not None:
                 path.write_bytes(content)
 
+    @contextmanager
+    def again(self, *flags: str) -> Iterator[Host]:
+        """The same checkout, served once more with these flags."""
+        other = Host(self.root, self.kind, self.checkpoint, flags)
+        other.log = self.root / "agent-attention-tests-again.log"
+        try:
+            other.start()
+            yield other
+        finally:
+            other.stop()
+
     def start(self, timeout: float = 900) -> None:
-        python = self._python()
-        flags = [*FLAGS[self.kind], *self.flags, "--port", str(self.port)]
+        flags = [*FLAGS[self.kind].split(), *self.flags, "--port", str(self.port)]
         if self.kind != "sdnext":
             flags += ["--ckpt", str(self.models / f"{self.checkpoint}.safetensors")]
         flags += os.environ.get("AGENTSD_WEBUI_FLAGS", "").split()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(python), "launch.py", *flags],
+                ["env", *OFFLINE.split(), *self._pins(), str(self._python()), "launch.py", *flags],
                 cwd=self.root,
-                env={**os.environ, **OFFLINE, **self._pins()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -216,31 +212,28 @@ class Host:
 
     def _python(self) -> Path:
         """Its own Python: with any other, its launcher would install the WebUI's requirements there."""
-        for folder in ("venv", ".venv"):
-            python = self.root / folder / "bin/python"
+        for python in (self.root / "venv/bin/python", self.root / ".venv/bin/python"):
             if python.exists():
                 return python
         raise RuntimeError(f"{self.root} has no environment of its own, venv or .venv: start it once by itself")
 
-    def _pins(self) -> dict[str, str]:
+    def _pins(self) -> list[str]:
         """What keeps reForge from fetching another commit of a repository than the one it has."""
         if self.kind != "reforge":
-            return {}
+            return []
         repository = str(self.root / "repositories/stable-diffusion-stability-ai")
         commit = subprocess.check_output(["git", "-C", repository, "rev-parse", "HEAD"], text=True)
-        return {"STABLE_DIFFUSION_COMMIT_HASH": commit.strip()}
+        return [f"STABLE_DIFFUSION_COMMIT_HASH={commit.strip()}"]
 
     def wait(self, timeout: float = 900, starts: int = 1) -> None:
         """Wait until the server has started so many times. A request before that would make its start fail."""
         end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            if self._process is not None and self._process.poll() is not None:
-                raise RuntimeError(f"the WebUI ended:\n{self.console()[-3000:]}")
-            if self.console().count("Startup time:") >= starts:
-                self.state()
-                return
+        while self.console().count("Startup time:") < starts:
+            ended = self._process is not None and self._process.poll() is not None
+            if ended or time.monotonic() > end:
+                raise RuntimeError(f"the WebUI {'ended' if ended else 'did not answer'}:\n{self.console()[-3000:]}")
             time.sleep(0.5)
-        raise RuntimeError(f"the WebUI did not answer within {timeout} s:\n{self.console()[-3000:]}")
+        self.state()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -259,12 +252,10 @@ class Host:
 
     # API
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600, method: str = "") -> Any:
-        """Ask; without a `method` it is GET, or POST with a body."""
+    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600) -> Any:
+        """GET, or POST with a body."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}, method=method or None
-        )
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with self._opener.open(request, timeout=timeout) as answer:
                 return json.loads(answer.read() or b"null")
@@ -281,10 +272,12 @@ class Host:
     def plot(self, x: tuple[str, str], y: tuple[str, str] = ("Nothing", ""), **body: Any) -> Result:
         """Make an X/Y/Z plot over axes, each given by its label and its values as text."""
         labels = self.call(PROBE + "/axes")
-        types = [[labels.index(label), values, []] for label, values in (x, y, ("Nothing", ""))]
-        arguments = [part for axis in types for part in axis]
-        arguments += [False, True, False, False, False, False, False, 0, True]
+        axes = [part for label, values in (x, y, ("Nothing", "")) for part in (labels.index(label), values, [])]
+        arguments = [*axes, False, True, False, False, False, False, False, 0, True]
         return self.txt2img(script_name="x/y/z plot", script_args=arguments, **body)
+
+    def our_axes(self) -> list[str]:
+        return [label for label in self.call(PROBE + "/axes") if label.startswith("[Agent Attention]")]
 
     def _generate(self, what: str, agents: list[Any] | None, body: dict[str, Any]) -> Result:
         body = {**DEFAULTS, **body}
@@ -294,10 +287,13 @@ class Host:
         if agents and isinstance(agents[0], Mapping):
             agents = [{**SMALL_IMAGES, **agents[0]}, *agents[1:]]
         if agents is not None:
-            body["alwayson_scripts"] = {**body.get("alwayson_scripts", {}), NAME: {"args": agents}}
+            body["alwayson_scripts"] = {**body.get("alwayson_scripts", {}), "agent attention": {"args": agents}}
         answer = self.call(f"/sdapi/v1/{what}", body)
         images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in answer["images"]]
         return Result(images, json.loads(answer["info"]))
+
+    def use(self, checkpoint: str) -> None:
+        self.call("/sdapi/v1/options", {"sd_model_checkpoint": f"{checkpoint}.safetensors"})
 
     def status(self) -> dict[str, Any]:
         """What the extension tells of its last run."""
@@ -306,6 +302,20 @@ class Host:
     def state(self) -> dict[str, Any]:
         """What the U-Net's modules look like."""
         return self.call(PROBE + "/state")
+
+    @cached_property
+    def plain(self) -> Result:
+        """The first plain image; what any test leaves behind shows in the plain images after it."""
+        return self.txt2img()
+
+    @contextmanager
+    def no_trace(self) -> Iterator[None]:
+        """Afterwards the plain image is what it was at first, pixel for pixel, and so are the U-Net's modules."""
+        plain, before = self.plain, self.state()
+        yield
+        assert self.txt2img().pixels == plain.pixels
+        after = self.state()
+        assert (after["tree"], after["model"]) == (before["tree"], before["model"])
 
     def arm(self, action: str, **when: Any) -> None:
         """Have the probe act at the `step`-th call of a pass."""
@@ -335,3 +345,17 @@ class Host:
         starts = self.console().count("Startup time:")
         self.call(PROBE + "/reload-ui", {})
         self.wait(starts=starts + 1)
+
+    @contextmanager
+    def own_defaults(self, values: Mapping[str, Any]) -> Iterator[Path]:
+        """Other defaults of the user's for a while, by our controls' labels."""
+        file = self.root / "ui-config.json"
+        before = file.read_bytes()
+        try:
+            if values:
+                file.write_text(json.dumps({f"{OURS}{label}/value": value for label, value in values.items()}))
+                self.reload_ui()
+            yield file
+        finally:
+            file.write_bytes(before)
+            self.reload_ui()

@@ -30,33 +30,17 @@ import torch
 from ldm.models.autoencoder import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 CLIP = ROOT / "clip-tiny"
 CHECKPOINTS = ROOT / "models/Stable-diffusion"
-VAE = {
-    "double_z": True,
-    "z_channels": 4,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 32,
-    "ch_mult": [1, 2, 4, 4],
-    "num_res_blocks": 1,
-    "attn_resolutions": [],
-    "dropout": 0.0,
-}
-COMMON = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 64,
-    "num_res_blocks": 2,
-    "use_spatial_transformer": True,
-    "use_checkpoint": False,
-    "legacy": False,
-}
+VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32}
+VAE |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+COMMON = {"in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": 2, "legacy": False}
+COMMON |= {"use_spatial_transformer": True, "use_checkpoint": False, "channel_mult": [1, 2, 4, 4]}
 SMALL_VAE = [("ch: 128", "ch: 32")]
 NARROW = ("model_channels: 320", "model_channels: 64")
+NARROW_HEADS = ("num_head_channels: 64", "num_head_channels: 32")
 
 
 def write_clip() -> None:
@@ -70,56 +54,42 @@ def write_clip() -> None:
     words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
     words += ["<|startoftext|>", "<|endoftext|>"]
     CLIP.mkdir(exist_ok=True)
-    marks = {"bos_token": words[-2], "eos_token": words[-1], "pad_token": words[-1], "unk_token": words[-1]}
-    files = {
-        "vocab.json": {word: i for i, word in enumerate(words)},
-        "special_tokens_map.json": marks,
-        "tokenizer_config.json": {
-            **marks,
-            "model_max_length": 77,
-            "do_lower_case": True,
-            "errors": "replace",
-            "add_prefix_space": False,
-            "tokenizer_class": "CLIPTokenizer",
-        },
-        "config.json": {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-            "projection_dim": 768,
-            "bos_token_id": 49406,
-            "eos_token_id": 49407,
-            "pad_token_id": 1,
-            "torch_dtype": "float32",
-        },
-    }
-    for name, content in files.items():
-        (CLIP / name).write_text(json.dumps(content))
+    (CLIP / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (CLIP / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(merge) + "\n" for merge in merges))
+    tokenizer = CLIPTokenizer(str(CLIP / "vocab.json"), str(CLIP / "merges.txt"), model_max_length=77)
+    tokenizer.save_pretrained(CLIP)
+    sizes = {"hidden_size": 768, "intermediate_size": 768, "num_attention_heads": 12, "projection_dim": 768}
+    CLIPTextConfig(**sizes, bos_token_id=49406, eos_token_id=49407).save_pretrained(CLIP)
 
 
 # Weights
 
 
 @torch.no_grad()
-def fill_unet(unet: nn.Module, context: int, vector: int | None = None, side: int = 64) -> nn.Module:
-    """Random weights that keep the variance, sharp enough attention, and an output of unit deviation."""
-    generator = torch.Generator().manual_seed(1234)
-    for name, m in unet.named_modules():
+def randomise(model: nn.Module, seed: int, gain=lambda name: 1.0, bias: float = 0.0) -> nn.Module:
+    """Random weights of linear layers and convolutions that keep the variance, but for the `gain` of a layer's name."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, m in model.named_modules():
         if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv1d)):
-            gain = 1.5 if name.endswith(("to_q", "to_k")) else 1.0
-            gain *= 0.6 if name.endswith("proj_out") or ".out_layers." in name else 1.0
-            _randomise(m.weight, generator, gain)
+            scale = gain(name) / math.sqrt(m.weight[0].numel())
+            m.weight.copy_(torch.randn(m.weight.shape, generator=generator) * scale)
             if m.bias is not None:
-                m.bias.copy_(torch.randn(m.bias.shape, generator=generator) * 0.02)
-    _randomise(unet.out[-1].weight, generator)
+                m.bias.copy_(torch.randn(m.bias.shape, generator=generator) * bias)
+        elif isinstance(m, nn.Embedding):
+            m.weight.copy_(torch.randn(m.weight.shape, generator=generator) * 0.5)
+    return model
+
+
+@torch.no_grad()
+def fill_unet(unet: nn.Module, context: int, vector: int | None = None, side: int = 64) -> nn.Module:
+    """Sharp enough attention, and an output of unit deviation."""
+
+    def gain(name: str) -> float:
+        if name.endswith(("to_q", "to_k")):
+            return 1.5
+        return 0.6 if name.endswith("proj_out") or ".out_layers." in name else 1.0
+
+    randomise(unet.eval(), 1234, gain, 0.02)
     torch.manual_seed(7)
     x, t, c = torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, context)
     out = unet(x, t, c, **({} if vector is None else {"y": torch.randn(2, vector)}))
@@ -128,19 +98,9 @@ def fill_unet(unet: nn.Module, context: int, vector: int | None = None, side: in
     return unet
 
 
-def _randomise(weight: torch.Tensor, generator: torch.Generator, gain: float = 1.0) -> None:
-    weight.copy_(torch.randn(weight.shape, generator=generator) * gain / math.sqrt(weight[0].numel()))
-
-
 @torch.no_grad()
 def vae() -> nn.Module:
-    model = AutoencoderKL(ddconfig=VAE, lossconfig={"target": "torch.nn.Identity"}, embed_dim=4).eval()
-    generator = torch.Generator().manual_seed(4321)
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d):
-            _randomise(m.weight, generator)
-            if m.bias is not None:
-                m.bias.zero_()
+    model = randomise(AutoencoderKL(ddconfig=VAE, lossconfig={"target": "torch.nn.Identity"}, embed_dim=4).eval(), 4321)
     torch.manual_seed(8)
     model.decoder.conv_out.weight.mul_(0.4 / model.decode(torch.randn(1, 4, 32, 32)).std())
     return model
@@ -148,18 +108,15 @@ def vae() -> nn.Module:
 
 @torch.no_grad()
 def fill_text(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(99)
-    for m in model.modules():
-        if isinstance(m, nn.Linear):
-            _randomise(m.weight, generator)
-            if m.bias is not None:
-                m.bias.zero_()
-        elif isinstance(m, nn.Embedding):
-            m.weight.copy_(torch.randn(m.weight.shape, generator=generator) * 0.5)
-        elif isinstance(m, nn.LayerNorm):
+    for m in randomise(model, 99).modules():
+        if isinstance(m, nn.LayerNorm):
             # the WebUI divides by the mean of the prompt's encoding: without this it is zero but for rounding
             m.bias.fill_(0.1)
     return model
+
+
+def clip() -> nn.Module:
+    return fill_text(CLIPTextModel(CLIPTextConfig.from_pretrained(CLIP)).eval())
 
 
 @torch.no_grad()
@@ -207,50 +164,27 @@ def save(name: str, parts: dict[str, nn.Module], template: Path, changes: list[t
     print(CHECKPOINTS / f"{name}.safetensors")
 
 
-def sd1(name: str, change=lambda model: model) -> None:
+def sd1(name: str, change=lambda model: model, full: bool = False) -> None:
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    layout = {"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_heads": 2}
-    unet = UNetModel(image_size=32, transformer_depth=1, context_dim=768, **layout, **COMMON).eval()
-    text = fill_text(CLIPTextModel(CLIPTextConfig.from_pretrained(CLIP)).eval())
-    parts = {
-        "model.diffusion_model.": change(fill_unet(unet, 768)),
-        "first_stage_model.": vae(),
-        "cond_stage_model.transformer.": change(text),
-    }
-    end = f"      params:\n        version: {CLIP}\n"
-    save(name, parts, ROOT / "configs/v1-inference.yaml", [NARROW, ("num_heads: 8", "num_heads: 2")], end)
-
-
-def sd15() -> None:
-    from ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    layout = {"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_heads": 8}
-    unet = UNetModel(image_size=32, transformer_depth=1, context_dim=768, **layout, **{**COMMON, "model_channels": 320})
-    parts = {
-        "model.diffusion_model.": fill_unet(unet.eval(), 768, side=16),
-        "first_stage_model.": vae(),
-        "cond_stage_model.transformer.": fill_text(CLIPTextModel(CLIPTextConfig.from_pretrained(CLIP)).eval()),
-    }
-    save("sd15random", parts, ROOT / "configs/v1-inference.yaml", [], f"      params:\n        version: {CLIP}\n")
+    layout = {**COMMON, "attention_resolutions": [4, 2, 1], "num_heads": 2, "transformer_depth": 1}
+    layout |= {"model_channels": 320, "num_heads": 8} if full else {}
+    unet = fill_unet(UNetModel(image_size=32, context_dim=768, **layout), 768, side=16 if full else 64)
+    parts = {"model.diffusion_model.": change(unet), "first_stage_model.": vae()}
+    parts["cond_stage_model.transformer."] = change(clip())
+    changes = [] if full else [NARROW, ("num_heads: 8", "num_heads: 2")]
+    save(name, parts, ROOT / "configs/v1-inference.yaml", changes, f"      params:\n        version: {CLIP}\n")
 
 
 def sd2v() -> None:
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    layout = {"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_head_channels": 32}
-    layout["use_linear_in_transformer"] = True
-    unet = UNetModel(image_size=32, transformer_depth=1, context_dim=1024, **layout, **COMMON).eval()
-    parts = {
-        "model.diffusion_model.": fill_unet(unet, 1024),
-        "first_stage_model.": vae(),
-        "cond_stage_model.model.": open_clip_text("ViT-tinyH-webui", 1024, 16, 3),
-    }
-    changes = [
-        NARROW,
-        ("num_head_channels: 64", "num_head_channels: 32"),
-        ("        freeze: True\n", "        freeze: True\n        arch: ViT-tinyH-webui\n"),
-    ]
+    layout = {**COMMON, "attention_resolutions": [4, 2, 1], "num_head_channels": 32, "transformer_depth": 1}
+    unet = UNetModel(image_size=32, context_dim=1024, use_linear_in_transformer=True, **layout)
+    parts = {"model.diffusion_model.": fill_unet(unet, 1024), "first_stage_model.": vae()}
+    parts["cond_stage_model.model."] = open_clip_text("ViT-tinyH-webui", 1024, 16, 3)
+    freeze = "        freeze: True\n"
+    changes = [NARROW, NARROW_HEADS, (freeze, f"{freeze}        arch: ViT-tinyH-webui\n")]
     template = REPOSITORIES / "stable-diffusion-stability-ai/configs/stable-diffusion/v2-inference-v.yaml"
     save("tinysd2v", parts, template, changes)
 
@@ -258,25 +192,22 @@ def sd2v() -> None:
 def sdxl() -> None:
     from sgm.modules.diffusionmodules.openaimodel import UNetModel
 
-    layout = {"attention_resolutions": [4, 2], "channel_mult": [1, 2, 4], "num_head_channels": 32}
+    layout = {**COMMON, "attention_resolutions": [4, 2], "channel_mult": [1, 2, 4], "num_head_channels": 32}
     layout |= {"transformer_depth": [1, 2, 4], "use_linear_in_transformer": True}
     layout |= {"adm_in_channels": 2816, "num_classes": "sequential", "spatial_transformer_attn_type": "softmax"}
-    unet = UNetModel(context_dim=2048, **layout, **COMMON).eval()
-    parts = {
-        "model.diffusion_model.": fill_unet(unet, 2048, vector=2816),
-        "first_stage_model.": vae(),
-        "conditioner.embedders.0.transformer.": fill_text(CLIPTextModel(CLIPTextConfig.from_pretrained(CLIP)).eval()),
-        "conditioner.embedders.1.model.": open_clip_text("ViT-tinyG-webui", 1280, 20, 2),
-    }
-    layer = "layer: hidden\n              layer_idx: 11"
+    unet = fill_unet(UNetModel(context_dim=2048, **layout), 2048, vector=2816)
+    parts = {"model.diffusion_model.": unet, "first_stage_model.": vae()}
+    parts["conditioner.embedders.0.transformer."] = clip()
+    parts["conditioner.embedders.1.model."] = open_clip_text("ViT-tinyG-webui", 1280, 20, 2)
+    layer, attention = "layer: hidden\n              layer_idx: 11", "spatial_transformer_attn_type: softmax"
     changes = [
         NARROW,
-        ("num_head_channels: 64", "num_head_channels: 32"),
-        ("transformer_depth: [1, 2, 10]", "transformer_depth: [1, 2, 4]"),
+        NARROW_HEADS,
+        (f"{attention}-xformers", attention),
         ("arch: ViT-bigG-14", "arch: ViT-tinyG-webui"),
-        ("spatial_transformer_attn_type: softmax-xformers", "spatial_transformer_attn_type: softmax"),
-        (layer, f"{layer}\n              version: {CLIP}"),
     ]
+    changes += [("transformer_depth: [1, 2, 10]", "transformer_depth: [1, 2, 4]")]
+    changes += [(layer, f"{layer}\n              version: {CLIP}")]
     save("tinysdxl", parts, REPOSITORIES / "generative-models/configs/inference/sd_xl_base.yaml", changes)
 
 
@@ -313,42 +244,22 @@ def hypernetwork() -> None:
     """A hypernetwork for tinysd1's self-attention (64, 128, 256 channels) and cross-attention (768)."""
     generator = torch.Generator().manual_seed(6)
 
-    def random(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * (0.4 / columns**0.5)
-
     def layers(dim: int) -> dict[str, torch.Tensor]:
-        return {
-            "linear.0.weight": random(2 * dim, dim),
-            "linear.0.bias": torch.zeros(2 * dim),
-            "linear.1.weight": random(dim, 2 * dim),
-            "linear.1.bias": torch.zeros(dim),
-        }
+        wide, narrow = (torch.randn(*shape, generator=generator) for shape in ((2 * dim, dim), (dim, 2 * dim)))
+        weights = {"linear.0.weight": wide * 0.4 / dim**0.5, "linear.1.weight": narrow * 0.4 / (2 * dim) ** 0.5}
+        return {**weights, "linear.0.bias": torch.zeros(2 * dim), "linear.1.bias": torch.zeros(dim)}
 
     state = {dim: (layers(dim), layers(dim)) for dim in (64, 128, 256, 768)}
-    about = {
-        "step": 1,
-        "name": "tinyhn",
-        "layer_structure": [1, 2, 1],
-        "activation_func": "linear",
-        "is_layer_norm": False,
-        "weight_initialization": "Normal",
-        "sd_checkpoint": None,
-        "sd_checkpoint_name": None,
-        "activate_output": False,
-        "use_dropout": False,
-        "dropout_structure": [0, 0, 0],
-        "last_layer_dropout": False,
-    }
     folder = ROOT / "models/hypernetworks"
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({**state, **about}, folder / "tinyhn.pt")
+    torch.save({**state, "name": "tinyhn", "step": 1, "activate_output": False}, folder / "tinyhn.pt")
 
 
 if __name__ == "__main__":
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     write_clip()
     if "--sd15" in sys.argv[2:]:
-        sd15()
+        sd1("sd15random", full=True)
     else:
         sd1("tinysd1")
         sd1("tinysd1b", other_weights)

@@ -15,20 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
 from host import Host
-from page import SECONDS, Panel, browser, generate, paste, size
+from page import SECONDS, Panel, browser, generate, open_settings, paste, size
 from PIL import Image
-
-from agentsd.panel.controls import element_id
-
-FOLDS = ("more", "tuner", "map")
-
-
-def element(page: Any, name: str = "") -> Any:
-    return page.locator(f"#{element_id('txt2img', name)}").first
 
 
 def take(target: Any, path: Path, colours: int = 256, scale: float = 1.0) -> None:
     """A picture of an element, in a palette: a page of text needs no more."""
+    target.page.wait_for_timeout(SECONDS)
     target.screenshot(path=path)
     picture = Image.open(path).convert("RGB")
     picture = picture.resize((round(scale * picture.width), round(scale * picture.height)))
@@ -36,52 +29,41 @@ def take(target: Any, path: Path, colours: int = 256, scale: float = 1.0) -> Non
     print(path)
 
 
-def fold(page: Any, panel: Panel) -> None:
-    for name in FOLDS:
-        label = element(page, name).locator("> .label-wrap")
-        if label.get_attribute("aria-expanded") == "true":
-            label.click()
-            page.wait_for_timeout(SECONDS)
-
-
 def pictures(page: Any, folder: Path, prompt: str) -> None:
     """The tour, step by step."""
     paste(page, prompt)
     panel = Panel(page)
+
+    def min_tokens(number: int) -> None:
+        panel.unfold("more")
+        panel.set("min_tokens", number)
+        panel.unfold("more", False)
+
     panel.switch(True)
     panel.choose("Balanced")
     size(page, 512, 512)
-    page.wait_for_timeout(SECONDS)
-    take(element(page), folder / "panel.png")
-    panel.unfold("more")
-    panel.set("min_tokens", 5000)
-    fold(page, panel)
-    page.wait_for_timeout(SECONDS)
-    take(element(page, "summary"), folder / "panel-hint.png")
-    panel.unfold("more")
-    panel.set("min_tokens", 0)
-    fold(page, panel)
+    take(panel.at(), folder / "panel.png")
+    min_tokens(5000)
+    take(panel.at("summary"), folder / "panel-hint.png")
+    min_tokens(0)
     panel.choose("Paper")
     size(page, 256, 192)
     panel.unfold("map")
-    element(page, "record").locator("input").check()
+    panel.check("record")
     generate(page)
-    page.wait_for_timeout(3 * SECONDS)
-    take(element(page, "map"), folder / "panel-map.png", colours=48, scale=2 / 3)
-    take(element(page, "status"), folder / "panel-last-run.png")
-    fold(page, panel)
+    page.wait_for_timeout(2 * SECONDS)
+    take(panel.at("map"), folder / "panel-map.png", colours=48, scale=2 / 3)
+    take(panel.at("status"), folder / "panel-last-run.png")
+    panel.unfold("map", False)
     panel.choose("Balanced")
     panel.unfold("tuner")
     size(page, 256, 256)
     panel.set("how_close", "5%")
     panel.press("tune_next")
     generate(page)
-    page.locator(f"#{element_id('txt2img', 'tuned')} svg").wait_for(timeout=120 * SECONDS)
-    page.wait_for_timeout(SECONDS)
-    take(element(page, "tuned"), folder / "panel-tune.png")
-    page.locator("#tabs button", has_text="Settings").first.click()
-    page.locator("#settings button", has_text="Agent Attention").first.click()
-    page.wait_for_timeout(SECONDS)
+    panel.at("tuned", "svg").wait_for(timeout=120 * SECONDS)
+    take(panel.at("tuned"), folder / "panel-tune.png")
+    open_settings(page)
     take(page.locator("#settings_agent_attention"), folder / "panel-settings.png")
 
 

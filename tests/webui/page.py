@@ -28,63 +28,72 @@ class Panel:
     def __init__(self, page: Any, tab: str = "txt2img") -> None:
         self.page, self.tab = page, tab
 
-    def _at(self, name: str = "", inner: str = "") -> Any:
+    def at(self, name: str = "", inner: str = "") -> Any:
+        """An element of the panel; without a name, the accordion around it."""
         return self.page.locator(f"#{element_id(self.tab, name)} {inner}".strip()).first
 
     def open(self) -> None:
         """Tick the box, which opens the panel, and unfold the rest."""
         self.switch(True)
         self.unfold("more")
-        self._at("seed").wait_for(state="visible")
+        self.at("seed").wait_for(state="visible")
 
-    def unfold(self, name: str) -> None:
-        """Open "more", "tuner" or "map", if it is folded."""
-        label = self._at(name, "> .label-wrap")
-        if "open" not in (label.get_attribute("class") or "").split():
+    def unfold(self, name: str, on: bool = True) -> None:
+        """Open "more", "tuner" or "map", if it is folded, or fold it."""
+        label = self.at(name, "> .label-wrap")
+        if ("open" in (label.get_attribute("class") or "").split()) is not on:
             label.click()
         self.page.wait_for_timeout(300)
 
     def switch(self, on: bool) -> None:
         if self.get("enabled") is not on:
-            self.page.locator(f"#{element_id(self.tab)} > .label-wrap").click()
+            self.at("", "> .label-wrap").click()
         self.page.wait_for_timeout(300)
 
     def set(self, name: str, value: Any) -> None:
         """Do what a person does to give a control this value."""
         kind = BY_NAME[name].kind
         if kind == "flag":
-            self._at(name, "input[type=checkbox]").set_checked(value)
+            self.check(name, value)
         elif kind == "choice":
-            field = self._at(name, "input")
-            field.click()
-            self.page.locator(f"#{element_id(self.tab, name)} li, ul.options li").filter(
-                has_text=re.compile(rf"(^|\s){re.escape(value)}\s*$")
-            ).first.click()
+            self._choose(name, re.compile(rf"(^|\s){re.escape(value)}\s*$"))
         else:
-            field = self._field(name)
-            field.fill(str(value))
-            field.blur()
+            self.type(name, str(value))
+            self._field(name).blur()
+
+    def check(self, name: str, on: bool = True) -> None:
+        self.at(name, "input[type=checkbox]").set_checked(on)
 
     def type(self, name: str, text: str) -> None:
         """Type into a number's or a text's field, and stay there."""
         self._field(name).fill(text)
 
     def _field(self, name: str) -> Any:
-        return self._at(name, "textarea" if BY_NAME[name].kind == "text" else "input[type=number]")
+        text = name in BY_NAME and BY_NAME[name].kind == "text"
+        return self.at(name, "textarea" if text else "input[type=number]")
+
+    def _choose(self, name: str, words: Any) -> None:
+        self.at(name, "input").click()
+        options = self.page.locator(f"#{element_id(self.tab, name)} li, ul.options li")
+        options.filter(has_text=words).first.click()
+
+    def slide(self, name: str, value: int) -> None:
+        """Move one of the token map's sliders."""
+        self.type(name, str(value))
+        self._field(name).blur()
+        self.page.wait_for_timeout(2 * SECONDS)
 
     def picture(self, name: str) -> Image.Image:
         """What an image of the panel shows."""
-        return pixels(self._at(name, "img"))
+        return pixels(self.at(name, "img"))
 
     def press(self, name: str) -> None:
         """Press one of the panel's buttons."""
-        self.page.locator(f"#{element_id(self.tab, name)}").first.click()
+        self.at(name).click()
 
     def choose(self, preset: str) -> None:
         """Choose a preset."""
-        self._at("preset", "input").click()
-        options = f"#{element_id(self.tab, 'preset')} li, ul.options li"
-        self.page.locator(options).filter(has_text=preset).first.click()
+        self._choose("preset", preset)
         self.page.wait_for_timeout(700)
 
     def get(self, name: str) -> Any:
@@ -93,9 +102,9 @@ class Panel:
         if name == "enabled":
             return self.page.locator(f"#{element_id(self.tab)}-visible-checkbox").is_checked()
         if row.kind == "flag":
-            return self._at(name, "input[type=checkbox]").is_checked()
+            return self.at(name, "input[type=checkbox]").is_checked()
         if row.kind == "choice":
-            return row.check(self._at(name, "input").input_value())
+            return row.check(self.at(name, "input").input_value())
         return row.parse(self._field(name).input_value())
 
     def values(self) -> dict[str, Any]:
@@ -103,24 +112,19 @@ class Panel:
 
     def text(self, name: str) -> str:
         """The words of "summary", "status" or "map_text"."""
-        return self._at(name).inner_text()
+        return self.at(name).inner_text()
 
     def said(self, words: str, name: str = "summary") -> str:
         """Wait until an element of the panel has these words; all of its words then."""
-        self.page.wait_for_function(
-            "([id, words]) => document.getElementById(id)?.innerText.includes(words)",
-            arg=[element_id(self.tab, name), words],
-            timeout=120 * SECONDS,
-        )
+        self._wait("([id, words]) => document.getElementById(id)?.innerText.includes(words)", name, words)
         return self.text(name)
 
     def shows(self, preset: str) -> None:
         """Wait until the preset's control says so."""
-        self.page.wait_for_function(
-            "([id, name]) => document.querySelector(`#${id} input`).value === name",
-            arg=[element_id(self.tab, "preset"), preset],
-            timeout=60 * SECONDS,
-        )
+        self._wait("([id, name]) => document.querySelector(`#${id} input`).value === name", "preset", preset)
+
+    def _wait(self, condition: str, name: str, words: str) -> None:
+        self.page.wait_for_function(condition, arg=[element_id(self.tab, name), words], timeout=120 * SECONDS)
 
 
 def pixels(img: Any) -> Image.Image:
@@ -146,7 +150,7 @@ def browser(url: str, panel: bool = True, **context: Any) -> Iterator[Any]:
         if path is None and not Path(playwright.chromium.executable_path).exists():
             pytest.skip("no Chromium is installed")
         running = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        page = running.new_page(viewport={"width": 1400, "height": 1300}, **context)
+        page = running.new_page(**{"viewport": {"width": 1400, "height": 1300}, **context})
         page.set_default_timeout(120 * SECONDS)  # a busy machine draws slowly
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -196,9 +200,17 @@ def number(page: Any, element: str, value: float) -> None:
     field.blur()
 
 
-def size(page: Any, width: int, height: int, tab: str = "txt2img") -> None:
-    number(page, f"{tab}_width", width)
-    number(page, f"{tab}_height", height)
+def size(page: Any, width: int, height: int, tab: str = "txt2img", steps: int | None = None) -> None:
+    for name, value in (("width", width), ("height", height), ("steps", steps)):
+        if value is not None:
+            number(page, f"{tab}_{name}", value)
+
+
+def open_settings(page: Any, section: str = "Agent Attention") -> None:
+    """Open a section of the host's settings page."""
+    go_to(page, "Settings")
+    page.locator("#settings button", has_text=section).first.click()
+    page.wait_for_timeout(SECONDS)
 
 
 def paste(page: Any, text: str, tab: str = "txt2img") -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from host import Host, with_record
-from page import SECONDS, Panel, reload, wait_for_panel
+from page import SECONDS, Panel, browser, open_settings, reload, size
 
 from agentsd.panel.controls import element_id
 from agentsd.settings.schema import BY_NAME, DEFAULTS, NAMES
 
 PANEL = element_id("txt2img")
 SETTINGS = "settings_agent_attention"
-FOLDS = ("more", "tuner", "map")
-BUTTONS = ("record", "map_show")
+FOLDS = {"more": "seed", "tuner": "tune_which", "map": "record"}  # and something inside
 # what stands out of the window or of the box itself, and text that its element cuts off
 STANDS_OUT = """id => {
     const box = document.getElementById(id), right = Math.min(box.getBoundingClientRect().right, innerWidth) + 1;
@@ -43,18 +40,6 @@ CONTRAST = """id => {
 }"""
 
 
-@contextmanager
-def window(host: Host, page: Any, width: int, theme: str) -> Iterator[Any]:
-    """A page of its own, so wide and in this theme."""
-    other = page.context.browser.new_page(viewport={"width": width, "height": 1000})
-    try:
-        other.goto(f"{host.url}/?__theme={theme}", wait_until="domcontentloaded", timeout=120 * SECONDS)
-        wait_for_panel(other)
-        yield other
-    finally:
-        other.close()
-
-
 def unfold_everything(page: Any) -> Panel:
     """The panel with its folds open and a token map shown."""
     panel = Panel(page)
@@ -62,12 +47,12 @@ def unfold_everything(page: Any) -> Panel:
     for name in FOLDS:
         panel.unfold(name)
     panel.press("map_show")
-    page.locator(f"#{element_id('txt2img', 'map_image')} img").first.wait_for(timeout=30 * SECONDS)
+    panel.at("map_image", "img").wait_for(timeout=30 * SECONDS)
     return panel
 
 
-@pytest.fixture(scope="module")
-def recorded(a1111: Host) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _recorded(a1111: Host) -> None:
     """A wide last image with a record, made without the page."""
     paper = {"agent_source": "similarity", "ratio": 0.4, "until": 1.0}
     a1111.txt2img(with_record(paper), width=192, height=64, steps=2)
@@ -75,25 +60,19 @@ def recorded(a1111: Host) -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [420, 1400])
-def test_the_panel_with_all_its_folds_open_and_the_settings_page(a1111: Host, page, recorded, width: int, theme: str):
-    with window(a1111, page, width, theme) as other:
-        unfold_everything(other)
-        other.wait_for_function(f"document.getElementById('{element_id('txt2img', 'summary')}').innerText.length > 9")
+def test_the_panel_with_all_its_folds_open_and_the_settings_page(a1111: Host, width: int, theme: str):
+    with browser(f"{a1111.url}/?__theme={theme}", viewport={"width": width, "height": 1000}) as page:
+        unfold_everything(page)
+        page.wait_for_function(f"document.getElementById('{element_id('txt2img', 'summary')}').innerText.length > 9")
         for name in ("summary", "status", "map_text"):
-            assert other.evaluate(CONTRAST, element_id("txt2img", name)) >= 4.5, name
+            assert page.evaluate(CONTRAST, element_id("txt2img", name)) >= 4.5, name
         for section in (PANEL, SETTINGS):
-            assert other.evaluate(STANDS_OUT, section) == []
-            assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            open_settings(other, "Agent Attention")
+            assert page.evaluate(STANDS_OUT, section) == []
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            open_settings(page)
 
 
-def open_settings(page: Any, section: str) -> None:
-    page.locator("#tabs button", has_text="Settings").first.click()
-    page.locator("#settings button", has_text=section).first.click()
-    page.wait_for_timeout(SECONDS)
-
-
-def stops(page: Any, box: str, prefix: str, first: str, count: int) -> list[dict]:
+def stops(page: Any, box: str, prefix: str, first: str) -> list[dict]:
     """Where Tab leads from the element `first`, as far as it stays in `box`.
 
     Returns:
@@ -101,7 +80,7 @@ def stops(page: Any, box: str, prefix: str, first: str, count: int) -> list[dict
     """
     page.locator(first).first.focus()
     found = []
-    for _ in range(count):
+    for _ in range(120):
         stop = page.evaluate(
             """([box, prefix]) => {
                 const control = document.activeElement.closest(`[id^=${prefix}]`);
@@ -124,28 +103,54 @@ def in_reading_order(one: dict, other: dict) -> bool:
     return down > 5 or (down >= -5 and other["left"] >= one["left"])
 
 
-def test_tab_goes_through_the_panel_in_reading_order(page, recorded):
+def test_tab_goes_through_the_panel_in_reading_order_and_the_settings_page(page):
     unfold_everything(page)
-    found = stops(page, PANEL, f"{PANEL}_", f"#{element_id('txt2img', 'preset')} input", 120)
+    found = stops(page, PANEL, f"{PANEL}_", f"#{element_id('txt2img', 'preset')} input")
     # what orders a tuning is hidden: the page's script sets it
-    wanted = {*DEFAULTS, *BUTTONS, *FOLDS, "map_moment", "map_layer"} - {"enabled", "tune"}
+    wanted = {*DEFAULTS, "record", "map_show", *FOLDS, "map_moment", "map_layer"} - {"enabled", "tune"}
     assert wanted <= {stop["id"].removeprefix(f"{PANEL}_") for stop in found}
-    wrong = [(a["id"], b["id"]) for a, b in pairwise(found) if not in_reading_order(a, b)]
-    assert wrong == []
+    assert [(a["id"], b["id"]) for a, b in pairwise(found) if not in_reading_order(a, b)] == []
+    open_settings(page)
+    found = stops(page, SETTINGS, "setting_", "#setting_agent_attention_preset input")
+    wanted = {f"setting_agent_attention_{name}" for name in ("preset", "log_level", "status_line")}
+    assert wanted <= {stop["id"] for stop in found}
 
 
-@pytest.mark.parametrize("name", FOLDS)
-def test_a_fold_opens_and_closes_by_keyboard(page, panel: Panel, name: str):
+def test_the_keyboard_alone_opens_the_panel_and_works_it(page):
     reload(page)
-    panel.switch(True)
-    label = page.locator(f"#{element_id('txt2img', name)} > .label-wrap")
-    label.focus()
-    for key, state in (("Enter", "true"), ("Space", "false")):
-        page.keyboard.press(key)
-        page.wait_for_timeout(SECONDS)
-        assert label.get_attribute("aria-expanded") == state
-        inner = {"more": "seed", "tuner": "tune_which", "map": "record"}[name]
-        assert page.locator(f"#{element_id('txt2img', inner)}").is_visible() is (state == "true")
+    size(page, 64, 64, steps=1)
+    panel, keys = Panel(page), page.keyboard
+    page.locator("#txt2img_prompt textarea").focus()
+
+    def tab_to(name: str, inner: str, key: str = "Tab") -> None:
+        for _ in range(200):
+            keys.press(key)
+            if panel.at(name, inner).evaluate("element => element === document.activeElement"):
+                return
+        pytest.fail(f"Tab does not lead to {name} {inner}")
+
+    tab_to("", "> .label-wrap")
+    keys.press("Enter")
+    panel.at("preset").wait_for()
+    assert panel.get("enabled")
+    tab_to("preset", "input")
+    keys.type("Fast")
+    keys.press("Enter")
+    panel.shows("Fast")
+    for name, inner in FOLDS.items():
+        tab_to(name, "> .label-wrap")
+        for key, opened in (("Enter", True), ("Space", False)):
+            keys.press(key)
+            page.wait_for_timeout(SECONDS)
+            assert panel.at(name, "> .label-wrap").get_attribute("aria-expanded") == str(opened).lower()
+            assert panel.at(inner).is_visible() is opened
+    tab_to("more", "> .label-wrap", "Shift+Tab")
+    keys.press("Enter")
+    tab_to("min_tokens", "input")
+    keys.type("0")
+    keys.press("Control+Enter")
+    assert "64×64" in panel.said("Last run", "status")
+    assert panel.get("min_tokens") == 0
 
 
 def test_no_other_control_of_the_tab_has_one_of_our_labels(page):
@@ -154,10 +159,3 @@ def test_no_other_control_of_the_tab_has_one_of_our_labels(page):
     count = """label => [...document.querySelectorAll('#tab_txt2img span')]
         .filter(e => !e.children.length && e.textContent.trim() === label).length"""
     assert {label: page.evaluate(count, label) for label in ours} == dict.fromkeys(ours, 1)
-
-
-def test_tab_goes_through_the_settings_page(page):
-    open_settings(page, "Agent Attention")
-    found = stops(page, SETTINGS, "setting_", "#setting_agent_attention_preset input", 12)
-    wanted = {f"setting_agent_attention_{name}" for name in ("preset", "log_level", "status_line")}
-    assert wanted <= {stop["id"] for stop in found}

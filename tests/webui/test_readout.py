@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, number, reload, size
-
-HYPERTILE = {"hypertile_enable_unet": True}
-PREVIEW = "/agent-attention/preview"
+from page import SECONDS, Panel, go_to, number, reload, size
 
 
 @pytest.fixture
 def panel(page, panel: Panel) -> Panel:
+    if page.locator("#txt2img_hr-visible-checkbox").is_checked():
+        page.locator("#txt2img_hr > .label-wrap").click()
+    return prepared(panel, 512)
+
+
+def prepared(panel: Panel, side: int) -> Panel:
     panel.open()
     panel.choose("Balanced")
-    panel.set("method", "agent")
-    panel.set("until", 0.6)
-    panel.set("min_tokens", 0)
-    size(page, 512, 512)
-    hires(page, False)
+    for name, value in (("method", "agent"), ("until", 0.6), ("min_tokens", 0)):
+        panel.set(name, value)
+    size(panel.page, side, 512, panel.tab)
     return panel
 
 
-def hires(page, on: bool) -> None:
-    if page.locator("#txt2img_hr-visible-checkbox").is_checked() is not on:
-        page.locator("#txt2img_hr > .label-wrap").click()
-    page.wait_for_timeout(500)
-
-
-def test_it_follows_the_size_and_the_settings(page, panel: Panel):
+def test_it_follows_the_size_the_settings_and_the_hires_pass(page, panel: Panel):
     panel.said("512×512: 4096 tokens → 256 agents in 5 layers")
     size(page, 768, 512)
     panel.said("768×512: 6144 tokens → 384 agents in 5 layers")
@@ -36,42 +31,27 @@ def test_it_follows_the_size_and_the_settings(page, panel: Panel):
     panel.said("→ 96 agents")
     panel.set("max_downsample", "4")
     panel.said("1536 tokens → 24 agents in 5 layers")
-
-
-def test_the_hires_pass_has_a_line(page, panel: Panel):
-    hires(page, True)
+    page.locator("#txt2img_hr > .label-wrap").click()
     number(page, "txt2img_hr_scale", 1.5)
-    panel.said("Hires 768×768: 9216 tokens → 576 agents")
+    panel.said("Hires 1152×768: 13824 tokens → 216 agents")
     number(page, "txt2img_hr_resize_x", 1024)
-    panel.said("Hires 1024×1024: ")
+    panel.said("Hires 1024×")
     number(page, "txt2img_hr_resize_x", 0)
     panel.set("hires_until", 0.2)
     number(page, "txt2img_denoising_strength", 0.5)
     assert "Change “Until, hires pass”" in panel.said("of the diffusion is done when this pass begins")
-
-
-def test_what_is_wrong_is_named_while_it_is_typed(page, panel: Panel):
-    panel.type("agent_ratio", "7")
-    assert "Agent ratio must be a number from" in panel.said("got 7")
-    panel.type("agent_ratio", "")
-    panel.said("→ 256 agents in 5 layers")
     page.locator("#txt2img_width input[type=number]").fill("8192")
     assert "4096" in panel.said("Width must be")
 
 
 def test_img2img_counts_its_denoising_strength(page):
-    page.locator("#tabs button", has_text="img2img").first.click()
-    panel = Panel(page, "img2img")
-    panel.open()
-    panel.choose("Balanced")
-    panel.set("method", "agent")
-    panel.set("until", 0.6)
-    size(page, 640, 512, "img2img")
+    go_to(page, "img2img")
+    panel = prepared(Panel(page, "img2img"), 640)
     number(page, "img2img_denoising_strength", 0.75)
     panel.said("640×512: 5120 tokens → 320 agents")
     number(page, "img2img_denoising_strength", 0.3)
     assert "Change “Until”" in panel.said("of the diffusion is done when this pass begins")
-    page.locator("#tabs button", has_text="txt2img").first.click()
+    go_to(page, "txt2img")
 
 
 def test_a_slider_asks_once_and_nothing_else_does(page, panel: Panel):
@@ -86,12 +66,12 @@ def test_a_slider_asks_once_and_nothing_else_does(page, panel: Panel):
         page.wait_for_timeout(30)
     panel.said("→ 64 agents")
     page.wait_for_timeout(2 * SECONDS)
-    assert 1 <= len([url for url in asked if url.endswith(PREVIEW)]) <= 2
+    assert 1 <= sum(url.endswith("/agent-attention/preview") for url in asked) <= 2
     assert not [url for url in asked if "/run/" in url or "queue" in url]
 
 
 def test_the_hosts_own_options_are_told(a1111: Host, page, panel: Panel):
-    with a1111.options(**HYPERTILE):
+    with a1111.options(hypertile_enable_unet=True):
         reload(page)
         panel.open()
         assert "Settings → HyperTile" in panel.said("HyperTile is on")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from host import Host
-from page import SECONDS, Panel, reload
-
-SECTION = "#settings_agent_attention"
-KEY = "customscript/agent_attention.py/txt2img/{}/value"
+from host import OURS, Host
+from page import SECONDS, Panel, open_settings, reload
 
 
 @pytest.fixture(autouse=True)
@@ -20,33 +17,17 @@ def _settings_are_put_back(a1111: Host):
         yield
 
 
-def open_section(page, name: str) -> None:
-    page.locator("#tabs button", has_text="Settings").first.click()
-    page.locator("#settings button", has_text=name).first.click()
-    page.wait_for_timeout(SECONDS)
-
-
-def apply(page) -> None:
-    page.locator("#settings_submit").click()
-    page.wait_for_timeout(2 * SECONDS)
-
-
 def test_each_option_is_explained_and_does_what_it_says(a1111: Host, page):
-    open_section(page, "Agent Attention")
-    text = page.locator(SECTION).inner_text()
-    for what in (
-        "Settings → Defaults",
-        "preset when the page loads",
-        "messages in the console",
-        "show the last run",
-        "how close attention was",
-    ):
-        assert what in text
+    open_settings(page)
+    text = page.locator("#settings_agent_attention").inner_text()
+    told = ("Settings → Defaults", "preset when the page loads", "messages in the console", "show the last run")
+    assert all(what in text for what in (*told, "how close attention was"))
     page.locator("#setting_agent_attention_preset input").click()
     page.locator("#setting_agent_attention_preset li").filter(has_text="Faithful").click()
     page.locator("#setting_agent_attention_log_level label", has_text="warning").click()
     page.locator("#setting_agent_attention_status_line input").uncheck()
-    apply(page)
+    page.locator("#settings_submit").click()
+    page.wait_for_timeout(2 * SECONDS)
     found = a1111.call("/sdapi/v1/options")
     chosen = {"preset": "Faithful", "log_level": "warning", "status_line": False}
     assert {name: found[f"agent_attention_{name}"] for name in chosen} == chosen
@@ -66,30 +47,24 @@ def test_each_option_is_explained_and_does_what_it_says(a1111: Host, page):
 
 def test_the_webuis_own_defaults_keep_the_panels_controls(a1111: Host, page):
     """Settings → Defaults → Apply writes them, and the page starts with them after a restart of the UI."""
-    file = a1111.root / "ui-config.json"
-    before = file.read_bytes()
-    try:
+    with a1111.own_defaults({}) as file:
         reload(page)
         panel = Panel(page)
         panel.open()
         panel.set("agent_ratio", 0.9)
         panel.set("after", "token merging")
         panel.unfold("map")
-        page.locator("#txt2img_agent_attention_record input").check()
-        open_section(page, "Defaults")
-        page.locator("#ui_defaults_view").click()
-        page.wait_for_timeout(2 * SECONDS)
-        assert KEY.format("Agent ratio") in page.locator("#settings").inner_text()
-        page.locator("#ui_defaults_apply").click()
-        page.wait_for_timeout(2 * SECONDS)
+        panel.check("record")
+        open_settings(page, "Defaults")
+        for button in ("view", "apply"):
+            page.locator(f"#ui_defaults_{button}").click()
+            page.wait_for_timeout(2 * SECONDS)
+            assert f"{OURS}Agent ratio/value" in page.locator("#settings").inner_text() or button == "apply"
         saved = json.loads(file.read_text())
-        assert saved[KEY.format("Agent ratio")] == 0.9
-        assert saved[KEY.format("Afterwards")] == "token merging"
+        assert saved[f"{OURS}Agent ratio/value"] == 0.9
+        assert saved[f"{OURS}Afterwards/value"] == "token merging"
         assert not [key for key in saved if "ap moment" in key or "Record tokens" in key or "/Preset/" in key]
         a1111.reload_ui()
         reload(page)
         panel.open()
         assert (panel.get("agent_ratio"), panel.get("after")) == (0.9, "token merging")
-    finally:
-        file.write_bytes(before)
-        a1111.reload_ui()

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import pytest
 from host import Host
-from page import SECONDS, Panel, generate, go_to, number, paste, reload, send, size
+from page import SECONDS, Panel, generate, go_to, paste, reload, send, size
 
-from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
 from agentsd.settings.schema import BY_NAME
 
 RANGE = f"must be a whole number from 0 to {BY_NAME['min_tokens'].high}"
 
 
-def small(page: Any, steps: int = 2, side: int = 128) -> None:
-    number(page, "txt2img_steps", steps)
-    size(page, side, side)
-
-
 def bad_value_stops_nothing(page: Any) -> None:
     """What a person does who mistypes a number: a red line names it, and the image is made."""
-    small(page)
+    size(page, 128, 128, steps=2)
     panel = Panel(page)
     panel.open()
     for name, label, value in (("min_tokens", "Minimum tokens", -5), ("max_agents", "Maximum agents", 99999999999)):
         panel.switch(True)
         panel.set(name, value)
         assert f"{label} {RANGE}, got {value}" in panel.said(label)
-        assert page.locator(f"#{element_id('txt2img', 'summary')} .agent-attention-wrong").first.is_visible()
+        assert panel.at("summary", ".agent-attention-wrong").is_visible()
         assert infotext.KEY not in generate(page)
         panel.said(f"Not applied: {label} {RANGE}, got {value}", "status")
-        status, preset = (page.locator(f"#{element_id('txt2img', part)}").first for part in ("status", "preset"))
-        assert status.bounding_box()["y"] < preset.bounding_box()["y"], "at the top"
+        top, below = (panel.at(part).bounding_box()["y"] for part in ("status", "preset"))
+        assert top < below
         panel.switch(False)
         assert infotext.KEY not in generate(page)
         panel.switch(True)
@@ -43,8 +36,9 @@ def bad_value_stops_nothing(page: Any) -> None:
 
 
 @pytest.fixture
-def panel(page, panel: Panel) -> Panel:
+def panel(page) -> Panel:
     reload(page)
+    panel = Panel(page)
     panel.open()
     return panel
 
@@ -54,9 +48,9 @@ def test_a_bad_value_stops_nothing(page, panel: Panel):
 
 
 def test_an_interrupted_run_is_told_when_the_host_has_ended(a1111: Host, page, panel: Panel):
-    small(page, steps=100, side=512)
+    size(page, 512, 512, steps=100)
     panel.unfold("map")
-    page.locator(f"#{element_id('txt2img', 'record')} input").check()
+    panel.check("record")
     page.locator("#txt2img_generate").click()
     while a1111.call("/sdapi/v1/progress?skip_current_image=true")["state"]["sampling_step"] < 3:
         page.wait_for_timeout(SECONDS)
@@ -65,18 +59,11 @@ def test_an_interrupted_run_is_told_when_the_host_has_ended(a1111: Host, page, p
     assert "512×512" in text
     assert re.search(r"Last run, \d{1,2}:\d\d", text), "the time"
     panel.said("64×64 tokens", "map_text")
-    assert page.locator(f"#{element_id('txt2img', 'map_image')} img").first.is_visible()
+    assert panel.at("map_image", "img").is_visible()
+    a1111.txt2img([{"ratio": 7}])  # somebody else's
     reload(page)
     panel.open()
-    panel.said("512×512", "status")
-
-
-def test_somebody_elses_run_is_not_told(a1111: Host, page, panel: Panel):
-    a1111.txt2img([{"ratio": 7}])
-    reload(page)
-    panel.open()
-    page.wait_for_timeout(2 * SECONDS)
-    assert "ratio" not in panel.text("status")
+    assert "ratio" not in panel.said("512×512", "status")
 
 
 @pytest.mark.parametrize(("way", "tab"), [("paste", "txt2img"), ("PNG Info", "img2img")])
@@ -86,7 +73,6 @@ def test_an_infotext_counts_more_than_the_pages_preset(a1111: Host, page, way: s
     with a1111.options(agent_attention_preset="Paper"):
         reload(page)
         if way == "paste":
-            go_to(page, tab)
             paste(page, made.infotext, tab)
         else:
             send(page, made.infotext, made.images[0], tmp_path, tab)
@@ -100,13 +86,9 @@ def test_an_infotext_counts_more_than_the_pages_preset(a1111: Host, page, way: s
 @pytest.mark.parametrize(("label", "value"), [("Minimum tokens", -5), ("Until", 7)])
 def test_a_bad_value_that_was_saved_stops_nothing(a1111: Host, page, label: str, value: float):
     """The page starts with it: a red line names it, and images are made."""
-    file = a1111.root / "ui-config.json"
-    before = file.read_bytes()
-    try:
-        file.write_text(json.dumps({f"customscript/agent_attention.py/txt2img/{label}/value": value}))
-        a1111.reload_ui()
+    with a1111.own_defaults({label: value}):
         reload(page)
-        small(page)
+        size(page, 128, 128, steps=2)
         assert infotext.NOTE not in generate(page), "while it is off nothing is checked"
         panel = Panel(page)
         panel.open()
@@ -114,26 +96,16 @@ def test_a_bad_value_that_was_saved_stops_nothing(a1111: Host, page, label: str,
         assert infotext.NOTE not in generate(page), "nothing is written into an image that was made without us"
         assert f"not applied: {label} must be" in page.locator("#html_log_txt2img").first.inner_text()
         panel.said(f"Not applied: {label}", "status")
-    finally:
-        file.write_bytes(before)
-        a1111.reload_ui()
-        reload(page)
 
 
-def test_the_panel_is_low_and_its_help_is_in_tooltips(page, panel: Panel):
-    label = page.locator(f"#{element_id('txt2img', 'more')} > .label-wrap")
-    label.click()  # folded again
-    page.wait_for_timeout(SECONDS)
-    box = page.locator(f"#{element_id('txt2img')}").bounding_box()
-    assert box["height"] <= 700
-    for name in ("ratio", "method", "until", "preset"):
-        assert page.locator(f"#{element_id('txt2img', name)}").first.get_attribute("title")
-
-
-def test_a_control_without_effect_is_greyed_with_the_reason(page, panel: Panel):
+def test_the_panel_is_low_its_help_is_in_tooltips_and_what_has_no_effect_is_greyed(page, panel: Panel):
     panel.set("method", "corrected")
-    control = page.locator(f"#{element_id('txt2img', 'k_scale2')}.agent-attention-idle").first
-    control.wait_for(timeout=30 * SECONDS)
+    control = panel.at("k_scale2")
+    panel.at("", ".agent-attention-idle").wait_for(timeout=30 * SECONDS)
     assert control.get_attribute("title").startswith("No effect while Method is corrected.")
     panel.set("method", "agent")
-    control.wait_for(state="detached", timeout=30 * SECONDS)
+    page.wait_for_function("element => !element.title.startsWith('No effect')", arg=control.element_handle())
+    panel.unfold("more", False)
+    page.wait_for_timeout(SECONDS)
+    assert panel.at().bounding_box()["height"] <= 700
+    assert all(panel.at(name).get_attribute("title") for name in ("ratio", "method", "until", "preset"))

@@ -9,7 +9,6 @@ import pytest
 from host import PROBE, Host
 from page import SECONDS, Panel, browser, generate, paste, pixels, size
 
-from agentsd.panel.controls import element_id
 from agentsd.settings import infotext
 from agentsd.settings.presets import TUNED
 
@@ -26,15 +25,12 @@ def tuned(a1111: Host):
     return a1111.txt2img([{"tune": 0.05}], **SMALL)
 
 
-def test_the_image_is_made_without_us_and_the_plan_answered(a1111: Host, tuned):
+def test_the_image_is_made_without_us_and_the_plan_answered_used_and_carried_by_the_image(a1111: Host, tuned):
     assert tuned.pixels == a1111.txt2img(**SMALL).pixels
-    assert tuned.info["extra_generation_params"][infotext.TUNED].startswith(PLAN)
+    plan = tuned.written[infotext.TUNED]
+    assert plan.startswith(PLAN)
     assert infotext.KEY not in tuned.infotext, "neither settings nor a note: it was made without us"
     assert a1111.state()["hooks"] == 0
-
-
-def test_the_plan_is_used_and_carried_by_the_image(a1111: Host, tuned):
-    plan = tuned.info["extra_generation_params"][infotext.TUNED]
     auto = a1111.txt2img([{"tuning": "auto", "how_close": 0.05}], **SMALL)
     assert auto.pixels == a1111.txt2img([{"tuning": plan}], **SMALL).pixels
     assert f"tuning={plan}" in auto.infotext
@@ -45,7 +41,7 @@ def test_the_plan_is_used_and_carried_by_the_image(a1111: Host, tuned):
 
 def test_both_passes_are_tuned(a1111: Host):
     made = a1111.txt2img([{"tune": 0.05}], **SMALL, enable_hr=True, hr_scale=1.5, denoising_strength=0.6)
-    plans = made.info["extra_generation_params"][infotext.TUNED].split(" & ")
+    plans = made.written[infotext.TUNED].split(" & ")
     assert [plan.split()[0] for plan in plans] == ["first", "hires"]
     assert f"{SIDE * 3 // 16}x{SIDE * 3 // 16}" in plans[1]
 
@@ -61,7 +57,7 @@ def test_what_is_loaded_is_tuned_with(a1111: Host, tuned, what: str):
     assert plain.pixels != a1111.txt2img(**SMALL).pixels
     made = a1111.txt2img([{"tune": 0.05}], **SMALL, **prompt)
     assert made.pixels == plain.pixels
-    plan = made.info["extra_generation_params"][infotext.TUNED]
+    plan = made.written[infotext.TUNED]
     assert plan.startswith(PLAN)
     kept = a1111.call(PROBE + "/tunings")[0]
     assert all(moment["measured"] <= 0.05 for moment in kept["tuning"]["plan"]["deviations"])
@@ -80,17 +76,14 @@ def test_skip_and_interrupt_end_the_tuning_and_keep_the_image(a1111: Host, butto
     before = a1111.txt2img([{"tuning": "auto"}], **SMALL).infotext
     making = threading.Thread(target=lambda: made.append(a1111.txt2img([{"tune": 0.03}], **SMALL)))
     making.start()
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        told = a1111.call("/sdapi/v1/progress?skip_current_image=true")
-        if "Tuning" in str(told.get("textinfo")):
-            break
+    while "Tuning" not in str((told := a1111.call("/sdapi/v1/progress?skip_current_image=true")).get("textinfo")):
+        assert making.is_alive(), "it was not tuned"
         time.sleep(0.02)
     assert told["progress"] > 0
     a1111.call(f"/sdapi/v1/{button}", {})
     making.join()
     assert made[0].pixels == plain.pixels
-    assert "not tuned; cancelled" in made[0].info["extra_generation_params"][infotext.NOTE]
+    assert "not tuned; cancelled" in made[0].written[infotext.NOTE]
     assert a1111.state()["hooks"] == 0
     assert a1111.txt2img([{"tuning": "auto"}], **SMALL).infotext == before
 
@@ -99,8 +92,7 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host, tmp_path):
     with browser(a1111.url) as page:
         panel = Panel(page)
         panel.open()
-        size(page, SIDE, SIDE)
-        page.locator("#txt2img_steps input[type=number]").fill("3")
+        size(page, SIDE, SIDE, steps=3)
         page.locator("#txt2img_seed input").fill("1")
         panel.unfold("tuner")
         for _ in range(2):  # it asks first
@@ -114,11 +106,10 @@ def test_in_the_page_from_tuning_to_equal_pixels(a1111: Host, tmp_path):
         )
         page.locator("#txt2img_interrupt").wait_for(state="hidden", timeout=300 * SECONDS)
         panel.shows(TUNED)
-        table = page.locator(f"#{element_id('txt2img', 'tuned')} table").first
+        table = panel.at("tuned", "table")
         table.wait_for(timeout=20 * SECONDS)
         assert f"{SIDE}×{SIDE}" in table.inner_text()
-        chart = page.locator(f"#{element_id('txt2img', 'tuned')} svg")
-        assert {"Fast", "Faithful", "5%"} <= set(chart.locator("text").all_text_contents())
+        assert {"Fast", "Faithful", "5%"} <= set(panel.at("tuned").locator("svg text").all_text_contents())
         assert panel.get("tune") == 0
         panel.said("U-Net output within 5%")
         text = generate(page)
@@ -141,7 +132,7 @@ def exported_and_imported(page, panel: Panel, folder) -> None:
     panel.said("U-Net output within 5%")
     panel.unfold("tuner")
     panel.press("tune_export")
-    link = page.locator(f"#{element_id('txt2img', 'tune_file')} a").first
+    link = panel.at("tune_file", "a")
     link.wait_for(timeout=20 * SECONDS)
     with page.expect_download() as download:
         link.click()

@@ -1,7 +1,6 @@
 """Differences between WebUIs. The only folder that imports one, apart from the script itself.
 
-A WebUI is one file of this folder: a subclass of `WebUI` (AUTOMATIC1111's ways), listed in `_FAMILIES`. A feature that
-it lacks counts as off, so that Forge and its forks need no file of their own.
+A feature that a WebUI lacks counts as off, so that Forge and its forks need no file of their own.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from ...clock import WALL
 from ...hosts import UnsupportedModelError, find_sites, find_unet
 from ...schedule import progress_of
 from ...settings import infotext, tunings
-from ..settings_page import CLOSENESS, EVEN_IF_SLOWER
+from ..settings_page import EVEN_IF_SLOWER
 
 TOKEN_MERGING = "the WebUI's own token merging is on"
 SHARED_PACKAGE = "the extension {} has a package of the same name as ours, and its panel now runs on ours"
@@ -45,7 +45,7 @@ def _module(name: str) -> Any:
 
 
 def _replaced(module: nn.Module, name: str) -> bool:
-    """Whether a method on the instance is another than its class's. ControlNet leaves the original there when done."""
+    """Whether a method on the instance is another than its class's, which ControlNet leaves there when done."""
     own, original = vars(module).get(name), getattr(type(module), name, None)
     return own is not None and own != (original and original.__get__(module))
 
@@ -179,10 +179,6 @@ class WebUI(Program):
     def upcasts(self) -> bool:
         return bool(self.option("upcast_attn"))
 
-    def observes_closeness(self) -> bool:
-        """Whether runs are to say how close attention was to full attention: unless the user has switched it off."""
-        return getattr(shared.opts, CLOSENESS, True) is not False
-
     def even_if_slower(self, values: Mapping[str, Any]) -> bool:
         # an image's infotext was pasted to make that image again
         return bool(self.option(EVEN_IF_SLOWER)) or infotext.was_pasted(values)
@@ -192,7 +188,8 @@ class WebUI(Program):
             return Hint("an SD Unet (such as TensorRT) replaces the U-Net", ("Settings → Stable Diffusion",))
         if self._token_merging(sampling.of) > 0:
             return Hint(TOKEN_MERGING, ("Settings → Optimizations",))
-        return Hint(HYPERTILE, ("Settings → HyperTile",)) if self._hypertile(sampling.hires) else None
+        names = ("hypertile_enable_unet", *(["hypertile_enable_unet_secondpass"] if sampling.hires else []))
+        return Hint(HYPERTILE, ("Settings → HyperTile",)) if any(map(self.option, names)) else None
 
     def _token_merging(self, of: str) -> float:
         if self.p is not None:
@@ -218,7 +215,7 @@ class WebUI(Program):
 
     @cached_property
     def timings(self) -> Timings:  # type: ignore[override]
-        return Timings(self.cache)
+        return Timings(lambda section, _: self.cache(section))
 
     def cache(self, section: str) -> MutableMapping[str, Any]:
         host = _module("cache")
@@ -292,9 +289,6 @@ class WebUI(Program):
 
     def is_sd2(self) -> bool:
         return bool(getattr(self.model(), "is_sd2", False))
-
-    def _hypertile(self, hires: bool) -> bool:
-        return bool(self.option("hypertile_enable_unet") or (hires and self.option("hypertile_enable_unet_secondpass")))
 
 
 def _progress(sampler: Any, scheduler: str, steps: int) -> list[float]:

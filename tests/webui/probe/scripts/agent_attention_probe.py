@@ -62,10 +62,6 @@ def fail(module, args):
     raise RuntimeError("probe: forced failure inside the U-Net")
 
 
-def on_cfg_denoiser(params):
-    act()
-
-
 def watch():
     """SD.Next has no callback for steps: until the probe has acted, a hook counts the U-Net's calls."""
     from modules import processing_callbacks
@@ -84,23 +80,17 @@ def watch():
 
 def act():
     SEEN["calls"] += 1
-    if ARMED.get("action") == "nest" or (ARMED.get("step"), ARMED.get("hires", False)) != (
-        SEEN["calls"],
-        SEEN["hires"],
-    ):
+    now = SEEN["calls"], SEEN["hires"]
+    if ARMED.get("action") == "nest" or (ARMED.get("step"), ARMED.get("hires", False)) != now:
         return
     action = ARMED["action"]
     ARMED.clear()
-    if action == "raise" and hasattr(shared.sd_model, "unet"):
+    if action != "raise":
+        getattr(shared.state, {"stop": "stop_generating"}.get(action, action))()
+    elif hasattr(shared.sd_model, "unet"):
         fail(None, None)
-    elif action == "raise":
+    else:
         handle = unet().register_forward_pre_hook(lambda module, args: (handle.remove(), fail(module, args)))
-    elif action == "interrupt":
-        shared.state.interrupt()
-    elif action == "skip":
-        shared.state.skip()
-    elif action == "stop":
-        shared.state.stop_generating()
 
 
 def extend_context(block, x, context=None, **kwargs):
@@ -109,19 +99,6 @@ def extend_context(block, x, context=None, **kwargs):
     x = block.attn1(n, context=torch.cat([n, n.flip(1)], dim=1)) + x
     x = block.attn2(block.norm2(x), context=context) + x
     return block.ff(block.norm3(x)) + x
-
-
-class OtherUnet:
-    """A SdUnet that answers in the U-Net's place, by calling it."""
-
-    def forward(self, x, timesteps, context, *args, **kwargs):
-        from modules import sd_unet
-
-        sd_unet.current_unet = None
-        try:
-            return unet()(x, timesteps, context, *args, **kwargs)
-        finally:
-            sd_unet.current_unet = self
 
 
 def on_app_started(demo, app):
@@ -175,10 +152,6 @@ def on_app_started(demo, app):
             if body.get("blocks"):
                 block._forward = MethodType(extend_context, block)
         SEEN["attn1_patch"] = bool(body.get("attn1_patch"))
-        if "sd_unet" in body:
-            from modules import sd_unet
-
-            sd_unet.current_unet = OtherUnet() if body["sd_unet"] else None
 
     @app.post(PREFIX + "/reload-ui")
     def reload_ui():
@@ -191,5 +164,5 @@ def on_app_started(demo, app):
         return [option.label for option in options if not getattr(option, "is_img2img", False)]
 
 
-script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
+script_callbacks.on_cfg_denoiser(lambda params: act())
 script_callbacks.on_app_started(on_app_started)
