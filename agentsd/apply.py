@@ -32,7 +32,7 @@ def apply_patch(
     progress: Moment | None = None,
     **settings: Any,
 ) -> Model:
-    """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch.
+    """Apply agent attention to a Stable Diffusion model, in place, replacing an existing patch; return the model.
 
     Args:
         model: an LDM or sgm model (with `.model.diffusion_model`), a diffusers pipeline, a U-Net, or a transformer of
@@ -40,21 +40,16 @@ def apply_patch(
         *reference: AgentSD's settings in its order, `ratio` to `merge_mlp`.
         tuning: a result of `agentsd.tune` for this model, its text, or the path of its file. It has settings of its
             own, beside which none may be given.
-        progress: maps the U-Net's timestep to the fraction of the diffusion that is done, 0–1. None: by the pipeline's
-            scheduler as it is now; without one, timesteps are training steps from 1000 to 0. See `progress_of_sigma`.
-            `tune` and `compare` have another `progress`, which is told how far they are.
+        progress: maps the U-Net's timestep to the fraction of the diffusion that is done, 0–1; see `progress_of_sigma`.
+            None: by the pipeline's scheduler as it is now; without one, timesteps are training steps from 1000 to 0.
             Of a transformer, it is given the share of noise in thousandths, and None is linear in that.
         **settings: the settings of `AgentConfig`, which documents their meanings and ranges.
 
-    Returns:
-        The model.
-
-    Raises:
-        SettingError: a setting is unknown or outside its range. The model is unchanged.
-        OSError: the file of a tuning cannot be read. The model is unchanged.
-        TuningError: the tuning is damaged, or for another model. The model is unchanged.
-        UnsupportedModelError: the model has no transformer blocks, or is a transformer that is not known. The model is
-            unchanged.
+    Raises, before the model is changed:
+        SettingError: a setting is unknown or outside its range.
+        OSError: the file of a tuning cannot be read.
+        TuningError: the tuning is damaged, or for another model.
+        UnsupportedModelError: the model has no transformer blocks, or is a transformer that is not known.
     """
     check_names(settings, SETTINGS)
     names = SETTINGS[: SETTINGS.index("merge_mlp") + 1]

@@ -16,12 +16,9 @@ class SettingError(ValueError):
 
 NONE = "none"
 _FLAGS = {"on": True, "true": True, "off": False, "false": False}
-# Characters of a value that messages repeat: they end up in infotexts
-_SHOWN = 120
-# More steps than this are typed into a field
-_SLIDER_STEPS = 1000
-# The largest integer that a browser represents exactly
-_BROWSER_MAX = 2**53 - 1
+_SHOWN = 120  # characters of a value that messages repeat: they end up in infotexts
+_SLIDER_STEPS = 1000  # more than these are typed into a field
+_BROWSER_MAX = 2**53 - 1  # the largest integer that a browser represents exactly
 
 
 def shown(value: Any) -> str:
@@ -41,9 +38,7 @@ class Setting:
     name: str  # name everywhere but in ComfyUI
     kind: str  # "number", "whole" (a whole number), "flag", "choice" or "text"
     default: Any  # default value
-    # label of the control; short, constant and unique, since translations match it. Without one the setting is the
-    # library's alone.
-    label: str = ""
+    label: str = ""  # of the control: short, constant, unique (translations match it). Without one: the library's alone
     help: str = ""  # what it does, in full sentences
     place: tuple[int, int] = (99, 0)  # (line of the panel, place in the line); 99 is the last
     low: float = 0.0  # smallest value of a number
@@ -51,8 +46,7 @@ class Setting:
     step: float = 1  # step of the control of a number
     optional: bool = False  # whether a number may be None, which is written "none"
     choices: Sequence[Any] = ()  # values of a choice
-    # turns a text or a choice, or what the API may send for it, into canonical form
-    canonical: Callable[[Any], Any] = lambda value: value
+    canonical: Callable[[Any], Any] = lambda value: value  # turns a text or a choice, as the API has it, into its form
     more_help: Callable[[], str] = str  # makes text to append to `help`; called when the help is read
     panel: Any = None  # default of the control; None for that of the library
     # value that an infotext stands for which does not name the setting; None for the panel's default. It never changes,
@@ -77,7 +71,6 @@ class Setting:
 
     @property
     def tooltip(self) -> str:
-        """The complete help text of the control."""
         return self.help + self.more_help()
 
     @property
@@ -86,15 +79,13 @@ class Setting:
 
     @property
     def slider(self) -> bool:
-        """Whether its control is a slider."""
         return self.numeric and (self.high - self.low) / self.step <= _SLIDER_STEPS
 
     @property
     def control(self) -> Setting:
         """The setting as the panel, the API and infotexts have it: choices are texts, and 0 is no limit."""
         changes: dict[str, Any] = {"default": self.default if self.panel is None else self.panel}
-        if not all(isinstance(choice, str) for choice in self.choices):
-            changes["choices"] = tuple(map(str, self.choices))
+        changes["choices"] = tuple(map(str, self.choices))
         if self.optional:
             changes |= {"default": 0, "low": 0, "optional": False}
         if self.kind == "whole":
@@ -114,23 +105,20 @@ class Setting:
         """
         value = self.canonical(value)
         number = isinstance(value, Real) and not isinstance(value, bool)
-        if self.kind == "flag" and isinstance(value, bool):
-            return value
         # True == 1, but nobody who writes max_downsample=True means 1; 2 does for a control's "2"
         for choice in self.choices:
             if (type(choice) is type(value) or number) and choice in (value, str(value)):
                 return choice
-        if self.kind == "text" and isinstance(value, str) and len(value) <= self.high:
+        flag, text = self.kind == "flag", self.kind == "text"
+        if (flag and isinstance(value, bool)) or (text and isinstance(value, str) and len(value) <= self.high):
             return value
-        if self.numeric and value is None and self.optional:
+        if self.optional and value is None:
             return None
         if self.numeric and number and self.low <= value <= self.high:  # NaN is not
             if self.kind == "number":
                 return float(value)
             if value == int(value):
                 return int(value)
-        if self.kind == "whole" and isinstance(value, float) and value.is_integer():
-            value = int(value)  # as it was typed
         raise reject(self.name, value, self.allowed)
 
     def parse(self, text: str) -> Any:
@@ -140,10 +128,9 @@ class Setting:
             return None
         value: Any = _FLAGS.get(text.lower(), text) if self.kind == "flag" else text
         value = next((choice for choice in self.choices if self.format(choice) == text), value)
-        for number in (int, float) if self.numeric else ():
+        for number in (float, int) if self.numeric else ():  # int where it can be one
             with suppress(ValueError):
                 value = number(text)
-                break
         return self.check(value)
 
     def format(self, value: Any) -> str:

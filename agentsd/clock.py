@@ -16,16 +16,19 @@ class Clock(Protocol):
         """Return what `run` returns, and its seconds until the device is done."""
 
 
+def now(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done all its work."""
+    getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
+    return time.perf_counter()
+
+
 class WallClock:
     """The time that passes."""
 
     def timed(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-        wait = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
-        wait()
-        start = time.perf_counter()
+        start = now(device)
         result = run()
-        wait()
-        return result, time.perf_counter() - start
+        return result, now(device) - start
 
 
 WALL = WallClock()

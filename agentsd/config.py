@@ -19,7 +19,6 @@ from .schedule import ANYWHERE, DOWNSAMPLES, Block, Rule
 
 AUTO = "auto"
 AGENT_SOURCES = ("similarity", "grid")
-PRECISIONS = (None, "fp32")
 # Layers of fewer tokens gain nothing: the speed-up of SD 1's U-Net is 1.01× at 128×128 pixels (256 tokens) and 1.07× at
 # 256×256 pixels.
 SMALL = 512
@@ -70,7 +69,7 @@ class AgentConfig:
         "pooling lost of it. Keeps detail; too much looks over-sharp.", step=0.005, place=(4, 3), written=True)
     attn_precision: str | None = _choice(
         None, help="fp32 computes attention in float32 whatever the dtype of the weights. With merging alone the host "
-        "computes attention, and its precision applies.", choices=PRECISIONS)
+        "computes attention, and its precision applies.", choices=(None, "fp32"))
     use_rand: bool = _flag(
         True, "Random partition", "Draw the token of each cell that others merge into at random, instead of taking the "
         "first. The same settings still give the same image.", place=(9, 1), node=None)

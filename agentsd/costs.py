@@ -91,17 +91,17 @@ class Estimate:
         return self.flops_left / self.flops
 
     @property
-    def layers(self) -> int:
-        """Number of blocks with changed self-attention."""
-        return sum(level.count for level in self.changed)
-
-    @property
     def changed(self) -> tuple[LevelEstimate, ...]:
         """The kinds of blocks with changed self-attention."""
         return tuple(level for level in self.levels if level.plan.acts)
 
+    @property
+    def layers(self) -> int:
+        """Number of blocks with changed self-attention."""
+        return sum(level.count for level in self.changed)
 
-def block_flops(channels: int, size: tuple[int, int], plan: LayerPlan, config: AgentConfig | None) -> int:
+
+def _block_flops(channels: int, size: tuple[int, int], plan: LayerPlan, config: AgentConfig | None) -> int:
     """Count the FLOPs of one transformer block of `size` = (height, width) tokens of width C = `channels`.
 
     Self-attention is counted by its method (`Method.flops`), 8 N C² + 4 N² C where it is full; cross-attention takes
@@ -126,18 +126,17 @@ def estimate(
     `layout` is one of `layouts()`, or read off a model by `agentsd.hosts.layout.layout_of`; `progress`, 0–1, is needed
     only where settings vary over the diffusion.
     """
-    kinds: Counter[tuple[Any, ...]] = Counter()
+    latent, kinds = Grid(height, width), Counter[Any]()
     for block, place in zip(layout.blocks, layout.places, strict=True):
-        planned = None if config is None else plan_block(config, place, (height, width), progress)
-        kinds[block.downsample, block.channels, planned] += 1
+        kinds[block.downsample, block.channels, config and plan_block(config, place, latent, progress)] += 1
     levels = []
     for (downsample, channels, planned), count in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
-        size = Grid(height, width).at(downsample)
+        size = latent.at(downsample)
         full = untouched(size.tokens, "full attention was asked for", "rules")
         in_force, plan = planned or (None, full)
-        unpatched, patched = block_flops(channels, size, full, None), block_flops(channels, size, plan, in_force)
+        unpatched, patched = (_block_flops(channels, size, *how) for how in ((full, None), (plan, in_force)))
         levels.append(LevelEstimate(downsample, channels, count, size, plan, unpatched, patched))
-    rest = layout.constant + sum(flops * Grid(height, width).at(level).tokens for level, flops in layout.rest)
+    rest = layout.constant + sum(flops * latent.at(level).tokens for level, flops in layout.rest)
     flops = rest + sum(level.count * level.flops for level in levels)
     left = rest + sum(level.count * level.flops_left for level in levels)
     return Estimate(tuple(levels), flops, left)

@@ -18,7 +18,7 @@ from .checks import Setting, reject
 
 DOWNSAMPLES = (1, 2, 4, 8)
 MAX_TIMESTEP = 1000
-# A pattern of block names. Rules as text use other characters as separators, and readers of infotexts balance brackets.
+# A pattern of block names: rules as text use other characters as separators, and readers of infotexts balance brackets
 _PATTERN = re.compile(r"([A-Za-z0-9_.*?!-]|\[[A-Za-z0-9_.*?!-]+\])+")
 # Where and when a rule applies
 LEVEL = Setting("downsample", "choice", None, choices=DOWNSAMPLES)
@@ -136,14 +136,11 @@ class Rule:
             raise reject("since", self.since, f"below until, which is {until}")
         if not (self.settings is None or isinstance(self.settings, Mapping)):
             raise reject("settings", self.settings, "a mapping of settings, or None for full attention")
-        vars(self).update(
-            # a copy, which cannot change once a config has checked its names and values
-            settings=None if self.settings is None else dict(self.settings),
-            downsample=tuple(map(LEVEL.check, _several(self.downsample))),
-            blocks=tuple(map(_checked_pattern, _several(self.blocks))),
-            since=since,
-            until=until,
-        )
+        # a copy, which cannot change once a config has checked its names and values
+        settings = None if self.settings is None else dict(self.settings)
+        levels, blocks = (_several(values) for values in (self.downsample, self.blocks))
+        levels, blocks = tuple(map(LEVEL.check, levels)), tuple(map(_checked_pattern, blocks))
+        vars(self).update(settings=settings, downsample=levels, blocks=blocks, since=since, until=until)
 
     def __hash__(self) -> int:
         settings = None if self.settings is None else tuple(sorted(self.settings.items()))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_FIGURE = re.compile("[0-9.]*x?|–")
 
 
 def counted(count: int, plural: str) -> str:
@@ -33,10 +36,12 @@ def error_of_ours(error: Exception) -> str:
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Arrange rows as lines of aligned columns."""
-    table = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in table]
+    """Arrange rows as lines of aligned columns, those of figures to the right."""
+    columns = []
+    for head, *texts in zip(header, *rows, strict=True):
+        figures, width = all(_FIGURE.fullmatch(text) for text in texts), max(map(len, (head, *texts)))
+        columns.append([text.rjust(width) if figures else text.ljust(width) for text in (head, *texts)])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
 def ascii_of(text: str) -> str:

@@ -89,19 +89,11 @@ def no_network(monkeypatch):
 @pytest.fixture
 def stand_in(monkeypatch):
     """Instead of the embedded model, one of random weights that knows four prompts."""
-    from diffusers import DDIMScheduler
-    from drawing import PROMPTS
-    from tiny_pipelines import tiny_unet
+    from drawing import stand_in
 
     from agentsd import embedded
-    from agentsd.embedded import model
 
-    words = model.vocabulary_of(PROMPTS)
-    torch.manual_seed(0)
-    text = model.TextEncoder(words, 8, 32)
-    norm = {"mean": [0.5] * 4, "std": [0.3] * 4}
-    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
-    pipe = embedded.EmbeddedPipeline(tiny_unet(), scheduler, text, PROMPTS, norm)
+    pipe = stand_in()
     monkeypatch.setattr(embedded, "load", lambda *given: pipe)
     return pipe
 

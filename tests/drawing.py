@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 PROMPTS = ["red apple", "banana", "green frog", "rose"]
@@ -23,3 +24,16 @@ def read_record(path: Path | str) -> dict[str, Any]:
     """Read the settings that a picture carries."""
     with Image.open(path) as picture:
         return json.loads(picture.text["agentsd"])
+
+
+def stand_in() -> Any:
+    """A pipeline as the embedded model's, of random weights, that knows the prompts above."""
+    from diffusers import DDIMScheduler
+    from tiny_pipelines import tiny_unet
+
+    from agentsd.embedded.model import EmbeddedPipeline, TextEncoder, vocabulary_of
+
+    torch.manual_seed(0)
+    text, norm = TextEncoder(vocabulary_of(PROMPTS), 8, 32), {"mean": [0.5] * 4, "std": [0.3] * 4}
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    return EmbeddedPipeline(tiny_unet(), scheduler, text, PROMPTS, norm)

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agentsd.cli.parser import _parser  # noqa: E402
+from agentsd.cli.parser import make_parser  # noqa: E402
 from agentsd.settings.schema import SETTINGS  # noqa: E402
 from benchmarks.pages import filled  # noqa: E402
 from benchmarks.results import table  # noqa: E402
@@ -40,7 +40,7 @@ def settings() -> str:
 
 def options() -> str:
     """The options of each command, without those of agent attention, which all that draw share."""
-    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     parts = []
     for name, parser in commands.choices.items():
         rows = [row for action in parser._actions for row in option(action)]

@@ -19,6 +19,8 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
 from drawing import GRID, SMALL, pixels
+from safetensors.torch import save_file
+from test_costs import same_layout
 from tiny_pipelines import ldm_and_diffusers, tiny_sd, tiny_sdxl
 
 import agentsd
@@ -59,11 +61,6 @@ def test_models_that_are_not_there_are_told_without_the_network(
     assert said.count("\n") == 1
 
 
-def test_an_unknown_device_is_a_sentence(folder, capsys):
-    assert main(["generate", "cat", "--model", str(folder), "--device", "abacus"]) == 1
-    assert "device 'abacus' cannot be used" in capsys.readouterr().err
-
-
 # diffusers' names of an autoencoder's parts, and LDM's
 LDM_NAMES = (
     (r"(down|up)_blocks\.(\d)\.resnets", r"\1.\2.block"),
@@ -93,8 +90,6 @@ def ldm_autoencoder(vae) -> dict[str, torch.Tensor]:
 
 def single_file(path: Path):
     """Write a checkpoint as people share them; returns the pipeline that it stands for."""
-    from safetensors.torch import save_file
-
     pipe, (ldm, pipe_unet) = tiny_sd(), ldm_and_diffusers()
     pipe.unet = pipe_unet
     state = {f"model.diffusion_model.{name}": value for name, value in ldm.state_dict().items()}
@@ -125,53 +120,34 @@ def test_an_sdxl_folder_is_patched_where_it_has_attention(no_network, capsys):
     assert "of 16 self-attentions 16 with agents" in capsys.readouterr().out
 
 
-def test_a_single_file(folder, no_network):
+def test_a_single_file_needs_a_configuration(folder, no_network, capsys):
     pipe = single_file(Path("tiny.safetensors"))
-    given = ["--model", "tiny.safetensors", "--config", str(folder), "--steps", "2", "--seed", "5", "--quiet"]
-    assert main(["generate", "cat", *given, "--off", "--out", "plain.png"]) == 0
+    given = ["generate", "cat", "--model", "tiny.safetensors", "--steps", "2", "--seed", "5", "--off"]
+    assert main([*given, "--config", str(folder), "--quiet", "--out", "plain.png"]) == 0
     assert np.array_equal(pixels(Image.open("plain.png")), theirs(pipe))
-
-
-def test_a_single_file_without_its_configuration_is_told(no_network, capsys, monkeypatch):
-    single_file(Path("tiny.safetensors"))
-    assert main(["generate", "cat", "--model", "tiny.safetensors"]) == 1
+    assert main(given) == 1
     said = capsys.readouterr().err
     assert "--config" in said
     assert "--download" in said
 
 
-def hub_cache(cache: Path, folder: Path) -> None:
-    """A cache of the hub that has the folder as owner/tiny."""
-    model = cache / "models--owner--tiny"
+def test_a_hub_id_comes_from_the_cache(folder, tmp_path):
+    """In a process of its own, since the cache's place is read when the hub's library is imported."""
+    model = tmp_path / "cache" / "models--owner--tiny"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text("0" * 40)
     (model / "snapshots").mkdir()
     (model / "snapshots" / ("0" * 40)).symlink_to(folder, target_is_directory=True)
-
-
-def test_a_hub_id_comes_from_the_cache(folder, tmp_path):
-    """In a process of its own, since the cache's place is read when the hub's library is imported."""
-    hub_cache(tmp_path / "cache", folder)
-    command = [sys.executable, "-m", "agentsd", "generate", "cat", "--model", "owner/tiny", "--steps", "2"]
     root = Path(agentsd.__file__).parents[1]
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(root)}
     environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run(
-        [*command, "--seed", "5", "--off", "--out", "a.png"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "agentsd", "generate", "cat", "--model", "owner/tiny", "--steps", "2"]
+    command += ["--seed", "5", "--off", "--out", "a.png"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     apart = np.abs(pixels(Image.open("a.png")).astype(int) - theirs(tiny_sd()))
     assert apart.max() <= 2, "but for the rounding of another number of threads"
     assert "/2 [" in done.stderr, "a progress bar of two steps; a fast machine draws only its beginning"
-
-
-def test_the_embedded_model_takes_no_negative_prompt(stand_in, capsys):
-    assert main(["generate", "a rose", *SMALL, "--negative", "banana"]) == 1
-    assert "takes no negative prompt" in capsys.readouterr().err
 
 
 # info
@@ -204,23 +180,29 @@ def test_info_on_the_embedded_model_needs_no_weights(capsys):
     assert "4096" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "linear"), [("SD 1", False), ("SD 2", True)])
-def test_info_reads_the_layout_off_a_single_file(name, linear, monkeypatch):
-    ldm = stable_diffusion_unet(linear)
-    state = {f"model.diffusion_model.{key}": value for key, value in ldm.state_dict().items()}
+def sdxl() -> dict[str, torch.Tensor]:
+    """What is asked of a checkpoint of Stable Diffusion XL."""
+    blocks = {f"{block.name}.attn2.to_k.weight": torch.empty(1, 2048) for block in layouts()["SDXL"].blocks}
+    return {**blocks, "input_blocks.0.0.weight": torch.empty(320, 4, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("SD 1", lambda: stable_diffusion_unet(False).state_dict()),
+        ("SD 2", lambda: stable_diffusion_unet(True).state_dict()),
+        ("SDXL", sdxl),
+    ],
+)
+def test_info_reads_the_layout_off_a_single_file(name, make, monkeypatch):
+    state = {f"model.diffusion_model.{key}": value for key, value in make().items()}
     monkeypatch.setattr(models, "shapes_of", lambda path: state)
     unet, side, factor = models.bare_unet("any.safetensors")
-    found, stored = layout_of(unet, name), layouts()[name]
-    # diffusers' blocks go by other names, and its middle comes last
-    in_order = sorted(found.blocks, key=lambda b: ("down_blocks", "mid_block", "up_blocks").index(b.name.split(".")[0]))
-    assert [(b.downsample, b.channels) for b in in_order] == [(b.downsample, b.channels) for b in stored.blocks]
-    assert (found.rest, found.constant) == (stored.rest, stored.constant)
-    assert (side, factor) == (64, 8)
+    same_layout(layout_of(unet, name), layouts()[name])
+    assert (side, factor) == (128 if name == "SDXL" else 64, 8)
 
 
-def test_info_of_a_file_without_a_unet(capsys):
-    from safetensors.torch import save_file
-
-    save_file({"lora": torch.zeros(2)}, "lora.safetensors")
+def test_info_of_a_file_without_a_known_unet(capsys):
+    save_file({"model.diffusion_model.a.attn2.to_k.weight": torch.zeros(1, 768)}, "lora.safetensors")
     assert main(["info", "lora.safetensors"]) == 1
     assert "lora.safetensors has no U-Net" in capsys.readouterr().err

@@ -73,45 +73,33 @@ def test_compare_and_a_sweep_over_its_frontier(stand_in, plan, capsys):
 def test_another_size_is_told(stand_in, plan, capsys):
     main(["generate", "a rose", "--steps", "2", "--size", "32", "--tuning", "plan.json", "--out", "a.png"])
     assert "tuned for a latent of 16×16: this one is larger" in capsys.readouterr().out
-
-
-def test_info_says_what_becomes_of_it_at_another_size(capsys):
     sites = ordered_sites(bare_unet("embedded")[0])
     blocks = tuple(TunedBlock(site.name, site.downsample) for site in sites)
+    full = TunedPlan(0.02, ("a" * len(sites),))
     pool = {"method": "pool", "sx": 2, "sy": 2}
-    plan = TunedPlan(0.02, ("a" * len(sites),))
-    agentsd.Tuning((64, 64), (pool,), (0.0,), plan, structure_of(sites), blocks=blocks).save("p.json")
-    said = {}
-    for size in ("48", "64", "96"):
-        assert main(["info", "--tuning", "p.json", "--layers", "--size", size]) == 0
-        said[size] = capsys.readouterr().out
-    assert "2304 tokens are fewer than the 4096 that were tuned for" in said["48"]
-    assert "tuned for" not in said["64"]
-    assert "pooled, cells of 2×2" in said["64"]
-    assert "pooled, cells of 2×2 (tuned for 4096 tokens, the deviation was not measured for 9216)" in said["96"]
+    agentsd.Tuning((64, 64), (pool,), (0.0,), full, structure_of(sites), blocks=blocks).save("p.json")
+    assert main(["info", "--tuning", "p.json", "--layers", "--size", "48", "64", "96"]) == 0
+    smaller, same, larger = capsys.readouterr().out.split("pixels, a latent of")[1:]
+    assert "2304 tokens are fewer than the 4096 that were tuned for" in smaller
+    assert "pooled, cells of 2×2" in same
+    assert "tuned for" not in same
+    assert "pooled, cells of 2×2 (tuned for 4096 tokens, the deviation was not measured for 9216)" in larger
 
 
-@pytest.mark.parametrize(
-    ("given", "code", "said"),
-    [
-        (["--tuning", "none.json"], 1, "none.json cannot be read"),
-        (["--tuning", "broken.json"], 1, "damaged"),
-        (["--tuning", "other.json"], 1, "another model"),
-        (["--tuning", "plan.json", "--sx", "2"], 2, "settings of its own, got sx"),
-    ],
-)
-def test_what_cannot_be_used_is_a_sentence(stand_in, plan, capsys, given, code, said):
+def test_what_cannot_be_used_is_a_sentence(stand_in, plan, capsys):
     Path("broken.json").write_text(Path("plan.json").read_text(encoding="utf-8")[:200])
     tuning = json.loads(Path("plan.json").read_text(encoding="utf-8"))["tuning"]
     agentsd.Tuning.from_dict({**tuning, "structure": "00000000"}).save("other.json")
-    assert main(["generate", "a rose", *SMALL, *given]) == code
-    assert said in capsys.readouterr().err
+    for given, code, said in (
+        (["generate", "--tuning", "none.json"], 1, "none.json cannot be read"),
+        (["generate", "--tuning", "broken.json"], 1, "damaged"),
+        (["generate", "--tuning", "other.json"], 1, "another model"),
+        (["generate", "--tuning", "plan.json", "--sx", "2"], 2, "settings of its own, got sx"),
+        (["sweep", "--x", "tolerance=0.01"], 2, "needs --tuning"),
+    ):
+        assert main([*given, *SMALL, "--", "a rose"]) == code
+        assert said in capsys.readouterr().err
     assert not Path("outputs").exists()
-
-
-def test_a_sweep_over_tolerances_needs_a_tuning(stand_in, capsys):
-    assert main(["sweep", "a rose", "--x", "tolerance=0.01"]) == 2
-    assert "needs --tuning" in capsys.readouterr().err
 
 
 def test_ctrl_c_writes_nothing(stand_in, monkeypatch):

@@ -19,16 +19,8 @@ from agentsd.settings import schema
 from agentsd.settings.presets import PRESETS
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
 
-STATE = {
-    "tab": "txt2img",
-    "width": 128,
-    "height": 128,
-    "steps": 3,
-    "batch_size": 1,
-    "denoising": 0.5,
-    "hires": None,
-    "overrides": [],
-}
+STATE = {"tab": "txt2img", "width": 128, "height": 128, "steps": 3, "batch_size": 1, "denoising": 0.5}
+STATE |= {"hires": None, "overrides": []}
 ANY = {"min_tokens": 0}
 HIRES = {"scale": 1.5, "steps": 0}
 # Settings of the panel: presets where any layer is large enough, dials, passes, parts of the diffusion, rules
@@ -82,8 +74,8 @@ def cases():
 
 def case_name(case):
     settings, tab, size, batch, img2img, host, special = case
-    told = ",".join(f"{k}={v}" for k, v in settings.items() if k not in ANY and schema.DEFAULTS[k] != v)[:40]
-    return f"{special or told or 'defaults'} {tab} {size[0]}x{size[1]} {batch} {img2img} {list(host.values()) or ''}"
+    told = {name: value for name, value in settings.items() if name not in ANY and schema.DEFAULTS[name] != value}
+    return f"{special or told} {tab} {size[0]}x{size[1]} {batch} {img2img} {host}"
 
 
 CASES = list(cases())
@@ -99,9 +91,8 @@ def test_the_run_does_what_the_preview_says(host, unet, case):
         host.shared.sd_model = as_model(sdxl_like_unet())
     if settings.get("tuning") == "OURS":
         sites = ordered_sites(unet)
-        letters = "a" + "." * (len(sites) - 2) + "a"
-        plan = f"first tuning 1 {width // 8}x{height // 8} 0.02 {structure_of(sites)}"
-        settings = {**settings, "tuning": f"{plan} | method=pool sx=2 | 0.0 {letters}"}
+        letters, plan = "a" + "." * (len(sites) - 2) + "a", f"first tuning 1 {width // 8}x{height // 8} 0.02"
+        settings = {**settings, "tuning": f"{plan} {structure_of(sites)} | method=pool sx=2 | 0.0 {letters}"}
     state = {**STATE, "height": height, "width": width, "batch_size": batch, "steps": steps, "denoising": strength}
     state |= {"tab": "img2img" if tab == "img2img" else "txt2img", "hires": HIRES if tab == "hires" else None}
     state["overrides"] = around.get("overrides", [])
@@ -177,10 +168,7 @@ class TestTheHostsOwnSchedule:
                 return torch.clip(torch.tensor(list(range(0, 1000, 1000 // steps))) + 1, 0, 999)
 
         class Model:
-            """A host's sampler that writes into the loaded model would change the next image."""
-
-            def __setattr__(self, name, value):
-                pytest.fail(f"{name} of the loaded model is set")
+            __slots__ = ()  # a sampler that writes into the loaded model would change the next image
 
         def create_sampler(name, model):
             assert isinstance(model, Model)
@@ -191,16 +179,17 @@ class TestTheHostsOwnSchedule:
         monkeypatch.setattr(host.session.compat.HOST, "model", Model)
         return host.session.compat.HOST
 
-    def test_of_a_k_diffusion_sampler(self, samplers):
-        schedule = samplers.schedule("DPM++ 2M", "Karras")
-        assert samplers.moments("first", 4, schedule=schedule) == pytest.approx((0.0, 0.5, 0.75, 0.875))
-        assert samplers.moments("img2img", 4, 0, 0.5, schedule) == pytest.approx((0.5, 0.75, 0.875))
-
-    def test_of_a_sampler_by_timesteps(self, samplers):
-        schedule = samplers.schedule("DDIM", "Automatic")
-        assert samplers.moments("first", 4, schedule=schedule) == pytest.approx((0.249, 0.499, 0.749))
-        assert samplers.moments("img2img", 4, 0, 0.75, schedule) == pytest.approx((0.499, 0.749))
-        assert samplers.moments("img2img", 4, 0, 0.25, schedule) == ()
-
-    def test_one_that_is_not_known_is_taken_to_step_evenly(self, samplers):
-        assert samplers.moments("first", 2, schedule=samplers.schedule("?", "")) == decision.evenly(2)
+    @pytest.mark.parametrize(
+        ("sampler", "of", "steps", "strength", "moments"),
+        [
+            ("DPM++ 2M", "first", 4, 1.0, (0.0, 0.5, 0.75, 0.875)),
+            ("DPM++ 2M", "img2img", 4, 0.5, (0.5, 0.75, 0.875)),
+            ("DDIM", "first", 4, 1.0, (0.249, 0.499, 0.749)),
+            ("DDIM", "img2img", 4, 0.75, (0.499, 0.749)),
+            ("DDIM", "img2img", 4, 0.25, ()),
+            ("not known", "first", 3, 1.0, decision.evenly(3)),
+        ],
+    )
+    def test_where_the_steps_of_a_pass_are(self, samplers, sampler, of, steps, strength, moments):
+        schedule = samplers.schedule(sampler, "Karras")
+        assert samplers.moments(of, steps, 0, strength, schedule) == pytest.approx(moments)

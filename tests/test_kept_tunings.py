@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from blocks import golden_unet
@@ -17,61 +18,42 @@ UNET = golden_unet()
 SITES = ordered_sites(UNET)
 
 
-class Program:
-    """A program that shows the panel, with two tunings of a checkpoint."""
-
-    def __init__(self):
-        kept = {}
-        self.tunings = Store(lambda section: kept)
-        plan = replace(KEPT.tuning.plan, choices=("a" * len(SITES),))
-        tuning = replace(
-            KEPT.tuning,
-            since=(0.0,),
-            plan=plan,
-            frontier=(plan,),
-            structure=structure_of(SITES),
-            weights=weights_of(UNET),
-            conditions={"pass": "hires", "lora": "detail 0.8"},
-        )
-        self.small = replace(KEPT, tuning=tuning)
-        self.large = replace(KEPT, of="hires", tuning=replace(tuning, size=(96, 128)), made=2.0)
-        for one in (self.small, self.large, replace(self.small, checkpoint="another")):
-            self.tunings.put(one)
-
-    def checkpoint(self):
-        return "a checkpoint"
-
-    def checkpoint_hash(self):
-        return "6ce0161689"
-
-    def unet(self):
-        return UNET
+@pytest.fixture
+def program():
+    """A program that shows the panel, with two tunings of a checkpoint and one of another."""
+    kept, plan = {}, replace(KEPT.tuning.plan, choices=("a" * len(SITES),))
+    made_on = {
+        "structure": structure_of(SITES),
+        "weights": weights_of(UNET),
+        "conditions": {"pass": "hires", "lora": "x"},
+    }
+    tuning = replace(KEPT.tuning, since=(0.0,), plan=plan, frontier=(plan,), **made_on)
+    store, small = Store(lambda section: kept), replace(KEPT, tuning=tuning)
+    large = replace(KEPT, of="hires", tuning=replace(tuning, size=(96, 128)), made=2.0)
+    for one in (small, large, replace(small, checkpoint="another")):
+        store.put(one)
+    told = {"checkpoint": lambda: "a checkpoint", "checkpoint_hash": lambda: "6ce0161689", "unet": lambda: UNET}
+    return SimpleNamespace(tunings=store, small=small, large=large, cache=kept, **told)
 
 
 @pytest.fixture
-def program():
-    return Program()
+def panel(program):
+    return PanelTunings(program)
 
 
-def test_the_newest_comes_first(program):
-    panel = PanelTunings(program)
-    assert panel.titles() == ["Hires pass, 1024×768", "First pass, 512×512"]
-    assert "lora detail 0.8" in panel.results()
-
-
-def test_one_is_forgotten_or_all_of_the_checkpoint(program):
-    panel = PanelTunings(program)
-    assert panel.forget("First pass, 512×512") == "1 tuning of a checkpoint forgotten."
-    assert panel.titles() == ["Hires pass, 1024×768"]
-    assert "no such tuning" in panel.forget("First pass, 512×512")
-    assert panel.titles() == ["Hires pass, 1024×768"]
+def test_they_are_shown_the_newest_first_and_forgotten_one_by_one_or_all(program, panel):
+    first, hires = "First pass, 512×512", "Hires pass, 1024×768"
+    assert panel.titles() == [hires, first]
+    assert "lora x" in panel.results()
+    assert panel.forget(first) == "1 tuning of a checkpoint forgotten."
+    assert "no such tuning" in panel.forget(first)
+    assert panel.titles() == [hires]
     panel.forget()
     assert panel.titles() == []
     assert program.tunings.find("another", "first", (64, 64)) is not None
 
 
-def test_a_file_is_named_by_checkpoint_and_size_and_comes_back(program):
-    panel = PanelTunings(program)
+def test_a_file_is_named_by_checkpoint_and_size_and_comes_back(program, panel):
     path = Path(panel.export("Hires pass, 1024×768"))
     assert path.name == "6ce0161689-hires-1024x768.tuning.json"
     assert Tuning.load(path) == program.large.tuning, "the library and the command line read it"
@@ -89,16 +71,15 @@ def test_a_file_is_named_by_checkpoint_and_size_and_comes_back(program):
         (None, "is no tuning, or is damaged"),
     ],
 )
-def test_what_does_not_fit_is_not_imported_and_says_why(program, tmp_path, damage, said):
-    panel, path = PanelTunings(program), tmp_path / "a.json"
+def test_what_does_not_fit_is_not_imported_and_says_why(program, panel, tmp_path, damage, said):
+    path, before = tmp_path / "a.json", panel.titles()
     path.write_text("{}") if damage is None else damage(program.small.tuning).save(path)
-    before = panel.titles()
     told = panel.load(str(path))
     assert told.startswith("Not imported: ")
     assert said in told
     assert panel.titles() == before
 
 
-def test_what_is_damaged_in_the_cache_counts_as_absent(program):
-    program.tunings._cache()["a checkpoint|first|64x64"] = {"of": "first"}
-    assert PanelTunings(program).titles() == ["Hires pass, 1024×768"]
+def test_what_is_damaged_in_the_cache_counts_as_absent(program, panel):
+    program.cache["a checkpoint|first|64x64"] = {"of": "first"}
+    assert panel.titles() == ["Hires pass, 1024×768"]

@@ -22,21 +22,16 @@ SIGMA_AT_HALF = 1.6183
 FULL = Rule(None)
 
 
-def test_the_noise_of_stable_diffusion_s_schedule():
+def test_the_noise_of_stable_diffusion_s_schedule_of_edm_and_of_flow():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
-    sigmas = ((1 - kept) / kept).sqrt()
     for t in (0, 1, 17, 500, 998):
-        assert progress_of_sigma(float(sigmas[t])) == pytest.approx(progress_of(t), abs=1e-9)
+        sigma, expected = float(((1 - kept[t]) / kept[t]).sqrt()), pytest.approx(progress_of(t), abs=1e-9)
+        assert progress_of_sigma(sigma) == expected
+        assert progress_of_edm(math.log(sigma) / 4) == expected
+        assert progress_of_flow(1000 * sigma / (1 + sigma)) == expected
     assert progress_of_sigma(SIGMA_AT_HALF) == pytest.approx(HALF, abs=1e-4)
     assert (progress_of_sigma(0), progress_of_sigma(80), progress_of_sigma(math.inf)) == (1, 0, 0)
-
-
-def test_edm_and_flow_say_the_same_by_their_timesteps():
-    for sigma in (0.05, 1.0, 5.0):
-        expected = progress_of_sigma(sigma)
-        assert progress_of_edm(math.log(sigma) / 4) == pytest.approx(expected)
-        assert progress_of_flow(1000 * sigma / (1 + sigma)) == pytest.approx(expected)
     assert (progress_of_flow(1000), progress_of_flow(0)) == (0, 1)
     assert progress_of_edm(981) == progress_of(981)  # another scheduler since
 
@@ -70,10 +65,10 @@ def halves(model, steps, **more):
             acted.append(any("corrected" in layer.calls for layer in patch.report()))
             for layer in patch._layers:
                 layer.calls.clear()
-        yield acted, patch.notes
+        yield acted, dict(patch.notes)
 
 
-def test_edm_s_timesteps_are_refused_once_for_the_run(caplog):
+def test_edm_s_timesteps_are_refused_once_for_the_run_unless_the_caller_tells(caplog):
     scheduler = D.EDMDPMSolverMultistepScheduler()
     scheduler.set_timesteps(12)
     with caplog.at_level(logging.INFO, "agentsd"):
@@ -82,18 +77,10 @@ def test_edm_s_timesteps_are_refused_once_for_the_run(caplog):
             assert list(notes.values()) == [12]
     assert len(caplog.records) == 2  # a patch each
     assert all("progress" in record.getMessage() for record in caplog.records)
-
-
-def test_the_caller_says_it():
-    scheduler = D.EDMDPMSolverMultistepScheduler()
-    scheduler.set_timesteps(12)
     early = [float(sigma) > SIGMA_AT_HALF for sigma in scheduler.sigmas[:-1]]
-    (first, notes), (second, _) = halves(
-        tiny_unet(), scheduler.timesteps, progress=lambda t: progress_of_sigma(math.exp(4 * t))
-    )
-    assert (first, second) == (early, [not each for each in early])
+    told = halves(tiny_unet(), scheduler.timesteps, progress=lambda t: progress_of_sigma(math.exp(4 * t)))
+    assert [*told] == [(early, {}), ([not each for each in early], {})]
     assert 2 < sum(early) < 10
-    assert notes == {}
 
 
 @pytest.mark.parametrize("progress", [lambda t: 1 / 0, lambda t: "half"])
@@ -122,10 +109,8 @@ def test_a_pipeline_s_scheduler_says_it(name):
     if "flow" in name:
         sigmas = [sigma / (1 - sigma) if sigma < 1 else math.inf for sigma in sigmas]
     early = [sigma > SIGMA_AT_HALF for sigma in sigmas]
-    (first, notes), (second, _) = halves(pipe, pipe.scheduler.timesteps)
-    assert (first, second) == (early, [not each for each in early])
+    assert [*halves(pipe, pipe.scheduler.timesteps)] == [(early, {}), ([not each for each in early], {})]
     assert 1 < sum(early) < 11
-    assert notes == {}
 
 
 def test_svd_is_known_by_its_unet():

@@ -18,20 +18,8 @@ from agentsd.settings.idle import idle
 UNET, GIVEN = one_block_unet(), inputs(1, 32, 32)
 BASE = {"max_downsample": 1, "max_agents": 1000, "sx": 8, "sy": 8, "agent_source": "grid"}
 # Another value for each setting, which has an effect wherever it is read
-OTHER = {
-    "ratio": 0.2,
-    "max_downsample": 8,
-    "sx": 4,
-    "sy": 4,
-    "agent_ratio": 0.8,
-    "k_scale2": 0.9,
-    "k_shortcut": 0.5,
-    "attn_precision": "fp32",
-    "min_tokens": 5000,
-    "max_agents": 33,
-    "seed": 7,
-    "exact_ratio": 0.2,
-}
+OTHER = {"ratio": 0.2, "max_downsample": 8, "sx": 4, "sy": 4, "agent_ratio": 0.8, "k_scale2": 0.9, "k_shortcut": 0.5}
+OTHER |= {"attn_precision": "fp32", "min_tokens": 5000, "max_agents": 33, "seed": 7, "exact_ratio": 0.2}
 # They change nothing where nothing is done in any case
 VETOES = {"max_downsample", "min_tokens", "merge_attn"}
 CASES = [
@@ -62,11 +50,12 @@ def others(name, settings):
 def test_what_is_read_changes_the_image_and_nothing_else_does(case):
     settings = {**BASE, **case}
     plain = {half: made(settings, half) for half in (False, True)}
-    changing = set()
-    for name in FIELDS:
-        half = name == "attn_precision"  # it makes a difference there only
-        if any(not torch.equal(made({**settings, name: other}, half), plain[half]) for other in others(name, settings)):
-            changing.add(name)
+    changing = {
+        name
+        for name in FIELDS
+        for half in [name == "attn_precision"]  # it makes a difference there only
+        if any(not torch.equal(made({**settings, name: other}, half), plain[half]) for other in others(name, settings))
+    }
     assert changing | VETOES == settings_read(AgentConfig(**settings)) | VETOES
 
 
@@ -74,8 +63,8 @@ def test_what_is_read_changes_the_image_and_nothing_else_does(case):
     ("values", "reasons"),
     [
         ({}, {"k_scale2": "Method is corrected", "sx": "Method is corrected", "after": "Until is 1.0"}),
-        ({"ratio": 0.4}, {"ratio": "Method is corrected", "merge_mlp": None}),
         ({}, {"ratio": "Method is corrected", "seed": "Ratio is 0.0 and Method is corrected"}),
+        ({"ratio": 0.4}, {"ratio": "Method is corrected", "merge_mlp": None}),
         ({"method": "agent"}, {"sx": "Ratio is 0.0", "merge_mlp": "Ratio is 0.0", "k_scale2": None, "ratio": None}),
         ({"method": "agent", "ratio": 0.4, "use_rand": False}, {"seed": "Random partition is off", "sx": None}),
         ({"method": "merge"}, {"fp32": "Method is merge", "agent_ratio": "Method is merge"}),

@@ -71,15 +71,10 @@ SIMILARITY = {"method": "agent", "agent_source": "similarity", "ratio": 0.4}
 LATE = {"until": 0.6}
 NOTHING_HAPPENS = "nothing happens."
 SAID = [  # settings, the pass, words, the hint
-    ({"min_tokens": None}, HERE, "4096 tokens → 256 agents in 5 layers, in all 20 steps.", ""),
-    ({"method": "agent"}, HERE, "4096 tokens → 256 agents in 5 layers, in all 20 steps.", ""),
-    ({"method": "pool"}, HERE, "4096 tokens → 256 pooled keys in 5 layers, in all 20 steps.", ""),
     ({"method": "merge", "ratio": 0.4}, HERE, "4096 tokens → 2458 merged in 5 layers, in all 20 steps.", ""),
     ({"method": "agent", "ratio": 0.4}, HERE, "4096 tokens → 256 agents (2458 queries) in 5 layers, in all 20", ""),
-    ({"max_downsample": "2"}, HERE, "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 agents in 5 layers", ""),
     ({"rules": "downsample=2 max_downsample=2 method=pool | blocks=middle_block.* full"}, HERE,
         "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers, in all 20 steps.", ""),
-    ({"rules": "blocks=input_blocks.* full"}, HERE, "4096 tokens → 256 agents in 3 layers, in all 20 steps.", ""),
     ({"merge_attn": False, "merge_mlp": True, "ratio": 0.4}, HERE, "tokens merged outside self-attention, in all 20",
         "Self-attention is left alone: self-attention is left out. Change “Merge self-attention”."),
     ({"method": "corrected", "max_agents": 9, "merge_mlp": True, "ratio": 0.4}, HERE,
@@ -102,16 +97,15 @@ SAID = [  # settings, the pass, words, the hint
     ({"min_tokens": 5000}, HERE, NOTHING_HAPPENS,
         "4096 tokens are fewer than the minimum of 5000. Change “Minimum tokens”."),
     ({"merge_attn": False}, HERE, NOTHING_HAPPENS, "Self-attention is left out. Change “Merge self-attention”."),
-    ({"method": "agent", "agent_ratio": 0.1}, HERE, NOTHING_HAPPENS,
-        "4096 agents are too many for 4096 queries (fewer than half are needed). Change “Agent ratio”."),
     ({"since": 0.7, "until": 0.6}, HERE, NOTHING_HAPPENS, "Until must be above From (0.7), got 0.6."),
     ({"passes": "hires"}, HERE, NOTHING_HAPPENS, "Only the hires pass is chosen, and there is none. Change “Passes”."),
+    ({"method": "agent", "agent_ratio": 0.1}, HERE, NOTHING_HAPPENS,
+        "4096 agents are too many for 4096 queries (fewer than half are needed). Change “Agent ratio”."),
     ({"method": "pool", "sx": 1, "sy": 1}, HERE, NOTHING_HAPPENS,
         "Cells of 1×1 pool nothing. Change “Cell width” or “Cell height”."),
     ({"method": "merge"}, HERE, NOTHING_HAPPENS, "No token is merged. Change “Ratio”."),
     ({"method": "corrected", "max_agents": 9}, HERE, NOTHING_HAPPENS,
         "At most 9 agents would be too few to correct. Change “Maximum agents”."),
-    ({"rules": "full"}, HERE, NOTHING_HAPPENS, "Full attention was asked for. Change “Rules”."),
     ({"rules": "downsample=1 full"}, HERE, NOTHING_HAPPENS, "Full attention was asked for. Change “Rules”."),
     ({"method": "agent", "min_tokens": 0}, first(64), "64 tokens → 4 agents in 5 layers, in all 20 steps. No gain",
         "Nothing is gained from layers of 64 tokens. Change “Minimum tokens”."),
@@ -132,32 +126,27 @@ def test_what_is_done_and_why_not_more(values, sampling, words, hint):
 
 
 def test_another_checkpoint_is_said():
-    lines = preview({}, [replace(HIRES, checkpoint="other.safetensors")], 2, Host(golden_unet()))["lines"]
-    text = "Hires 1024×1024: made with other.safetensors, so figures are those of the loaded checkpoint."
-    assert lines[1]["text"] == text
+    [_, (text, _)] = said({}, replace(HIRES, checkpoint="other.safetensors"), host=Host(golden_unet()))
+    assert text == "Hires 1024×1024: made with other.safetensors, so figures are those of the loaded checkpoint."
 
 
 def test_layers_that_the_model_does_not_have():
-    [(text, hint)] = said({"max_downsample": "1"}, host=Host(sdxl_like_unet()))
-    assert text == "512×512: nothing happens."
-    assert hint == "Layers at level 2 are further down than level 1. Change “Layers down to”."
-    [(text, _)] = said({"max_downsample": "auto"}, host=Host(sdxl_like_unet()))
+    host = Host(sdxl_like_unet())
+    hint = "Layers at level 2 are further down than level 1. Change “Layers down to”."
+    assert said({"max_downsample": "1"}, host=host) == [("512×512: nothing happens.", hint)]
+    [(text, _)] = said({"max_downsample": "auto"}, host=host)
     assert "1024 tokens → 64 agents" in text
 
 
-def test_both_passes():
+def test_both_passes_and_what_keeps_one_from_us():
     first, second = said({}, HERE, HIRES)
     assert first[0].startswith("512×512: 4096 tokens")
     assert second[0].startswith("Hires 1024×1024: 16384 tokens → 512 agents in 5 layers")
     [(text, _)] = said({"passes": "hires"}, HERE, HIRES)
     assert text.startswith("Hires 1024×1024"), "a pass that is left out is not worth a line"
-
-
-def test_what_keeps_a_pass_from_us_is_said():
     host = Host(obstacle=Hint("HyperTile is on", ("Settings → HyperTile",)))
-    first, second = said({}, HERE, HIRES, host=host)
-    assert first == ("512×512: nothing happens.", "HyperTile is on. Change “Settings → HyperTile”.")
-    assert second[0].startswith("Hires 1024×1024: 16384")
+    hint = "HyperTile is on. Change “Settings → HyperTile”."
+    assert said({}, HERE, HIRES, host=host) == [("512×512: nothing happens.", hint), second]
 
 
 def test_a_bad_value_is_named_and_nothing_raises():
@@ -178,12 +167,9 @@ def test_no_model_is_said_and_a_model_is_read():
     assert lines[-1] == {"text": "", "hint": "32 bits are advised. Change “FP32 precision”.", "state": NOTE}
 
 
-@pytest.mark.parametrize("name", [*PRESETS, CUSTOM])
-def test_the_preset_is_named(name):
-    assert preview(PRESETS.get(name, {"ratio": 0.33}), [HERE], 2, Host())["preset"] == name
-
-
-def test_the_page_is_told_of_every_control():
+def test_the_preset_is_named_and_the_page_is_told_of_every_control():
+    for name in [*PRESETS, CUSTOM]:
+        assert preview(PRESETS.get(name, {"ratio": 0.33}), [HERE], 2, Host())["preset"] == name
     data = page_data()
     assert [row["name"] for row in data["rows"]] == list(schema.NAMES)
     assert set(data["presets"]) == set(PRESETS)
@@ -191,17 +177,14 @@ def test_the_page_is_told_of_every_control():
     assert all(data["help"][name] == schema.BY_NAME[name].tooltip for name in schema.NAMES)
 
 
-@pytest.mark.parametrize(
-    ("given", "size"),
-    [
-        ((512, 768, 1.55, 0, 0), (793, 1190)),
-        ((512, 768, 2.0, 1000, 0), (1000, 1500)),
-        ((512, 768, 2.0, 0, 1000), (666, 1000)),
-        ((512, 768, 2.0, 1024, 900), (1024, 900)),
-    ],
-)
-def test_the_hires_size_is_the_webuis(given, size):
-    assert hires_size(*given) == size
+def test_the_hires_size_is_the_webuis():
+    given = [(1.55, 0, 0), (2.0, 1000, 0), (2.0, 0, 1000), (2.0, 1024, 900)]
+    assert [hires_size(512, 768, *sliders) for sliders in given] == [
+        (793, 1190),
+        (1000, 1500),
+        (666, 1000),
+        (1024, 900),
+    ]
 
 
 # Tunings
@@ -223,23 +206,20 @@ def test_a_tuning_says_what_was_reached():
 
 
 def test_a_pass_without_a_tuning_says_which_preset_applies():
-    lines = preview(PRESETS["Tuned"], [HERE, HIRES], 2, Host(kept=[KEPT]))["lines"]
-    assert lines[0]["text"].startswith("512×512: tuned")
+    [(first, _), (second, _)] = said(PRESETS["Tuned"], HERE, HIRES, host=Host(kept=[KEPT]))
+    assert first.startswith("512×512: tuned")
     instead = "Hires 1024×1024: not tuned on this checkpoint at this size, so Balanced applies: 16384 tokens → 512"
-    assert lines[1]["text"].startswith(instead)
-    lines = preview({"tuning": "auto", "method": "pool"}, [HERE], 2, Host())["lines"]
-    assert "so Custom applies" in lines[0]["text"]
+    assert second.startswith(instead)
+    assert "so Custom applies" in said({"tuning": "auto", "method": "pool"})[0][0]
 
 
 def test_a_plan_for_another_model_does_not_apply():
-    lines = preview({"tuning": TEXT}, [HERE], 2, Host(golden_unet()))["lines"]
-    assert "for another model" in lines[0]["hint"], "as the run says"
-    lines = preview({"tuning": TEXT}, [HERE], 2, Host())["lines"]  # as long as no model is loaded, it may
-    assert lines[0]["text"] == "512×512: tuned, U-Net output within 2%."
+    [(_, hint)] = said({"tuning": TEXT}, host=Host(golden_unet()))
+    assert "for another model" in hint, "as the run says"
+    # as long as no model is loaded, it may
+    assert said({"tuning": TEXT}) == [("512×512: tuned, U-Net output within 2%.", "")]
 
 
 def test_an_order_to_tune_is_said():
-    told = preview({"tune": 0.005}, [HERE, HIRES], 2, Host())
-    assert [line["text"] for line in told["lines"]] == [
-        "The next image is made without Agent Attention and tuned on, to within 0.5%."
-    ]
+    [(text, _)] = said({"tune": 0.005}, HERE, HIRES)
+    assert text == "The next image is made without Agent Attention and tuned on, to within 0.5%."

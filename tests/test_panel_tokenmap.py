@@ -7,19 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, run, tree
+from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, one_block_unet, run, tree
 from PIL import Image
 
 from agentsd import AgentConfig, LayerPlan, patch_unet
 from agentsd.app import token_map as tokenmap
 from agentsd.app.token_map import Layer, Recording, draw, view
+from agentsd.attention import corrected
 from agentsd.attention.grid import landmark_places
 from agentsd.methods import method_named
 
 SIMILARITY = {"agent_source": "similarity", "agent_ratio": 0.9, "ratio": 0.0}
-PAPER = {"agent_source": "similarity", "agent_ratio": 0.95, "ratio": 0.4}
+PAPER = {**SIMILARITY, "agent_ratio": 0.95, "ratio": 0.4}
 MERGING = {"ratio": 0.5, "agent_ratio": 0.0, "sx": 2, "sy": 2}
 GRID = {"agent_source": "grid", "agent_ratio": 0.95, "ratio": 0.0}
+OPENED = {"method": "corrected", "agent_ratio": 0.95, "exact_ratio": 0.14}
 GREY = (100, 100, 100)
 
 
@@ -78,27 +80,19 @@ def test_the_agents_are_the_means_of_what_the_map_colours():
 
 def test_observing_changes_nothing_and_leaves_nothing():
     unet = golden_unet()
-    before = tree(unet)
-    patch = patch_unet(unet, AgentConfig(**PAPER))
-    plain = run(unet, inputs())
-    patch.remove()
-    recording = Recording()
-    patch = patch_unet(unet, AgentConfig(**PAPER))
-    patch.observer = recording.observer(False, None)
-    assert torch.equal(run(unet, inputs()), plain)
-    patch.remove()
-    assert tree(unet) == before
-    kept = [value for layer in recording.calls[0].layers for value in vars(layer).values()]
-    assert not any(isinstance(value, torch.Tensor) for value in kept)
-
-
-def test_an_observer_that_fails_costs_no_answer():
-    unet = flat_unet()
-    patch = patch_unet(unet, AgentConfig(**PAPER))
-    expected = run(unet, inputs())
-    patch.observer = lambda answer: 1 / 0
-    assert torch.equal(run(unet, inputs()), expected)
-    assert "ZeroDivisionError" in str(patch.notes)
+    for settings in (PAPER, OPENED):
+        before, recording = tree(unet), Recording()
+        patch = patch_unet(unet, AgentConfig(**settings))
+        plain = run(unet, inputs())
+        patch.observer = recording.observer(False, None)
+        assert torch.equal(run(unet, inputs()), plain)
+        patch.observer = lambda answer: 1 / 0
+        assert torch.equal(run(unet, inputs()), plain), "an observer that fails costs no answer"
+        assert "ZeroDivisionError" in str(patch.notes)
+        patch.remove()
+        assert tree(unet) == before
+        kept = [value for layer in recording.calls[0].layers for value in vars(layer).values()]
+        assert not any(isinstance(value, torch.Tensor) for value in kept)
 
 
 def test_pooling_and_what_is_untouched():
@@ -148,93 +142,99 @@ def test_merged_tokens_share_a_colour_and_the_others_stay_grey():
     assert colours[3] == colours[5] == GREY
 
 
-def test_a_ragged_layer_has_its_last_tokens_cut_off():
-    """A latent of 3 × 5 has 2 × 3 tokens at level 1, whose last row and column lie half outside."""
-    layer = hand_made([0, 0, 0, 1, 1, 1], (2, 3))
-    drawn = draw(Image.new("RGB", (800, 480), GREY), layer, (3, 5))
+def test_a_ragged_layer_and_a_cropped_image_are_placed_as_the_host_does():
+    # a latent of 3 × 5 has 2 × 3 tokens at level 1, whose last row and column lie half outside
+    drawn = draw(Image.new("RGB", (800, 480), GREY), hand_made([0, 0, 0, 1, 1, 1], (2, 3)), (3, 5))
     border = [y for y in range(1, 480) if drawn.getpixel((200, y)) != drawn.getpixel((200, y - 1))]
     assert border[-1] == 320, "two thirds of the way down, not a half"
-
-
-def test_the_first_pass_of_a_cropped_hires_image_is_its_middle():
-    """The host fills the hires size and cuts off what stands out."""
-    layer = hand_made([0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, (4, 4))
-    drawn = draw(Image.new("RGB", (800, 400), GREY), layer, (4, 4))
+    # the first pass of a hires image is its middle: the host fills the hires size and cuts off what stands out
+    layer = hand_made([i // 4 for i in range(16)], (4, 4))
+    drawn, whole = (draw(Image.new("RGB", (800, height), GREY), layer, (4, 4)) for height in (400, 800))
     rows = [drawn.getpixel((100, y)) for y in (20, 180, 220, 380)]
-    whole = draw(Image.new("RGB", (800, 800), GREY), layer, (4, 4))
-    inner = [whole.getpixel((100, y)) for y in (220, 380, 420, 580)]
-    assert rows == inner
+    assert rows == [whole.getpixel((100, y)) for y in (220, 380, 420, 580)]
     assert rows[0] == rows[1] != rows[2] == rows[3]
+
+
+WHITE = (255, 255, 255)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (6, 9)])
 def test_grid_agents_are_dots_in_the_middle_of_their_cells(size):
     layer = recorded(flat_unet(), *size, **GRID).calls[0].layers[0]
     drawn = draw(Image.new("RGB", (8 * size[1], 8 * size[0]), GREY), layer, size)
-    scale = drawn.width / size[1]
-    side = layer.plan.cell[0]
-    middles = [
-        ((min(y + side, size[0]) + y) / 2 * scale, (min(x + side, size[1]) + x) / 2 * scale)
-        for y in range(0, size[0], side)
-        for x in range(0, size[1], side)
-    ]
-    assert len(middles) == layer.plan.agents
-    for y, x in middles:
-        assert drawn.getpixel((round(x), round(y))) == (255, 255, 255)
+    scale, side = drawn.width / size[1], layer.plan.cell[0]
+    y, x = ([(min(at + side, n) + at) / 2 * scale for at in range(0, n, side)] for n in size)
+    assert len(y) * len(x) == layer.plan.agents
+    assert {drawn.getpixel((round(column), round(row))) for row in y for column in x} == {WHITE}
     dots = (np.asarray(drawn) == 255).all(-1).sum()
-    assert dots / len(middles) < np.pi * (0.35 * scale) ** 2, "nothing else is white"
+    assert dots / layer.plan.agents < np.pi * (0.35 * scale) ** 2, "nothing else is white"
 
 
 @pytest.mark.parametrize("size", [(16, 16), (10, 13)])
 def test_corrected_agents_are_dots_on_the_landmarks(size):
     layer = recorded(flat_unet(), *size, method="corrected", agent_ratio=0.95).calls[0].layers[0]
     drawn = draw(Image.new("RGB", (8 * size[1], 8 * size[0]), GREY), layer, size)
-    scale = drawn.width / size[1]
-    taken = [y * size[1] + x for y, x in landmark_places(size, layer.plan.cell)]
+    scale, taken = drawn.width / size[1], landmark_places(size, layer.plan.cell)
     assert len(taken) == layer.plan.agents
-    for token in range(size[0] * size[1]):
-        y, x = ((place + 0.5) * scale for place in divmod(token, size[1]))
-        assert (drawn.getpixel((round(x), round(y))) == (255, 255, 255)) == (token in taken)
+    for y, x in np.ndindex(size):
+        assert (drawn.getpixel((round((x + 0.5) * scale), round((y + 0.5) * scale))) == WHITE) == ((y, x) in taken)
 
 
-@pytest.mark.parametrize(
-    ("given", "longer"), [((128, 64), 768), ((640, 640), 1280), ((1536, 512), 1536), ((4096, 2048), 1536)]
-)
-def test_the_map_is_large_enough_and_no_larger(given, longer):
-    layer = hand_made([0, 0], (1, 2))
-    assert max(draw(Image.new("RGB", given), layer, (1, 2)).size) == longer
+@pytest.mark.parametrize("size", [(32, 32), (30, 37)])
+def test_a_click_shows_the_cells_that_its_window_opens(size):
+    unet = one_block_unet()
+    recording = recorded(unet, *size, **OPENED)
+    layer, heads = recording.calls[0].layers[0], blocks_of(unet)[0].attn1.heads
+    np.testing.assert_allclose(layer.opened.sum(1), layer.plan.opened, err_msg="each head opens as many")
+    assert set((heads * layer.opened).round(6).ravel()) <= set(range(heads + 1))
+    assert "Click on a window" in view(recording, 1, 1, "").text
+    plain, clicked = (view(recording, 1, 1, "", False, place) for place in (None, (5.0, 5.0)))
+    assert "Tinted: those of the outlined window." in clicked.text
+    changed = (np.asarray(plain.image) != np.asarray(clicked.image)).any(-1)
+    scale = clicked.image.width / size[1]
+    for cell, share in enumerate(layer.opened[0]):
+        y, x = (round((4 * at + 0.1) * scale) for at in divmod(cell, -(-size[1] // 4)))
+        assert changed[y, x] == (share > 0)
+    assert view(recording, 1, 1, "", False, (1e6, 1e6)).image != clicked.image, "a place outside is the last window"
+
+
+@pytest.mark.parametrize("at_a_time", [(2, 4), (1, 2)])
+def test_what_is_told_to_be_opened_is_what_matters_in_the_first_row(at_a_time, monkeypatch):
+    """All queries look at the keys of one cell, in each row at another one's."""
+    monkeypatch.setattr(corrected._Scratch, "pairs", lambda self, q: at_a_time)
+    q, v, chosen = torch.ones(2, 4, 1024, 8), torch.randn(2, 4, 1024, 8), []
+    k = 0.1 * torch.randn(2, 4, 32, 32, 8)
+    k[0, :, 4:8, 8:12], k[1, :, 20:24, 0:4] = 5.0, 5.0  # cells 10 and 40
+    corrected.corrected_attention(q, k.flatten(2, 3), v, size=(32, 32), cell=(4, 4), opened=1, chosen=chosen)
+    cells = torch.cat(chosen, dim=1)
+    assert torch.equal(cells, torch.full((4, 4, 1), 10)), "windows, heads, cells"
+
+
+def test_the_map_is_large_enough_and_no_larger():
+    for given, longer in (((128, 64), 768), ((640, 640), 1280), ((1536, 512), 1536), ((4096, 2048), 1536)):
+        assert max(draw(Image.new("RGB", given), hand_made([0, 0], (1, 2)), (1, 2)).size) == longer
 
 
 # What the panel is told
 
 
-def test_the_choice_is_taken_into_its_range():
+def test_layers_are_named_as_people_think_and_by_their_block_and_choices_are_taken_into_their_range():
     recording = recorded(golden_unet(), t=[900, 500, 100], max_downsample=2, **GRID)
-    seen = view(recording, 99, -3, "")
+    seen, call = view(recording, 99, -3, ""), recording.calls[0]
     assert (seen.call, seen.calls, seen.layer) == (3, 3, 1)
-    assert seen.layers == len(recording.calls[0].layers) > 1
-    assert "0.9 of the diffusion done" in seen.text
-    assert f"Layer 1 of {seen.layers}" in seen.text
-
-
-def test_layers_are_named_as_people_think_and_by_their_block():
-    call = recorded(golden_unet(), max_downsample=2, **GRID).calls[0]
-    names = [tokenmap.place(call, number) for number in range(1, len(call.layers) + 1)]
+    assert seen.layers == len(call.layers) > 1
+    assert f"0.9 of the diffusion done. Layer 1 of {seen.layers}: down 1" in seen.text
+    assert seen.block.startswith("input_blocks.")
+    names = [tokenmap.place_of(call, number) for number in range(1, seen.layers + 1)]
     assert names[0] == "down 1"
     assert names[-1].startswith("up 1, ")
     assert len(set(names)) == len(names)
-    seen = view(recorded(golden_unet(), **GRID), 1, 1, "")
-    assert "of 3: down 1" in seen.text
-    assert seen.block.startswith("input_blocks.")
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (
-            ["down_blocks.0.attentions.0", "down_blocks.0.attentions.1"],
-            ["down 1, first of two", "down 1, second of two"],
-        ),
+        (["down_blocks.0.at.0", "down_blocks.0.at.1"], ["down 1, first of two", "down 1, second of two"]),
         (["mid_block.attentions.0"], ["middle"]),
         (["somebody.elses"], ["somebody.elses"]),
         (["up_blocks.3"] * 11, [f"up 1, number {i} of 11" for i in range(1, 12)]),
@@ -243,7 +243,7 @@ def test_layers_are_named_as_people_think_and_by_their_block():
 def test_the_place_of_a_layer_in_words(names, words):
     layers = [replace(hand_made([0, 0], (1, 2)), name=name) for name in names]
     call = tokenmap.Call(False, (1, 2), None, layers)
-    assert [tokenmap.place(call, number) for number in range(1, len(names) + 1)] == words
+    assert [tokenmap.place_of(call, number) for number in range(1, len(names) + 1)] == words
 
 
 WORDS = {
@@ -256,13 +256,11 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("method", WORDS)
-def test_the_caption_says_what_the_colours_and_dots_are(method):
-    settings, words = WORDS[method]
-    seen = view(recorded(flat_unet(), **settings), 1, 1, "")
-    assert seen.image is not None
-    for part in words:
-        assert part in seen.text
+def test_the_caption_says_what_the_colours_and_dots_are():
+    for settings, words in WORDS.values():
+        seen = view(recorded(flat_unet(), **settings), 1, 1, "")
+        assert seen.image is not None
+        assert all(part in seen.text for part in words), (settings, seen.text)
 
 
 def test_where_there_is_nothing_to_show_it_says_why():

@@ -5,37 +5,30 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+import urllib.request
 
 import pytest
-import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("gradio", minversion="6", reason="needs gradio 6")
-uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn")
+pytest.importorskip("uvicorn", reason="needs uvicorn")
 
-from diffusers import DDIMScheduler  # noqa: E402
-from fastapi.testclient import TestClient  # noqa: E402
-from tiny_pipelines import tiny_unet  # noqa: E402
+import drawing
+from fastapi.testclient import TestClient
 
-from agentsd import embedded, get_patch  # noqa: E402
-from agentsd.app.kept_tunings import PanelTunings  # noqa: E402
-from agentsd.cli import playground  # noqa: E402
-from agentsd.cli.models import EmbeddedModel  # noqa: E402
-from agentsd.embedded import model as embedded_model  # noqa: E402
-from agentsd.settings.schema import DEFAULTS, SETTINGS  # noqa: E402
+from agentsd import get_patch
+from agentsd.app.kept_tunings import PanelTunings
+from agentsd.cli import playground
+from agentsd.cli.models import EMBEDDED, Model
+from agentsd.settings.schema import DEFAULTS, SETTINGS
 
-PROMPTS = ["red apple", "banana"]
 ON = {**DEFAULTS, "enabled": True, "until": 1.0}
 WAIT = 120_000  # milliseconds; a busy machine is slow to draw a page
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    text = embedded_model.TextEncoder(embedded_model.vocabulary_of(PROMPTS), 8, 32)
-    norm = {"mean": [0.5] * 4, "std": [0.3] * 4}
-    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
-    return EmbeddedModel(embedded.EmbeddedPipeline(tiny_unet(), scheduler, text, PROMPTS, norm))
+    return Model(EMBEDDED, drawing.stand_in())
 
 
 def draw(page, prompt="red apple", steps=2, progress=None, **changes):
@@ -74,7 +67,7 @@ def test_it_tunes_with_the_next_picture_and_uses_what_was_tuned(model, every_gai
 @pytest.mark.parametrize(("changes", "at"), [({}, "without"), ({"tune": 0.5}, "method")])
 def test_stop_ends_drawing_and_tuning_and_keeps_nothing(model, every_gain_counts, changes, at):
     page = playground.Playground(model)
-    pictures, told, _ = draw(page, progress=lambda done, desc: page.stop() if at in desc else None, **changes)
+    pictures, told, _ = draw(page, progress=lambda done, desc: page.stop.set() if at in desc else None, **changes)
     assert pictures is None
     assert "Stopped" in told
     assert "Nothing is tuned" in PanelTunings(page).results()
@@ -111,19 +104,11 @@ def test_the_routes_of_the_panels_script_answer(model):
     assert "256 tokens → 64 agents in 3 layers" in told["lines"][0]["text"]
 
 
-def test_every_answer_forbids_to_load_anything_from_elsewhere(model):
-    client = TestClient(playground.make_app(model))
-    for path in ("/", "/agent-attention/status", "/nowhere"):
-        assert client.get(path).headers["content-security-policy"] == playground.POLICY
-    assert not re.search(r"https?:", playground.POLICY)
-
-
 def test_it_listens_on_this_machine_only():
-    with playground._listening(0) as listener:
+    with playground.listening(0) as listener:
         host, port = listener.getsockname()
         assert host == "127.0.0.1"
-        listener.listen()
-        with playground._listening(port) as second:
+        with playground.listening(port) as second:
             assert second.getsockname()[1] != port, "a port that is taken is passed over"
 
 
@@ -132,8 +117,8 @@ def test_it_listens_on_this_machine_only():
 
 @pytest.fixture(scope="module")
 def url(model):
-    with playground._listening(0) as listener:
-        server = uvicorn.Server(uvicorn.Config(playground.make_app(model), log_level="warning"))
+    with playground.listening(0) as listener:
+        server = playground.make_server(model)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -141,19 +126,24 @@ def url(model):
         thread.join(10)
 
 
-def _chromium() -> str | None:
-    return next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-    )
+def test_every_answer_forbids_to_load_anything_from_elsewhere(url):
+    for path in ("/", "/agent-attention/status", "/nowhere"):
+        try:
+            answer = urllib.request.urlopen(url + path)
+        except urllib.error.HTTPError as error:
+            answer = error
+        assert answer.headers["content-security-policy"] == playground.POLICY
+    assert not re.search(r"https?:", playground.POLICY)
 
 
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if _chromium() is None:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
         pytest.skip("needs Chromium (Debian's package chromium)")
     with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=_chromium(), args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -178,12 +168,6 @@ def fill(page, name: str, value) -> None:
     page.press(field, "Enter")
 
 
-def generate(page) -> str:
-    page.click("#txt2img_generate")
-    page.wait_for_selector("#playground_timings table, #playground_timings [role=alert]")
-    return page.inner_text("#playground_timings")
-
-
 def test_a_picture_is_drawn_both_ways_in_the_browser(page, url):
     told = page.inner_text("#txt2img_agent_attention_summary")
     assert "512×512: 4096 tokens → 256 agents in 3 layers" in told
@@ -192,7 +176,9 @@ def test_a_picture_is_drawn_both_ways_in_the_browser(page, url):
     page.wait_for_function(
         "document.querySelector('#txt2img_agent_attention_summary').innerText.includes('1024 tokens → 256 agents')"
     )
-    timings = generate(page)
+    page.click("#txt2img_generate")
+    page.wait_for_selector("#playground_timings table, #playground_timings [role=alert]")
+    timings = page.inner_text("#playground_timings")
     assert "without" in timings
     assert "PSNR" in timings
     assert "1024 tokens → 256 agents in 3 layers" in page.inner_text("#txt2img_agent_attention_status")
@@ -202,6 +188,9 @@ def test_a_picture_is_drawn_both_ways_in_the_browser(page, url):
         " (await i.decode(), [i.naturalWidth, i.naturalHeight])))"
     )
     assert sizes[:2] == [[256, 256], [256, 256]]
+    page.uncheck("#txt2img_agent_attention-checkbox input")
+    page.click("#txt2img_generate")
+    page.wait_for_function("document.querySelector('#playground_timings').innerText.includes('agent attention is off')")
     assert page.problems == []
     assert [asked for asked in page.asked if not asked.startswith((url, "data:", "blob:"))] == []
 
@@ -218,10 +207,3 @@ def test_the_panel_is_that_of_the_webui(page):
     page.wait_for_function(
         "document.querySelector('#txt2img_agent_attention_summary').innerText.includes('nothing happens')"
     )
-
-
-def test_switching_it_off_is_seen(page):
-    for name, value in (("width", 256), ("height", 256), ("steps", 2)):
-        fill(page, name, value)
-    page.uncheck("#txt2img_agent_attention-checkbox input")
-    assert "agent attention is off" in generate(page)

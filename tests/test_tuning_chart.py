@@ -15,19 +15,15 @@ def drawn(kept=KEPT):
     return ElementTree.fromstring(chart.chart(kept.tuning, kept.presets))
 
 
-def test_the_table_shows_what_was_found():
+def test_the_table_shows_what_was_found_and_promises_nothing_where_nothing_changes():
     shown = chart.table([KEPT])
     cells = ("First pass", "512×512", "lora detail 0.8", "400 → 250\u00a0ms", "1.60× measured", "2%", "1.7% measured")
     assert all(f"<td>{cell}</td>" in shown for cell in cells)
     assert chart.row(KEPT)[chart.HEAD.index("Peak memory")] == "–"
     tuning = replace(KEPT.tuning, peak_full=3100 * 2**20, plan=replace(KEPT.tuning.plan, peak=2900 * 2**20))
     assert "<td>3100 → 2900\u00a0MiB</td>" in chart.table([replace(KEPT, tuning=tuning)])
-
-
-def test_what_changes_nothing_says_so_and_promises_nothing():
-    row = chart.row(replace(KEPT, tuning=KEPT.tuning.at(0.001)))
-    assert row[chart.HEAD.index("Speed")] == "nothing is faster within 0.1%"
-    assert row[chart.HEAD.index("U-Net call")] == "–"
+    row = dict(zip(chart.HEAD, chart.row(replace(KEPT, tuning=KEPT.tuning.at(0.001))), strict=True))
+    assert (row["Speed"], row["U-Net call"]) == ("nothing is faster within 0.1%", "–")
 
 
 def test_the_chart_shows_what_was_found():
@@ -38,13 +34,9 @@ def test_the_chart_shows_what_was_found():
     assert plan[0] < chosen[0] < paper[0] < fast[0], "the further right, the less close"
     assert chosen[1] < fast[1] < plan[1] < paper[1], "the higher, the faster"
     assert all(0 <= x <= 460 and 0 <= y <= 250 for x, y in [chosen, plan, fast, paper])
-
-
-def test_labels_say_which_is_measured_and_lie_below_the_line():
     texts = {text.text: text for text in drawn().iter("text")}
     assert {"Fast", "Paper", "0.5%: 1.14× expected", "2%: 1.60× measured", "speed, without = 1×"} <= texts.keys()
-    chosen = next(dot for dot in drawn().iter("circle") if dot.get("class") == "agent-attention-chosen")
-    assert float(texts["2%: 1.60× measured"].get("y")) > float(chosen.get("cy")) + 6
+    assert float(texts["2%: 1.60× measured"].get("y")) > chosen[1] + 6, "below the line"
 
 
 def test_no_label_covers_another():
@@ -63,19 +55,14 @@ def test_no_label_covers_another():
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if chart._overlap(a, b)]
 
 
-def test_each_size_has_its_chart_and_the_newest_is_unfolded():
+def test_each_size_has_its_chart_the_newest_is_unfolded_and_names_are_escaped():
     hires = replace(KEPT, of="hires", tuning=replace(KEPT.tuning, size=(128, 96), notes=("<busy>",)))
+    hires = replace(hires, checkpoint="<b>&", presets=(PresetPoint("<i>", 0.0, 1.0),))
     shown = chart.html([hires, KEPT])
     assert 'data-pass="hires" data-size="768×1024" open><summary>Hires pass, 768×1024' in shown
     assert 'data-pass="first" data-size="512×512"><summary>' in shown
-    assert "&lt;busy&gt;" in shown
+    assert all(f"&lt;{name}&gt;" in shown and f"<{name}>" not in shown for name in ("busy", "b", "i"))
     assert "Nothing is tuned" in chart.html([])
-
-
-def test_names_are_escaped():
-    shown = chart.html([replace(KEPT, checkpoint="<b>&", presets=(PresetPoint("<i>", 0.0, 1.0),))])
-    assert "<b>" not in shown
-    assert "<i>" not in shown
 
 
 def test_a_file_of_its_own_and_a_tuning_without_measurements():

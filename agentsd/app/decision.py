@@ -6,10 +6,11 @@ The preview, the run, an API's answer, the playground and the ComfyUI nodes ask 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,17 +20,16 @@ from ..config import SMALL, AgentConfig
 from ..costs import Estimate, Layout, estimate, layouts
 from ..methods import LayerPlan
 from ..settings import schema, tunings
+from ..settings.schema import is_left_out
 from ..tuning.result import Tuning, TuningError
-from .kept_tunings import Kept, plans
+from .kept_tunings import Kept
 from .timings import Timing, Timings, case_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Layout used while no model is loaded
-USUAL = "SD 1"
-# In place of the steps of a pass where they are not known
-_EVENLY = tuple(i / 50 for i in range(50))
+USUAL = "SD 1"  # layout while no model is loaded
+_EVENLY = tuple(i / 50 for i in range(50))  # in place of the steps of a pass where they are not known
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SamplingPass:
 
     @property
     def end(self) -> str:
-        """Name of the setting for when agents end in this pass."""
+        """Name of the setting for when agents end."""
         return "hires_until" if self.hires else "until"
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Schedule:
 class Program:
     """What `decide` asks of the program that samples. Its subclasses say what is different there."""
 
-    timings = Timings({}.setdefault)  # type: ignore[arg-type]  # what was measured here
+    timings = Timings(defaultdict(dict).__getitem__)  # what was measured here
 
     def unet(self) -> nn.Module | None:
         """Return the U-Net of the current model; None if no model is loaded. Never loads one."""
@@ -175,10 +175,6 @@ class Decision:
         return not self.patches and self.timing is not None
 
 
-def is_left_out(values: Mapping[str, Any], hires: bool) -> bool:
-    return values["passes"] == (schema.FIRST if hires else schema.HIRES)
-
-
 def decide(values: Mapping[str, Any], sampling: SamplingPass, rows: int, program: Program) -> Decision:
     """Decide what happens in a sampling pass.
 
@@ -190,29 +186,28 @@ def decide(values: Mapping[str, Any], sampling: SamplingPass, rows: int, program
     """
     if is_left_out(values, sampling.hires):
         return Decision(sampling, reason=Hint("this pass is left out", ("passes",)))
-    obstacle = program.obstacle(sampling)
+    obstacle, unet = program.obstacle(sampling), program.unet()
     if obstacle is not None:
         return Decision(sampling, reason=obstacle, refused=True)
-    unet = program.unet()
     try:
         config = _config(tuple(sorted(values.items())), sampling.hires, program.upcasts())
         made = Decision(sampling, config)
         made = _with_tuning(made, values, unet, program) if values["tuning"] else made
     except (SettingError, TuningError) as error:
         return Decision(sampling, reason=Hint(str(error)), refused=True)
-    if made.config is None:
+    if not made.patches:
         return made
     key = None
     if unet is not None:
         key = case_of(unet, program.checkpoint(), sampling.latent, rows), repr(made.config)
     made = _planned(made, values, layouts()[USUAL] if unet is None else layout_of_unet(unet))
-    if made.config is None or key is None:
+    if not made.patches or key is None:
         return made
     made = replace(made, key=key, timing=program.timings.find(key))
-    if made.timing is not None and made.timing.slower and not program.even_if_slower(values):
-        where = ("Settings → Agent Attention",)
-        return replace(made, config=None, reason=Hint(f"measured to be slower here: {made.timing.words()}", where))
-    return made
+    if made.timing is None or not made.timing.slower or program.even_if_slower(values):
+        return made
+    why = Hint(f"measured to be slower here: {made.timing.words()}", ("Settings → Agent Attention",))
+    return replace(made, config=None, reason=why)
 
 
 @lru_cache(maxsize=256)
@@ -222,14 +217,24 @@ def _config(values: tuple[tuple[str, Any], ...], hires: bool, upcasts: bool) -> 
     return schema.to_config({**given, "enabled": True, "fp32": given["fp32"] or upcasts}, hires=hires)
 
 
+def _tunings(values: Mapping[str, Any], sampling: SamplingPass, program: Program) -> list[Tuning]:
+    """List the tunings that the settings name for a pass; none if the other settings apply."""
+    if values["tuning"] != tunings.AUTO:
+        return tunings.matching(tunings.read(values["tuning"]), sampling.of, sampling.latent)
+    kept, how_close = program.kept(sampling), values["how_close"]
+    if kept is None:
+        return []
+    return [kept.tuning.at(schema.fraction_of(how_close)) if how_close else kept.tuning]
+
+
 def _with_tuning(made: Decision, values: Mapping[str, Any], unet: nn.Module | None, program: Program) -> Decision:
     """Choose between the settings and a tuning.
 
     Raises:
         TuningError: a tuning was given as text, and is for another model.
     """
-    sampling, auto, refusal = made.sampling, values["tuning"] == tunings.AUTO, None
-    for tuning in plans(values, sampling.of, sampling.latent, program.kept(sampling) if auto else None):
+    sampling, refusal = made.sampling, None
+    for tuning in _tunings(values, sampling, program):
         try:
             fp32 = made.config.attn_precision
             config = made.config if unet is None else replace(tuning.config_for(unet), attn_precision=fp32)
@@ -245,7 +250,7 @@ def _with_tuning(made: Decision, values: Mapping[str, Any], unet: nn.Module | No
             return replace(made, config=None, tuning=tuning, reason=reason)
         start = sampling.moments[0] if sampling.moments else tuning.covers[0]
         return replace(made, config=config, tuning=tuning, doubts=tuning.doubts(program.conditions(), start))
-    if refusal is not None and not auto:
+    if refusal is not None and values["tuning"] != tunings.AUTO:
         raise refusal
     return replace(made, instead=str(refusal or "not tuned on this checkpoint at this size"))
 
@@ -265,31 +270,14 @@ def layout_of_unet(unet: nn.Module) -> Layout:
 # What is done in each part of the diffusion
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of the diffusion."""
-
-    cost: Estimate
-    steps: int  # in it
-    own: bool  # whether the user's own settings apply there
-
-    @property
-    def acts(self) -> bool:
-        return self.cost.layers > 0 or self.cost.flops_left != self.cost.flops
-
-    @property
-    def least(self) -> float:
-        """Share of FLOPs left if products of queries, keys and values cost nothing in the layers that are changed."""
-        saved = sum(4 * level.count * level.plan.tokens**2 * level.channels for level in self.cost.changed)
-        return 1 - saved / self.cost.flops
-
-    def last_veto(self) -> Hint:
-        return last_veto(level.plan for level in self.cost.levels)
-
-
 @lru_cache(maxsize=1024)
 def _cost(layout: Layout, config: AgentConfig, latent: tuple[int, int], progress: float) -> Estimate:
     return estimate(layout, config, *latent, progress)
+
+
+def _least(cost: Estimate) -> float:
+    """Compute the share of FLOPs left if products of queries, keys and values cost nothing in changed layers."""
+    return 1 - sum(4 * level.count * level.plan.tokens**2 * level.channels for level in cost.changed) / cost.flops
 
 
 def _planned(made: Decision, values: Mapping[str, Any], layout: Layout) -> Decision:
@@ -297,79 +285,65 @@ def _planned(made: Decision, values: Mapping[str, Any], layout: Layout) -> Decis
     sampling, config, tuned = made.sampling, made.config, made.tuning is not None
     if not layout.blocks or (tuned and layout.name == USUAL):
         return made  # nothing is known of the model, and a plan is for a certain one
-    moments = _EVENLY if sampling.moments is None else sampling.moments
-    intervals, first = config.parts(), min(moments, default=1.0)
-    edges = [since for since, _ in intervals]
-    counts = Counter(edges[bisect_right(edges, moment) - 1] for moment in moments)
-    parts = [
-        _Part(
-            _cost(layout, config, sampling.latent, since),
-            counts[since],
-            tuned or values["since"] <= since < values[sampling.end],
-        )
-        for since, until in intervals
-        if until > first
-    ]
-    acting = [part for part in parts if part.acts]
+    known, moments = sampling.moments is not None, _EVENLY if sampling.moments is None else sampling.moments
+    first, edges = min(moments, default=1.0), [since for since, _ in config.parts()]
+    steps = Counter(edges[bisect_right(edges, moment) - 1] for moment in moments)  # by the part that they are in
+    costs = {since: _cost(layout, config, sampling.latent, since) for since, until in config.parts() if until > first}
+    begin, end = (0.0, 1.0) if tuned else (values["since"], values[sampling.end])
+    own = next((cost for since, cost in costs.items() if begin <= since < end), None)  # of the user's own settings
+    acting = {since: cost for since, cost in costs.items() if cost.changed or cost.share != 1}
     if not acting:
-        return replace(made, config=None, reason=_why_nothing(parts, first, values, sampling))
-    shown = next((part for part in acting if part.steps), acting[0])
-    calls: Counter[str] = Counter()
-    for part in parts:
-        for level in part.cost.levels:
-            calls[level.plan.action] += part.steps * level.count
-    total = sum(counts.values()) or 1
-    steps = sum(part.steps for part in acting)
-    share = sum(part.steps * part.cost.share for part in parts) / total if moments else 1.0
-    least = sum(part.steps * part.least for part in parts) / total if moments else 1.0
+        done = f"{fraction(first)} of the diffusion is done when this pass begins"
+        late = Hint(f"{done}, and agents end at {fraction(end)}", (sampling.end,))
+        return replace(made, config=None, reason=late if own is None else last_veto(level.plan for level in own.levels))
+    since = next(filter(steps.__getitem__, acting), next(iter(acting)))
+    shown, calls, total = acting[since], Counter(), steps.total()
+    for at, cost in costs.items():
+        for level in cost.levels:
+            calls[level.plan.action] += steps[at] * level.count
+
+    def mean(left: Callable[[Estimate], float]) -> float:
+        return sum(steps[at] * left(cost) for at, cost in costs.items()) / total if total else 1.0
+
+    share = mean(attrgetter("share"))
+    changing = sum(steps[at] for at in acting)
     return replace(
         made,
-        reason=None if tuned else _advice(shown, parts, steps, share, sampling),
-        layers=tuple((level.plan, level.count) for level in shown.cost.changed),
-        calls={} if sampling.moments is None else {action: n for action, n in calls.items() if n},
-        steps=0 if sampling.moments is None else steps,
+        reason=None if tuned else _advice(shown, shown if begin <= since < end else own, changing, share, sampling.end),
+        layers=tuple((level.plan, level.count) for level in shown.changed),
+        calls={action: n for action, n in calls.items() if n and known},
+        steps=changing if known else 0,
         share=share,
-        least=min(share, least),
+        least=min(share, mean(_least)),
     )
 
 
-def _why_nothing(parts: Sequence[_Part], first: float, values: Mapping[str, Any], sampling: SamplingPass) -> Hint:
-    own = next((part for part in parts if part.own), None)
-    if own is not None:
-        return own.last_veto()
-    done = f"{fraction(first)} of the diffusion is done when this pass begins"
-    return Hint(f"{done}, and agents end at {fraction(values[sampling.end])}", (sampling.end,))
-
-
-# Settings that veto a layer before its method is asked, from the least telling: layers further down are left alone by
-# every usual setting
+# Vetoes before a method is asked, from the least telling: every usual setting leaves layers further down alone
 _VETOES = ("max_downsample", "rules", "min_tokens", "merge_attn")
 
 
-def last_veto(plans_made: Iterable[LayerPlan]) -> Hint:
+def last_veto(plans: Iterable[LayerPlan]) -> Hint:
     """Name the last veto of untouched layers: those that it stopped came closest to being changed."""
 
     def rank(plan: LayerPlan) -> int:
-        remedy = plan.remedy[:1]
-        return _VETOES.index(remedy[0]) if remedy and remedy[0] in _VETOES else len(_VETOES)
+        return next((i for i, name in enumerate(_VETOES) if name in plan.remedy[:1]), len(_VETOES))
 
-    plan = max(plans_made, key=rank)
+    plan = max(plans, key=rank)
     if plan.remedy == ("min_tokens",) and plan.tokens < SMALL:
         return Hint(f"nothing is to be gained from layers of {plan.tokens} tokens")
     return Hint(plan.reason, plan.remedy)
 
 
-def _advice(shown: _Part, parts: Sequence[_Part], steps: int, share: float, sampling: SamplingPass) -> Hint | None:
-    """Give advice on a part of the diffusion in which something is changed."""
-    own = next((part for part in parts if part.own), None)
+def _advice(shown: Estimate, own: Estimate | None, steps: int, share: float, end: str) -> Hint | None:
+    """Give advice on what is done in a part of the diffusion; `own` is what the user's own settings come to."""
     if own is None:
-        return Hint("agents end before this pass begins, so only what comes afterwards is done", (sampling.end,))
+        return Hint("agents end before this pass begins, so only what comes afterwards is done", (end,))
     if not steps:
-        return Hint("no step lies between From and Until", ("since", sampling.end))
-    changed = [level.plan for level in shown.cost.changed]
-    if not shown.own or not changed:
-        veto = own.last_veto()
-        return replace(veto, text=f"{'no agents' if not shown.own else 'self-attention is left alone'}: {veto.text}")
+        return Hint("no step lies between From and Until", ("since", end))
+    changed = [level.plan for level in shown.changed]
+    if shown is not own or not changed:
+        veto = last_veto(level.plan for level in own.levels)
+        return replace(veto, text=f"{'self-attention is left alone' if shown is own else 'no agents'}: {veto.text}")
     if all(plan.shortfall for plan in changed):
         return Hint(f"no agents: {changed[0].shortfall}", changed[0].remedy)
     if share > 1:

@@ -22,18 +22,16 @@ from ..methods import selectable
 from ..patching.call import KVContext
 from ..settings import tunings
 from ..settings.presets import PRESETS, TUNED
-from ..settings.schema import DEFAULTS, fraction_of, to_config
+from ..settings.schema import DEFAULTS, to_config
 from ..tuning.record import RecordedCall, progress_of, spread
 from ..tuning.replay import Progress, compare, comparing_takes
 from ..tuning.result import Tuning, TuningError, reading
 from ..tuning.tuner import tune
-from ..words import duration
+from ..words import counted, duration
 from .tuning_chart import html, title
 
-# Name of our section in the host's cache
-SECTION = "agent-attention-tunings"
-# Timesteps at which the presets are tried, for the chart
-_MOMENTS = 3
+SECTION = "agent-attention-tunings"  # our section in the host's cache
+_MOMENTS = 3  # timesteps at which the presets are tried, for the chart
 
 
 @dataclass(frozen=True)
@@ -98,39 +96,17 @@ class Store:
 
     def of_checkpoint(self, checkpoint: str) -> list[Kept]:
         """List a checkpoint's tunings, the newest first."""
-        return sorted(filter(None, map(self._read, self._keys(checkpoint))), key=lambda kept: -kept.made)
+        keys = [key for key in self._cache() if str(key).startswith(f"{checkpoint}|")]
+        return sorted(filter(None, map(self._read, keys)), key=lambda kept: -kept.made)
 
-    def forget(self, checkpoint: str, key: str = "") -> int:
-        """Forget a checkpoint's tunings, or the one of this key; return their number."""
-        keys = [each for each in self._keys(checkpoint) if key in ("", each)]
-        for each in keys:
-            del self._cache()[each]
-        return len(keys)
-
-    def _keys(self, checkpoint: str) -> list[str]:
-        return [key for key in list(self._cache()) if str(key).startswith(f"{checkpoint}|")]
+    def forget(self, kept: Kept) -> None:
+        del self._cache()[kept.key]
 
     def _read(self, key: str) -> Kept | None:
         try:
             return Kept.from_dict(self._cache()[key])
         except (KeyError, TuningError):
             return None
-
-
-def plans(values: Mapping[str, Any], of: str, size: tuple[int, int], kept: Kept | None) -> list[Tuning]:
-    """Return the tunings that the settings name for a pass; none if the other settings apply.
-
-    Args:
-        values: every setting, in canonical form; without `how_close`, a kept tuning's own plan is the one.
-        of: the pass.
-        size: (height, width) of the latent.
-        kept: what is kept for the checkpoint and the pass.
-    """
-    if values["tuning"] != tunings.AUTO:
-        return tunings.matching(tunings.read(values["tuning"]), of, size)
-    if kept is None:
-        return []
-    return [kept.tuning.at(fraction_of(values["how_close"])) if values["how_close"] else kept.tuning]
 
 
 class PanelTunings:
@@ -146,8 +122,8 @@ class PanelTunings:
         self._program, self.refusal = program, refusal
 
     def _kept(self) -> dict[str, Kept]:
-        """The tunings by what the panel calls them."""
-        return {title(kept): kept for kept in self._program.tunings.of_checkpoint(self._program.checkpoint())}
+        checkpoint = self._program.checkpoint()
+        return {title(kept): kept for kept in self._program.tunings.of_checkpoint(checkpoint)} if checkpoint else {}
 
     def titles(self) -> list[str]:
         """List them by what they are for, such as "First pass, 512×512", the newest first."""
@@ -159,18 +135,15 @@ class PanelTunings:
 
     def forget(self, which: str = "") -> str:
         """Forget one of them, or all of the checkpoint, and say so."""
-        checkpoint, kept = self._program.checkpoint(), self._kept().get(which)
-        if which and kept is None:
+        gone = [kept for title, kept in self._kept().items() if which in ("", title)]
+        if which and not gone:
             return "There is no such tuning any more."
-        count = self._program.tunings.forget(checkpoint, kept.key if kept else "") if checkpoint else 0
-        return f"{count} tuning{'' if count == 1 else 's'} of {checkpoint or 'no checkpoint'} forgotten."
+        for kept in gone:
+            self._program.tunings.forget(kept)
+        return f"{counted(len(gone), 'tunings')} of {self._program.checkpoint() or 'no checkpoint'} forgotten."
 
     def export(self, which: str) -> str | None:
-        """Write one to a file of its own, and return its path; None if it is gone.
-
-        The file is that of `Tuning.save`, which tells its pass among the conditions. It is named by the checkpoint's
-        hash, the pass and the size, such as "6ce0161689-first-512x512.tuning.json".
-        """
+        """Write one by `Tuning.save` to a file such as "6ce0161689-first-512x512.tuning.json"; None if it is gone."""
         kept = self._kept().get(which)
         if kept is None:
             return None
@@ -211,41 +184,35 @@ def make(
     """Tune a U-Net on the calls of a pass, as `agentsd.tune` does, and place the presets beside the result.
 
     Args:
-        unet, calls, tolerance, kv_context, conditions: as in `agentsd.tune`.
+        unet, calls, tolerance, progress, kv_context, conditions: as in `agentsd.tune`; texts end with the time left.
         checkpoint: the checkpoint's name.
         of: the pass.
         precision: `attn_precision` of all settings that are tried.
-        progress: as in `agentsd.tune`; the text ends with the time left.
 
     Raises:
         TuningCancelled: `progress` returned False.
     """
     by_moment = {progress_of(call): call for call in calls}
     moments, configs = [by_moment[at] for at in spread(by_moment, _MOMENTS)], _preset_configs(of, precision)
-    more, made, start = comparing_takes(moments, configs), 0, time.monotonic()
+    takes, begun, tuned = comparing_takes(moments, configs), time.monotonic(), 0
 
     def tell(done: int, total: int, text: str) -> Any:
-        spent = time.monotonic() - start
-        left = f", {duration(spent * (total - done) / done)} left" if done else ""
+        left = f", {duration((time.monotonic() - begun) * (total - done) / done)} left" if done else ""
         return None if progress is None else progress(done, total, f"{text}{left}")
 
-    def show(done: int, total: int, text: str) -> Any:
-        nonlocal made
-        made = total
-        return tell(done, total + more, text)
+    def tuning_done(done: int, total: int, text: str) -> Any:
+        nonlocal tuned
+        tuned = total
+        return tell(done, total + takes, text)
 
-    common = {"attn_precision": precision} if precision else {}
-    methods = [
-        {"method": method.name, **settings, **common} for method in selectable() for settings in method.candidates
-    ]
-    conditions = {"pass": of, **(conditions or {})}
-    tuning = tune(unet, calls, tolerance, methods=methods, progress=show, kv_context=kv_context, conditions=conditions)
+    def presets_done(done: int, total: int, text: str) -> Any:
+        return tell(tuned + done, tuned + takes, "Trying the presets")
 
-    def show_presets(done: int, total: int, text: str) -> Any:
-        return tell(made + done, made + more, "Trying the presets")
-
-    found = compare(unet, moments, configs, progress=show_presets, kv_context=kv_context)
-    presets = tuple(PresetPoint(name, c.deviation, 1 / c.time) for name, c in found.items())
+    common, told = {"attn_precision": precision} if precision else {}, {"pass": of, **(conditions or {})}
+    methods = [{"method": each.name, **more, **common} for each in selectable() for more in each.candidates]
+    tuning = tune(unet, calls, tolerance, methods=methods, progress=tuning_done, kv_context=kv_context, conditions=told)
+    found = compare(unet, moments, configs, progress=presets_done, kv_context=kv_context)
+    presets = tuple(PresetPoint(name, each.deviation, 1 / each.time) for name, each in found.items())
     return Kept(checkpoint, of, tuning, presets, time.time())
 
 
@@ -253,8 +220,7 @@ def _preset_configs(of: str, precision: str | None) -> dict[str, AgentConfig]:
     """Make the config of each preset in a pass; those that leave it alone, or equal an earlier one, have none."""
     found: dict[AgentConfig, str] = {}
     for name, preset in PRESETS.items():
-        values = {**DEFAULTS, **preset, "enabled": True}
-        config = None if name == TUNED else to_config(values, hires=of == tunings.HIRES)
+        config = to_config({**DEFAULTS, **preset, "enabled": name != TUNED}, hires=of == tunings.HIRES)
         if config is not None:
             found.setdefault(replace(config, attn_precision=precision), name)
     return {name: config for config, name in found.items()}

@@ -1,7 +1,7 @@
-"""The last run: for the panel's status lines, the console and the status route.
+"""The last run, for the panel's status lines, the console and the status route.
 
-A run is everything that one request of the host has made: each image of a plot, each pass, and what other extensions
-make in between.
+It is everything that one request of the host has made: each image of a plot, each pass, and what other extensions make
+in between.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from copy import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,9 +19,10 @@ from ..methods import LayerPlan
 from ..patching.closeness import Closeness
 from ..patching.patch import Patch
 from ..settings.presets import TUNED
+from ..words import counted
 from .decision import Decision, Hint, last_veto
 from .preview import ACTS, NOTHING, SLOWER, WRONG, Line, layers_in_words, steps_in_words, tuned_in_words
-from .timings import Pace, changed
+from .timings import Timing, changed
 from .token_map import Recording
 
 log = logging.getLogger("agentsd.panel")
@@ -46,7 +46,7 @@ class PassReport:
     skipped: bool = False  # whether no layer that was to be changed was called
     notes: Counter[str] = field(default_factory=Counter)  # why calls were left to the host; 0 of what is no call
     models: int = 0  # U-Nets that were patched; 2 if a refiner took over
-    pace: Pace = field(default_factory=Pace)
+    pace: Timing = field(default_factory=Timing)
     tuned: str = ""  # outcome of tuning on this pass, if that was asked for
     closeness: Closeness | None = None  # in the last U-Net patched; None if not observed
     times: int = 1  # number of passes that it tells of
@@ -73,13 +73,10 @@ class PassReport:
 
     def see(self, latent: tuple[int, int] | None) -> None:
         if latent is not None and tuple(latent) not in self.sizes:
-            self.sizes.append((latent[0], latent[1]))
+            self.sizes.append(tuple(latent))
 
     def add(self, patch: Patch, progress: float | None) -> None:
-        """Collect the report of a patch before it is removed.
-
-        `progress` is where its agents begin; None if there is no one plan to tell, as in a tuning.
-        """
+        """Collect the report of a patch, whose agents begin at `progress`; None if there is no one plan to tell."""
         self.notes.update(patch.notes)
         counts = {layer.name: Counter(layer.calls) for layer in patch.report()}
         self.calls.update(sum(counts.values(), Counter()))
@@ -116,13 +113,25 @@ class PassReport:
         return self.title, self.obstacle, self.tuned, tuple(self.layers), self.patched, frozenset(self.notes)
 
     def with_more(self, other: PassReport) -> PassReport:
-        both = copy(other)
-        both.calls, both.notes = copy(self.calls), copy(self.notes)
-        both.calls.update(other.calls)
-        both.notes.update(other.notes)
-        for name in ("steps", "of_steps", "times"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
-        return both
+        """Return the report of both passes, which went alike."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("calls", "steps", "of_steps", "times")}
+        notes = Counter({reason: n + self.notes[reason] for reason, n in other.notes.items()})  # those of 0 stay
+        return replace(other, notes=notes, **sums)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to JSON types."""
+        told = {name: getattr(self, name) for name in ("hires", "models", "tuned")}
+        return told | {
+            "latent": self.sizes[-1] if self.sizes else None,
+            "calls": dict(self.calls),
+            "steps": [self.steps, self.of_steps],
+            "layers": [{**{k: getattr(plan, k) for k in _TOLD}, "count": n} for plan, n in self.layers],
+            "pace": {"patched": self.pace.patched, "untouched": self.pace.untouched},
+            "closeness": None if self.closeness is None else asdict(self.closeness),
+            "plan": tuned_in_words(self.made) if self.made is not None and self.made.tuning else "",
+            "obstacles": [self.obstacle] if self.obstacle else [],
+            "notes": dict(self.notes),
+        }
 
     def line(self) -> Line:
         name, made = self.title + (f", {self.times} times" if self.times > 1 else ""), self.made
@@ -135,32 +144,28 @@ class PassReport:
         what = tuned_in_words(made) if made is not None and made.tuning else layers_in_words(self.layers)
         what += steps_in_words(self.steps, self.of_steps, "U-Net calls") if self.steps else ""
         close = str(self.closeness) if self.closeness is not None and math.isfinite(self.closeness.worst) else ""
-        told = self._left_to_host()
+        left = self._left_to_host()
         state = SLOWER if self.pace.slower else ACTS
-        return Line((f"{name}: {what}", self.pace.words(), close), Hint(told) if told else None, state)
+        return Line((f"{name}: {what}", self.pace.last_words(), close), Hint(left) if left else None, state)
 
     def _left_to_host(self) -> str:
         """Say which calls were left to the host, and what else there is to say."""
-        calls = [f"{reason} ({n} {'call' if n == 1 else 'calls'})" for reason, n in self.notes.items() if n]
-        others = [reason for reason, n in self.notes.items() if not n]
-        return "; ".join([*([f"left to the host: {'; '.join(calls)}"] if calls else []), *others])
+        calls = "; ".join(f"{reason} ({counted(n, 'calls')})" for reason, n in self.notes.items() if n)
+        others = (reason for reason, n in self.notes.items() if not n)
+        return "; ".join(filter(None, (calls and f"left to the host: {calls}", *others)))
 
     def _why_nothing(self) -> Hint | None:
         if self.obstacle:
             return self.made.reason
-        why = Hint("")
+        why = last_veto(self.idle) if self.idle and not self.layers else Hint("no step lay between From and Until")
         if any(self.notes.values()):
-            pass
+            why = Hint("")
         elif not self.sizes:
             why = Hint("the U-Net was not called")
         elif not self.of_steps or self.skipped:
             why = Hint("the U-Net was called, but something else skips the blocks that were to be changed")
         elif self.made is not None and self.made.tuning is not None:
             why = Hint(self.made.tuning.advice(*self.sizes[-1]) or "the tuning has full attention in these steps")
-        elif self.layers or not self.idle:
-            why = Hint("no step lay between From and Until")
-        else:
-            why = last_veto(self.idle)
         return replace(why, text="; ".join(filter(None, (why.text, self._left_to_host()))))
 
 
@@ -169,15 +174,6 @@ def _explained(patch: Patch, size: tuple[int, int], progress: float) -> dict[str
     parts = (since for since, _ in patch.config.parts())
     plans = [{name: plan for name, plan in patch.explain(*size, at) if plan is not None} for at in (progress, *parts)]
     return next((each for each in plans if any(plan.acts for plan in each.values())), plans[0])
-
-
-def summed(reports: Iterable[PassReport]) -> list[PassReport]:
-    """Sum up the passes that went alike, in the order in which they came first."""
-    found: dict[Any, PassReport] = {}
-    for report in reports:
-        earlier = found.get(report.manner)
-        found[report.manner] = report if earlier is None else earlier.with_more(report)
-    return list(found.values())
 
 
 class Status:
@@ -242,11 +238,13 @@ class Status:
         return list(dict.fromkeys(filter(None, reasons)))
 
     def lines(self) -> list[Line]:
-        """Describe the run, one line for each kind of pass; none while the extension is off."""
-        reports = summed(self.passes)
+        """Describe the run, one line for the passes that went alike; none while the extension is off."""
+        found: dict[Any, PassReport] = {}
+        for report in self.passes:
+            found[report.manner] = found[report.manner].with_more(report) if report.manner in found else report
         lines = [Line(f"not applied: {error}", None, WRONG) for error in self.errors]
-        lines += [report.line() for report in reports[:_LINES]]
-        more = len(reports) - _LINES
+        lines += [report.line() for report in list(found.values())[:_LINES]]
+        more = len(found) - _LINES
         return [*lines, Line(f"and {more} more kinds of passes")] if more > 0 else lines
 
     def text(self) -> str:
@@ -254,9 +252,7 @@ class Status:
 
     def of(self, task: str | None = None) -> Mapping[str, Any]:
         """Return the status of the last run, or of the last one that belongs to `task`, in JSON types."""
-        if task is None or task == self.task:
-            return self.as_dict()
-        return self._earlier.get(task, _UNKNOWN)
+        return self.as_dict() if task in (None, self.task) else self._earlier.get(task, _UNKNOWN)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the status of the last run in JSON types; `state` is the preview's word for the line that counts."""
@@ -273,25 +269,8 @@ class Status:
             "error": "; ".join(self.errors),
             "notes": self.notes(),
             "preset": TUNED if self.tuned else "",
-            "passes": [_pass_as_dict(report) for report in self.passes],
+            "passes": [report.as_dict() for report in self.passes],
         }
-
-
-def _pass_as_dict(report: PassReport) -> dict[str, Any]:
-    return {
-        "hires": report.hires,
-        "latent": report.sizes[-1] if report.sizes else None,
-        "calls": dict(report.calls),
-        "steps": [report.steps, report.of_steps],
-        "layers": [{**{k: getattr(plan, k) for k in _TOLD}, "count": n} for plan, n in report.layers],
-        "models": report.models,
-        "pace": asdict(report.pace),
-        "closeness": None if report.closeness is None else asdict(report.closeness),
-        "plan": tuned_in_words(report.made) if report.made is not None and report.made.tuning else "",
-        "tuned": report.tuned,
-        "obstacles": [report.obstacle] if report.obstacle else [],
-        "notes": dict(report.notes),
-    }
 
 
 _UNKNOWN = Status().as_dict()

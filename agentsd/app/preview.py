@@ -13,9 +13,9 @@ from ..checks import SettingError
 from ..methods import LayerPlan
 from ..settings.idle import idle
 from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.schema import BY_NAME, DEFAULTS, HIRES, SETTINGS, check, labelled
-from ..words import percent
-from .decision import USUAL, Decision, Hint, Program, SamplingPass, decide, is_left_out
+from ..settings.schema import BY_NAME, DEFAULTS, SETTINGS, check, is_left_out, labelled
+from ..words import counted, percent
+from .decision import USUAL, Decision, Hint, Program, SamplingPass, decide
 
 # Help of the panel's controls that are no settings, by the name in their element id
 _HELP = {
@@ -38,6 +38,7 @@ def page_data() -> dict[str, Any]:
     }
 
 
+_BESIDE_A_TUNING = ("enabled", "fp32", "passes", "tuning")  # settings that have an effect there
 # What a line tells, by which the page marks it
 ACTS, SLOWER, NOTHING, WRONG, NOTE = "acts", "slower", "nothing", "wrong", "note"
 
@@ -57,18 +58,12 @@ class Line:
     def to_dict(self) -> dict[str, str]:
         """Convert the line to full sentences for the page."""
         clauses = (self.text,) if isinstance(self.text, str) else self.text
-        text = " ".join(f"{clause[0].upper()}{clause[1:]}." for clause in clauses if clause)
+        text = " ".join(map(_sentence, filter(None, clauses)))
         return {"text": text, "hint": "" if self.hint is None else sentence(self.hint), "state": self.state}
 
 
 def preview(values: Mapping[str, Any], passes: Sequence[SamplingPass], rows: int, program: Program) -> dict[str, Any]:
-    """Make the preview of the settings.
-
-    Args:
-        values: settings by name; missing ones and None give the default.
-        passes: the sampling passes that the page would make.
-        rows: rows of the U-Net's batch.
-        program: the program that shows the panel.
+    """Make the preview of settings by name, missing ones and None at their defaults; the rest is as for `decide`.
 
     Returns:
         {"lines": [{"text", "hint", "state"}, …], "preset": name, "model": whether one is loaded, "idle": why controls
@@ -88,8 +83,7 @@ def preview(values: Mapping[str, Any], passes: Sequence[SamplingPass], rows: int
             decisions = [decide(checked, sampling, rows, program) for sampling in passes]
             lines = _lines(decisions, checked, program)
             tuned = bool(decisions) and all(made.tuning is not None for made in decisions)
-            beside = ("enabled", "fp32", "passes", "tuning")
-            others = [row.name for row in SETTINGS if not row.local and row.name not in beside]
+            others = [row.name for row in SETTINGS if not row.local and row.name not in _BESIDE_A_TUNING]
             no_effect = dict.fromkeys(others, "No effect beside the tuning that is used.") if tuned else idle(checked)
     return {
         "lines": [line.to_dict() for line in lines],
@@ -105,11 +99,9 @@ def preview(values: Mapping[str, Any], passes: Sequence[SamplingPass], rows: int
 
 def _lines(decisions: Sequence[Decision], values: Mapping[str, Any], program: Program) -> list[Line]:
     lines = [line_of(made, values) for made in decisions if not is_left_out(values, made.sampling.hires)]
-    if not lines:  # the user excluded every pass
-        lines = [line_of(made, values) for made in decisions[:1]]
-        if values["passes"] == HIRES:
-            hint = Hint("only the hires pass is chosen, and there is none", ("passes",))
-            lines = [replace(line, hint=hint) for line in lines]
+    if not lines and decisions:
+        hint = Hint("only the hires pass is chosen, and there is none", ("passes",))
+        lines = [replace(line_of(decisions[0], values), hint=hint)]
     lines += [
         Line(f"{made.sampling}: made with {made.sampling.checkpoint}, so figures are those of the loaded checkpoint")
         for made in decisions
@@ -122,12 +114,13 @@ def _lines(decisions: Sequence[Decision], values: Mapping[str, Any], program: Pr
 
 def sentence(hint: Hint) -> str:
     """Word a hint, naming the controls to change by their labels."""
-    if not hint.text:
-        return ""
     labels = [f"“{BY_NAME[name].label if name in BY_NAME else name}”" for name in hint.remedy]
     change = f" Change {' or '.join(labels)}." if labels else ""
-    text = labelled(hint.text)
-    return f"{text[0].upper()}{text[1:]}.{change}"
+    return f"{_sentence(labelled(hint.text))}{change}" if hint.text else ""
+
+
+def _sentence(clause: str) -> str:
+    return f"{clause[0].upper()}{clause[1:]}."
 
 
 # Words of a pass, for the last run as well
@@ -148,10 +141,7 @@ def line_of(made: Decision, values: Mapping[str, Any]) -> Line:
 
 
 def tuned_in_words(made: Decision) -> str:
-    """Say what a pass's tuning keeps to, as in "tuned, U-Net output within 2% (deviation 1.7% measured)".
-
-    Where the pass differs from what was tuned on, that is said as well.
-    """
+    """Say what a tuning keeps to, as in "tuned, U-Net output within 2% (deviation 1.7% measured)", and its doubts."""
     plan = made.tuning.plan
     reached = f" (deviation {plan.reached})" if plan.reached else ""
     doubts = f", but {made.doubts}" if made.doubts else ""
@@ -159,7 +149,7 @@ def tuned_in_words(made: Decision) -> str:
 
 
 def layers_in_words(layers: Iterable[tuple[LayerPlan, int]]) -> str:
-    words = (f"{plan.method.words(plan)} in {n} layer{'' if n == 1 else 's'}" for plan, n in layers)
+    words = (f"{plan.method.words(plan)} in {counted(n, 'layers')}" for plan, n in layers)
     return ", ".join(words) or "tokens merged outside self-attention"
 
 
@@ -175,15 +165,16 @@ def _gain(made: Decision, total: int) -> tuple[str, str]:
     tuning, timing = made.tuning, made.timing
     if tuning is not None and (timing is None or timing.layers):
         return tuning.plan.gain, _speed(tuning.speed_up)[1] if tuning.speed_up else ACTS
+    measured = f"; measured here: {timing.words()}" if timing else ""
     if timing is not None and not timing.layers:
-        share = 1.0 if not total else made.steps / total
+        share = made.steps / total if total else 1.0
         words, state = _speed(1 / (1 - share + share / timing.gain))
-        return f"{words}; measured here: {timing.words()}", state
-    if timing is not None and timing.slower:
-        return f"slower than without; measured here: {timing.words()}", SLOWER
-    words, state = _speed(1 / made.share, "about ")
-    words += f" by FLOPs, at most {1 / made.least:.2f}×" if state == ACTS else " by FLOPs"
-    return f"{words}; measured here: {timing.words()}" if timing else words, state
+    elif timing is not None and timing.slower:
+        words, state = "slower than without", SLOWER
+    else:
+        words, state = _speed(1 / made.share, "about ")
+        words += f" by FLOPs, at most {1 / made.least:.2f}×" if state == ACTS else " by FLOPs"
+    return words + measured, state
 
 
 def _speed(gain: float, about: str = "") -> tuple[str, str]:

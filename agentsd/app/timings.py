@@ -1,4 +1,4 @@
-"""Seconds of passes with and without agents: of the last run, and what was measured here before.
+"""Seconds of U-Net calls with and without agents: in the last run, and as they were measured here before.
 
 On an accelerator the first pass of its kind times its own layers (`agentsd.Patch.measure`). On a CPU the seconds of
 ordinary U-Net calls do, with and without.
@@ -7,10 +7,10 @@ ordinary U-Net calls do, with and without.
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,19 +29,31 @@ def changed(calls: Mapping[str, int]) -> int:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Median seconds per U-Net call of a pass, with the sampler's own work; None if there was no such call."""
+class Timing:
+    """Median seconds of a U-Net call with the sampler's own work, or of the changed layers' self-attention in it."""
 
-    patched: float | None = None  # over the calls in which some self-attention was changed
-    untouched: float | None = None  # over the others
+    patched: float | None = None  # with agents; None if there was no such call
+    untouched: float | None = None  # without
+    layers: bool = False  # whether it is of the layers alone
 
     @property
     def slower(self) -> bool:
-        """Whether patched calls took clearly longer than the others."""
-        return None not in (self.patched, self.untouched) and self.patched > CLEARLY * self.untouched
+        """Whether calls with agents took clearly longer."""
+        known = self.patched is not None and self.untouched is not None
+        return known and self.patched > (1.0 if self.layers else CLEARLY) * self.untouched
+
+    @property
+    def gain(self) -> float:
+        """Seconds without / seconds with; requires both."""
+        return self.untouched / self.patched
 
     def words(self) -> str:
-        """Describe the pace, as in "0.41 s per U-Net call with, 0.52 s without"; empty if nothing was timed."""
+        """Describe both, such as "410 → 330 ms per U-Net call"; requires them."""
+        full, ours = (f"{1000 * s:{'.0f' if s >= 0.01 else '.2g'}}" for s in (self.untouched, self.patched))
+        return f"{'self-attention ' * self.layers}{full} → {ours} ms per U-Net call"
+
+    def last_words(self) -> str:
+        """Describe what is known of a run, such as "0.41 s per U-Net call with, 0.52 s without"; empty if nothing."""
         timed = [(name, s) for name, s in (("with", self.patched), ("without", self.untouched)) if s is not None]
         told = ", ".join(f"{s:.{2 if s >= 0.1 else 3}f} s {name}" for name, s in timed)
         return told.replace(" s ", " s per U-Net call ", 1)
@@ -51,9 +63,7 @@ class StepClock:
     """Timer of U-Net calls, from one to the next by the clock `now`, without waiting for a device that lags behind."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
-        self._begun: float | None = None
-        self._count = 0
+        self._now, self._begun, self._count = now, None, 0
         self._laps: dict[bool, list[float]] = {True: [], False: []}
 
     def lap(self, count: int = 0) -> None:
@@ -63,83 +73,52 @@ class StepClock:
             self._laps[count > self._count].append(now - self._begun)
         self._begun, self._count = now, count
 
-    def pace(self, skip: int = 0) -> Pace:
-        """Return the pace so far, without the first `skip` calls of each kind, which load what they need."""
-        laps = (self._laps[key][skip:] for key in (True, False))
-        return Pace(*(statistics.median(of_kind) if of_kind else None for of_kind in laps))
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per U-Net call that were measured here."""
-
-    patched: float  # with agents
-    untouched: float  # without
-    layers: bool = False  # whether they are those of the changed layers' self-attention alone
-
-    @property
-    def slower(self) -> bool:
-        return self.patched > (1.0 if self.layers else CLEARLY) * self.untouched
-
-    @property
-    def gain(self) -> float:
-        """Seconds without / seconds with."""
-        return self.untouched / self.patched
-
-    def words(self) -> str:
-        """Describe both, such as "410 → 330 ms per U-Net call"."""
-        what = "self-attention " if self.layers else ""
-        ours, full = (f"{1000 * s:{'.0f' if s >= 0.01 else '.2g'}}" for s in (self.patched, self.untouched))
-        return f"{what}{full} → {ours} ms per U-Net call"
+    def pace(self, skip: int = 0) -> Timing:
+        """Return the seconds so far, without the first `skip` calls of each kind, which load what they need."""
+        return Timing(*(median(laps[skip:]) if laps[skip:] else None for laps in self._laps.values()))
 
 
 def case_of(unet: nn.Module, checkpoint: str, latent: tuple[int, int], rows: int) -> str:
     """Describe what the seconds of a U-Net call depend on beside the settings."""
-    weight = weight_of(unet)
+    weight, (height, width) = weight_of(unet), latent
     device = weight.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    height, width = latent
     return f"{checkpoint} {width}x{height} {rows} {weight.dtype} {name} torch {torch.__version__}"
 
 
 class Timings:
-    """Seconds kept in a host's cache. What is damaged there counts as absent.
+    """Seconds kept in a host's cache, by (case, settings); full attention has no settings, "".
 
     Args:
-        open_section: opens a section of it by its name and a default, a mapping of texts to JSON types.
+        open_section: opens a section of it by its name, a mapping of texts to JSON types. What is damaged there counts
+            as absent.
     """
 
-    def __init__(self, open_section: Callable[[str, dict[str, Any]], MutableMapping[str, Any]]) -> None:
+    def __init__(self, open_section: Callable[[str], MutableMapping[str, Any]]) -> None:
         self._open = open_section
 
     def find(self, key: tuple[str, str]) -> Timing | None:
         """Return what was measured of passes with this case and settings; None if not both are known."""
-        layers = self._read(key, "layers")
+        layers, ours, full = self._read(*key, "layers"), self._read(*key), self._read(key[0])
         if len(layers) == 2:
-            return Timing(layers[0], layers[1], layers=True)
-        with_, without = self._read(key, "calls"), self._read((key[0], ""), "calls")
-        return Timing(statistics.median(with_), statistics.median(without)) if with_ and without else None
+            return Timing(*layers, layers=True)
+        return Timing(median(ours), median(full)) if ours and full else None
 
     def put_layers(self, key: tuple[str, str], patched: float, untouched: float) -> None:
         """Keep the seconds of the changed layers in a U-Net call."""
-        self._write(key, "layers", [patched, untouched])
+        self._open(SECTION)[_text(*key, "layers")] = [patched, untouched]
 
     def add_calls(self, key: tuple[str, str], patched: float | None, untouched: float | None) -> None:
         """Keep the seconds of a U-Net call in a run; None where there was no such call."""
-        for at, seconds in ((key, patched), ((key[0], ""), untouched)):
+        for settings, seconds in ((key[1], patched), ("", untouched)):
             if seconds is not None:
-                self._write(at, "calls", [*self._read(at, "calls"), seconds][-_RUNS:])
+                self._open(SECTION)[_text(key[0], settings)] = [*self._read(key[0], settings), seconds][-_RUNS:]
 
-    def _read(self, key: tuple[str, str], kind: str) -> list[float]:
-        found = self._open(SECTION, {}).get(_text(key))
-        seconds = found.get(kind) if isinstance(found, dict) else None
+    def _read(self, *key: str) -> list[float]:
+        seconds = self._open(SECTION).get(_text(*key))
         valid = isinstance(seconds, list) and all(isinstance(s, float) and s > 0 for s in seconds)
         return seconds if valid else []
 
-    def _write(self, key: tuple[str, str], kind: str, seconds: list[float]) -> None:
-        self._open(SECTION, {})[_text(key)] = {kind: seconds}
 
-
-def _text(key: tuple[str, str]) -> str:
-    case, settings = key
-    return f"{case} {hashlib.sha1(settings.encode()).hexdigest()[:16] if settings else 'without'}"
+def _text(case: str, settings: str = "", of: str = "calls") -> str:
+    return f"{case} {hashlib.sha1(settings.encode()).hexdigest()[:16] if settings else 'without'} {of}"

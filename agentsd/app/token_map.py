@@ -1,31 +1,32 @@
-"""The token map: which tokens of the last image were merged, and where its agents sat.
+"""The token map: which tokens of the last image were merged, where its agents sat, and which cells a window opened.
 
-The map shows the clusters that were actually used: they are copied during generation, if recording is on, and never
-recomputed.
+The map shows the clusters and cells that were actually used: they are copied during generation, if recording is on, and
+never recomputed.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from ..attention.corrected import Axis
 from ..attention.grid import Grid
 from ..attention.merging import Clusters
 from ..methods import LayerPlan
 from ..patching.call import Answer
 from .decision import fraction
 
-# Label of the checkbox that turns on recording
-RECORD = "Record tokens for the map"
-# In each pass, one U-Net call is kept per 1/MOMENTS of the diffusion
-MOMENTS = 20
+RECORD = "Record tokens for the map"  # label of the checkbox that turns on recording
+MOMENTS = 20  # in each pass, one U-Net call is kept per 1/MOMENTS of the diffusion
 SMALLEST, LARGEST = 768, 1536  # longer side of a map, in pixels
 FILL = 0.5  # how much of a merged token's colour covers the image
 SHADE = 0.35  # how strongly the lines between cells darken it
+OPEN = (255, 140, 0)  # colour of opened cells
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Layer:
     merged: np.ndarray | None = None  # merge cluster of each token (N,); None if no token was merged
     agents: np.ndarray | None = None  # agent cluster of each token (N,); None if agents are no means over clusters
     dst: np.ndarray | None = None  # destination tokens (N_dst,): dst[i] belongs to cluster i; None without clusters
+    opened: np.ndarray | None = None  # share of the heads that open a cell (windows, cells); None if none was opened
 
     def agent_tokens(self) -> np.ndarray:
         """List the token at which each similarity agent sits: the destination of its cluster, or its only token."""
@@ -72,23 +74,17 @@ class Recording:
         moments: set[int | None] = set()
         seen, record = None, None
 
-        def begun(answer: Answer) -> Call | None:
-            """Record the U-Net call that has begun, unless its moment is recorded."""
-            if latent is not None and answer.latent != latent:
-                self.parts = True
-                return None
-            progress = answer.call.progress
-            moment = None if progress is None else int(MOMENTS * progress)
-            if moment in moments:
-                return None
-            moments.add(moment)
-            self.calls.append(Call(hires, answer.latent, progress))
-            return self.calls[-1]
-
         def observe(answer: Answer) -> None:
             nonlocal seen, record
-            if answer.call is not seen:
-                seen, record = answer.call, begun(answer)
+            if answer.call is not seen:  # a U-Net call has begun
+                seen, record, progress = answer.call, None, answer.call.progress
+                moment = None if progress is None else int(MOMENTS * progress)
+                if latent not in (None, answer.latent):
+                    self.parts = True
+                elif moment not in moments:
+                    moments.add(moment)
+                    record = Call(hires, answer.latent, progress)
+                    self.calls.append(record)
             if record is not None:
                 record.layers.append(_layer_of(answer))
 
@@ -96,12 +92,16 @@ class Recording:
 
 
 def _layer_of(answer: Answer) -> Layer:
-    matching = answer.matching
+    matching, cells = answer.matching, None
+    if answer.chosen:
+        chosen = torch.cat(answer.chosen, dim=1).cpu().numpy()  # (windows, heads, opened)
+        count = answer.plan.agents
+        cells = np.stack([np.bincount(each.ravel(), minlength=count) for each in chosen]) / chosen.shape[1]
     if matching is None:
-        return Layer(answer.name, answer.size, answer.plan)
+        return Layer(answer.name, answer.size, answer.plan, opened=cells)
     dst = None if matching.dst is None else matching.dst.cpu().numpy()
     clusters = _first_row(matching.merged), _first_row(matching.agents)
-    return Layer(answer.name, answer.size, answer.plan, *clusters, dst)
+    return Layer(answer.name, answer.size, answer.plan, *clusters, dst, cells)
 
 
 def _first_row(clusters: Clusters | None) -> np.ndarray | None:
@@ -115,69 +115,62 @@ def _first_row(clusters: Clusters | None) -> np.ndarray | None:
 # Drawing
 
 
-@dataclass(frozen=True)
-class _Raster:
-    """Placement of a token grid on a map, in pixels of the map."""
-
-    size: tuple[int, int]  # (height, width) of the grid in tokens
-    side: tuple[float, ...]  # (height, width) of a token
-    origin: tuple[float, ...]  # (top, left) of the first token; outside the map if the image is a crop
-    shape: tuple[int, int]  # (height, width) of the map
-
-    def places(self, axis: int) -> np.ndarray:
-        """Return the token row (axis 0) or column (axis 1) of each row or column of pixels."""
-        middle = np.arange(self.shape[axis]) + 0.5
-        return np.clip((middle - self.origin[axis]) // self.side[axis], 0, self.size[axis] - 1).astype(np.int64)
-
-    def middle(self, axis: int, first: float, last: float) -> float:
-        """Return the middle of tokens `first` to `last`, excluding `last`, as far as they lie on the image."""
-        low, high = (self.origin[axis] + edge * self.side[axis] for edge in (first, last))
-        return (max(low, 0.0) + min(high, float(self.shape[axis]))) / 2
-
-
-def _raster(layer: Layer, latent: tuple[int, int], shape: tuple[int, int]) -> _Raster:
-    """Place the layer's tokens on a map.
+def _placed(layer: Layer, latent: tuple[int, int], shape: tuple[int, int]) -> list[tuple[float, float]]:
+    """Return where the first token begins along each axis of a map (height, width), and the side of a token, in pixels.
 
     A layer at level d has one token per d × d positions of the latent; the last one may extend beyond it. An image with
     another aspect ratio than the latent is its middle: the host crops it between the first and the hires pass.
     """
-    scale = max(shape[0] / latent[0], shape[1] / latent[1])
-    origin = tuple((side - scale * length) / 2 for side, length in zip(shape, latent, strict=True))
-    level = Grid(*latent).level_of(layer.size)
-    if Grid(*latent).at(level) == layer.size:
-        side: tuple[float, ...] = (scale * level, scale * level)
+    grid, scale = Grid(*latent), max(shape[0] / latent[0], shape[1] / latent[1])
+    level = grid.level_of(layer.size)
+    if grid.at(level) == layer.size:
+        sides = [float(level), float(level)]
     else:  # something shrinks the latent inside the U-Net
-        side = tuple(scale * length / count for length, count in zip(latent, layer.size, strict=True))
-    return _Raster(layer.size, side, origin, shape)
+        sides = [length / count for length, count in zip(latent, layer.size, strict=True)]
+    return [((shape[axis] - scale * latent[axis]) / 2, scale * sides[axis]) for axis in (0, 1)]
 
 
-def draw(image: Image.Image, layer: Layer, latent: tuple[int, int]) -> Image.Image:
+def draw(
+    image: Image.Image, layer: Layer, latent: tuple[int, int], place: Sequence[float] | None = None
+) -> Image.Image:
     """Draw the map of one layer over the image.
 
     Tokens of one colour belong to one cluster; unclustered tokens stay grey, and so does the image underneath, so that
     no colour comes from it. Dots are agents, or sampled keys; thin lines bound their cells. `latent` is the
-    (height, width) of that which the layer belongs to.
+    (height, width) of that which the layer belongs to. At a `place` (x, y) of the map, in pixels, the window is
+    outlined, and the cells that it opens are tinted.
     """
     longer = max(image.size)  # tokens are to be distinguishable, on a page that is no larger than needed
     factor = -(-SMALLEST // longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
-    canvas = image.convert("RGB").resize(
-        [max(1, round(factor * side)) for side in image.size], Image.Resampling.LANCZOS
+    sides = [max(1, round(factor * side)) for side in image.size]
+    canvas = image.convert("RGB").resize(sides, Image.Resampling.LANCZOS)
+    shape = canvas.height, canvas.width
+    axes = list(zip(shape, layer.size, _placed(layer, latent, shape), strict=True))
+    rows, columns = (  # the token of each row and column of pixels
+        np.clip((np.arange(n) + 0.5 - origin) // side, 0, count - 1).astype(int) for n, count, (origin, side) in axes
     )
-    raster = _raster(layer, latent, (canvas.height, canvas.width))
-    rows, columns = raster.places(0), raster.places(1)
+    rows = rows[:, None]
     index = layer.agents if layer.merged is None else layer.merged
     pixels: np.ndarray = np.asarray(canvas if index is None else canvas.convert("L").convert("RGB"), dtype=np.float32)
     if index is not None:
-        pixels = _coloured(pixels, index.reshape(layer.size)[rows][:, columns], index)
+        pixels = _coloured(pixels, index.reshape(layer.size)[rows, columns], index)
     if layer.plan.cell is not None:
-        rows, columns = rows // layer.plan.cell[0], columns // layer.plan.cell[1]
-        lines = _edges(rows[:, None] * (columns.max() + 1) + columns[None, :])
-        pixels = pixels * (1 - SHADE * lines[..., None])
+        y, x = map(Axis, layer.size, layer.plan.cell)
+        cells = rows // y.cell * x.cells + columns // x.cell
+        pixels = pixels * (1 - SHADE * _edges(cells)[..., None])
+        if place is not None and layer.opened is not None:
+            windows = rows // y.tile * x.windows + columns // x.tile
+            window = windows[tuple(int(np.clip(at, 0, n - 1)) for at, n in zip(place[::-1], shape, strict=True))]
+            tint = np.maximum(FILL * layer.opened[window][cells], _edges(windows == window))
+            pixels = pixels + tint[..., None] * (np.array(OPEN) - pixels)
     picture = Image.fromarray(pixels.round().astype(np.uint8))
-    radius, brush = max(2.0, 0.3 * min(raster.side)), ImageDraw.Draw(picture)
-    for top, left, bottom, right in layer.plan.method.marks(layer.plan, *layer.size, layer.agent_tokens().tolist()):
-        y, x = raster.middle(0, top, bottom), raster.middle(1, left, right)
-        brush.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black")
+    radius, brush = max(2.0, 0.3 * min(side for _, _, (_, side) in axes)), ImageDraw.Draw(picture)
+    for top, left, *ends in layer.plan.method.marks(layer.plan, *layer.size, layer.agent_tokens().tolist()):
+        y0, x0 = (  # the middle of what lies on the image
+            (max(origin + first * side, 0) + min(origin + last * side, n)) / 2
+            for first, last, (n, _, (origin, side)) in zip((top, left), ends, axes, strict=True)
+        )
+        brush.ellipse((x0 - radius, y0 - radius, x0 + radius, y0 + radius), fill="white", outline="black")
     return picture
 
 
@@ -212,29 +205,30 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", 
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def caption(call: Call, number: int) -> str:
-    """Describe the map of layer `number` (from 1) of a call in a few sentences."""
+def caption(call: Call, number: int, place: Sequence[float] | None = None) -> str:
+    """Describe the map of layer `number` (from 1) of a call, or of a `place` there, in a few sentences."""
     layer = call.layers[number - 1]
-    plan, (height, width) = layer.plan, layer.size
+    plan, merged = layer.plan, layer.merged is not None
+    averaged = not merged and layer.agents is not None
     progress = "" if call.progress is None else f", {fraction(call.progress)} of the diffusion done"
+    which = "Click on a window to see which." if place is None else "Tinted: those of the outlined window."
     told = [
-        f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}: "
-        f"{place(call, number)}, {width}×{height} tokens."
+        (True, f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}:"),
+        (True, f"{place_of(call, number)}, {Grid(*layer.size)} tokens."),
+        (
+            merged,
+            f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left grey",
+        ),
+        (merged, "stayed by themselves."),
+        (True, plan.method.caption(plan)),
+        (layer.opened is not None, which),
+        (averaged, "Tokens of one colour were averaged into one agent; a token left grey is one itself."),
+        (not merged, "No token was merged."),
     ]
-    if layer.merged is not None:
-        told.append(
-            f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left grey "
-            f"stayed by themselves."
-        )
-    told.append(plan.method.caption(plan))
-    if layer.merged is None and layer.agents is not None:
-        told.append("Tokens of one colour were averaged into one agent; a token left grey is one itself.")
-    if layer.merged is None:
-        told.append("No token was merged.")
-    return " ".join(filter(None, told))
+    return " ".join(text for holds, text in told if holds and text)
 
 
-def place(call: Call, number: int) -> str:
+def place_of(call: Call, number: int) -> str:
     """Say where layer `number` (from 1) of a call is in the U-Net, such as "down 1, first of two"."""
     places = []
     for layer in call.layers:
@@ -267,11 +261,18 @@ UNRECORDED = f"No record was kept of the last image's tokens. Tick “{RECORD}�
 FOREIGN = "This image was made by another page or the API."
 
 
-def view(recording: Recording | None, call: int, layer: int, outcome: str, foreign: bool = False) -> View:
+def view(
+    recording: Recording | None,
+    call: int,
+    layer: int,
+    outcome: str,
+    foreign: bool = False,
+    place: Sequence[float] | None = None,
+) -> View:
     """Show the map of one layer at one call; both numbers count from 1 and are clamped to the available range.
 
     `outcome` is the status line of the last run, which gives the reason if nothing was changed; `foreign` says that
-    somebody else made the image than the one who looks at the map.
+    somebody else made the image than the one who looks at the map; `place` is where that one clicked: see `draw`.
     """
     if recording is None:
         return View(None, UNRECORDED)
@@ -286,5 +287,5 @@ def view(recording: Recording | None, call: int, layer: int, outcome: str, forei
     layers = len(record.layers)
     layer = min(max(1, layer), layers)
     shown = record.layers[layer - 1]
-    text = f"{FOREIGN} {caption(record, layer)}" if foreign else caption(record, layer)
-    return View(draw(recording.image, shown, record.latent), text, shown.name, call, calls, layer, layers)
+    text = f"{FOREIGN} " * foreign + caption(record, layer, place)
+    return View(draw(recording.image, shown, record.latent, place), text, shown.name, call, calls, layer, layers)

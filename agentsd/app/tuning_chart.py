@@ -7,10 +7,9 @@ nor a WebUI.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..attention.grid import Grid
 from ..settings import tunings
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
 HEAD = ("Pass", "Size", "Made with", "U-Net call", "Speed", "Peak memory", "Asked", "Deviation")
 NAMES = {tunings.FIRST: "First pass", tunings.HIRES: "Hires pass", tunings.IMG2IMG: "img2img"}
 _WIDTH, _HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 26, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 444, 26, 210  # of the area between the axes
 _TICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, math.inf)
 _LINE, _LETTER = 13, 6.2  # height of a label, and width of its letters
 _STYLE = (
     "text{font:11px sans-serif}.agent-attention-grid{stroke:#ddd}.agent-attention-frontier{fill:none;stroke:#2563eb;"
@@ -66,15 +66,10 @@ def row(kept: Kept) -> list[str]:
     """Format a tuning as a row under `HEAD`."""
     tuning, plan = kept.tuning, kept.tuning.plan
     made_with = ", ".join(f"{name} {value}" for name, value in tuning.conditions.items() if value and name != "pass")
-    times = (tuning.seconds_full, tuning.seconds) if plan.acts and plan.timed else ()
-    cells = [
-        made_with,
-        " → ".join(f"{1000 * seconds:.0f}" for seconds in times if seconds) + ("\u00a0ms" if times else ""),
-        plan.gain,
-        mebibytes(tuning.peak_full, plan.peak),
-        percent(tuning.tolerance),
-        plan.reached,
-    ]
+    times = [tuning.seconds_full, tuning.seconds] if plan.acts and plan.timed else []
+    seconds = " → ".join(f"{1000 * each:.0f}" for each in times if each) + ("\u00a0ms" if times else "")
+    memory, asked = mebibytes(tuning.peak_full, plan.peak), percent(tuning.tolerance)
+    cells = (made_with, seconds, plan.gain, memory, asked, plan.reached)
     return [NAMES[kept.of], str(Grid(*tuning.size).pixels), *(cell or "–" for cell in cells)]
 
 
@@ -100,25 +95,32 @@ def chart(tuning: Tuning, presets: Sequence[PresetPoint] = ()) -> str:
     if not marks:
         return ""
     axes = _Axes(marks)
-    line = " ".join(f"{axes.x(m.deviation):.1f},{axes.y(m.speed_up):.1f}" for m in marks if m.kind != "preset")
+    points = [(m, axes.x(m.deviation), axes.y(m.speed_up)) for m in marks]
+    line = " ".join(f"{x:.1f},{y:.1f}" for m, x, y in points if m.kind != "preset")
+    dots = (_tag("circle", m.kind, cx=x, cy=y, r=6 if m.kind == "chosen" else 4) for m, x, y in points)
     told = ", ".join(f"{m.label} at {percent(m.deviation)}" for m in marks)
-    dots = (
-        f'<circle class="agent-attention-{m.kind}" cx="{axes.x(m.deviation):.1f}" cy="{axes.y(m.speed_up):.1f}" '
-        f'r="{6 if m.kind == "chosen" else 4}"/>'
-        for m in marks
-    )
-    drawn = [*axes.drawn(), f'<polyline class="agent-attention-frontier" points="{line}"/>', *dots]
-    return (
-        f'<svg class="agent-attention-chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(f"Speed-up over deviation. {told}", quote=True)}">'
-        f"{''.join([*drawn, *_labels(axes, marks)])}</svg>"
-    )
+    drawn = "".join([*axes.drawn(), _tag("polyline", "frontier", points=line), *dots, *_labels(points)])
+    about = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img", "aria-label": f"Speed-up over deviation. {told}"}
+    return _tag("svg", "chart", drawn, **about)
 
 
 def standalone(svg: str) -> str:
     """Make a file of its own of a chart."""
     styled = svg.replace(">", f"><style>{_STYLE}</style>", 1)
     return styled.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def _tag(name: str, kind: str = "", inside: str = "", **attributes: Any) -> str:
+    """Make an element of a class of ours; numbers have one decimal."""
+    given = {"class": f"agent-attention-{kind}"} if kind else {}
+    given |= {key: f"{value:.1f}" if isinstance(value, float) else value for key, value in attributes.items()}
+    written = "".join(f' {key}="{escape(str(value))}"' for key, value in given.items())
+    return f"<{name}{written}>{inside}</{name}>"
+
+
+def _text(x: float, y: float, text: str, anchor: str, strong: bool = False) -> str:
+    style = {"text-anchor": anchor, "font-weight": 700 if strong else 400}
+    return _tag("text", "", escape(text), x=x, y=y, **style)
 
 
 class _Axes:
@@ -133,60 +135,38 @@ class _Axes:
 
     def x(self, deviation: float) -> float:
         share = math.log(max(deviation, self.low) / self.low) / math.log(self.high / self.low)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + share * (_RIGHT - _LEFT)
 
     def y(self, speed_up: float) -> float:
-        share = (speed_up - self.slowest) / (self.fastest - self.slowest)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        return _BOTTOM - (speed_up - self.slowest) / (self.fastest - self.slowest) * (_BOTTOM - _TOP)
 
-    def drawn(self) -> list[str]:
-        bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-        parts = [_text(_LEFT - 6, _TOP - 12, "speed, without = 1×", "start")]
-        for value in (tick for tick in _TICKS if self.low <= tick <= self.high):
-            x = self.x(value)
-            parts += [_line(x, x, _TOP, bottom), _text(x, bottom + 14, percent(value), "middle")]
-        for value in _steps(self.slowest, self.fastest):
-            y = self.y(value)
-            parts += [_line(_LEFT, right, y, y), _text(_LEFT - 6, y + 4, f"{value:g}×", "end")]
-        return [*parts, _text((_LEFT + right) / 2, _HEIGHT - 8, "deviation of the U-Net's output", "middle")]
-
-
-def _line(x1: float, x2: float, y1: float, y2: float) -> str:
-    return f'<line class="agent-attention-grid" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+    def drawn(self) -> Iterator[str]:
+        yield _text(_LEFT - 6, _TOP - 12, "speed, without = 1×", "start")
+        for x, value in ((self.x(tick), tick) for tick in _TICKS if self.low <= tick <= self.high):
+            yield _tag("line", "grid", x1=x, x2=x, y1=_TOP, y2=_BOTTOM)
+            yield _text(x, _BOTTOM + 14, percent(value), "middle")
+        step = next(step for step in _STEPS if (self.fastest - self.slowest) / step <= 6)  # three to six lines
+        for i in range(math.ceil(self.slowest / step), int(self.fastest / step) + 1) if step < math.inf else ():
+            y = self.y(step * i)
+            yield _tag("line", "grid", x1=_LEFT, x2=_RIGHT, y1=y, y2=y)
+            yield _text(_LEFT - 6, y + 4, f"{round(step * i, 4):g}×", "end")
+        yield _text((_LEFT + _RIGHT) / 2, _HEIGHT - 8, "deviation of the U-Net's output", "middle")
 
 
-def _steps(low: float, high: float) -> list[float]:
-    """Choose three to six round values between two speeds."""
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, math.inf) if (high - low) / s <= 6)
-    return [] if math.isinf(step) else [round(step * i, 4) for i in range(math.ceil(low / step), int(high / step) + 1)]
-
-
-def _labels(axes: _Axes, marks: Sequence[_Mark]) -> Iterable[str]:
+def _labels(points: Sequence[tuple[_Mark, float, float]]) -> Iterator[str]:
     """Write each label beside its point where it covers no other, a plan's below it, since the line rises from it."""
-    points = [(axes.x(m.deviation), axes.y(m.speed_up)) for m in marks]
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
-    for mark, (x, y) in sorted(zip(marks, points, strict=True), key=lambda marked: marked[0].kind == "preset"):
-        width = _LETTER * len(mark.label)
-        sides = [("start", x + 9, x + 9 + width), ("end", x - 9 - width, x - 9)]
-        shifts = range(4, 60, 9) if mark.kind == "preset" else range(_LINE, 60, 9)
-        places = [
-            (anchor, down, (left, y + down - 9, right, y + down + 2))
-            for down in shifts
-            for anchor, left, right in sides
-            if (anchor == "end" or right < _WIDTH)
-            and (mark.kind == "preset" or anchor == "start" or x + width > _WIDTH)
-        ]
-        free = (place for place in places if not any(map(partial(_overlap, place[2]), taken)))
-        anchor, down, box = next(free, places[0])
+    taken = [(x - 6, y - 6, x + 6, y + 6) for _, x, y in points]
+    for mark, x, y in sorted(points, key=lambda point: point[0].kind == "preset"):
+        width, first = _LETTER * len(mark.label), 4 if mark.kind == "preset" else _LINE
+        fits = x + 9 + width < _WIDTH
+        left = x + 9 if fits else x - 9 - width
+        boxes = [(left, y + down - 9, left + width, y + down + 2) for down in range(first, 60, 9)]
+        box = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), boxes[0])
         taken.append(box)
-        yield _text(x + 9 if anchor == "start" else x - 9, y + down, mark.label, anchor, strong=mark.kind == "chosen")
+        anchored = (left, "start") if fits else (x - 9, "end")
+        yield _text(anchored[0], box[3] - 2, mark.label, anchored[1], mark.kind == "chosen")
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two boxes (left, top, right, bottom) have a point in common."""
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _text(x: float, y: float, text: str, anchor: str, strong: bool = False) -> str:
-    weight = ' font-weight="700"' if strong else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'

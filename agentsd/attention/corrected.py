@@ -40,6 +40,7 @@ def corrected_attention(
     cell: tuple[int, int],
     opened: int = 0,
     text: tuple[Tensor, ...] | None = None,
+    chosen: list[Tensor] | None = None,
 ) -> Tensor:
     """Attend to the keys of `opened` cells, and to one landmark of each other cell, with values fitted at the agents.
 
@@ -67,6 +68,7 @@ def corrected_attention(
         cell: (height, width) of a cell in tokens.
         opened: number of cells that each window opens, from 0 to the number of cells.
         text: further keys and values (B, H, T, d) that every query attends to in full.
+        chosen: takes the cells that windows of the first row open, (windows, heads, opened), some heads at a time.
 
     Returns:
         (B, H, N, d). Only P exists as a matrix, some heads at a time; the fit is float32 whatever the tensors are.
@@ -74,6 +76,7 @@ def corrected_attention(
     given = (q, k, v, *(text or ()))
     at = _layout(q, size, cell, opened, text[0].shape[2] if text else 0)
     scratch = _Scratch(given)
+    scratch.chosen = chosen
     (B, H, N, d), (rows, heads) = q.shape, scratch.pairs(q)
     try:
         with no_autocast(q.device.type):
@@ -84,6 +87,7 @@ def corrected_attention(
                 for h in range(0, H, heads):
                     piece = slice(b, b + rows), slice(h, h + heads)
                     out[piece] = _attend(at, scratch, *(t[piece] for t in given))
+                scratch.chosen = None
             return out
     finally:
         if scratch.keeps:
@@ -100,6 +104,8 @@ def _attend(at: _Layout, scratch: _Scratch, q: Tensor, k: Tensor, v: Tensor, *te
         k, v = scratch.heads("k", k, at.by_cells, *text[:1]), scratch.heads("v", v, at.by_cells, *text[1:])
         a = a.float()
         v_a, order = _agents_attention(at, scratch, a, k, v)
+        if scratch.chosen is not None:
+            scratch.chosen.append(order[0, ..., : at.opened])
     else:
         keys, values = (_joined([t, *more], 2) for t, *more in _beside(text, k, v))
         v_a = sdpa(a, keys, values).float()
@@ -204,6 +210,7 @@ class _Scratch:
     """How much is taken at a time. On the CPU, where mapping new pages takes long, the same memory for all of it."""
 
     kept = local()
+    chosen: list[Tensor] | None = None
 
     def __init__(self, given: tuple[Tensor, ...]) -> None:
         self.graded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
@@ -274,7 +281,7 @@ def _joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-class _Axis(NamedTuple):
+class Axis(NamedTuple):
     """One axis of a grid: `length` tokens in cells of `cell`."""
 
     length: int
@@ -365,7 +372,7 @@ def _layout(q: Tensor, *given: Any) -> _Layout:
 def _make_layout(
     size: tuple[int, int], cell: tuple[int, int], opened: int, words: int, device: Any, dtype: Any, d: int
 ) -> _Layout:
-    y, x = (_Axis(*axis) for axis in zip(size, cell, strict=True))
+    y, x = (Axis(*axis) for axis in zip(size, cell, strict=True))
     (height, width), (sy, sx), (R, C), s = size, cell, (y.cells, x.cells), cell[0] * cell[1]
     n, ragged = R * C, (R * sy, C * sx) != tuple(size)
     spare = min(-(opened * (s - 1) + words + n) % EVEN, opened)

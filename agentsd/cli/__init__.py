@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .errors import CommandError
+from .errors import CommandError, first_line
 
 __all__ = ["CommandError", "main"]
 
@@ -31,19 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.download:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        args.run(args)
+        from . import commands
+
+        getattr(commands, args.command)(args)
         return DONE
     except KeyboardInterrupt:
         print("agentsd: interrupted; all files written so far are complete", file=sys.stderr)
         return INTERRUPTED
-    except CommandError as error:
-        told = str(error)
-    except ModuleNotFoundError as error:
-        told = f"{args.command} needs {error.name}: pip install 'agentsd[diffusers]' brings it"
-    except Exception as error:  # from a library: its message is enough for most users
+    except Exception as error:
         if args.debug:
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        told = f"{type(error).__name__}: {first} (--debug shows where)"
-    print(f"agentsd: error: {told}", file=sys.stderr)
+        told = str(error)  # a sentence, if it is of ours
+        if isinstance(error, ModuleNotFoundError):
+            extra = "playground" if args.command == "playground" else "diffusers"
+            told = f"{args.command} needs {error.name}: pip install 'agentsd[{extra}]' brings it"
+        elif not type(error).__module__.startswith("agentsd."):
+            told = f"{type(error).__name__}: {first_line(error)} (--debug shows where)"
+        print(f"agentsd: error: {told}", file=sys.stderr)
     return FAILED

@@ -1,26 +1,205 @@
-"""The command line's parser: commands and their options."""
+"""The command line's parser: commands, their options, and how values are read. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from .. import __version__
-from ..checks import SettingError
+from ..checks import Setting, SettingError
 from ..methods import METHODS
-from ..settings import check, to_config
-from .options import ROWS, TOLERANCE, axis, option_name, reader, real, size, whole
+from ..settings import SETTINGS, check, to_config
 
-_SEED = {"type": whole("seed", 0, 2**63 - 1), "default": 0, "help": "seed of the picture (default: 0)"}
-_QUIET: dict[str, Any] = {"action": "store_true", "help": "show no progress bars"}
-_DOWNLOAD: dict[str, Any] = {"action": "store_true", "help": "download what the hub's local cache lacks"}
-_TUNING: dict[str, Any] = {"metavar": "FILE", "help": "use the tuning that `tune` wrote, instead of settings"}
-_MODEL = (
+ROWS: Mapping[str, Setting] = {row.name: row for row in SETTINGS if row.option}
+TOLERANCE = Setting("tolerance", "number", 0.02)  # what a sweep with a tuning may vary instead
+AXES: Mapping[str, Setting] = {**ROWS, TOLERANCE.name: TOLERANCE}
+LARGEST = 8192
+
+
+def option_name(row: Setting) -> str:
+    # --seed is the seed of the picture
+    return "partition-seed" if row.name == "seed" else row.name.replace("_", "-")
+
+
+def reader(row: Setting) -> Callable[[str], Any]:
+    """Make argparse's type of a setting."""
+
+    def read(text: str) -> Any:
+        spaced = text.replace("-", " ")
+        try:
+            return row.parse(spaced if spaced in row.choices else text)
+        except SettingError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _number(name: str, low: float, high: float, kind: str = "whole") -> Callable[[str], Any]:
+    return reader(Setting(name, kind, low, low=low, high=high))
+
+
+def axis(text: str) -> tuple[str, tuple[Any, ...]]:
+    """Parse SETTING=VALUES to the setting's name in the table and its values."""
+    option, equals, values = text.partition("=")
+    by_option = {option_name(row): row for row in AXES.values()}
+    row = by_option.get(option.strip().lstrip("-").replace("_", "-"))
+    if row is None or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SETTING=VALUES with one of {', '.join(by_option)}")
+    return row.name, tuple(map(reader(row), _spread(values)))
+
+
+def _spread(values: str) -> list[str]:
+    """Expand "1,2,3" or "0.2:0.8:0.2" (both ends included) to values as text."""
+    result = []
+    for part in map(str.strip, values.split(",")):
+        ends = part.split(":")
+        if len(ends) != 3:
+            result.append(part)
+            continue
+        try:
+            first, last, step = map(float, ends)
+            count = int((last - first) / step + 1e-9) + 1
+        except (ValueError, ZeroDivisionError, OverflowError):
+            count = 0
+        if not 1 <= count <= 1000:
+            raise argparse.ArgumentTypeError(f"{part!r} is no range FIRST:LAST:STEP of 1 to 1000 values")
+        result += [f"{first + i * step:.10g}" for i in range(count)]
+    return result
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parse "512" or "768x512" (width × height) to (height, width)."""
+    match = re.fullmatch(r"(\d+)(?:\s*[x×*]\s*(\d+))?", text.strip())
+    sides = [int(side) for side in match.groups() if side] if match else []
+    if not sides or not all(16 <= side <= LARGEST and side % 8 == 0 for side in sides):
+        allowed = f"WIDTHxHEIGHT in pixels, multiples of 8 from 16 to {LARGEST}"
+        raise argparse.ArgumentTypeError(f"a size must be {allowed}, got {text!r}")
+    return sides[-1], sides[0]
+
+
+def _option(text: str, **more: Any) -> dict[str, Any]:
+    return {"help": text, **more}
+
+
+def _flag(text: str) -> dict[str, Any]:
+    return {"help": text, "action": "store_true"}
+
+
+def _out(metavar: str, text: str) -> dict[str, Any]:
+    return _option(f"{text} (default: a new one in outputs/)", metavar=metavar)
+
+
+_Options = Mapping[str, dict[str, Any]]
+_MODEL_HELP = (
     "embedded (the small bundled model; the default), a diffusers folder, a .safetensors or .ckpt file, or a "
     "hub id (owner/name, from the local cache)"
 )
+_RANGES = "SETTING=VALUES: values separated by commas, or FIRST:LAST:STEP; settings are named like the options below"
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_SEED = _option("seed of the picture (default: 0)", type=_number("seed", 0, 2**63 - 1), default=0)
+_STEPS = _option("sampling steps (default: 20)", type=_number("steps", 1, 1000))
+_QUIET = {"--quiet": _flag("show no progress bars")}
+_DOWNLOAD = {"--download": _flag("download what the hub's local cache lacks")}
+_TUNING = {"--tuning": _option("use the tuning that `tune` wrote, instead of settings", metavar="FILE")}
+_MODEL: _Options = {
+    "--model": _option(_MODEL_HELP, default="embedded"),
+    "--config": _option("diffusers folder or hub id that tells how to read a single file", metavar="FOLDER"),
+    **_DOWNLOAD,
+    "--negative": _option("negative prompt", default="", metavar="PROMPT"),
+    "--seed": _SEED,
+    "--steps": _STEPS,
+    "--guidance": _option("scale of classifier-free guidance", type=_number("guidance", 0, 100, "number")),
+    "--size": _option("size of the picture in pixels, such as 512 or 768x512 (width first)", type=size),
+    "--device": _option("torch device (default: a GPU if there is one)", default="auto"),
+    "--dtype": _option("default: float16 on a GPU, else float32", default="auto", choices=_DTYPES),
+}
+_PICTURE: _Options = {
+    "prompt": _option("what to draw; the embedded model knows emoji by name, such as 'a cat'"),
+    **_MODEL,
+    "--out": _out("FILE", "PNG file to write"),
+    **_TUNING,
+    **_QUIET,
+}
+_GENERATE: _Options = {**_PICTURE, "--off": _flag("draw the picture without agent attention")}
+_SWEEP: _Options = {
+    **_PICTURE,
+    "--out": _out("FOLDER", "folder to write to"),
+    "--x": _option(f"the columns, as {_RANGES}", type=axis, required=True, metavar="SETTING=VALUES"),
+    "--y": _option("the rows, in the same form; may be left out", type=axis, metavar="SETTING=VALUES"),
+}
+_TOLERANCE_HELP = "limit on the deviation of the U-Net's output, as a fraction (default: %(default)s)"
+_TUNE: _Options = {
+    "--prompt": _option("prompts of the pictures to tune on (default: some of the model's)", nargs="+"),
+    **_MODEL,
+    "--tolerance": _option(_TOLERANCE_HELP, type=_number("tolerance", 0.0001, 1, "number"), default=0.02),
+    "--methods": _option("methods to try (default: all)", nargs="+", choices=[*METHODS]),
+    "--moments": _option("timesteps to tune on (default: 6)", type=_number("moments", 1, 100), default=6),
+    "--out": _out("FILE", "JSON file to write"),
+    **_QUIET,
+}
+_INFO: _Options = {
+    "model": _option(_MODEL_HELP, nargs="?", default="embedded"),
+    "--size": _option("picture sizes in pixels, such as 512 or 768x512", type=size, nargs="+"),
+    "--layers": _flag("list every layer by its name"),
+    "--json": _flag("print it as JSON"),
+    **_TUNING,
+    **_DOWNLOAD,
+}
+_DEMO: _Options = {
+    "--out": _option("where to put it (default: %(default)s)", metavar="FOLDER", default="outputs/demo"),
+    "--steps": _STEPS,
+    "--prompts": _option("number of prompts (default: 6)", type=_number("prompts", 1, 100), default=6),
+    "--seed": {**_SEED, "help": "seed of the pictures (default: 0)"},
+    **_QUIET,
+}
+_PLAYGROUND: _Options = {
+    "--port": _option("port (default: 7860, or a free one)", type=_number("port", 0, 65535), default=7860),
+    "--open": _flag("open the page in the browser"),
+}
+# By command: what it does, and its options, which are those of agent attention as well but where there is a third entry
+_COMMANDS: Mapping[str, tuple[Any, ...]] = {
+    "generate": ("draw a picture with agent attention", _GENERATE),
+    "compare": ("draw a picture with and without agent attention, side by side", _PICTURE),
+    "sweep": ("draw a picture over ranges of one or two settings", _SWEEP),
+    "tune": ("find the fastest settings of each layer within a tolerance", _TUNE, False),
+    "info": ("show which layers of a model would be patched, and what that saves", _INFO),
+    "demo": ("draw a sheet of pictures with and without agent attention", _DEMO),
+    "playground": ("serve a page with the WebUI's panel, to this machine only", _PLAYGROUND, False),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    about = "Agent attention for Stable Diffusion: draw pictures with it, and see what it does."
+    parser = argparse.ArgumentParser(prog="python -m agentsd", description=about)
+    parser.add_argument("--version", action="version", version=f"agentsd {__version__}")
+    subs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        _add(subs, name, *command)
+    return parser
+
+
+def _add(subs: Any, name: str, text: str, options: _Options, settings: bool = True) -> None:
+    """Add a command with its options, and those of the settings."""
+    arguments = [option.upper() for option in options if not option.startswith("-")]
+    usage = " ".join(["python -m agentsd", name, *arguments, "[options]"])
+    sub = subs.add_parser(name, help=text, usage=usage, description=f"{text[0].upper()}{text[1:]}.")
+    sub.set_defaults(parser=sub, download=False)
+    sub.add_argument("--debug", action="store_true", help="show where an error came from")
+    for option, given in options.items():
+        sub.add_argument(option, **given)
+    if not settings:
+        return
+    group = sub.add_argument_group("agent attention", "the settings of the WebUI's panel, with its defaults")
+    for row in ROWS.values():
+        names = ",".join(choice.replace(" ", "-") for choice in row.choices)
+        kind: dict[str, Any] = {"type": reader(row), "metavar": f"{{{names}}}" if names else row.name.upper()}
+        if row.kind == "flag":
+            kind = {"action": argparse.BooleanOptionalAction, "default": None}
+        told = f"{row.tooltip} (default: {row.format(row.default)})".replace("%", "%%")
+        group.add_argument(f"--{option_name(row)}", dest=f"setting_{row.name}", help=told, **kind)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,7 +208,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: it was invalid (code 2), or only asked for help. The message has been printed.
     """
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     chosen = {name: value for name in ROWS if (value := getattr(args, f"setting_{name}", None)) is not None}
     axes = dict(given for given in (getattr(args, name, None) for name in "xy") if given)
     try:
@@ -40,114 +219,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         elif TOLERANCE.name in axes:
             raise SettingError("a sweep over tolerance needs --tuning")
         args.settings = check({"enabled": True, **chosen})
-        to_config(args.settings)  # settings can contradict each other, those of a sweep's cells too
+        # settings can contradict each other, those of a sweep's cells too; without axes there is one cell
         for cell in product(*axes.values()):
             to_config({**args.settings, **dict(zip(axes, cell, strict=True))})
     except SettingError as error:
         args.parser.error(str(error))
     return args
-
-
-def _parser() -> argparse.ArgumentParser:
-    about = "Agent attention for Stable Diffusion: draw pictures with it, and see what it does."
-    parser = argparse.ArgumentParser(prog="python -m agentsd", description=about)
-    parser.add_argument("--version", action="version", version=f"agentsd {__version__}")
-    subs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    add = _command(subs, "generate", "draw a picture with agent attention", "PROMPT ")
-    _picture_options(add)
-    add("--off", action="store_true", help="draw the picture without agent attention")
-
-    with_and_without = "draw a picture with and without agent attention, side by side"
-    add = _command(subs, "compare", with_and_without, "PROMPT ")
-    _picture_options(add)
-
-    add = _command(subs, "sweep", "draw a picture over ranges of one or two settings", "PROMPT ")
-    _picture_options(add, "FOLDER", "folder to write to")
-    ranges = "SETTING=VALUES: values separated by commas, or FIRST:LAST:STEP; settings are named like the options below"
-    add("--x", type=axis, required=True, metavar="SETTING=VALUES", help=f"the columns, as {ranges}")
-    add("--y", type=axis, metavar="SETTING=VALUES", help="the rows, in the same form; may be left out")
-
-    fastest = "find the fastest settings of each layer within a tolerance"
-    add = _command(subs, "tune", fastest, settings=False)
-    prompts = "prompts of the pictures to tune on (default: some of the model's)"
-    add("--prompt", nargs="+", metavar="PROMPT", help=prompts)
-    _model_options(add)
-    tolerance = "limit on the deviation of the U-Net's output, as a fraction (default: %(default)s)"
-    add("--tolerance", type=real("tolerance", 0.0001, 1), default=0.02, help=tolerance)
-    add("--methods", nargs="+", choices=[*METHODS], help="methods to try (default: all)")
-    add("--moments", type=whole("moments", 1, 100), default=6, help="timesteps to tune on (default: 6)")
-    add("--out", metavar="FILE", help="JSON file to write (default: a new one in outputs/)")
-    add("--quiet", **_QUIET)
-
-    layers = "show which layers of a model would be patched, and what that saves"
-    add = _command(subs, "info", layers, "[MODEL] ")
-    add("model", nargs="?", default="embedded", metavar="MODEL", help=_MODEL)
-    add("--size", type=size, nargs="+", metavar="SIZE", help="picture sizes in pixels, such as 512 or 768x512")
-    add("--layers", action="store_true", help="list every layer by its name")
-    add("--json", action="store_true", help="print it as JSON")
-    add("--tuning", **_TUNING)
-    add("--download", **_DOWNLOAD)
-
-    add = _command(subs, "demo", "draw a sheet of pictures with and without agent attention")
-    add("--out", metavar="FOLDER", default="outputs/demo", help="where to put it (default: %(default)s)")
-    add("--steps", type=whole("steps", 1, 1000), default=20, help="sampling steps (default: 20)")
-    add("--prompts", type=whole("prompts", 1, 100), default=6, help="number of prompts (default: 6)")
-    add("--seed", **{**_SEED, "help": "seed of the pictures (default: 0)"})
-    add("--quiet", **_QUIET)
-
-    page = "serve a page with the WebUI's panel, to this machine only"
-    add = _command(subs, "playground", page, settings=False)
-    add("--port", type=whole("port", 0, 65535), default=7860, help="port (default: 7860, or a free one)")
-    add("--open", action="store_true", help="open the page in the browser")
-    return parser
-
-
-def _run(args: argparse.Namespace) -> None:
-    if args.command == "playground":
-        from .playground import serve  # needs gradio
-
-        return serve(args.port, args.open)
-    from . import commands  # needs Pillow, and mostly diffusers
-
-    return getattr(commands, args.command)(args)
-
-
-def _command(subs: Any, name: str, text: str, arguments: str = "", settings: bool = True) -> Callable[..., Any]:
-    """Add a command; returns what adds its options, before those of agent attention."""
-    usage = f"python -m agentsd {name} {arguments}[options]"
-    sub = subs.add_parser(name, help=text, usage=usage, description=f"{text[0].upper()}{text[1:]}.")
-    sub.set_defaults(run=_run, parser=sub, download=False)
-    sub.add_argument("--debug", action="store_true", help="show where an error came from")
-    if settings:
-        group = sub.add_argument_group("agent attention", "the settings of the WebUI's panel, with its defaults")
-        for row in ROWS.values():
-            names = ",".join(choice.replace(" ", "-") for choice in row.choices)
-            kind: dict[str, Any] = {"type": reader(row), "metavar": f"{{{names}}}" if names else row.name.upper()}
-            if row.kind == "flag":
-                kind = {"action": argparse.BooleanOptionalAction, "default": None}
-            told = f"{row.tooltip} (default: {row.format(row.default)})".replace("%", "%%")
-            group.add_argument(f"--{option_name(row)}", dest=f"setting_{row.name}", help=told, **kind)
-    return sub.add_argument
-
-
-def _picture_options(add: Callable[..., Any], where: str = "FILE", what: str = "PNG file to write") -> None:
-    add("prompt", help="what to draw; the embedded model knows emoji by name, such as 'a cat'")
-    _model_options(add)
-    add("--out", metavar=where, help=f"{what} (default: a new one in outputs/)")
-    add("--tuning", **_TUNING)
-    add("--quiet", **_QUIET)
-
-
-def _model_options(add: Callable[..., Any]) -> None:
-    add("--model", default="embedded", help=_MODEL)
-    add("--config", metavar="FOLDER", help="diffusers folder or hub id that tells how to read a single file")
-    add("--download", **_DOWNLOAD)
-    add("--negative", default="", metavar="PROMPT", help="negative prompt")
-    add("--seed", **_SEED)
-    add("--steps", type=whole("steps", 1, 1000), help="sampling steps (default: 20)")
-    add("--guidance", type=real("guidance", 0, 100), help="scale of classifier-free guidance")
-    add("--size", type=size, help="size of the picture in pixels, such as 512 or 768x512 (width first)")
-    add("--device", default="auto", help="torch device (default: a GPU if there is one)")
-    dtypes = ("auto", "float32", "float16", "bfloat16")
-    add("--dtype", default="auto", choices=dtypes, help="default: float16 on a GPU, else float32")

@@ -18,16 +18,9 @@ from typing import TYPE_CHECKING, Any
 # set before gradio is imported, which reads this once
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-from .errors import CommandError
-from .models import Model, Request, open_model
-
-try:
-    import gradio as gr
-    import uvicorn
-    from fastapi import FastAPI
-except ImportError as error:
-    raise CommandError(f"the playground needs {error.name}: pip install 'agentsd[diffusers]' gradio") from error
-
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 from torch import nn
 
 from ..app.decision import Decision, Program, SamplingPass, decide, evenly, is_left_out
@@ -40,8 +33,10 @@ from ..settings import schema
 from ..settings.tunings import AUTO, FIRST
 from ..tuning.record import RecordedCall, record_calls
 from ..tuning.result import TuningCancelled, TuningError, headline
-from .pictures import distance, enlarged
-from .runs import Run, draw
+from .errors import CommandError
+from .models import EMBEDDED, Model, Request, open_model
+from .pictures import enlarged
+from .runs import COLUMNS, Run, draw
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,22 +66,17 @@ class Playground(Program):
         kept: dict[str, Any] = {}  # while the page is served
         self.tunings = Store(lambda section: kept)
         self.in_use = threading.Lock()
-        self._stop = threading.Event()
-
-    def stop(self) -> None:
-        """Stop drawing after the current step."""
-        self._stop.set()
+        self.stop = threading.Event()  # set to stop drawing after the current step
 
     def draw(
         self, prompt: str, seed: float, steps: float, width: float, height: float, *values: Any, progress: Any = None
     ) -> tuple[tuple[Image, Image] | None, str, str]:
-        """Draw a picture of `width` × `height` displayed pixels without and with the settings, in the table's order.
+        """Draw a picture without and with the settings, whose values come in the table's order.
 
-        Returns:
-            The pictures, or None if drawing failed; the table of timings, or the error message, as HTML; and the
-            panel's status line.
+        Returns the pictures, or None if drawing failed; the table of timings, or the error message, as HTML; and the
+        panel's status line.
         """
-        self._stop.clear()
+        self.stop.clear()
         try:
             size = (int(height) // SCALE, int(width) // SCALE)
             request = self.model.complete(Request(prompt.strip(), int(seed or 0), int(steps), size=size))
@@ -110,42 +100,40 @@ class Playground(Program):
             raise CommandError(made.reason.text)
         STATUS.begin(wanted)
 
-        def draw_one(label: str, made: Decision | None, told: PassReport) -> Run:
+        def draw_one(label: str, made: Decision | None = None, **more: Any) -> Run:
             numbers = iter(range(1, request.steps + 1))
 
             def step() -> None:
                 progress((next(numbers), request.steps), desc=label)
-                if self._stop.is_set():
+                if self.stop.is_set():
                     raise Stopped
 
             since = None if made is None or made.tuning else values["since"]
-            config = None if made is None else made.config
-            return draw(self.model, request, config, label, True, step, lambda patch: told.add(patch, since))
+            return draw(self.model, request, made and made.config, label, True, step=step, since=since, **more)
 
         tunes = wanted and values["tune"] > 0
         recorded: Any = record_calls(self.model.unet) if tunes else nullcontext([])
         with recorded as calls:
-            plain = draw_one("without", None, PassReport())
+            plain = ours = draw_one("without")
         if tunes:
             STATUS.add(PassReport(name=str(sampling), tuned=self._tune(calls, values["tune"], progress)))
             made = decide({**values, "tuning": AUTO}, sampling, ROWS, self)
-        report, patched = PassReport(made), None
         if made is not None:
+            report = PassReport(made)
             if made.patches:
-                patched = draw_one("with agent attention", made, report)
+                ours = draw_one("with agent attention", made, plain=plain, report=report)
                 if made.key:
-                    self.timings.add_calls(made.key, patched.seconds / request.steps, plain.seconds / request.steps)
+                    self.timings.add_calls(made.key, ours.seconds / request.steps, plain.seconds / request.steps)
             STATUS.add(report)
-        pictures = (_shown(plain.picture), _shown((patched or plain).picture))
-        status = "".join(f"<div>{escape(str(line))}</div>" for line in STATUS.lines())
-        return pictures, _timings(plain, patched), status
+        pictures = (_shown(plain.picture), _shown(ours.picture))
+        return pictures, _timings(plain, ours), "".join(f"<div>{escape(str(line))}</div>" for line in STATUS.lines())
 
     def _tune(self, calls: list[RecordedCall], tolerance: float, progress: Any) -> str:
         """Tune on the picture that was just drawn, and say what came of it."""
 
         def show(done: int, total: int, text: str) -> bool:
             progress((done, total), desc=text)
-            return not self._stop.is_set()
+            return not self.stop.is_set()
 
         kept = make(self.model.unet, calls, tolerance, checkpoint=self.model.name, of=FIRST, progress=show)
         self.tunings.put(kept)
@@ -173,17 +161,13 @@ def _shown(picture: Image) -> Image:
     return enlarged(picture, SCALE * max(picture.size))
 
 
-def _timings(plain: Run, patched: Run | None) -> str:
+def _timings(plain: Run, ours: Run) -> str:
     """Format seconds and distance as a table."""
-    head, rows = "".join(f"<th>{text}</th>" for text in ("", "seconds", "U-Net seconds", "speed", "difference")), []
-    for name, run in (("without", plain), ("with", patched)):
-        if run is not None:
-            far = str(distance(plain.picture, run.picture)) if run is not plain else ""
-            speed = f"{plain.seconds / run.seconds:.2f}×"
-            rows.append((name, f"{run.seconds:.2f}", f"{run.unet_seconds:.2f}", speed, far))
+    rows = [["without", *plain.row]] + ([["with", *ours.row]] if ours.plain else [])
     lines = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
-    off = "<p>With these settings agent attention is off: both pictures are the same.</p>"
-    return f"<table><tr>{head}</tr>{lines}</table>{'' if patched else off}"
+    head = "".join(f"<th>{text}</th>" for text in ("", *COLUMNS))
+    off = "" if ours.plain else "<p>With these settings agent attention is off: both pictures are the same.</p>"
+    return f"<table><tr>{head}</tr>{lines}</table>{off}"
 
 
 @contextmanager
@@ -196,7 +180,7 @@ def _accordion(value: bool, label: str, elem_id: str) -> Iterator[Any]:
 
 def build(playground: Playground) -> gr.Blocks:
     """Build the page."""
-    prompts = getattr(getattr(playground.model, "pipe", None), "prompts", [])
+    prompts = playground.model.pipe.prompts
     with gr.Blocks(title="Agent attention", analytics_enabled=False) as page:
         gr.Markdown(
             "# Agent attention\nThe same picture, without and with agent attention. The model is a small one that "
@@ -206,8 +190,9 @@ def build(playground: Playground) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=380):
                 about = {"label": "Prompt", "info": "One of these, or words of them in another order."}
-                first = prompts[0] if prompts else ""
-                prompt = gr.Dropdown(prompts, value=first, **about, allow_custom_value=True, elem_id=f"{TAB}_prompt")
+                prompt = gr.Dropdown(
+                    prompts, value=prompts[0], **about, allow_custom_value=True, elem_id=f"{TAB}_prompt"
+                )
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, elem_id=f"{TAB}_seed")
                     steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id=f"{TAB}_steps")
@@ -228,19 +213,8 @@ def build(playground: Playground) -> gr.Blocks:
 
         inputs = [prompt, seed, steps, width, height, *panel.controls.values()]
         go.click(drawn, inputs, [pictures, timings, panel.status], show_progress_on=[pictures], concurrency_limit=1)
-        stop.click(playground.stop, queue=False, concurrency_limit=None)
+        stop.click(playground.stop.set, queue=False, concurrency_limit=None)
     return page
-
-
-def _own_files() -> dict[str, Any]:
-    """Return the extension's script and style, which exist in a checkout, but not in an installed package."""
-    script, style = _FILES / "javascript" / "agent_attention.js", _FILES / "style.css"
-    if not script.is_file():
-        return {}
-    # the function that the WebUI provides to scripts; ours polls for the panel's controls, which gradio makes later
-    host = "<script>function gradioApp() { return document; }</script>"
-    head = f"{host}<script>{script.read_text(encoding='utf-8')}</script>"
-    return {"head": head, "css": style.read_text(encoding="utf-8") + _STYLE}
 
 
 # gradio 6 would squeeze a slider's description beside its number
@@ -254,47 +228,40 @@ _STYLE = """
 """
 
 
-def _with_policy(app: Any) -> Any:
-    """Middleware that adds the content security policy to every response."""
-
-    async def answer(scope: Mapping[str, Any], receive: Any, send: Any) -> None:
-        async def sent(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await app(scope, receive, sent)
-
-    return answer
-
-
 def make_app(model: Model) -> FastAPI:
     """Make an application of the page and its routes."""
     playground = Playground(model)
     app = FastAPI(openapi_url=None)
     Routes(playground).add(app)
-    app.add_middleware(_with_policy)
-    options = {"footer_links": [], "enable_monitoring": False, "ssr_mode": False, **_own_files()}
+    options: dict[str, Any] = {"footer_links": [], "enable_monitoring": False, "ssr_mode": False}
+    script, style = _FILES / "javascript" / "agent_attention.js", _FILES / "style.css"
+    if script.is_file():  # in a checkout, but not in an installed package
+        # the function that the WebUI provides to scripts; ours polls for the panel's controls, which gradio makes later
+        host = "<script>function gradioApp() { return document; }</script>"
+        options["head"] = f"{host}<script>{script.read_text(encoding='utf-8')}</script>"
+        options["css"] = style.read_text(encoding="utf-8") + _STYLE
     return gr.mount_gradio_app(app, build(playground), path="", server_name=HOST, **options)
+
+
+def make_server(model: Model) -> uvicorn.Server:
+    """Make a server of the page, under the policy."""
+    headers = [("Content-Security-Policy", POLICY)]
+    return uvicorn.Server(uvicorn.Config(make_app(model), log_level="warning", headers=headers))
 
 
 def serve(port: int = 7860, browser: bool = False) -> None:
     """Serve the page to this machine until Ctrl-C, at another port if the port is in use, and open a browser on it."""
-    app = make_app(open_model("embedded"))
-    with _listening(port) as listener:
+    server = make_server(open_model(EMBEDDED))
+    with listening(port) as listener:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         print(f"The playground is at {url} (Ctrl-C ends it)", flush=True)
         if browser:
             webbrowser.open(url)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
-@contextmanager
-def _listening(port: int) -> Iterator[socket.socket]:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError:
-            listener.bind((HOST, 0))
-        yield listener
+def listening(port: int) -> socket.socket:
+    try:
+        return socket.create_server((HOST, port))
+    except OSError:
+        return socket.create_server((HOST, 0))

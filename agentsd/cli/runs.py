@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
+from ..app.last_run import PassReport
 from ..apply import patch_unet, remove_patch
+from ..clock import now
 from ..config import AgentConfig
 from ..methods import UNTOUCHED, selectable
-from ..patching.closeness import Closeness
-from ..patching.patch import Patch
-from ..settings import infotext
 from .models import Model, Request
+from .pictures import Distance, distance
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+COLUMNS = ("seconds", "U-Net seconds", "speed", "distance")
 
 
 @dataclass(frozen=True)
@@ -34,46 +34,51 @@ class Run:
     seconds: float  # of text encoder, U-Net, sampler and decoder
     unet_seconds: float
     calls: int  # of the U-Net
-    actions: Mapping[str, int]  # self-attention calls by action, such as "agents" or "untouched"
-    notes: Mapping[str, int]  # calls left to the model, by reason
-    closeness: Closeness | None = None
+    report: PassReport  # what agent attention did
+    plain: Run | None = None  # the run that this one is compared with; None if there is none
 
-    def faster(self, plain: Run) -> str:
-        """Format the speed-up of the whole run over the unpatched one."""
-        return f"{plain.seconds / self.seconds:.2f}x"
+    @cached_property
+    def apart(self) -> Distance:
+        return distance((self.plain or self).picture, self.picture)
+
+    @property
+    def speed(self) -> float:
+        """Speed-up of the whole run over the plain one."""
+        return (self.plain or self).seconds / self.seconds
+
+    @property
+    def row(self) -> list[str]:
+        """The figures under `COLUMNS`."""
+        apart = str(self.apart) if self.plain else ""
+        return [f"{self.seconds:.2f}", f"{self.unet_seconds:.2f}", f"{self.speed:.2f}x", apart]
+
+    @property
+    def caption(self) -> str:
+        seconds = f"{self.seconds:.2f} s"
+        return f"{seconds}, {self.speed:.2f}x\n{self.apart}" if self.plain else seconds
 
     def say_what_was_done(self) -> None:
         """Print what agent attention did, and why it left layers to the model."""
-        phrases = {method.action: method.phrase for method in selectable()}
-        changed = {action: count for action, count in self.actions.items() if action != UNTOUCHED and count}
-        what = ", ".join(f"{count} {phrases[action]}" for action, count in changed.items()) or "none changed"
-        print(f"agent attention: of {sum(self.actions.values())} self-attentions {what}")
-        if self.closeness is not None:
-            print(f"  {self.closeness}")
-        for reason, count in self.notes.items():
+        calls, phrases = self.report.calls, {method.action: method.phrase for method in selectable()}
+        changed = [f"{count} {phrases[action]}" for action, count in calls.items() if action != UNTOUCHED and count]
+        print(f"agent attention: of {calls.total()} self-attentions {', '.join(changed) or 'none changed'}")
+        if self.report.closeness is not None:
+            print(f"  {self.report.closeness}")
+        for reason, count in self.report.notes.items():
             print(f"  left to the model {count} times: {reason}" if count else f"  {reason}")
 
 
 @contextmanager
 def stopwatch(module: nn.Module) -> Iterator[list[float]]:
     """Time a module's calls in a `with` block; yields their seconds."""
-    seconds: list[float] = []
+    seconds, device = [], next(module.parameters()).device
 
     def end(*_: Any) -> None:
-        seconds[-1] += _now()
+        seconds[-1] += now(device)
 
-    begin = module.register_forward_pre_hook(lambda *_: seconds.append(-_now()))
+    begin = module.register_forward_pre_hook(lambda *_: seconds.append(-now(device)))
     with begin, module.register_forward_hook(end):
         yield seconds
-
-
-def _now() -> float:
-    """Return the time after waiting for all work on the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
-    return time.perf_counter()
 
 
 def draw(
@@ -82,36 +87,33 @@ def draw(
     config: AgentConfig | None,
     label: str,
     quiet: bool = False,
-    step: Callable[[], Any] | None = None,
-    before_removal: Callable[[Patch], Any] | None = None,
+    plain: Run | None = None,
+    step: Callable[[], Any] = lambda: None,
+    report: PassReport | None = None,
+    since: float | None = None,
 ) -> Run:
     """Draw the picture of a complete request under a config, or unpatched.
 
-    `step` is called after each sampling step, and may raise to stop the drawing; `before_removal` is called with the
-    patch, if there is one, when the picture is done.
+    `step` is called after each sampling step, and may raise to stop the drawing; `report` collects what the patch did,
+    with `since` as in `PassReport.add`.
     """
-    bar = tqdm(total=request.steps, desc=label, unit="step", leave=False, disable=quiet)
+    report, bar = report or PassReport(), tqdm(total=request.steps, desc=label, unit="step", leave=False, disable=quiet)
 
     def after_step() -> None:
         bar.update()
-        if step is not None:
-            step()
+        step()
 
     patch = None if config is None else patch_unet(model.unet, config)
     try:
         if patch is not None:
             patch.observe_closeness = True
         with bar, stopwatch(model.unet) as calls:
-            start = _now()
+            start = now(model.unet.device)
             picture = model.draw(request, after_step)
-            seconds = _now() - start
-        found: tuple[Any, ...] = {}, {}
+            seconds = now(model.unet.device) - start
         if patch is not None:
-            actions = sum((Counter(layer.calls) for layer in patch.report()), Counter())
-            found = actions, dict(patch.notes), patch.closeness()
-            if before_removal is not None:
-                before_removal(patch)
-        return Run(picture, seconds, sum(calls), len(calls), *found)
+            report.add(patch, since)
+        return Run(picture, seconds, sum(calls), len(calls), report, plain)
     finally:
         remove_patch(model.unet)
 
@@ -124,23 +126,6 @@ def warm_up(model: Model, request: Request, configs: Iterable[AgentConfig | None
 
 def record(model: Model, request: Request, values: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
     """Make the metadata of a picture's file; `values` are the settings, None if unpatched."""
-    made: dict[str, Any] = {
-        "agentsd": __version__,
-        "model": model.name,
-        "prompt": request.prompt,
-        "negative_prompt": request.negative,
-    }
-    made |= {"seed": request.seed, "steps": request.steps, "sampler": model.sampler, "guidance": request.guidance}
-    made |= {"width": request.size[1], "height": request.size[0]}
-    return {**made, "agent_attention": None if values is None else dict(values), **more}
-
-
-def infotext_of(made: Mapping[str, Any]) -> str:
-    """Format a record as the WebUI's infotext, for its "PNG Info" tab."""
-    negative = [f"Negative prompt: {made['negative_prompt']}"] if made["negative_prompt"] else []
-    names = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance", "Seed": "seed"}
-    parts = {label: made[name] for label, name in names.items()}
-    parts["Size"] = f"{made['width']}x{made['height']}"
-    if made["agent_attention"] is not None:
-        parts[infotext.KEY] = infotext.write(made["agent_attention"])
-    return "\n".join([made["prompt"], *negative, ", ".join(f"{key}: {value}" for key, value in parts.items())])
+    made = {"agentsd": __version__, "model": model.name, "sampler": model.sampler, **asdict(request), **more}
+    made["height"], made["width"] = made.pop("size")
+    return {**made, "agent_attention": None if values is None else dict(values)}

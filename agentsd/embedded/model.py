@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +46,14 @@ def vocabulary_of(prompts: Sequence[str]) -> list[str]:
 def read_pictures() -> Tensor:
     """Read the training pictures over white, with alpha as the fourth channel: (K, 4, 64, 64) in [0, 1]."""
     import numpy as np
+    from einops import rearrange
     from PIL import Image
 
     sheet = Image.open(WEIGHTS / "pictures.png").convert("RGBA")
     white = Image.new("RGBA", sheet.size, "white")
     white.alpha_composite(sheet)
-    rgba = np.concatenate([np.asarray(white)[..., :3], np.asarray(sheet)[..., 3:]], axis=-1)
-    x = torch.from_numpy(rgba).permute(2, 0, 1).float() / 255
-    x = x.unflatten(1, (-1, SIZE)).unflatten(3, (-1, SIZE)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    x = torch.from_numpy(np.dstack([np.asarray(white)[..., :3], np.asarray(sheet)[..., 3]])).float() / 255
+    x = rearrange(x, "(row h) (column w) c -> (row column) c h w", h=SIZE, w=SIZE)
     return x[: len(read_json("prompts.json"))].contiguous()
 
 
@@ -67,23 +68,18 @@ class TextEncoder(nn.Module):
         self.position = nn.Parameter(0.1 * torch.randn(tokens, channels))
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Convert prompts to word indices (B, tokens).
-
-        Raises:
-            ValueError: a prompt has an unknown word or too many words.
-        """
+        """Convert prompts to word indices (B, tokens); ValueError names an unknown word, or too many words."""
         ids = torch.zeros(len(prompts), self.tokens, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
+        for row, prompt in zip(ids, prompts, strict=True):
             words = words_of(prompt)
-            for word in words:
-                if word not in self.index:
-                    near = difflib.get_close_matches(word, self.index, 5) or sorted(self.index)[:60:5]
-                    known = f"it knows, for example: {', '.join(near)}"
-                    raise ValueError(f"the embedded model does not know the word {word!r} (prompt {prompt!r}); {known}")
+            if unknown := next((word for word in words if word not in self.index), None):
+                near = difflib.get_close_matches(unknown, self.index, 5) or sorted(self.index)[:60:5]
+                known = f"it knows, for example: {', '.join(near)}"
+                raise ValueError(f"the embedded model does not know the word {unknown!r} (prompt {prompt!r}); {known}")
             if len(words) > self.tokens:
                 most = f"the embedded model reads at most {self.tokens}"
                 raise ValueError(f"the prompt {prompt!r} has {len(words)} words; {most}")
-            ids[row, : len(words)] = torch.tensor([self.index[word] for word in words], dtype=torch.long)
+            row[: len(words)] = torch.tensor([self.index[word] for word in words])
         return ids
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -101,14 +97,11 @@ class Position(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         h, w = features.shape[-2:]
-        y, x = self._waves(h, features), self._waves(w, features)
+        k = torch.pi * torch.arange(1, self.waves + 1, device=features.device)
+        angles = ((torch.arange(n, device=k.device) + 0.5)[:, None] / n * k for n in (h, w))
+        y, x = (torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.project.weight.dtype) for angle in angles)
         grid = torch.cat([y[:, None].expand(-1, w, -1), x[None].expand(h, -1, -1)], dim=-1)
         return features + self.project(grid).permute(2, 0, 1).to(features.dtype)
-
-    def _waves(self, n: int, like: Tensor) -> Tensor:
-        place = (torch.arange(n, device=like.device) + 0.5) / n
-        angle = torch.pi * place[:, None] * torch.arange(1, self.waves + 1, device=like.device)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.project.weight.dtype)
 
 
 def build_unet(config: dict) -> UNet2DConditionModel:
@@ -143,22 +136,16 @@ class EmbeddedPipeline:
         self.unet, self.scheduler, self.prompts, self._text = unet, scheduler, prompts, text
         self._mean, self._std = (torch.tensor(norm[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
 
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
+    device, dtype = (property(attrgetter(f"unet.{name}")) for name in ("device", "dtype"))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts as context (B, L, C) of the U-Net; the empty prompt is the unconditional one.
 
         Raises:
             ValueError: a prompt has an unknown word (the message names it), or too many words.
         """
-        with torch.no_grad():
-            return self._text(self._text.tokenize(prompts).to(self.device))
+        return self._text(self._text.tokenize(prompts).to(self.device))
 
     def noise(self, seeds: Sequence[int], height: int = SIZE, width: int = SIZE) -> Tensor:
         """Draw the initial latents (B, 4, height, width), each from its own seed, on the CPU."""
@@ -180,7 +167,7 @@ class EmbeddedPipeline:
         guidance: float = 3.0,
         height: int = SIZE,
         width: int = SIZE,
-        callback: Callable[[int, int], None] | None = None,
+        callback: Callable[[int, int], Any] = lambda step, steps: None,
         latents: Tensor | None = None,
     ) -> Tensor:
         """Sample latents (B, 4, height, width) with DDIM, eta 0.
@@ -189,38 +176,33 @@ class EmbeddedPipeline:
             prompt: one prompt or B of them.
             seed: seed of the first picture; picture k has seed + k, so it is the same picture in any batch.
             steps: sampling steps, 1 to 1000.
-            guidance: classifier-free guidance scale; 1 evaluates the prompt only.
-            height: latent height, a multiple of 8, at least 16; the model was trained at 64.
-            width: latent width, with the same limits.
+            guidance: classifier-free guidance scale, 0 or more; 1 evaluates the prompt only.
+            height, width: size of the latents, multiples of 8, at least 16; the model was trained at 64.
             callback: called with (step, steps) after every step, from 1 on.
             latents: initial noise (B, 4, height, width) to use instead of the seed's.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        for bad, what in (
-            (not prompts, "no prompt given"),
-            (not 1 <= steps <= 1000, f"steps {steps}, expected 1 to 1000"),
-            (not guidance >= 0, f"guidance {guidance}, expected 0 or more"),
-            (height < 16 or height % 8, f"height {height}, expected a multiple of 8, at least 16"),
-            (width < 16 or width % 8, f"width {width}, expected a multiple of 8, at least 16"),
+        prompts, side = [prompt] if isinstance(prompt, str) else list(prompt), "a multiple of 8, at least 16"
+        for good, said, allowed in (
+            (1 <= steps <= 1000, f"steps {steps}", "1 to 1000"),
+            (guidance >= 0, f"guidance {guidance}", "0 or more"),
+            (height >= 16 and height % 8 == 0, f"height {height}", side),
+            (width >= 16 and width % 8 == 0, f"width {width}", side),
         ):
-            if bad:
-                raise ValueError(what)
-        if latents is None:
-            latents = self.noise(range(seed, seed + len(prompts)), height, width)
-        elif latents.shape != (len(prompts), 4, height, width):
-            raise ValueError(f"latents {tuple(latents.shape)}, expected {(len(prompts), 4, height, width)}")
-        guided = guidance != 1
-        context = self.encode([""] * len(prompts) + prompts if guided else prompts)
-        x = latents.to(self.device, self.dtype)
+            if not good:
+                raise ValueError(f"{said}, expected {allowed}")
+        context = self.encode(prompts if guidance == 1 else [""] * len(prompts) + prompts)
+        x = self.noise(range(seed, seed + len(prompts)), height, width) if latents is None else latents
+        if x.shape != (len(prompts), 4, height, width):
+            raise ValueError(f"latents {tuple(x.shape)}, expected {(len(prompts), 4, height, width)}")
+        x = x.to(self.device, self.dtype)
         self.scheduler.set_timesteps(steps, device=self.device)
-        for k, t in enumerate(self.scheduler.timesteps):
-            v = self.unet(torch.cat([x, x]) if guided else x, t, context).sample
-            if guided:
+        for k, t in enumerate(self.scheduler.timesteps, 1):
+            v = self.unet(x.repeat(len(context) // len(x), 1, 1, 1), t, context).sample
+            if guidance != 1:
                 uncond, cond = v.chunk(2)
                 v = uncond + guidance * (cond - uncond)
             x = self.scheduler.step(v, t, x).prev_sample
-            if callback is not None:
-                callback(k + 1, steps)
+            callback(k, steps)
         return x
 
     def __call__(self, prompt: str | Sequence[str], **kwargs: Any) -> list[Image]:
@@ -259,16 +241,10 @@ class EmbeddedPipeline:
 
 
 def load(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> EmbeddedPipeline:
-    """Load the embedded model.
+    """Load the embedded model."""
+    from diffusers import DDIMScheduler
+    from safetensors.torch import load_file
 
-    Raises:
-        ImportError: diffusers or safetensors is missing; the message says how to install them.
-    """
-    try:
-        from diffusers import DDIMScheduler
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"the embedded model needs {error.name}: pip install diffusers safetensors pillow") from error
     config, prompts = read_json("config.json"), read_json("prompts.json")
     state = load_file(WEIGHTS / "model.safetensors")
     text = TextEncoder(read_json("vocabulary.json"), config["tokens"], config["unet"]["cross_attention_dim"])

@@ -30,6 +30,7 @@ class Call:
     # makes the host's original call; given tokens, makes the same call with these in place of x
     proceed: Callable[..., Tensor]
     wanted: Any = None  # what the seam's `wants` returned for it
+    chosen: Any = None  # takes the cells that windows open, where somebody looks on
 
     def veto(self, tokens: int) -> str:
         """Say why this is no plain self-attention of so many tokens; empty if it is."""

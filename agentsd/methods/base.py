@@ -89,6 +89,7 @@ class SelfAttention:
     proceed: Callable[..., Tensor]
     # keys and values (B, T, C) that every token attends to in full beside the image's; None if there are none
     text: tuple[Tensor, Tensor] | None = None
+    chosen: list[Tensor] | None = None  # takes the cells that windows open, where somebody looks on
 
     @property
     def merged(self) -> Clusters | None:

@@ -54,8 +54,8 @@ class Corrected(Method):
         plan = attention.plan
 
         def step(q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
-            size, cell = attention.size, plan.cell
-            return corrected_attention(q, k, v, size=size, cell=cell, opened=plan.opened, text=text or None)
+            grid = {"size": attention.size, "cell": plan.cell, "opened": plan.opened}
+            return corrected_attention(q, k, v, **grid, text=text or None, chosen=attention.chosen)
 
         projected = attention.project(attention.x)
         return attention.project_out(attention.by_heads(step, *projected, *(attention.text or ())))

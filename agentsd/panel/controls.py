@@ -15,13 +15,16 @@ import gradio as gr
 from ..app.kept_tunings import PanelTunings
 from ..app.token_map import RECORD, View
 from ..checks import Setting
+from ..settings import schema
 from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.schema import ARGUMENTS, BY_NAME, DEFAULTS, SETTINGS
-from ..settings.schema import RECORD as RECORD_NAME
-from .tune_section import Section
+from ..settings.schema import BY_NAME, SETTINGS
+from .tune_section import HIDDEN, QUIET, order, results
 
-# Lines from this one on are under "More settings"
-_FOLDED = 5
+_FOLDED = 5  # lines from this one on are under "More settings"
+_GRADIO_3 = gr.__version__.startswith("3.")
+_JS = "_js" if _GRADIO_3 else "js"  # renamed in gradio 4
+# since gradio 4, events during a pending call are dropped unless the last one is asked for
+_LAST = {} if _GRADIO_3 else {"trigger_mode": "always_last"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Panel:
     @property
     def inputs(self) -> list[Any]:
         """Inputs of a generation, in the order of `agentsd.settings.ARGUMENTS`; requires a token map."""
-        return [self.record if name == RECORD_NAME else self.controls[name] for name in ARGUMENTS]
+        return [{**self.controls, schema.RECORD: self.record}[name] for name in schema.ARGUMENTS]
 
     def tidy(self) -> None:
         """Restore the type of each control's default, which a saved ui-config may have changed.
@@ -43,11 +46,10 @@ class Panel:
         The host casts values from an infotext to that type: a 0 saved for 0.0 would turn 0.4 into 0.
         """
         for name, control in self.controls.items():
-            row = BY_NAME[name]
             try:
-                control.value = row.check(control.value)
+                control.value = BY_NAME[name].check(control.value)
             except ValueError:
-                control.value = row.default
+                control.value = BY_NAME[name].default
 
 
 def element_id(tab: str, name: str = "") -> str:
@@ -58,7 +60,7 @@ def element_id(tab: str, name: str = "") -> str:
 def build(
     tab: str,
     accordion: Callable[..., AbstractContextManager],
-    token_map: Callable[[str, int, int], View] | None = None,
+    token_map: Callable[..., View] | None = None,
     tunings: PanelTunings | None = None,
 ) -> Panel:
     """Build the panel inside the current gradio blocks.
@@ -66,30 +68,29 @@ def build(
     Args:
         tab: prefix of the elements' ids: "txt2img" or "img2img".
         accordion: makes an accordion with a checkbox as its value, such as the WebUI's InputAccordion.
-        token_map: makes the token map of the last run from (task, call, layer); without it the panel has none.
+        token_map: makes the token map of the last run from (task, call, layer), and a place that is clicked; without it
+            the panel has none.
         tunings: the tunings of the current checkpoint; without it nothing can be tuned.
     """
-    section = Section(partial(element_id, tab), tunings)
-    enabled = BY_NAME["enabled"]
+    make, control, enabled = partial(_made, tab), partial(_control, tab), BY_NAME["enabled"]
     with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:
         controls = {"enabled": switch}
         with gr.Row(elem_classes=["agent-attention-line"]):
-            choices, value = [*PRESETS, CUSTOM], preset_of(DEFAULTS)
-            preset = gr.Dropdown(choices=choices, value=value, label="Preset", elem_id=element_id(tab, "preset"))
-            # through which the page's script sets it
-            sync = gr.Button("", elem_id=element_id(tab, "sync"), elem_classes=["agent-attention-hidden"])
-            # the preset follows from the other controls: nothing to save
-            preset.do_not_save_to_config = sync.do_not_save_to_config = True
-            controls.update(section.order())
-        gr.HTML("", elem_id=element_id(tab, "summary"), elem_classes=["agent-attention-summary"])
+            preset = make(gr.Dropdown, "preset", [*PRESETS, CUSTOM], value=preset_of(schema.DEFAULTS), label="Preset")
+            sync = make(gr.Button, "sync", "", **HIDDEN)  # through which the page's script sets it
+            ordered, button = order(make, control, tunings is not None and not tunings.refusal)
+            controls.update(ordered)
+        make(gr.HTML, "summary", "", elem_classes=["agent-attention-summary"])
         others = [row for row in SETTINGS if row.name not in controls]
-        controls.update(_lines(tab, [row for row in others if row.place < (_FOLDED,)]))
+        controls.update(_lines(control, [row for row in others if row.place < (_FOLDED,)]))
         with gr.Accordion("More settings", open=False, elem_id=element_id(tab, "more")):
-            controls.update(_lines(tab, [row for row in others if row.place >= (_FOLDED,)]))
-        section.results()
-        record = None if token_map is None else _token_map(tab, token_map)
+            controls.update(_lines(control, [row for row in others if row.place >= (_FOLDED,)]))
+        if tunings is not None:
+            with gr.Accordion("Tune", open=False, elem_id=element_id(tab, "tuner")):
+                results(make, tunings, controls["tune"], button)
+        record = None if token_map is None else _token_map(tab, make, token_map)
         # the style sheet moves it to the top where it says that nothing was applied
-        status = gr.HTML("", elem_id=element_id(tab, "status"), elem_classes=["agent-attention-status"])
+        status = make(gr.HTML, "status", "", elem_classes=["agent-attention-status"])
     both = [preset, *(controls[row.name] for row in SETTINGS if row is not enabled)]
     for listen, call in ((preset.input, "choose"), (sync.click, "sync")):
         # the page's script fills them, without the server; gradio appends the outputs' values to the inputs'
@@ -98,31 +99,23 @@ def build(
     return Panel({row.name: controls[row.name] for row in SETTINGS}, status, record)
 
 
-_GRADIO_3 = gr.__version__.startswith("3.")
-# renamed in gradio 4
-_JS = "_js" if _GRADIO_3 else "js"
-# since gradio 4, events during a pending call are dropped unless the last one is asked for
-_LAST = {} if _GRADIO_3 else {"trigger_mode": "always_last"}
-
-
-def _token_map(tab: str, show: Callable[[str, int, int], View]) -> Any:
+def _token_map(tab: str, make: Callable[..., Any], show: Callable[..., View]) -> Any:
     """Make the controls of the token map, and return the checkbox that turns on recording."""
-    ids = partial(element_id, tab)
-    with gr.Accordion("Token map", open=False, elem_id=ids("map")):
-        record = gr.Checkbox(False, label=RECORD, elem_id=ids("record"))
-        button = gr.Button("Show the token map", elem_id=ids("map_show"))
+    with gr.Accordion("Token map", open=False, elem_id=element_id(tab, "map")):
+        record = make(gr.Checkbox, "record", False, label=RECORD)
+        button = make(gr.Button, "map_show", "Show the token map")
         with gr.Row():
             moment, layer = (
-                gr.Slider(1, 2, 1, step=1, label=f"Map {name}", visible=False, elem_id=ids(f"map_{name}"))
+                make(gr.Slider, f"map_{name}", 1, 2, 1, step=1, label=f"Map {name}", visible=False)
                 for name in ("moment", "layer")
             )
-        text = gr.HTML("", elem_id=ids("map_text"), elem_classes=["agent-attention-status"])
-        image = gr.Image(type="pil", interactive=False, show_label=False, visible=False, elem_id=ids("map_image"))
-        task = gr.Textbox("", visible=False)  # the page's last request, which its script fills in
+        text = make(gr.HTML, "map_text", "", elem_classes=["agent-attention-status"])
+        image = make(gr.Image, "map_image", type="pil", interactive=False, show_label=False, visible=False)
+        task = make(gr.Textbox, "map_task", "", visible=False)  # the page's last request, which its script fills in
     inputs, outputs = [task, moment, layer], [image, text, moment, layer]
 
-    def refresh(task: str, call: float, number: float) -> list[Any]:
-        view = show(task, int(call or 1), int(number or 1))
+    def refresh(task: str, call: float, number: float, *place: Any) -> list[Any]:
+        view = show(task, int(call or 1), int(number or 1), *place)
         some = view.image is not None
         chosen = ((view.call, view.calls), (view.layer, view.layers))
         return [
@@ -131,26 +124,35 @@ def _token_map(tab: str, show: Callable[[str, int, int], View]) -> Any:
             *(gr.update(value=value, maximum=max(2, n), visible=some and n > 1) for value, n in chosen),
         ]
 
-    own = {_JS: f"(...values) => agentAttentionReadout.ofTask('{tab}', values)"}
-    button.click(refresh, inputs, outputs, show_progress="hidden", **own)
+    def clicked(task: str, call: float, number: float, event: gr.SelectData) -> list[Any]:
+        return refresh(task, call, number, event.index)
+
+    own = {_JS: f"(...values) => agentAttentionReadout.ofTask('{tab}', values)", **QUIET}
+    button.click(refresh, inputs, outputs, **own)
+    image.select(clicked, inputs, outputs, **own)
     for slider in (moment, layer):
-        slider.input(refresh, inputs, outputs, show_progress="hidden", **own, **_LAST)
-    for part in (record, button, task, *outputs):
-        part.do_not_save_to_config = True
+        slider.input(refresh, inputs, outputs, **own, **_LAST)
     return record
 
 
-def _lines(tab: str, rows: list[Setting]) -> dict[str, Any]:
+def _made(tab: str, kind: Callable[..., Any], name: str, *args: Any, **more: Any) -> Any:
+    """Make an element that is no setting: the host saves nothing of it."""
+    element = kind(*args, elem_id=element_id(tab, name), **more)
+    element.do_not_save_to_config = True
+    return element
+
+
+def _lines(control: Callable[[Setting], Any], rows: list[Setting]) -> dict[str, Any]:
     controls = {}
     for _, line in groupby(sorted(rows, key=lambda row: row.place), lambda row: row.place[0]):
         with gr.Row(elem_classes=["agent-attention-line"]):
-            controls.update({row.name: _control(tab, row) for row in line})
+            controls.update({row.name: control(row) for row in line})
     return controls
 
 
-def _control(tab: str, row: Setting) -> Any:
+def _control(tab: str, row: Setting, **more: Any) -> Any:
     # its help is a tooltip, which the page's script sets: see `preview.page_data`
-    common = {"value": row.default, "label": row.label, "elem_id": element_id(tab, row.name)}
+    common = {"value": row.default, "label": row.label, "elem_id": element_id(tab, row.name), **more}
     if row.kind == "flag":
         return gr.Checkbox(**common)
     if row.kind == "choice":

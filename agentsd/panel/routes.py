@@ -43,11 +43,7 @@ _HIRES = (
 
 
 def _checked(given: Any, rows: Sequence[Setting], *others: str) -> dict[str, Any]:
-    """Check a part of a body, of these rows and others that are checked elsewhere.
-
-    Raises:
-        SettingError: something is missing, unknown or out of range.
-    """
+    """Check a part of a body, of these rows and others that are checked elsewhere."""
     if not isinstance(given, Mapping):
         raise reject("body", given, "a mapping")
     check_names(given, [*(row.name for row in rows), *others])
@@ -58,19 +54,11 @@ def hires_size(width: int, height: int, scale: float, resize_x: int, resize_y: i
     """Compute the (width, height) of the hires pass from the WebUI's sliders, as the WebUI does."""
     if not resize_x and not resize_y:
         return int(width * scale), int(height * scale)
-    if not resize_y:
-        return resize_x, resize_x * height // width
-    if not resize_x:
-        return resize_y * width // height, resize_y
-    return resize_x, resize_y
+    return resize_x or resize_y * width // height, resize_y or resize_x * height // width
 
 
 def passes_of(page: Mapping[str, Any], hires: Mapping[str, Any] | None, host: Program) -> list[SamplingPass]:
-    """List the sampling passes of the image that would be generated.
-
-    Raises:
-        SettingError: the size of the hires pass would be out of range.
-    """
+    """List the sampling passes of the image that would be generated, of checked parts of a body."""
     schedule, other = host.schedule(page["sampler"], page["scheduler"]), host.other_checkpoint()
 
     def made(of: str, width: int, height: int, checkpoint: str = "", steps: int = 0) -> SamplingPass:
@@ -78,10 +66,8 @@ def passes_of(page: Mapping[str, Any], hires: Mapping[str, Any] | None, host: Pr
         return SamplingPass(Grid.of_pixels(height, width), of, moments, checkpoint or other)
 
     size = page["width"], page["height"]
-    if page["tab"] == "img2img":
-        return [made(tunings.IMG2IMG, *size)]
-    if hires is None:
-        return [made(tunings.FIRST, *size)]
+    if page["tab"] == "img2img" or hires is None:
+        return [made(tunings.IMG2IMG if page["tab"] == "img2img" else tunings.FIRST, *size)]
     larger = hires_size(*size, hires["scale"], hires["resize_x"], hires["resize_y"])
     for name, side in zip(("width", "height"), larger, strict=True):
         _whole(f"{name} of the hires pass", None, SMALLEST, LARGEST).check(side)
@@ -115,12 +101,9 @@ class Routes:
 
     def add(self, app: FastAPI) -> None:
         """Add all routes to the host's application."""
-        login = _login(app)
+        # gradio's own /config checks the cookie if a login is required
+        config = (route for route in app.routes if getattr(route, "path", "") == "/config")
+        login = next((list(route.dependencies) for route in config), [])
         for name, answer in (("page", page_data), ("status", last_run)):
             app.add_api_route(f"{PREFIX}/{name}", answer, dependencies=login)
         app.add_api_route(f"{PREFIX}/preview", self.preview, methods=["POST"], dependencies=login)
-
-
-def _login(app: FastAPI) -> list[Any]:
-    """Return the dependencies of gradio's own /config route, which check the cookie if a login is required."""
-    return next((list(route.dependencies) for route in app.routes if getattr(route, "path", "") == "/config"), [])

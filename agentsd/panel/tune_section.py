@@ -1,10 +1,8 @@
-"""The panel's section Tune: how close, with the next image, what was found.
-
-The page's script presses `tune_done` when an image is there.
-"""
+"""The panel's section Tune: how close, with the next image, what was found."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -20,87 +18,65 @@ REFUSED = (
     "Nothing can be tuned here: {}. What was tuned elsewhere works: paste the infotext of its image, or fill in Tuning "
     "(More settings)."
 )
+HIDDEN, QUIET = {"elem_classes": ["agent-attention-hidden"]}, {"show_progress": "hidden"}
 
 
-class Section:
-    """The controls of the section; where nothing can be tuned, they are hidden."""
+def order(make: Callable[..., Any], control: Callable[..., Any], tunes: bool) -> tuple[dict[str, Any], Any]:
+    """Make the controls of an order to tune, by the names of their settings, and its button; hidden without `tunes`."""
+    how_close = control(BY_NAME["how_close"], **({} if tunes else HIDDEN))
+    button = make(gr.Button, "tune_next", TUNE, **({} if tunes else HIDDEN))
+    value = control(BY_NAME["tune"], **HIDDEN)  # the page's script reads it, so it has to be drawn
+    value.do_not_save_to_config = True
 
-    def __init__(self, ids: Any, tunings: PanelTunings | None) -> None:
-        self._id, self.tunings = ids, tunings  # what makes an element id of a name, and the tunings, if of use
-        self.tunes = tunings is not None and not tunings.refusal
+    def ordered(how_close: str, value: float) -> tuple[float, Any]:
+        """Order a tuning with the next image, or take the order back."""
+        return (0.0, gr.update(value=TUNE)) if value else (fraction_of(how_close), gr.update(value=DONT_TUNE))
 
-    def order(self) -> dict[str, Any]:
-        """Make the controls of an order to tune, by the names of their settings."""
-        hidden = [] if self.tunes else ["agent-attention-hidden"]
-        row, tune = BY_NAME["how_close"], BY_NAME["tune"]
-        how_close = gr.Dropdown(
-            list(row.choices), value=row.default, label=row.label, elem_id=self._id(row.name), elem_classes=hidden
-        )
-        self.button = gr.Button(TUNE, elem_id=self._id("tune_next"), elem_classes=hidden)
-        # the page's script reads it, so it has to be drawn
-        more = {"label": tune.label, "elem_id": self._id(tune.name), "elem_classes": ["agent-attention-hidden"]}
-        self.value = gr.Slider(tune.low, tune.high, tune.default, step=tune.step, **more)
+    def changed(how_close: str, value: float) -> float:
+        return fraction_of(how_close) if value else 0.0
 
-        def ordered(how_close: str, value: float) -> tuple[float, Any]:
-            """Order a tuning with the next image, or take the order back."""
-            return (0.0, gr.update(value=TUNE)) if value else (fraction_of(how_close), gr.update(value=DONT_TUNE))
+    button.click(ordered, [how_close, value], [value, button], **QUIET)
+    how_close.input(changed, [how_close, value], value, **QUIET)
+    return {"how_close": how_close, "tune": value}, button
 
-        def changed(how_close: str, value: float) -> float:
-            """Change the order that was given, if any."""
-            return fraction_of(how_close) if value else 0.0
 
-        controls = [how_close, self.value]
-        self.button.click(ordered, controls, [self.value, self.button], show_progress="hidden")
-        how_close.input(changed, controls, self.value, show_progress="hidden")
-        self.button.do_not_save_to_config = self.value.do_not_save_to_config = True
-        return {"how_close": how_close, "tune": self.value}
+def results(make: Callable[..., Any], tunings: PanelTunings, value: Any, button: Any) -> None:
+    """Make what is folded: the tunings of the checkpoint; `value` and `button` are those of the order."""
+    if tunings.refusal:
+        make(gr.HTML, "tuned", f"<p>{escape(REFUSED.format(tunings.refusal))}</p>")
+        return
+    # a function: asked for whenever the page loads
+    found = make(gr.HTML, "tuned", tunings.results, elem_classes=["agent-attention-tuned"])
+    with gr.Row():
+        which = make(gr.Dropdown, "tune_which", tunings.titles(), label="Kept tuning", min_width=220)
+        forget = make(gr.Button, "tune_forget", FORGET)
+        export = make(gr.Button, "tune_export", "Export this tuning")
+    with gr.Row():
+        upload = make(gr.UploadButton, "tune_import", "Import a tuning", file_types=[".json"])
+        forget_all = make(gr.Button, "tune_forget_all", FORGET_ALL)
+    file = make(gr.File, "tune_file", visible=False, label="Exported")
+    done = make(gr.Button, "tune_done", "", **HIDDEN)  # the page's script presses it when an image is there
 
-    def results(self) -> None:
-        """Make what is folded: the tunings of the checkpoint."""
-        if self.tunings is None:
-            return
-        with gr.Accordion("Tune", open=False, elem_id=self._id("tuner")):
-            if self.tunes:
-                self._tunings(self.tunings)
-            else:
-                gr.HTML(f"<p>{escape(REFUSED.format(self.tunings.refusal))}</p>", elem_id=self._id("tuned"))
+    def listed() -> Any:
+        titles = tunings.titles()
+        return gr.update(choices=titles, value=next(iter(titles), None))
 
-    def _tunings(self, tunings: PanelTunings) -> None:
-        # a function: asked for whenever the page loads
-        results = gr.HTML(tunings.results, elem_id=self._id("tuned"), elem_classes=["agent-attention-tuned"])
-        with gr.Row():
-            which = gr.Dropdown(tunings.titles(), label="Kept tuning", elem_id=self._id("tune_which"), min_width=220)
-            forget = gr.Button(FORGET, elem_id=self._id("tune_forget"))
-            export = gr.Button("Export this tuning", elem_id=self._id("tune_export"))
-        with gr.Row():
-            upload = gr.UploadButton("Import a tuning", file_types=[".json"], elem_id=self._id("tune_import"))
-            forget_all = gr.Button(FORGET_ALL, elem_id=self._id("tune_forget_all"))
-        file = gr.File(visible=False, label="Exported", elem_id=self._id("tune_file"))
-        done = gr.Button("", elem_id=self._id("tune_done"), elem_classes=["agent-attention-hidden"])
+    def shown(said: str = "") -> str:
+        """Show the tunings anew, below what was done."""
+        return (f"<p>{escape(said)}</p>" if said else "") + tunings.results()
 
-        def listed() -> Any:
-            titles = tunings.titles()
-            return gr.update(choices=titles, value=next(iter(titles), None))
+    def really(label: str) -> tuple[Any, ...]:
+        """Ask once, then forget."""
+        sure = label == SURE
+        return shown(tunings.forget() if sure else ""), gr.update(value=FORGET_ALL if sure else SURE)
 
-        def shown(said: str = "") -> str:
-            """Show the tunings anew, below what was done."""
-            return (f"<p>{escape(said)}</p>" if said else "") + tunings.results()
+    def exported(title: str) -> Any:
+        path = tunings.export(title or "")
+        return gr.update(value=path, visible=path is not None)
 
-        def really(label: str) -> tuple[Any, ...]:
-            """Ask once, then forget."""
-            sure = label == SURE
-            return shown(tunings.forget() if sure else ""), gr.update(value=FORGET_ALL if sure else SURE)
-
-        def exported(title: str) -> Any:
-            path = tunings.export(title or "")
-            return gr.update(value=path, visible=path is not None)
-
-        quiet = {"show_progress": "hidden"}
-        results.change(listed, None, which, **quiet)
-        forget.click(lambda title: shown(tunings.forget(title) if title else ""), which, results, **quiet)
-        forget_all.click(really, forget_all, [results, forget_all], **quiet)
-        export.click(exported, which, file, **quiet)
-        upload.upload(lambda given: shown(tunings.load(given.name)), upload, results, **quiet)
-        done.click(lambda: (shown(), 0.0, gr.update(value=TUNE)), None, [results, self.value, self.button], **quiet)
-        for control in (which, forget, export, upload, forget_all, file, done):
-            control.do_not_save_to_config = True
+    found.change(listed, None, which, **QUIET)
+    forget.click(lambda title: shown(tunings.forget(title) if title else ""), which, found, **QUIET)
+    forget_all.click(really, forget_all, [found, forget_all], **QUIET)
+    export.click(exported, which, file, **QUIET)
+    upload.upload(lambda given: shown(tunings.load(given.name)), upload, found, **QUIET)
+    done.click(lambda: (shown(), 0.0, gr.update(value=TUNE)), None, [found, value, button], **QUIET)

@@ -73,6 +73,7 @@ class Answerer:
         `matching` has the clusters of the block's tokens, if any; `watch` compares the answer with full attention.
         """
         attention, method = self.attention(layer, host, planned, matching), planned.plan.method
+        attention.chosen = host.chosen
         return method.attend(attention) if watch is None else watch.attend(layer.site.name, method, attention)
 
     def attention(self, layer: Layer, host: Call, planned: Planned, matching: Matching | None) -> SelfAttention:
@@ -357,10 +358,11 @@ class Layer:
         """Answer a call, and time, compare, tell of and check the answer where that is asked for."""
         patch, call = self.patch, self.patch.call()
         finite, watch = patch.finite, None if call is None else call.watch
+        host.chosen = None if patch.observer is None else []
         answer = partial(self.answerer.answer, self, host, planned, matching, watch)
         out = self._timed("self-attention", answer, host.proceed, host.x.device)
         if patch.observer is not None and call is not None:
-            told = self.site.name, planned.size, planned.plan, matching, call.latent, call.timestep, call
+            told = self.site.name, planned.size, planned.plan, matching, call.latent, call.timestep, call, host.chosen
             try:
                 patch.observer(Answer(*told))
             except Exception as error:

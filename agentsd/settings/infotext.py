@@ -24,7 +24,7 @@ _ROWS = {row.name: row for row in SETTINGS if row.name != "enabled" and not row.
 _PASTED: set[str] = set()  # the entries that were pasted since the program began, as `write` writes them
 # What readers of infotexts take for the end of a value, a quotation, a network or a weight
 _REPLACED = str.maketrans("(){}–−", "[][]--", "<>\"'“”‘’")
-_REPLACED |= str.maketrans({",": ";", ":": " -", "×": "x", "→": "to", "…": "..."})
+_REPLACED |= str.maketrans({",": ";", ":": " -", "×": "x", "→": "to"})
 
 
 def plain(text: str) -> str:
@@ -32,7 +32,7 @@ def plain(text: str) -> str:
 
     That is printable ASCII without , : " ' ( ) { } < >, with balanced brackets.
     """
-    text = unicodedata.normalize("NFKD", text.translate(_REPLACED)).encode("ascii", "ignore").decode()
+    text = unicodedata.normalize("NFKD", text).translate(_REPLACED).encode("ascii", "ignore").decode()
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[: LONGEST - 1]
     depths = list(accumulate((c == "[") - (c == "]") for c in text)) or [0]
     return text if min(depths) >= 0 == depths[-1] else re.sub(r"[\[\]]", "", text)

@@ -190,9 +190,9 @@ def generation_of(p: Any) -> Generation | None:
     return getattr(p, _GENERATION, None)
 
 
-def token_map(task: str, call: int, layer: int) -> tokenmap.View:
+def token_map(task: str, call: int, layer: int, *place: Any) -> tokenmap.View:
     """Show the token map of the last run to the page whose last request was `task`; see `tokenmap.view`."""
-    return tokenmap.view(STATUS.recording, call, layer, STATUS.text(), foreign=task != STATUS.task)
+    return tokenmap.view(STATUS.recording, call, layer, STATUS.text(), task != STATUS.task, *place)
 
 
 def _decide(p: Any, generation: Generation, sampling: SamplingPass) -> Decision:

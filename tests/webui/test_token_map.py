@@ -64,6 +64,17 @@ def test_it_shows_the_clusters_and_agents_that_were_used_at_each_moment_and_laye
     assert "Dots" not in panel.text("map_text"), "token merging follows the agents"
 
 
+def test_a_click_shows_what_the_window_opens(page, panel: Panel, told):
+    panel.choose("Faithful")
+    generate(page)
+    assert "Click on a window" in told("Click on a window")
+    before = panel.picture("map_image").tobytes()
+    panel.at("map_image", "img").click(position={"x": 20, "y": 20})
+    panel.said("Tinted: those of the outlined window", "map_text")
+    page.wait_for_timeout(SECONDS)
+    assert panel.picture("map_image").tobytes() != before
+
+
 def test_the_map_of_a_new_image_comes_by_itself_and_goes_with_the_record(page, panel: Panel, told):
     panel.choose("Balanced")
     panel.check("record")

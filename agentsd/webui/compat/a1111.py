@@ -215,7 +215,7 @@ class WebUI(Program):
 
     @cached_property
     def timings(self) -> Timings:  # type: ignore[override]
-        return Timings(lambda section, _: self.cache(section))
+        return Timings(self.cache)
 
     def cache(self, section: str) -> MutableMapping[str, Any]:
         host = _module("cache")
