@@ -12,9 +12,9 @@ from torch import nn
 
 from .checks import SettingError, check_names
 from .config import SETTINGS, AgentConfig
-from .hosts import UnsupportedModelError, family_of, find_model, progress_by
+from .hosts import UnsupportedModelError, find_model, progress_by
 from .patching.call import KVContext
-from .patching.joint import TransformerPatch
+from .patching.joint import make_patch
 from .patching.patch import Patch, patch_of
 from .schedule import Moment
 from .tuning.fingerprint import adapters_of
@@ -56,17 +56,14 @@ def apply_patch(
     if len(reference) > len(names) or set(names[: len(reference)]) & settings.keys():
         raise TypeError(f"settings without a name are {', '.join(names)} in this order, each once; got {reference}")
     unet, config = find_model(model), AgentConfig(*reference, **settings)
-    family = family_of(unet)
     if tuning is not None:
-        if family is not None:
-            raise UnsupportedModelError(f"a tuning is of a U-Net, got {family.model}")
         if given := [name for name in SETTINGS if getattr(config, name) != getattr(AgentConfig, name)]:
             raise SettingError(f"a tuning has settings of its own, got {', '.join(given)} as well")
         made = as_tuning(tuning)
         config = made.config_for(unet)
         if doubts := made.doubts(adapters=adapters_of(unet)):
             log.warning("a tuning is used for what it was not made on: %s", doubts)
-    patch_unet(unet, config, progress=progress or (progress_by(model, unet) if family is None else None))
+    patch_unet(unet, config, progress=progress or progress_by(model, unet))
     return model
 
 
@@ -74,14 +71,7 @@ def patch_unet(
     unet: nn.Module, config: AgentConfig, kv_context: KVContext | None = None, progress: Moment | None = None
 ) -> Patch:
     """Patch a U-Net or transformer with a config, replacing an existing patch; see `Patch` for the arguments."""
-    # may raise, before anything has been changed
-    family = family_of(unet)
-    if family is None:
-        patch = Patch(unet, config, kv_context, progress=progress)
-    elif kv_context is not None:
-        raise UnsupportedModelError(f"kv_context is for a U-Net, got {family.model}")
-    else:
-        patch = TransformerPatch(unet, config, progress=progress)
+    patch = make_patch(unet, config, kv_context, progress=progress)  # may raise, before anything has been changed
     patch.install()
     return patch
 

@@ -13,24 +13,19 @@ written after each round; --resume adds the missing rounds, on the same machine 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from .machine import DTYPES, ROOT, Machine, choose_device, this_run
-from .measure import Bench, Case
+from .machine import DATA, PAGE, ROOT
+from .measure import Case, make_parser, opened, positive
 from .methods import methods
-from .models import LAYOUTS
 from .pages import fill
-from .results import Results, ResumeError, machine_line, measured, table, times
+from .results import by_size, machine_line, measured, published, table, times
 
-MODULE = "benchmarks.bench"
-PAGE, FRONT, DATA = ROOT / "docs/measurements.md", ROOT / "README.md", ROOT / "docs/measurements"
+MODULE, FRONT = "benchmarks.bench", ROOT / "README.md"
 # Rows of the README's table
 SHOWN = ("limit", "corrected8", "corrected4", "opened4", "tomesd.4", "tomesd.5")
 GRID = ("sdpa", "limit", "grid8", "grid4")
@@ -56,29 +51,20 @@ PRESETS: dict[str, list[Case]] = {
 README = [name for name in PRESETS if name != "quick"]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = make_parser()
+    parser = parser_of_bench()
     options = parser.parse_args(argv)
     if options.publish:
-        publish(json.loads((options.out / "bench.json").read_text(encoding="utf-8")), options.out / "bench.csv")
-        return 0
+        return publish(published(options.out / "bench.json", DATA / "speed.csv"))
     if options.threads:
         torch.set_num_threads(options.threads)
-    machine = Machine(choose_device(options.device), deadline=time.monotonic() + 60 * options.minutes)
-    run = this_run(MODULE, sys.argv[1:] if argv is None else argv, [options.out])
-    try:
-        results = Results(options.out / "bench", machine.describe(), run, options.resume)
-    except ResumeError as error:
-        parser.error(f"--resume: {error}")
-    machine.skipped = results.out["skipped"]
-    bench = Bench(machine, results)
+    bench = opened(parser, options)
     with torch.inference_mode():
         for case in tqdm(choose_cases(options), unit="case"):
             bench.measure(case)
-    results.write()
-    print((options.out / "bench.md").read_text(encoding="utf-8"))
-    return 0
+    bench.results.write()
+    return print((options.out / "bench.md").read_text(encoding="utf-8"))
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
@@ -88,74 +74,35 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
         return [case for name in names for case in PRESETS[name]]
     shared = {"dtype": options.dtype, "batch": options.batch, "rounds": options.rounds}
     names = tuple(dict.fromkeys(("sdpa", *(options.methods or MAIN))))
-    sizes = options.sizes or [(512, 512)]
-    return [Case(layout, size, names, **shared) for layout in options.layouts for size in sizes]
+    return [Case(layout, size, names, **shared) for layout in options.layouts for size in options.sizes or [(512, 512)]]
 
 
-def publish(out: dict[str, Any], data: Path) -> None:
-    """Write the CSV, the section "speed" of the page (SD 1.5's methods by size), and a few rows into the README."""
-    DATA.mkdir(exist_ok=True)
-    (DATA / "speed.csv").write_text(data.read_text(encoding="utf-8"), encoding="utf-8")
-    cases = [c for c in out["cases"] if c["layout"] == "sd15" and c["dtype"] == "bfloat16" and "limit" in measured(c)]
-    cases = sorted((c for c in cases if c["size"][0] >= 512 and "tomesd.4" in measured(c)), key=lambda c: c["size"])
-    names = {name: r["label"] for c in cases for name, r in measured(c).items()}
-    head = ["one forward of the U-Net", *(t for c in cases for t in (f"{c['size'][0]}×{c['size'][1]}, s", "speed-up"))]
-    rows = []
-    for name, label in names.items():
-        found = [measured(c).get(name) for c in cases]
-        cells = [(f"{r['seconds']:.3g}", times(r["speedup"])) if r else ("–", "–") for r in found]
-        rows.append([label, *(text for pair in cells for text in pair)])
+def publish(out: dict[str, Any]) -> None:
+    """Write the section "speed" of the page, SD 1.5's methods by size, and a few rows into the README."""
+    cases = [c for c in out["cases"] if c["layout"] == "sd15" and c["dtype"] == "bfloat16" and c["size"][0] >= 512]
+    cases = sorted((c for c in cases if {"limit", "tomesd.4"} <= set(measured(c))), key=lambda c: c["size"])
     rounds = sorted({r["rounds"] for c in cases for r in measured(c).values()})
-    text = f"SD 1.5, bfloat16, batch 2, {rounds[0]} to {rounds[-1]} rounds. {machine_line(out)}"
-    fill(PAGE, MODULE, {"speed": "\n".join([text, "", *table(head, rows)])})
-    few = [[names[n], *(times(measured(c).get(n, {}).get("speedup")) for c in cases)] for n in SHOWN if n in names]
+    text = f"One forward of the U-Net, {rounds[0]} to {rounds[-1]} rounds. {machine_line(out)}"
+    fill(PAGE, MODULE, {"speed": "\n".join([text, "", *by_size(cases)]).rstrip()})
+    sides, labels = [f"{c['size'][0]}×{c['size'][1]}" for c in cases], methods()
+    few = [[labels[n].label, *(times(measured(c).get(n, {}).get("speedup")) for c in cases)] for n in SHOWN]
     text = f"One forward of SD 1.5's U-Net over PyTorch's fused attention, bfloat16. {machine_line(out)}"
-    sides = [f"{c['size'][0]}×{c['size'][1]}" for c in cases]
     fill(FRONT, MODULE, {"readme": "\n".join([text, "", *table(("", *sides), few)])})
 
 
-def make_parser() -> argparse.ArgumentParser:
+def parser_of_bench() -> argparse.ArgumentParser:
     """The command line's parser."""
     listed = "\n".join(f"  {m.name:<12} {m.label}" for m in methods().values())
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"methods:\n{listed}",
-    )
+    defaults = {"layouts": ["sd15"], "dtype": "bfloat16", "rounds": 10, "minutes": 1e6, "resume": False}
+    parser = make_parser(MODULE, __doc__, f"methods:\n{listed}", **defaults)
     add = parser.add_argument
-    add("--preset", nargs="+", choices=list(PRESETS), help="sets of cases (default: all but quick)")
+    add("--preset", nargs="+", choices=list(PRESETS), help="sets of cases, with rounds of their own (default: all)")
     add("--quick", action="store_true", help="short for --preset quick; takes under two minutes")
-    add("--layouts", nargs="+", choices=sorted(LAYOUTS), default=["sd15"], help="U-Nets to measure (default sd15)")
-    add("--sizes", nargs="+", type=_size, metavar="SIZE", help="image sizes in pixels: 512, or WIDTHxHEIGHT")
     add("--methods", nargs="+", choices=sorted(methods()), metavar="METHOD", help="methods to compare; listed below")
-    add("--dtype", choices=sorted(DTYPES), default="bfloat16", help="dtype of the U-Net (default bfloat16)")
-    add("--batch", type=_positive, default=2, help="rows of the batch (default 2: cond and uncond)")
-    add("--rounds", type=_positive, default=10, help="number of rounds (default 10); presets have their own")
-    add("--resume", action="store_true", help="add the missing rounds to the existing results")
-    add("--publish", action="store_true", help="measure nothing; write the results into docs/")
-    add("--minutes", type=float, default=1e6, help="start no round that would end after this many minutes")
-    add("--threads", type=_positive, help="CPU threads (default: PyTorch's)")
-    add("--device", default="auto", help="a device, or auto for the first of CUDA, MPS and CPU (default auto)")
-    add("--out", type=Path, default=Path("out/bench"), help="folder for the results (default out/bench)")
+    add("--batch", type=positive, default=2, help="rows of the batch (default 2: cond and uncond)")
+    add("--threads", type=positive, help="CPU threads (default: PyTorch's)")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text}")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    """(height, width) of a size that is written width first."""
-    sides = [int(side) for side in text.lower().replace("×", "x").split("x")]
-    width, height = sides if len(sides) == 2 else sides * 2
-    if min(height, width) < 64 or height % 64 or width % 64 or len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"must be multiples of 64 pixels, from 64, got {text}")
-    return height, width
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

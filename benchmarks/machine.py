@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
-import os
 import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE, DATA = ROOT / "docs/measurements.md", ROOT / "docs/measurements"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The code that the figures depend on; the rest of the repository may change between two runs.
 _MEASURED = (
@@ -79,20 +78,12 @@ class Machine:
         }
 
 
-def this_run(module: str, arguments: list[str], paths: Iterable[Path] = ()) -> dict[str, Any]:
-    """All that may differ between two runs; of `paths` among the arguments only the last names are published."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": _revision(),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "arguments": ["python", "-m", module, *_without_paths(arguments, set(paths))],
-    }
-
-
-def _without_paths(arguments: list[str], paths: set[Path]) -> Iterator[str]:
-    for argument in arguments:
-        option, equals, value = argument.rpartition("=")  # --out=FOLDER
-        yield f"{option}{equals}{Path(value).name}" if Path(value) in paths else argument
+def parser_for(module: str, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser of the command line of `python -m module`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, epilog=epilog, formatter_class=formatter
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,11 +108,3 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def _revision() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

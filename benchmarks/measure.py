@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import DeviceType
-from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from agentsd.hosts import find_sites
-
-from .machine import DTYPES, Machine
+from .machine import DTYPES, Machine, choose_device, parser_for
 from .methods import Method, methods
 from .models import LAYOUTS, build, call, make_inputs
-from .results import Results
+from .results import Results, ResumeError
 
 EAGER, GRAPH, COMPILED = "eager", "graph", "compiled"
 TIMESTEP = 500.0
@@ -34,6 +32,8 @@ SHORTEST = 0.02
 LONG = 2.0
 # Seconds that are left for writing results.
 RESERVE = 5.0
+
+Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Bench:
 
     def __init__(self, machine: Machine, results: Results) -> None:
         self.machine, self.results = machine, results
+        machine.skipped = results.out["skipped"]
         self.unet: nn.Module | None = None
         self._built: tuple[str, str] | None = None
 
@@ -91,48 +92,46 @@ class Bench:
 
     def _prepared(
         self, case: Case, entry: dict[str, Any], inputs: dict[str, Any], stack: ExitStack
-    ) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Yield each method that works here, and what to time; costs are measured on the way."""
+    ) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Run]]]]:
+        """Yield each method that works here, and a context with what to time; costs are measured on the way."""
         known = methods(LAYOUTS[case.layout].downsample)
         for name in case.methods:
             if self.machine.time_left() < RESERVE:
                 return
             try:
-                run, costs = self._prepare(known[name], case.mode, inputs, stack)
+                timed, costs = self._prepare(known[name], case.mode, inputs, stack)
             except Exception as error:  # a method that cannot run here is a result too
                 self.machine.skip(case.name, name, f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
             entry["results"][name] = {"label": known[name].label, **entry["results"].get(name, {}), **costs}
-            yield name, run
+            yield name, timed
 
     def _prepare(
         self, method: Method, mode: str, inputs: dict[str, Any], stack: ExitStack
-    ) -> tuple[Callable[[], Any], dict[str, Any]]:
+    ) -> tuple[Callable[[], AbstractContextManager[Run]], dict[str, Any]]:
         """Install a method, call it for the first time, and return what to time and what it costs besides time."""
         if mode == COMPILED:  # a patch that comes and goes would be compiled anew: each method has a U-Net of its own
             unet = copy.deepcopy(self.unet)
             check = stack.enter_context(method.install(unet))
-            compiled = torch.compile(unet)
-            run = lambda: call(compiled, inputs, TIMESTEP)  # noqa: E731
-            costs = self._first_call(run, check, count=False)  # nothing is compiled within a dispatch mode
+            run: Run = partial(call, torch.compile(unet), inputs, TIMESTEP)
+            costs = self._first_call(run, check)
         else:
-            run = lambda: call(self.unet, inputs, TIMESTEP)  # noqa: E731
+            run = partial(call, self.unet, inputs, TIMESTEP)
             with method.install(self.unet) as check:
                 costs = self._first_call(run, check)
                 if mode == GRAPH:
                     run = _captured(run)
-            if mode == EAGER:
-                run = _Installed(method, self.unet, run, warm=costs["first"] < LONG)
         costs["calls"] = 1 if costs["first"] > LONG else max(1, round(SHORTEST / self.machine.seconds(run)))
-        return run, costs
+        if mode == EAGER:
+            return partial(_installed, method, self.unet, run, warm=costs["first"] < LONG), costs
+        return partial(nullcontext, run), costs
 
-    def _first_call(self, run: Callable[[], Any], check: Callable[[], None], count: bool = True) -> dict[str, Any]:
-        """Call it for the first time: seconds, kernels launched, and the peak of memory beyond what was there."""
-        begun, seen = time.perf_counter(), Launches()
-        with seen if count else ExitStack():
-            run()
+    def _first_call(self, run: Run, check: Callable[[], None]) -> dict[str, Any]:
+        """Call it for the first time: seconds, and on CUDA kernels and the peak of memory beyond what was there."""
+        begun = time.perf_counter()
+        run()
         check()
-        costs = {"first": time.perf_counter() - begun, "kernels": seen.total, "peak": 0}
+        costs = {"first": time.perf_counter() - begun, "kernels": None, "peak": None}
         if self.machine.device.type == "cuda":
             self.machine.sync()
             before = torch.cuda.memory_allocated()
@@ -144,13 +143,13 @@ class Bench:
             costs["kernels"] = sum(event.device_type == DeviceType.CUDA for event in profiler.events())
         return costs
 
-    def _measure_round(self, entry: dict[str, Any], runs: dict[str, Callable[[], Any]]) -> None:
+    def _measure_round(self, entry: dict[str, Any], runs: dict[str, Callable[[], AbstractContextManager[Run]]]) -> None:
         # shuffled rather than rotated, so that no method always comes after the same other one
         order = random.Random(len(entry["rounds"])).sample(list(runs), len(runs))
         times = {}
         for name in tqdm(order, desc=f"{entry['case']}, round {len(entry['rounds']) + 1}", leave=False):
-            with runs[name].inside() if isinstance(runs[name], _Installed) else ExitStack():
-                times[name] = self.machine.seconds(runs[name], entry["results"][name]["calls"])
+            with runs[name]() as run:
+                times[name] = self.machine.seconds(run, entry["results"][name]["calls"])
         entry["rounds"].append(times)
         self.results.write()
 
@@ -160,7 +159,17 @@ def _seconds_of_round(entry: dict[str, Any]) -> float:
     return sum(seconds * entry["results"][name]["calls"] for name, seconds in last.items())
 
 
-def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
+@contextmanager
+def _installed(method: Method, unet: nn.Module, run: Run, warm: bool) -> Iterator[Run]:
+    """Install a method while it is timed; a first call there plans, and is not timed."""
+    with method.install(unet) as check:
+        if warm:
+            run()
+        yield run
+        check()
+
+
+def _captured(run: Run) -> Run:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a first call may set up what no graph can record
@@ -172,97 +181,46 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-class _Installed:
-    """A call of a U-Net that a method is installed on only while it is timed."""
-
-    def __init__(self, method: Method, unet: nn.Module, run: Callable[[], Any], warm: bool) -> None:
-        self.method, self.unet, self.run, self.warm = method, unet, run, warm
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Install the method for the length of a `with` block; a first call there plans, and is not timed."""
-        with self.method.install(self.unet) as check:
-            if self.warm:
-                self.run()
-            yield
-            check()
-
-    def __call__(self) -> Any:
-        return self.run()
+# The command line of programs that measure cases
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operators that compute something: as many as kernels on a card, unless a library splits one."""
-
-    _ROOM = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.total += not (func.is_view or func.overloadpacket.__name__ in self._ROOM)
-        return func(*args, **(kwargs or {}))
-
-
-def self_attention_share(unet: nn.Module, run: Callable[[], Any], machine: Machine) -> dict[str, float]:
-    """Shares of an unpatched call's time by the profiler: of the self-attention layers, and of SDPA within them."""
-    cuda = machine.device.type == "cuda"
-    open_ranges: list[Any] = []
-
-    def begin(*_: Any) -> None:
-        open_ranges.append(record_function("self-attention").__enter__())
-
-    def end(*_: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
-    layers = [site.block.attn1 for site in find_sites(unet)]
-    handles = [
-        h for layer in layers for h in (layer.register_forward_pre_hook(begin), layer.register_forward_hook(end))
-    ]
-    run()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiler, record_function("call"):
-        run()
-        machine.sync()
-    for handle in handles:
-        handle.remove()
-
-    def seconds(name: str, within: str = "") -> float:
-        found = [e for e in profiler.events() if e.name == name and e.device_type == DeviceType.CPU]
-        found = [e for e in found if not within or any(p.name == within for p in _parents(e))]
-        return sum(e.device_time_total if cuda else e.cpu_time_total for e in found)
-
-    whole = seconds("call")
-    sdpa = seconds("aten::scaled_dot_product_attention", "self-attention")
-    return {"layers": seconds("self-attention") / whole, "sdpa": sdpa / whole}
+def make_parser(module: str, description: str | None, epilog: str = "", **defaults: Any) -> argparse.ArgumentParser:
+    """The options that they share, with defaults of their own."""
+    parser = parser_for(module, description, epilog)
+    add, name = parser.add_argument, module.rpartition(".")[2]
+    add("--layouts", "--only", nargs="+", choices=sorted(LAYOUTS), metavar="UNET", help="U-Nets (default %(default)s)")
+    add("--sizes", nargs="+", type=_size, metavar="SIZE", help="only these sizes in pixels: 512, or WIDTHxHEIGHT")
+    add("--dtype", choices=sorted(DTYPES), help="dtype of the U-Nets (default %(default)s)")
+    add("--rounds", type=positive, help="rounds of each case (default %(default)s)")
+    add("--minutes", type=float, help="begin no round that would end after so many minutes (default %(default)s)")
+    add("--device", default="auto", help="a device, or auto for the first of CUDA, MPS and CPU (default auto)")
+    add("--resume", action=argparse.BooleanOptionalAction, help="add what is missing to the results that are there")
+    add("--publish", action="store_true", help="measure nothing; write the results into docs/")
+    add("--out", type=Path, default=Path("out", name), help="folder of the results (default %(default)s)")
+    parser.set_defaults(**defaults, stem=name)
+    return parser
 
 
-def _parents(event: Any) -> Iterator[Any]:
-    while (event := event.cpu_parent) is not None:
-        yield event
+def opened(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Bench:
+    """What measures the cases of a command line."""
+    machine = Machine(choose_device(options.device), deadline=time.monotonic() + 60 * options.minutes)
+    try:
+        return Bench(machine, Results(options.out / options.stem, machine.describe(), options.resume))
+    except ResumeError as error:
+        return parser.error(f"{error}; --no-resume begins anew")
 
 
-def sdpa_seconds(machine: Machine, layout: str, side: int, dtype: str) -> list[dict[str, Any]]:
-    """Seconds of SDPA, and FLOPs, of each class of self-attention layers of a U-Net."""
-    classes: dict[tuple[int, int, int], int] = {}
-    with torch.device("meta"):
-        sites = find_sites(LAYOUTS[layout].build())
-    for site in sites:
-        key = (site.downsample, site.channels, site.heads)
-        classes[key] = classes.get(key, 0) + 1
-    rows = []
-    for (downsample, channels, heads), count in sorted(classes.items()):
-        tokens = (side // 8 // downsample) ** 2
-        shape = (2, heads, tokens, channels // heads)
-        qkv = [torch.randn(shape, device=machine.device).to(DTYPES[dtype]) for _ in range(3)]
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text}")
+    return value
 
-        def attend(qkv: list[torch.Tensor] = qkv) -> torch.Tensor:
-            return nn.functional.scaled_dot_product_attention(*qkv)
 
-        attend()
-        figures = {"layers": count, "tokens": tokens, "heads": heads, "width": channels // heads}
-        seconds = median(machine.seconds(attend, 3) for _ in range(3))
-        rows.append({"layout": layout, "side": side, "dtype": dtype, **figures, "seconds": seconds})
-        rows[-1]["flops"] = 4 * 2 * tokens**2 * channels
-    return rows
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of a size that is written width first."""
+    sides = [int(side) for side in text.lower().replace("×", "x").split("x")]
+    width, height = sides if len(sides) == 2 else sides * 2
+    if min(height, width) < 64 or height % 64 or width % 64 or len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"must be multiples of 64 pixels, from 64, got {text}")
+    return height, width

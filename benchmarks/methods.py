@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -17,6 +16,9 @@ import agentsd
 from agentsd.attention.tensors import join_heads, split_heads
 from agentsd.hosts import Call, Seam, find_sites
 from agentsd.settings import DEFAULTS, to_config
+
+from .attentions import Attention
+from .peers import Attend, downsampled
 
 # A context manager; it yields a function that raises RuntimeError if the method did not do what it is measured for.
 Install = Callable[[nn.Module], Any]
@@ -98,20 +100,11 @@ def _tiles(attn: nn.Module, seam: Seam, call: Call) -> Tensor:
     return out.view(B, count, count, tile, tile, C).transpose(2, 3).reshape(B, N, C)
 
 
-def _todo(s: int, attn: nn.Module, seam: Seam, call: Call) -> Tensor:
-    """Keys and values of the first token of each cell of s × s (ToDo, arXiv 2402.13573); for a square image."""
+def _peer(attend: Attend, attn: nn.Module, seam: Seam, call: Call) -> Tensor:
+    """A peer's answer, for a square image."""
+    q, k, v = (split_heads(to(call.x), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
     side = math.isqrt(call.x.shape[1])
-    few = call.x.unflatten(1, (side, side))[:, ::s, ::s].flatten(1, 2)
-    projected = ((attn.to_q, call.x), (attn.to_k, few), (attn.to_v, few))
-    q, k, v = (split_heads(to(x), attn.heads) for to, x in projected)
-    return seam.project_out(join_heads(scaled_dot_product_attention(q, k, v)))
-
-
-def _naive(attn: nn.Module, seam: Seam, call: Call) -> Tensor:
-    """softmax(Q Kᵀ) V as three operations."""
-    q, k, v = (split_heads(to(call.x), attn.heads).flatten(0, 1) for to in (attn.to_q, attn.to_k, attn.to_v))
-    weights = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
-    return seam.project_out(join_heads((weights @ v).unflatten(0, (-1, attn.heads))))
+    return seam.project_out(join_heads(attend(Attention(q, k, v, (side, side)))))
 
 
 class _LatentDiffusion(nn.Module):
@@ -146,7 +139,8 @@ def tomesd(ratio: float, deepest: int) -> Install:
 
 
 def todo(s: int) -> Install:
-    return _by_handler(partial(_todo, s), 1)
+    """ToDo, for closeness: all keys are projected, where its own code takes few."""
+    return _by_handler(partial(_peer, downsampled(s)), 1)
 
 
 # agent_ratio for cells of 8×8 and of 4×4 tokens
@@ -167,7 +161,6 @@ def methods(deepest: int = 1) -> dict[str, Method]:
     rows = {
         "sdpa": Method("SDPA, unpatched", unpatched),
         "limit": Method("limit: nothing between the projections", _by_handler(_limit, deepest)),
-        "naive": Method("naive attention, in three operations", _by_handler(_naive, deepest)),
         "idle": Method("patch installed, every layer left alone", whole(agent_source="grid", min_tokens=10**6)),
         "panel": Method("the panel's defaults", patched(to_config({**DEFAULTS, "enabled": True}))),
         "grid8": Method("grid agents, 8×8 cells", whole(agent_source="grid", agent_ratio=CELL_8)),

@@ -6,6 +6,7 @@ import csv
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,21 +64,16 @@ class ResumeError(ValueError):
 class Results:
     """All that was measured so far, as JSON and as tables, in the files of a stem, to which a run may add."""
 
-    def __init__(self, stem: Path, machine: dict[str, Any], run: dict[str, Any], resume: bool = False) -> None:
-        self.stem = stem
-        self.out: dict[str, Any] = {"machine": machine, "runs": [], "cases": [], "skipped": []}
+    def __init__(self, stem: Path, machine: dict[str, Any], resume: bool = False) -> None:
+        self.stem, self.file = stem, stem.with_suffix(".json")
+        self.out: dict[str, Any] = {"machine": machine, "dates": [], "cases": [], "skipped": []}
         if resume and self.file.exists():
             self.out = json.loads(self.file.read_text(encoding="utf-8"))
             for name, value in machine.items():
                 before = self.out["machine"].get(name)
                 if before != value:
                     raise ResumeError(f"{self.file} was measured with {name} {before}, this is {value}")
-        self.out["runs"].append(run)
-        stem.parent.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def file(self) -> Path:
-        return self.stem.with_suffix(".json")
+        self.out["dates"].append(date.today().isoformat())
 
     def entry(self, case: Any) -> dict[str, Any]:
         """The entry of a case; cases that differ in methods or rounds alone share one."""
@@ -88,32 +84,30 @@ class Results:
         return self.out["cases"][-1]
 
     def write(self) -> None:
-        """Write the JSON, the CSV and the tables."""
+        """Write the JSON and the tables."""
         for entry in self.out["cases"]:
             summarise(entry)
         write_json(self.file, self.out)
-        self.write_csv(self.stem.with_suffix(".csv"))
         self.stem.with_suffix(".md").write_text(markdown(self.out), encoding="utf-8")
 
-    def write_csv(self, file: Path) -> None:
-        """Write a line for each case and method."""
-        about = self.out["machine"]
-        head = ("layout", "width", "height", "dtype", "batch", "mode", "method", "seconds", "speedup", "captured")
-        head += ("kernels", "peak", "rounds", "processor", "threads", "torch", "code", "date")
-        with file.open("w", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, head, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            for case in self.out["cases"]:
-                place = {
-                    **case,
-                    "height": case["size"][0],
-                    "width": case["size"][1],
-                    "date": self.out["runs"][-1]["date"],
-                }
-                place["processor"] = about["processor"] if about["device"] == "cpu" else about["device"]
-                for result in measured(case).values():
-                    figures = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items()}
-                    writer.writerow({**about, **place, **figures, "method": result["label"]})
+
+def published(file: Path, csv_file: Path) -> dict[str, Any]:
+    """Read the results of a run, and write a line for each case and method into the documentation's folder."""
+    out = json.loads(file.read_text(encoding="utf-8"))
+    about = out["machine"]
+    head = ("layout", "width", "height", "dtype", "batch", "mode", "method", "seconds", "speedup", "captured")
+    head += ("kernels", "peak", "rounds", "processor", "threads", "torch", "code", "date")
+    csv_file.parent.mkdir(exist_ok=True)
+    with csv_file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, head, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for case in out["cases"]:
+            place = {**case, "height": case["size"][0], "width": case["size"][1], "date": out["dates"][-1]}
+            place["processor"] = about["processor"] if about["device"] == "cpu" else about["device"]
+            for result in measured(case).values():
+                figures = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items()}
+                writer.writerow({**about, **place, **figures, "method": result["label"]})
+    return out
 
 
 def summarise(entry: dict[str, Any]) -> None:
@@ -136,23 +130,26 @@ def measured(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def machine_line(out: dict[str, Any]) -> str:
     """The machine, the code and the dates in one sentence."""
-    machine, runs = out["machine"], out["runs"]
+    machine, dates = out["machine"], out["dates"]
     where = machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} threads"
-    dates = " to ".join(dict.fromkeys((runs[0]["date"][:10], runs[-1]["date"][:10])))
-    return f"{where}; PyTorch {machine['torch']}; code {machine['code']}; {dates}."
+    span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return f"{where}; PyTorch {machine['torch']}; code {machine['code']}; {span}."
 
 
 def markdown(out: dict[str, Any]) -> str:
-    """All tables: a table for each case, what else was measured, what was skipped, and a short table."""
+    """All tables: a table for each case, what else was measured, what was skipped, and the methods by size."""
     cases = [case for case in out["cases"] if case["rounds"]]
     lines = [machine_line(out), "U-Nets with random weights; medians of interleaved rounds.", ""]
     for case in cases:
         lines += [f"**{case['case']}**", "", *_case(case), ""]
-    lines += [*_attention(out.get("attention", [])), *_shares(out.get("shares", {}))]
-    lines += [*_closeness(out.get("closeness", [])), *_tests(out.get("tests"))]
+    for section in (_attention(out.get("attention", [])), _closeness(out.get("closeness", []))):
+        lines += [*section, ""] if len(section) > 2 else []
+    if tests := out.get("tests"):
+        state = "" if tests["finished"] else " (stopped by --minutes)"
+        lines += [f"**The core's tests on this device**{state}:", "", *tests["lines"], ""]
     if out["skipped"]:
         lines += ["Skipped:", "", *(f"- {s['method']} at {s['case']}: {s['reason']}" for s in out["skipped"]), ""]
-    return "\n".join([*lines, *short(cases)])
+    return "\n".join([*lines, *by_size(cases)])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -160,84 +157,53 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
 
 
-def _case(case: dict[str, Any]) -> list[str]:
-    base, rows = case["results"].get("sdpa", {}), []
-    for name, result in measured(case).items():
-        peak = f"{(result['peak'] - base['peak']) / 2**20:+.0f}" if base.get("peak") else "–"
-        captured = "–" if result["captured"] is None or name == "limit" else f"{result['captured']:.0%}"
-        seconds = f"{1e3 * result['seconds']:.4g}"
-        rows.append((result["label"], seconds, times(result["speedup"]), captured, peak, str(result["kernels"])))
-        rows[-1] += (str(result["rounds"]),)
-    return table(("method", "ms", "speed-up", "of the limit", "peak beyond SDPA, MiB", "kernels", "rounds"), rows)
-
-
 def times(ratio: float | None) -> str:
     """A speed-up as text: three decimals where it is next to 1."""
     return "–" if ratio is None else f"{ratio:.{3 if 0 < abs(ratio - 1) < NOISE else 2}f}×"
 
 
-def _attention(rows: list[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    cells = [
-        (
-            f"{r['layout']}, {r['side']}², {r['dtype']}",
-            *(str(r[name]) for name in ("layers", "tokens", "heads", "width")),
-            f"{1e3 * r['seconds']:.4g}",
-            f"{r['flops'] / r['seconds'] / 1e12:.3g}",
-        )
-        for r in rows
-    ]
-    head = ("SDPA of one layer, batch 2", "layers", "tokens", "heads", "width", "ms", "TFLOP/s")
-    return [*table(head, cells), ""]
+def _case(case: dict[str, Any]) -> list[str]:
+    base, rows = case["results"].get("sdpa", {}), []
+    for name, result in measured(case).items():
+        peak = f"{(result['peak'] - base['peak']) / 2**20:+.0f}" if base.get("peak") else "–"
+        captured = "–" if result["captured"] is None or name == "limit" else f"{result['captured']:.0%}"
+        counts = (peak, str(result["kernels"] or "–"), str(result["rounds"]))
+        rows.append((result["label"], f"{1e3 * result['seconds']:.4g}", times(result["speedup"]), captured, *counts))
+    return table(("method", "ms", "speed-up", "of the limit", "peak beyond SDPA, MiB", "kernels", "rounds"), rows)
 
 
-def _shares(shares: dict[str, dict[str, float]]) -> list[str]:
-    rows = [(name, f"{s['layers']:.1%}", f"{s['sdpa']:.1%}") for name, s in shares.items()]
-    head = ("share of a U-Net call, by the profiler", "self-attention layers", "SDPA in them")
-    return [*table(head, rows), ""] if rows else []
+def _attention(found: list[dict[str, Any]]) -> list[str]:
+    counts, rows = ("layers", "tokens", "heads", "width"), []
+    for r in found:
+        rows.append((f"{r['layout']}, {r['side']}², {r['dtype']}", *(str(r[name]) for name in counts)))
+        rows[-1] += (f"{1e3 * r['seconds']:.4g}", f"{r['flops'] / r['seconds'] / 1e12:.3g}")
+    return table(("SDPA of one layer, batch 2", *counts, "ms", "TFLOP/s"), rows)
 
 
-def _closeness(rows: list[dict[str, Any]]) -> list[str]:
+def _closeness(found: list[dict[str, Any]]) -> list[str]:
     by_method: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in rows:
+    for row in found:
         by_method[row["method"]][row["dtype"]] = f"{row['error']:.2g}" if row["finite"] else "**not finite**"
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    cells = [(name, *(found.get(dtype, "–") for dtype in dtypes)) for name, found in by_method.items()]
-    return [*table(("deviation of the embedded model's prediction", *dtypes), cells), ""] if rows else []
+    dtypes = list(dict.fromkeys(row["dtype"] for row in found))
+    rows = [(name, *(of.get(dtype, "–") for dtype in dtypes)) for name, of in by_method.items()]
+    return table(("deviation of the embedded model's prediction", *dtypes), rows)
 
 
-def _tests(outcome: dict[str, Any] | None) -> list[str]:
-    if not outcome:
-        return []
-    state = "" if outcome["finished"] else " (stopped by --minutes)"
-    return [f"**The core's tests on this device**{state}: {outcome['last']}", "", *outcome["failed"], ""]
-
-
-def short(cases: list[dict[str, Any]]) -> list[str]:
-    """Speed-up by size in each way of calling, from which size a method pays, and where it is slower."""
-    groups: dict[tuple[str, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
+def by_size(cases: Iterable[dict[str, Any]]) -> list[str]:
+    """A table for each U-Net, dtype, batch and way of calling: seconds and speed-up of each method by size."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for case in cases:
-        side = round((case["size"][0] * case["size"][1]) ** 0.5)
-        groups[case["layout"], case["dtype"], f"batch {case['batch']}", case["mode"]][side] = measured(case)
-    lines = ["**In short**: speed-up over SDPA", ""]
-    for key, by_side in groups.items():
-        sides, rows = sorted(by_side), []
-        names = dict.fromkeys(name for found in by_side.values() for name in found if name != "sdpa")
-        for name in names:
-            ratios = {side: by_side[side].get(name, {}).get("speedup") for side in sides}
-            known = {side: ratio for side, ratio in ratios.items() if ratio is not None}
-            slower = ", ".join(f"{side}²" for side, ratio in known.items() if ratio < 1 - NOISE) or "nowhere"
-            rows.append((name, *(times(ratios[side]) for side in sides), pays_from(known), slower))
-        lines += [*table((", ".join(key), *(f"{s}²" for s in sides), "pays from", "slower at"), rows), ""]
+        groups[f"{case['layout']}, {case['dtype']}, batch {case['batch']}, {case['mode']}"].append(case)
+    lines = []
+    for name, group in groups.items():
+        group.sort(key=lambda case: case["size"])
+        sizes = [f"{case['size'][1]}×{case['size'][0]}" for case in group]
+        labels = {key: result["label"] for case in group for key, result in measured(case).items()}
+        rows = []
+        for key, label in labels.items():
+            found = [measured(case).get(key) for case in group]
+            cells = [(f"{r['seconds']:.3g}", times(r["speedup"])) if r else ("–", "–") for r in found]
+            rows.append([label, *(text for pair in cells for text in pair)])
+        head = [name, *(text for size in sizes for text in (f"{size}, s", "speed-up"))]
+        lines += [*table(head, rows), ""]
     return lines
-
-
-def pays_from(ratios: dict[int, float]) -> str:
-    """The smallest side at and above which a method is faster."""
-    best = "–"
-    for side in sorted(ratios, reverse=True):
-        if ratios[side] <= 1 + NOISE:
-            break
-        best = f"{side}²"
-    return best

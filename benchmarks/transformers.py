@@ -1,9 +1,14 @@
-"""Seconds of one attention of a transformer over text and image, and over SDPA's: `python -m benchmarks.transformers`.
+"""Transformers: seconds of one attention, and whether tuning keeps its tolerance on one that was trained.
 
+`python -m benchmarks.transformers speed` times one attention over text and image beside SDPA.
 Queries, keys and values are random, in the shapes of SD 3 medium (heads of 64, 333 tokens of text) and Flux (heads of
 128, 512 tokens of text); what is timed is what the patch does in place of `F.scaled_dot_product_attention`. Heads are
 independent, so a few of the 24 stand for all. Each round calls everything once, in random order; ratios are medians
 over rounds of the ratio within a round. No transformer is run, and nothing is said about pictures.
+
+`... train` trains a witness, a small SD 3 on the embedded model's pictures, whose attention has the structure that
+random weights lack. `... tolerance` tunes it on two pictures and looks at eight others. Its clock counts FLOPs, since a
+thousand tokens are too few for any gain in seconds.
 """
 
 from __future__ import annotations
@@ -13,18 +18,27 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from statistics import median
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import agentsd
 from agentsd import AgentConfig
 from agentsd.attention.grid import Grid
+from agentsd.embedded import EmbeddedPipeline, load
 from agentsd.hosts import FAMILIES, JointCall
 from agentsd.methods import LayerPlan, method_named
 from agentsd.patching.call import Planned
 from agentsd.patching.joint import JointAnswerer, share_left
+from agentsd.tuning.replay import Replay
 
 from .machine import DTYPES, choose_device, processor
 from .results import table
@@ -87,16 +101,137 @@ def measure(name: str, side: int, dtype: str, heads: int, rounds: int, device: t
     return [name, f"{grid.tokens:,}", dtype, f"{whole:.2f}", *cells]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--heads", type=int, default=4, help="heads to compute, of 24")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="sides of the image in tokens")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+# The witness: a small SD 3 in the flow from the embedded model's latents (sigma 0) to noise (sigma 1)
+
+SIDE = 64  # of its latents: 32×32 tokens
+WITNESS = {"num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 4, "caption_projection_dim": 128}
+WITNESS |= {"in_channels": 4, "out_channels": 4, "joint_attention_dim": 128, "pooled_projection_dim": 128}
+WITNESS |= {"sample_size": SIDE, "pos_embed_max_size": SIDE // 2, "qk_norm": "rms_norm"}
+BATCH, RATE, SMALL = 8, 2e-3, 0.55  # pictures a step, learning rate, share of the time at half the size
+TUNED_ON, CHECKED_ON, GUIDANCE = (0, 30), range(1, 100, 13), 3.0  # pictures, by number
+
+
+def train(path: Path, minutes: float) -> None:
+    """Train the witness, first on pictures of half the size, and keep the average of its weights."""
+    torch.manual_seed(0)
+    pipe, model = load(), SD3Transformer2DModel(**WITNESS)
+    latents, texts = pipe.latents_of(pipe.pictures), pipe.encode(pipe.prompts)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    positions, whole = model.pos_embed.pos_embed.unflatten(1, (SIDE // 2,) * 2), model.pos_embed.cropped_pos_embed
+    start, step, done = time.perf_counter(), 0, 0.0
+    while (done := (time.perf_counter() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 50) * min(1, 2 * (1 - done) + 0.02)
+        rows, sigma = torch.randint(len(latents), (BATCH,)), torch.randn(BATCH).sigmoid()
+        clean, noise = latents[rows], torch.randn(BATCH, 4, SIDE, SIDE)
+        model.pos_embed.cropped_pos_embed = whole
+        if done < SMALL:
+            clean, noise = F.avg_pool2d(clean, 2), F.avg_pool2d(noise, 2)
+            model.pos_embed.cropped_pos_embed = lambda height, width: positions[:, ::2, ::2].flatten(1, 2)
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            v = model(noisy, texts[rows], texts[rows].mean(1), 1000 * sigma, return_dict=False)[0]
+        loss = F.mse_loss(v.float(), noise - clean)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        torch._foreach_lerp_(
+            list(average.values()), list(model.state_dict().values()), 1 - min(0.995, step / (9 + step))
+        )
+        if step % 100 == 0:
+            print(f"step {step}, {done:.0%}, loss {loss.item():.3f}", flush=True)
+    torch.save(average, path)
+
+
+def witness(path: Path | None) -> nn.Module:
+    """The trained witness, or one of random weights."""
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(**WITNESS).eval()
+    if path is not None:
+        model.load_state_dict(torch.load(path))
+    return model
+
+
+@torch.no_grad()
+def sample(model: nn.Module, pipe: EmbeddedPipeline, picture: int, seed: int, steps: int) -> Tensor:
+    """Make latents of one picture by Euler's method, with guidance."""
+    x, texts = pipe.noise([seed]), pipe.encode(["", pipe.prompts[picture]])
+    for now, then in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
+        given = torch.cat([x, x]), texts, texts.mean(1), torch.full((2,), 1000 * now)
+        uncond, cond = model(*given, return_dict=False)[0].chunk(2)
+        x = x + (then - now) * (uncond + GUIDANCE * (cond - uncond))
+    return x
+
+
+class Flops:
+    """A clock that counts FLOPs of matrix products, in billions."""
+
+    def timed(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            result = run()
+        return result, counter.get_total_flops() / 1e9
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def unseen(model: nn.Module, pipe: EmbeddedPipeline) -> list[Replay]:
+    """Calls with full attention of other pictures, seeds and noise levels than are tuned on."""
+    replays = []
+    for picture in CHECKED_ON:
+        with agentsd.record_calls(model, 5) as calls:
+            sample(model, pipe, picture, 100 + picture, 9)
+        replays.append(Replay(model, calls))
+        for number in range(len(calls)):
+            replays[-1].remember(number, "")
+    return replays
+
+
+@torch.no_grad()
+def deviations(replays: list[Replay], config: AgentConfig) -> str:
+    """By how much these calls deviate under a config: the mean, and the worst of all."""
+    found = [each.deviation(n, each.call(n, "", config)[0]) for each in replays for n in range(len(each))]
+    return f"{fmean(found):.2%} ({max(found):.2%})"
+
+
+def tolerance(path: Path) -> None:
+    """Tune the witness to several tolerances, and say by how much other pictures deviate."""
+    pipe, model = load(), witness(path)
+    made = [sample(model, pipe, picture, 7, 16) for picture in CHECKED_ON]
+    found, distance = pipe.nearest(torch.cat(made))
+    own = sum(a == b for a, b in zip(found.tolist(), CHECKED_ON, strict=True))
+    print(f"of {len(made)} pictures, {own} are nearest to their own; mean distance {distance.mean():.3f}")
+    fixed, calls, rows = AgentConfig(method="corrected", exact_ratio=0.14), [], []
+    others = unseen(model, pipe)
+    for name, each in (("trained", others), ("random weights", unseen(witness(None), pipe))):
+        print(f"{name}: corrected, exact_ratio 0.14 everywhere deviates by {deviations(each, fixed)}", flush=True)
+    for picture in TUNED_ON:
+        with agentsd.record_calls(model, 4) as recorded:
+            sample(model, pipe, picture, picture, 12)
+        calls += recorded
+    for limit in (0.005, 0.01, 0.02, 0.05):
+        tuning = agentsd.tune(model, calls, limit, clock=Flops())
+        with agentsd.patched(model, tuning=tuning):
+            ours = [sample(model, pipe, picture, 7, 16) for picture in CHECKED_ON]
+        latents = fmean(((a - b).norm() / b.norm()).item() for a, b in zip(ours, made, strict=True))
+        others, changed = (
+            deviations(model, pipe, tuning.config_for(model)),
+            sum(c != "." for c in "".join(tuning.choices)),
+        )
+        rows.append([f"{limit:.1%}", f"{tuning.measured:.2%}", others, f"{latents:.2%}", f"{tuning.plan.time:.2f}"])
+        rows[-1].append(f"{changed} of {len(''.join(tuning.choices))}")
+        print(*rows[-1], flush=True)
+    head = ["tolerance", "tuned on", "others, mean (worst)", "final latents", "FLOPs", "attentions changed"]
+    print(*table(head, rows), sep="\n")
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Time one attention of each shape at each size."""
     device = choose_device(args.device)
-    random.seed(0)
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
     )
@@ -109,6 +244,26 @@ def main() -> None:
             rows += [measure(name, side, dtype, args.heads, args.rounds, device) for side in args.sides]
             print(*rows[-len(args.sides) :], sep="\n", flush=True)
     print(*table(head, rows), sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", default="speed", choices=("speed", "train", "tolerance"))
+    parser.add_argument("--heads", type=int, default=4, help="heads to compute, of 24")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="sides of the image in tokens")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, default=21, help="of training")
+    parser.add_argument("--weights", type=Path, default=Path("out/witness.pt"))
+    args = parser.parse_args()
+    random.seed(0)
+    if args.what == "speed":
+        speed(args)
+    elif args.what == "train":
+        train(args.weights, args.minutes)
+    else:
+        tolerance(args.weights)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ On the embedded model, as it is and with its self-attention queries multiplied b
 tuned on two prompts, checked on eight others with other noise, at timesteps that were not tuned on. Fixed settings are
 checked on the same calls.
 
-    python -m benchmarks.tuning times       # seconds of the candidates, which the tunings need: alone on the machine
-    python -m benchmarks.tuning check       # tunings and deviations: any time
+    python -m benchmarks.tuning tune        # tunings: alone on the machine
+    python -m benchmarks.tuning check       # what they and fixed settings deviate by: any time
     python -m benchmarks.tuning rounds      # seconds of whole U-Net calls, in turn: alone on the machine
     python -m benchmarks.tuning cost        # of tuning and of observing closeness, on SD 1.5: alone on the machine
     python -m benchmarks.tuning report      # docs/measurements.md and measurements/tuning.csv
@@ -17,12 +17,10 @@ turn. A tolerance is kept if the mean deviation is at most the tolerance, and th
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,20 +34,18 @@ import agentsd
 from agentsd import AgentConfig, Tuning, early, embedded
 from agentsd.embedded import EmbeddedPipeline
 from agentsd.patching.closeness import EVERY
-from agentsd.tuning.record import RecordedCall, progress_of
-from agentsd.tuning.replay import Replay
-from agentsd.tuning.tuner import Tuner, checked_candidates
 
 from . import models
-from .fidelity import covering, sharpened
-from .machine import ROOT
+from .fidelity import Case as Noised
+from .fidelity import deviations, noised, sharpened
+from .machine import DATA, PAGE, Machine, parser_for
 from .methods import patched
 from .pages import fill
 from .results import table, write_json
 
+MODULE, CPU = "benchmarks.tuning", torch.device("cpu")
 SHARPNESS = (1, 4, 8)
 SIZES = ((64, 64), (96, 96))
-PAGE, DATA = ROOT / "docs/measurements.md", ROOT / "docs/measurements/tuning.csv"
 HEAD = ("model", "tolerance", "mean", "worst", "kept", "picture", "time", "fastest fixed settings", "their time")
 TOLERANCES = (0.005, 0.01, 0.03, 0.08)
 TUNED_ON = ("red apple", "panda")
@@ -91,25 +87,18 @@ class Case:
 
 
 CASES = [Case(s, size) for size in SIZES for s in SHARPNESS]
-STEPS_OF_ALL = ("times", "check", "rounds", "cost", "report")
-
-
-class Enough(Exception):
-    """As much was computed as was asked for."""
+PARTS = ("tune", "check", "rounds", "cost", "report")
 
 
 class Store:
-    """Results as JSON: each is computed once, and at most `left` of them in this run."""
+    """Results as JSON, of which each is computed once."""
 
-    def __init__(self, path: Path, left: int = -1) -> None:
-        self.path, self.left = path, left
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
         if key not in self.data:
-            if self.left == 0:
-                raise Enough
-            self.left -= 1
             self.data[key] = compute()
             write_json(self.path, self.data)
         return self.data[key]
@@ -118,139 +107,96 @@ class Store:
 class Bench:
     """The embedded model and the results."""
 
-    def __init__(self, store: Store, cases: Sequence[Case]) -> None:
+    def __init__(self, store: Store, cases: Sequence[Case] = CASES) -> None:
         self.store, self.cases = store, cases
 
     @cached_property
     def pipe(self) -> EmbeddedPipeline:
         return embedded.load()
 
-    def sample(self, prompt: str, seed: int, size: tuple[int, int], steps: int) -> torch.Tensor:
-        return self.pipe.sample(prompt, seed=seed, steps=steps, guidance=GUIDANCE, height=size[0], width=size[1])
+    def sample(self, prompt: str, seed: int, size: tuple[int, int]) -> torch.Tensor:
+        return self.pipe.sample(prompt, seed=seed, steps=STEPS, guidance=GUIDANCE, height=size[0], width=size[1])
 
-    def calls(self, case: Case, prompts: Sequence[str], steps: int, moments: int) -> list[RecordedCall]:
+    def noised(self, case: Case, i: int) -> Iterator[Noised]:
+        """The training picture of a prompt, noised to each timestep that is checked on."""
+        index = [self.pipe.prompts.index(CHECKED_ON[i])]
+        for t in CHECKED:
+            yield noised(self.pipe, index, case.size, t, torch.Generator().manual_seed(1000 * i + t))
+
+    def configs(self, case: Case) -> dict[str, AgentConfig]:
+        """Fixed settings, and the tunings that there are, by name."""
+        found = {f"tuned {t}": self.store.data.get(f"tuning {case.name}, {t}") for t in TOLERANCES}
+        tunings = {name: Tuning.from_dict(data) for name, data in found.items() if data}
+        return {**FIXED, **{name: tuning.config_for(self.pipe.unet) for name, tuning in tunings.items()}}
+
+    def sharp(self, part: str) -> Iterator[Case]:
+        """Yield each case with the model made so sharp."""
+        for case in (bar := tqdm(self.cases, desc=part)):
+            bar.set_postfix_str(case.name)
+            with sharpened(self.pipe.unet, case.sharpness), torch.no_grad():
+                yield case
+
+    def tune(self) -> None:
+        for case in self.sharp("tune"):
+            for t in TOLERANCES:
+                self.store.get(f"tuning {case.name}, {t}", lambda case=case, t=t: self._tune(case, t))
+
+    def _tune(self, case: Case, tolerance: float) -> dict[str, Any]:
         calls = []
-        for seed, prompt in enumerate(prompts):
-            with agentsd.record_calls(self.pipe.unet, moments) as recorded:
-                self.sample(prompt, seed, case.size, steps)
+        for seed, prompt in enumerate(TUNED_ON):
+            with agentsd.record_calls(self.pipe.unet, MOMENTS[case.size]) as recorded:
+                self.sample(prompt, seed, case.size)
             calls += recorded
-        return calls
-
-    def noised(self, case: Case, i: int, t: int) -> RecordedCall:
-        """A call on the training picture of a prompt, noised to a timestep."""
-        pipe, prompt, at = self.pipe, CHECKED_ON[i], torch.tensor(t)
-        clean = covering(pipe.latents_of(pipe.pictures[[pipe.prompts.index(prompt)]]), *case.size)
-        noise = pipe.noise([1000 * i + t], *case.size)
-        return (pipe.scheduler.add_noise(clean, noise, at[None]), at, pipe.encode([prompt])), {}
-
-    # Seconds of the candidates
-
-    def times(self) -> None:
-        for size in tqdm(SIZES, desc="times"):
-            self.store.get(f"times {size[1]}×{size[0]}", lambda size=size: self._times(Case(1, size)))
-
-    def _times(self, case: Case) -> list[list[Any]]:
-        replay = Replay(self.pipe.unet, self.calls(case, TUNED_ON[:1], 4, 4))
-        tuner = Tuner(replay, checked_candidates())
-        with torch.no_grad():
-            tuner.observe()
-        full, ratios = tuner.probe.full, tuner.probe.ratios
-        times = [[list(kind[0]), 0, median(seconds)] for kind, seconds in full.items()]
-        return times + [[list(kind[0]), k, median(full[kind]) * median(each)] for (kind, k), each in ratios.items()]
-
-    # Tunings, and what they deviate by
+        return agentsd.tune(self.pipe.unet, calls, tolerance).to_dict()
 
     def check(self) -> None:
-        for case in (bar := tqdm(self.cases, desc="check")):
-            bar.set_postfix_str(case.name)
-            with sharpened(self.pipe.unet, case.sharpness):
-                self._check(case)
+        for case in self.sharp("check"):
+            configs = self.configs(case)
+            for i in range(len(CHECKED_ON)):
+                given = (case, configs, i)
+                self.store.get(f"deviations {case.name}, {i}", lambda given=given: self._deviations(*given))
+                if case.size == SIZES[0] and i < PICTURES:
+                    self.store.get(f"pictures {case.name}, {i}", lambda given=given: self._pictures(*given))
 
-    def _check(self, case: Case) -> None:
-        tunings = self.store.get(f"tunings {case.name}", lambda: self._tune(case))
-        configs = self._configs(tunings)
-        for i in range(len(CHECKED_ON)):
-            self.store.get(f"deviations {case.name}, {i}", lambda i=i: self._deviations(case, configs, i))
-        if case.size == SIZES[0]:
-            for i in range(PICTURES):
-                self.store.get(f"pictures {case.name}, {i}", lambda i=i: self._pictures(case, configs, i))
-
-    def _configs(self, tunings: Mapping[str, Any]) -> dict[str, AgentConfig]:
-        """Fixed settings and tunings by name."""
-        made = {f"tuned {t}": Tuning.from_dict(data).config_for(self.pipe.unet) for t, data in tunings.items()}
-        return {**FIXED, **made}
-
-    def _tune(self, case: Case) -> dict[str, Any]:
-        start = time.perf_counter()
-        replay = Replay(self.pipe.unet, self.calls(case, TUNED_ON, STEPS, MOMENTS[case.size]))
-        tuner = Tuner(replay, checked_candidates())
-        with torch.no_grad():
-            tuner.observe()
-            by_size = {(tuple(size), k): s for size, k, s in self.store.data[f"times {case.size[1]}×{case.size[0]}"]}
-            kinds = {trials.kind for trials in tuner.probe.trials.values()} - {None}  # nothing was tried there
-            tuner.probe.ratios.clear()
-            for kind in kinds:
-                full = by_size[kind[0], 0]
-                tuner.probe.full[kind] = [full]
-                mine = {k: s for (size, k), s in by_size.items() if size == kind[0] and k}
-                tuner.probe.ratios.update({(kind, k): [s / full] for k, s in mine.items()})
-            tuner.measure_effects()
-            found = {str(t): tuner.tuning(t).to_dict() for t in TOLERANCES}
-        tqdm.write(f"{case.name}: tuned in {time.perf_counter() - start:.0f} s, {replay.done} calls")
-        return found
-
-    def _deviations(self, case: Case, configs: Mapping[str, AgentConfig], i: int) -> dict[str, Any]:
-        """(progress, deviation) of each call of one picture, for each config."""
-        found: dict[str, list[Any]] = {name: [] for name in configs}
-        replay = Replay(self.pipe.unet, [self.noised(case, i, t) for t in CHECKED])
-        with torch.no_grad():
-            for number, call in enumerate(replay.calls):
-                replay.remember(number, "")
-                deviations: dict[AgentConfig, float] = {}  # tunings to several tolerances may be the same
-                for name, config in configs.items():
-                    if config not in deviations:
-                        deviations[config] = replay.deviation(number, replay.call(number, "", config)[0])
-                    found[name].append([round(progress_of(call), 4), deviations[config]])
-        return found
+    def _deviations(self, case: Case, configs: Mapping[str, AgentConfig], i: int) -> dict[str, list[float]]:
+        """The deviation of each call of one picture, for each config."""
+        calls = list(self.noised(case, i))
+        found = {config: deviations(self.pipe, patched(config), calls) for config in dict.fromkeys(configs.values())}
+        return {name: torch.cat(found[config]).tolist() for name, config in configs.items()}
 
     def _pictures(self, case: Case, configs: Mapping[str, AgentConfig], i: int) -> dict[str, float]:
         """Deviation of the final latents, ‖out − full‖ / ‖full‖."""
         prompt, found = CHECKED_ON[i], {}
-        full = self.sample(prompt, 100 + i, case.size, STEPS)
+        full = self.sample(prompt, 100 + i, case.size)
         for name, config in configs.items():
             if name in FIXED and not name.startswith("preset"):
                 continue
             with patched(config)(self.pipe.unet):
-                out = self.sample(prompt, 100 + i, case.size, STEPS)
+                out = self.sample(prompt, 100 + i, case.size)
             found[name] = ((out - full).norm() / full.norm()).item()
         return found
 
-    # Seconds of whole calls
-
     def rounds(self) -> None:
-        for case in (bar := tqdm(self.cases, desc="rounds")):
-            bar.set_postfix_str(case.name)
-            tunings = self.store.data.get(f"tunings {case.name}")
-            if tunings is None:
-                continue
-            with sharpened(self.pipe.unet, case.sharpness):
-                self.store.get(f"seconds {case.name}", lambda case=case, tunings=tunings: self._rounds(case, tunings))
+        for case in self.sharp("rounds"):
+            self.store.get(f"seconds {case.name}", lambda case=case: self._rounds(case))
 
-    def _rounds(self, case: Case, tunings: Mapping[str, Any]) -> dict[str, list[float]]:
-        """Seconds relative to full attention: means over three moments of medians over rounds."""
-        configs = self._configs(tunings)
+    def _rounds(self, case: Case) -> dict[str, list[float]]:
+        """Seconds relative to full attention: medians over rounds at each of three moments."""
+        configs = self.configs(case)
         wanted = [n for n in configs if n.startswith("tuned") or self.keeps(case, n, max(TOLERANCES))]
-        replay = Replay(self.pipe.unet, [self.noised(case, 0, t) for t in (CHECKED[0], CHECKED[2], CHECKED[3])])
-        ratios: dict[str, list[list[float]]] = {name: [[] for _ in range(len(replay))] for name in wanted}
-        with torch.no_grad():
-            for round_ in range(ROUNDS + 1):
-                for number in range(len(replay)):
-                    full = replay.call(number, "")[1]
-                    for name in wanted:
-                        seconds = replay.call(number, "", configs[name])[1]
-                        if round_:  # the first is a warm-up
-                            ratios[name][number].append(seconds / full)
+        calls = [call for call in self.noised(case, 0) if call.t != CHECKED[1]]
+        ratios: dict[str, list[list[float]]] = {name: [[] for _ in calls] for name in wanted}
+        for _ in range(ROUNDS):
+            for number, call in enumerate(calls):
+                full = self._seconds_of(call, None)
+                for name in wanted:
+                    ratios[name][number].append(self._seconds_of(call, configs[name]) / full)
         return {name: [median(of) for of in each] for name, each in ratios.items()}
+
+    def _seconds_of(self, call: Noised, config: AgentConfig | None) -> float:
+        with nullcontext() if config is None else patched(config)(self.pipe.unet):
+            call.forward(self.pipe)  # a first call plans, and is not timed
+            return Machine(CPU).seconds(lambda: call.forward(self.pipe))
 
     def cost(self) -> None:
         """Time of tuning SD 1.5's U-Net at 512×512, and of observing closeness there."""
@@ -260,7 +206,7 @@ class Bench:
 
     def deviations(self, case: Case, name: str) -> list[float]:
         entries = (self.store.data.get(f"deviations {case.name}, {i}", {}) for i in range(len(CHECKED_ON)))
-        return [d for entry in entries for _, d in entry.get(name, ())]
+        return [d for entry in entries for d in entry.get(name, ())]
 
     def keeps(self, case: Case, name: str, tolerance: float) -> bool:
         """Whether the mean deviation is within the tolerance, and the worst within 1.5 times it."""
@@ -274,7 +220,7 @@ class Bench:
         with data.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
         text = "\n".join([self._verdict(done), "", *table(HEAD, rows)])
-        fill(page, "benchmarks.tuning", {"tuning": text})
+        fill(page, MODULE, {"tuning": text})
 
     def _verdict(self, cases: Sequence[Case]) -> str:
         """Count the tunings that keep their tolerance, and those that fixed settings beat; say what tuning costs."""
@@ -316,53 +262,47 @@ class Bench:
 
 
 def _cost() -> dict[str, float]:
-    layout, device, dtype = models.LAYOUTS["sd15"], torch.device("cpu"), torch.bfloat16
-    unet = models.build(layout, device, dtype)
-    inputs = models.make_inputs(layout, (512, 512), 1, device, dtype)
+    unet = models.build(models.LAYOUTS["sd15"], CPU, torch.bfloat16)
+    inputs = models.make_inputs(models.LAYOUTS["sd15"], (512, 512), 1, CPU, torch.bfloat16)
     kwargs = {name: value for name, value in inputs.items() if name != "x"}
     calls = [((inputs["x"], torch.full((1,), t)), kwargs) for t in (950.0, 770.0, 590.0, 410.0, 230.0, 50.0)]
-    replay = Replay(unet, calls)
+    machine, tunings = Machine(CPU), []
+
+    def seconds() -> float:
+        return machine.seconds(lambda: models.call(unet, inputs, 950.0))
+
     with torch.no_grad():
-        full = median([replay.call(i % 2, "")[1] for i in range(3)])
-        start = time.perf_counter()
-        tuning = agentsd.tune(unet, calls, 0.1)
-        tuned = time.perf_counter() - start
+        full = median([seconds() for _ in range(3)])
+        tuned = machine.seconds(lambda: tunings.append(agentsd.tune(unet, calls, 0.1)))
         patch = agentsd.patch_unet(unet, CORRECTED)
-        off, on = [], []
+        ratios = []
         for _ in range(CLOSENESS_ROUNDS):
             patch.observe_closeness = False
-            off.append(replay.call(0, "")[1])
+            off = seconds()
             patch.observe_closeness = True  # the first call after this is observed
-            on.append(replay.call(0, "")[1])
+            ratios.append(seconds() / off)
         patch.remove()
-    extra = median(a / b for a, b in zip(on, off, strict=True)) - 1
     return {
         "seconds of a call": full,
         CALLS: tuned / len(calls) / full,
-        "blocks changed": sum(c != "." for c in tuning.choices[0]),
-        "an observed call": extra,
-        "observing closeness": extra / EVERY,
+        "blocks changed": sum(c != "." for c in tunings[0].choices[0]),
+        "observing closeness": (median(ratios) - 1) / EVERY,
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=(*STEPS_OF_ALL, "all"))
-    out = Path("out/tuning.json")
-    parser.add_argument("--out", type=Path, default=out, help=f"file to go on with ({out})")
+    parser = parser_for(MODULE, __doc__)
+    parser.add_argument("part", choices=(*PARTS, "all"))
+    parser.add_argument("--out", type=Path, default=Path("out/tuning.json"), help="file to go on with (%(default)s)")
     parser.add_argument("--side", type=int, choices=[size[0] for size in SIZES], help="only latents of this side")
-    parser.add_argument("--most", type=int, default=-1, help="stop after as many measurements")
     args = parser.parse_args(arguments)
-    cases = [case for case in CASES if args.side in (None, case.size[0])]
-    bench = Bench(Store(args.out, args.most), cases)
-    wanted = STEPS_OF_ALL if args.what == "all" else (args.what,)
-    with suppress(Enough):
-        for step in wanted:
-            if step == "report":
-                bench.report(DATA, PAGE)
-            else:
-                getattr(bench, step)()
+    bench = Bench(Store(args.out), [case for case in CASES if args.side in (None, case.size[0])])
+    for part in PARTS if args.part == "all" else (args.part,):
+        if part == "report":
+            bench.report(DATA / "tuning.csv", PAGE)
+        else:
+            getattr(bench, part)()
 
 
 if __name__ == "__main__":

@@ -14,27 +14,26 @@ import argparse
 import base64
 import io
 import json
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
-from PIL import Image as Picture
-from tqdm import tqdm
+from PIL import Image
+from tqdm import trange
 
 from agentsd import __version__
 from agentsd.settings.presets import PRESETS
 
-from .machine import ROOT, processor
+from .machine import PAGE, parser_for, processor
 from .pages import fill
 from .results import table, times
 
-MODULE, PAGE = "benchmarks.webui", ROOT / "docs/measurements.md"
+MODULE = "benchmarks.webui"
 SCRIPT = "Agent Attention"
 OPTIMIZATION = "cross_attention_optimization"
 FUSED = "sdp-no-mem - scaled dot product without memory efficient attention"
@@ -85,47 +84,33 @@ class WebUI:
             self.call("/sdapi/v1/options", {name: before[name] for name in wanted})
 
 
-@dataclass
-class Image:
-    """One image to make: its name in the table, the request for it, and the ways to make it."""
-
-    name: str
-    body: dict[str, Any]
-    ways: list[str]
-    rounds: list[dict[str, float]] = field(default_factory=list)  # seconds of each way
-    pixels: dict[str, np.ndarray] = field(default_factory=dict)  # of each way
-
-    def measure(self, webui: WebUI, number: int) -> None:
-        """Make the image in each way; each round begins with a different one."""
-        start, seconds = number % len(self.ways), {}
-        for way in tqdm(self.ways[start:] + self.ways[:start], desc=f"{self.name}, round {number + 1}", leave=False):
-            seconds[way], self.pixels[way] = make(webui, self.body, WAYS[way])
-        self.rounds.append(seconds)
-
-    def rows(self) -> Iterator[tuple[str, ...]]:
-        """A row of the table for each way: median seconds, and the speed-up within each round."""
-        for way in self.ways:
-            ratios = [seconds["off"] / seconds[way] for seconds in self.rounds]
-            off, pixels = self.pixels["off"], self.pixels[way]
-            deviation = float(np.linalg.norm(pixels - off) / np.linalg.norm(off))
-            cells = (f"{median(s[way] for s in self.rounds):.3g}", times(median(ratios)))
-            yield (self.name, WAYS[way].label, *cells, ", ".join(f"{r:.2f}" for r in ratios), f"{deviation:.3g}")
-
-
-def plan_images(options: argparse.Namespace) -> list[Image]:
-    """The images that the options ask for."""
-    side, ways = options.size, list(dict.fromkeys(("off", *options.ways)))
+def images(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name in the table, and the request, of each image that the options ask for."""
+    side = options.size
     body = {"prompt": "a cat", "seed": 1, "sampler_name": "Euler a", "cfg_scale": 7, "save_images": False}
     body |= {"width": side, "height": side}
     hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": options.denoising}
     hires |= {"steps": options.hires_first, "hr_second_pass_steps": options.hires}
-    images = []
     if options.steps:
-        images.append(Image(f"{side}×{side}, {options.steps} steps", {**body, "steps": options.steps}, ways))
+        yield f"{side}×{side}, {options.steps} steps", {**body, "steps": options.steps}
     if options.hires:
         name = f"{side}×{side}, {options.hires_first} steps, hires to {2 * side}×{2 * side}, {options.hires} steps"
-        images.append(Image(name, {**body, **hires}, ways))
-    return images
+        yield name, {**body, **hires}
+
+
+def measure(webui: WebUI, name: str, body: dict[str, Any], ways: list[str], rounds: int) -> Iterator[tuple[str, ...]]:
+    """Make an image in each way, each round beginning with a different one; the rows of the table."""
+    taken, pixels = [], {}
+    for number in trange(rounds, desc=name):
+        start, seconds = number % len(ways), {}
+        for way in ways[start:] + ways[:start]:
+            seconds[way], pixels[way] = make(webui, body, WAYS[way])
+        taken.append(seconds)
+    for way in ways:
+        ratios = [seconds["off"] / seconds[way] for seconds in taken]
+        deviation = float(np.linalg.norm(pixels[way] - pixels["off"]) / np.linalg.norm(pixels["off"]))
+        cells = (f"{median(seconds[way] for seconds in taken):.3g}", times(median(ratios)))
+        yield (name, WAYS[way].label, *cells, ", ".join(f"{r:.2f}" for r in ratios), f"{deviation:.3g}")
 
 
 def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, np.ndarray]:
@@ -140,17 +125,15 @@ def make(webui: WebUI, body: dict[str, Any], way: Way) -> tuple[float, np.ndarra
         raise RuntimeError(f"agent attention did nothing: {passes}")
     if any(report["notes"] or report["obstacles"] for report in passes):
         raise RuntimeError(f"agent attention stood down: {passes}")
-    picture = Picture.open(io.BytesIO(base64.b64decode(response["images"][0])))
+    picture = Image.open(io.BytesIO(base64.b64decode(response["images"][0])))
     return seconds, np.asarray(picture, dtype=np.float64)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(MODULE, __doc__)
     add = parser.add_argument
-    add("--url", default="http://127.0.0.1:7860", help="address of the WebUI (default http://127.0.0.1:7860)")
+    add("--url", default="http://127.0.0.1:7860", help="address of the WebUI (default %(default)s)")
     add("--checkpoint", help="checkpoint to load first (default: keep the loaded one)")
     add("--rounds", type=int, default=3, help="rounds (default 3)")
     add("--size", type=int, default=512, help="side of the image in pixels; the hires pass doubles it (default 512)")
@@ -162,26 +145,27 @@ def main(argv: list[str] | None = None) -> int:
     add("--ways", nargs="+", choices=list(WAYS), metavar="WAY", default=["host", "defaults"], help=f"some of {listed}")
     add("--publish", action="store_true", help="write the table into docs/measurements.md, too")
     options = parser.parse_args(argv)
-    webui = WebUI(options.url)
+    webui, wanted = WebUI(options.url), dict(images(options))
     if options.checkpoint:
         webui.call("/sdapi/v1/options", {"sd_model_checkpoint": options.checkpoint})
-    checkpoint, images = webui.call("/sdapi/v1/options")["sd_model_checkpoint"], plan_images(options)
+    checkpoint, ways = (
+        webui.call("/sdapi/v1/options")["sd_model_checkpoint"],
+        list(dict.fromkeys(("off", *options.ways))),
+    )
     with webui.options(**{OPTIMIZATION: FUSED}):
+        first = next(iter(wanted.values()))
         for _ in range(2):  # warm up
-            one_step = make(webui, {**images[0].body, "steps": 1, "enable_hr": False}, WAYS["off"])[0]
-        for number in range(options.rounds):
-            for image in images:
-                image.measure(webui, number)
+            one_step = make(webui, {**first, "steps": 1, "enable_hr": False}, WAYS["off"])[0]
+        rows = [row for name, body in wanted.items() for row in measure(webui, name, body, ways, options.rounds)]
     head = ("image", "way", "s", "speed-up", "each round", "deviation of the pixels")
     about = (
         f"{processor()}; agentsd {__version__}; checkpoint {checkpoint}. An image of one step takes {one_step:.3g} s."
     )
-    text = "\n".join([about, "", *table(head, [row for image in images for row in image.rows()])])
+    text = "\n".join([about, "", *table(head, rows)])
     print(text)
     if options.publish:
         fill(PAGE, MODULE, {"webui": text})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

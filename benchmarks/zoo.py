@@ -13,7 +13,6 @@ the width only; they are interleaved with SDPA's and want a machine that does no
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from .attentions import KINDS, Attention
 from .candidates import CANDIDATES, FULL, Candidate
+from .machine import parser_for
 from .peers import asked
 from .results import Rows
 
@@ -154,35 +154,27 @@ def measure_seconds(
         rows.add(found)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all of them)")
-    parser.add_argument("--quick", action="store_true", help="two small shapes, two rounds, into out/zoo")
-    parser.add_argument("--out", type=Path, help="folder of the results (docs/zoo; out/zoo with --quick)")
-    parser.add_argument("--rounds", type=int, help="timed rounds of each shape (5; 2 with --quick)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the processor (1)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
-    parser.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="measure these anew")
+    parser = parser_for("benchmarks.zoo", __doc__)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all of them)")
+    add("--quick", action="store_true", help="two small shapes, two rounds, into out/zoo")
+    add("--out", type=Path, help="folder of the results (docs/zoo; out/zoo with --quick)")
+    add("--rounds", type=int, help="timed rounds of each shape (5; 2 with --quick)")
+    add("--threads", type=int, default=1, help="threads of the processor (1)")
+    add("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
+    add("--again", nargs="+", default=[], metavar="METHOD", help="measure these anew")
     args = parser.parse_args(arguments)
     for given, known in ((args.parts, PARTS), (args.again, CANDIDATES)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    before, end = torch.get_num_threads(), time.monotonic() + 60 * args.minutes
     torch.set_num_threads(args.threads)
-    try:
-        run(
-            args.out or Path("out/zoo" if args.quick else "docs/zoo"),
-            QUICK if args.quick else SHAPES,
-            args.rounds or (2 if args.quick else 5),
-            parts=args.parts or PARTS,
-            again=args.again,
-            more=lambda: time.monotonic() < end,
-        )
-    finally:
-        torch.set_num_threads(before)
+    end, out, shapes, rounds = time.monotonic() + 60 * args.minutes, "docs/zoo", SHAPES, 5
+    if args.quick:
+        out, shapes, rounds = "out/zoo", QUICK, 2
+    given = {"parts": args.parts or PARTS, "again": args.again, "more": lambda: time.monotonic() < end}
+    run(args.out or Path(out), shapes, args.rounds or rounds, **given)
 
 
 def run(

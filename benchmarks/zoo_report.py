@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .candidates import CANDIDATES, FULL, Candidate
+from .machine import PAGE, ROOT
 from .pages import fill
+from .results import table
 from .zoo import MAIN, Case, Shape
 
 # Columns of the page's table.
@@ -20,7 +22,7 @@ SHOWN += ("sol-rows", "sol1", "sol-salient", "pisa0.15", "drop", "monarch3", "to
 NOISE = 0.03
 # Errors below this are taken for this one, which nobody sees.
 LEAST = 0.001
-PAGE, DATA, PICTURE = Path("docs/measurements.md"), Path("docs/zoo"), "zoo.png"
+DATA, PICTURE = ROOT / "docs/zoo", "zoo.png"
 
 
 @dataclass(frozen=True)
@@ -41,29 +43,6 @@ class Point:
         return CANDIDATES[self.method]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Another method is closer than every method of ours that costs no more."""
-
-    case: Case
-    other: Point
-    ours: Point
-    measure: str
-    basis: str
-
-    @property
-    def factor(self) -> float:
-        """How many times as far off ours is."""
-        return _error(self.ours, self.measure) / _error(self.other, self.measure)
-
-    def __str__(self) -> str:
-        other, ours = (
-            f"{point.of.label} has {short(getattr(point, self.measure))} at {getattr(point, self.basis):.2f}"
-            for point in (self.other, self.ours)
-        )
-        return f"{other}, {ours}: {self.factor:.1f} times ({self.case.shape})"
-
-
 Points = Mapping[Case, Sequence[Point]]
 
 
@@ -71,9 +50,9 @@ def join(errors: Iterable[Mapping[str, str]], seconds: Iterable[Mapping[str, str
     """The points of every case, in the order of `CANDIDATES`."""
     relative = {(_shape(row), row["method"]): row["relative"] for row in seconds}
     points: dict[Case, list[Point]] = defaultdict(list)
-    order = {name: number for number, name in enumerate(CANDIDATES)}
+    order = list(CANDIDATES)
     known = [row for row in errors if row["method"] in order and row["median"]]
-    for row in sorted(known, key=lambda row: order[row["method"]]):
+    for row in sorted(known, key=lambda row: order.index(row["method"])):
         shape, method = _shape(row), row["method"]
         price = float(row["price"] or relative.get((shape, method)) or math.nan)
         attend, figures = CANDIDATES[method].attend, (float(row[name]) for name in ("median", "worst"))
@@ -84,6 +63,15 @@ def join(errors: Iterable[Mapping[str, str]], seconds: Iterable[Mapping[str, str
 
 def _shape(row: Mapping[str, str]) -> Shape:
     return Shape(*(int(row[name]) for name in ("height", "width", "heads", "d")))
+
+
+class Loss(NamedTuple):
+    """Another method is closer, by so many times, than every method of ours that costs no more."""
+
+    factor: float
+    case: Case
+    other: Point
+    ours: Point
 
 
 def compare(
@@ -103,8 +91,8 @@ def compare(
             if reach and not other.of.ours and other.of.timed == timed and price < 1 and other.method != FULL:
                 rivals.append(case)
                 best = min(reach, key=lambda point: getattr(point, measure))
-                if _error(other, measure) < _error(best, measure):
-                    losses.append(Loss(case, other, best, measure, basis))
+                factor = max(getattr(best, measure), LEAST) / max(getattr(other, measure), LEAST)
+                losses += [Loss(factor, case, other, best)] if factor > 1 else []
     return rivals, losses
 
 
@@ -114,10 +102,6 @@ BASES = {
     (False, "price"): "block-sparse and Monarch attention at ideal prices, ours by seconds",
     (False, "ideal"): "the same, ours by its products alone too",
 }
-
-
-def _error(point: Point, measure: str) -> float:
-    return max(getattr(point, measure), LEAST)
 
 
 def verdict(points: Points) -> str:
@@ -131,21 +115,25 @@ def verdict(points: Points) -> str:
             f"{len(rivals) - len(median)} by the median head and in {len(rivals) - len(worst)} by the worst**."
         )
     lines += ["", "Where ours is not, by kind: comparisons, lost by the median and by the worst head.", ""]
-    head = "| kind | by seconds | ideal, ours by seconds | ideal, ours too | closer at some price (ideal: ours too) |"
-    lines += [head, "|---|---:|---:|---:|---|"]
+    head = ("kind", "by seconds", "ideal, ours by seconds", "ideal, ours too", "closer at some price (ideal: ours too)")
+    rows = []
     for kind in dict.fromkeys(case.kind for case in points):
-        cells, closer = [kind], {}
+        row, closer = [kind], {}
         for basis, by_measure in found.items():
             (rivals, median), (_, worst) = by_measure.values()
             lost = [sum(loss.case.kind == kind for loss in losses) for losses in (median, worst)]
-            cells.append(f"{sum(case.kind == kind for case in rivals)}: {lost[0]}, {lost[1]}")
-            for loss in median if basis != (False, "price") else ():
-                if loss.case.kind == kind:
-                    closer[loss.other.of.family] = None
-        cells.append(", ".join(closer))
-        lines.append("| " + " | ".join(cells) + " |")
-    leads = sorted(found[False, "ideal"]["median"][1], key=lambda loss: -loss.factor)[:1]
-    return "\n".join([*lines, *(f"\nThe largest lead at ideal prices: {lead}." for lead in leads)])
+            row.append(f"{sum(case.kind == kind for case in rivals)}: {lost[0]}, {lost[1]}")
+            if basis != (False, "price"):
+                closer |= {loss.other.of.family: None for loss in median if loss.case.kind == kind}
+        rows.append([*row, ", ".join(closer)])
+    lines += table(head, rows)
+    if leads := found[False, "ideal"]["median"][1]:
+        lead = max(leads, key=lambda loss: loss.factor)
+        other, ours = (f"{p.of.label} has {short(p.median)} at {p.ideal:.2f}" for p in (lead.other, lead.ours))
+        lines.append(
+            f"\nThe largest lead at ideal prices: {other}, {ours}: {lead.factor:.1f} times ({lead.case.shape})."
+        )
+    return "\n".join(lines)
 
 
 def _span(prices: Sequence[float]) -> str:
@@ -153,19 +141,18 @@ def _span(prices: Sequence[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def table(points: Points, concentration: Mapping[Case, tuple[str, str]], shape: Shape, shown: Sequence[str]) -> str:
+def closeness(points: Points, concentration: Mapping[Case, tuple[str, str]], shape: Shape, shown: Sequence[str]) -> str:
     """Median, and in brackets the worst, of one shape: kinds down, methods across."""
     here = {case: {p.method: p for p in found} for case, found in points.items() if case.shape == shape}
     ways = [name for name in shown if any(name in found for found in here.values())]
-    lines = ["| | neff | near | " + " | ".join(CANDIDATES[name].label for name in ways) + " |"]
-    lines += ["|---|---:|---:|" + "---:|" * len(ways)]
+    rows = []
     for case, found in here.items():
         marks = [f"{short(found[n].median)} ({short(found[n].worst)})" if n in found else "" for n in ways]
-        lines.append("| " + " | ".join((case.kind, *concentration[case], *marks)) + " |")
+        rows.append((case.kind, *concentration[case], *marks))
     prices = [[found[name].price for found in here.values() if name in found] for name in ways]
     cells = ["" if math.isnan(price[0]) else _span(price) for price in prices]
-    lines.append("| **price, SDPA = 1** | | | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows.append(("**price, SDPA = 1**", "", "", *cells))
+    return "\n".join(table(["", "neff", "near", *(CANDIDATES[name].label for name in ways)], rows))
 
 
 def short(value: float) -> str:
@@ -181,15 +168,15 @@ def write(out: Path, errors: Sequence[Mapping[str, str]], seconds: Sequence[Mapp
     shapes = list(dict.fromkeys(case.shape for case in points))
     main = MAIN if MAIN in shapes else shapes[0]
     draw({case: found for case, found in points.items() if case.shape == main}, concentration, out / PICTURE)
-    if out == DATA:
+    if out.resolve() == DATA:
         picture = f"![Error over price, one panel a kind](zoo/{PICTURE})"
-        shown = table(points, concentration, main, SHOWN)
+        shown = closeness(points, concentration, main, SHOWN)
         fill(PAGE, "benchmarks.zoo", {"verdict": f"{verdict(points)}\n\n{picture}", "closeness": shown})
         return
     ways = [name for name in CANDIDATES if name != FULL]
     text = ["Median error of the heads, and the worst head's in brackets; ∞: not finite.", ""]
     for shape in shapes:
-        text += [f"## {shape}: {math.prod(shape.size)} tokens", "", table(points, concentration, shape, ways), ""]
+        text += [f"## {shape}: {math.prod(shape.size)} tokens", "", closeness(points, concentration, shape, ways), ""]
     text += ["## Where another method is closer", "", verdict(points), ""]
     (out / "table.md").write_text("\n".join(text), encoding="utf-8")
 

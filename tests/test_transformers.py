@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
-from agentsd import AgentConfig, Rule, get_patch
+from agentsd import AgentConfig, Rule, TuningError, get_patch
 from agentsd.attention.corrected import corrected_attention
 from agentsd.checks import SettingError
 from agentsd.hosts import UnsupportedModelError, family_of, find_sites, find_unet
@@ -24,6 +25,7 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
 import diffusers
+from blocks import filled
 from tiny_pipelines import anatomy
 from tiny_transformers import TEXT, TINY, WIDTH
 
@@ -132,19 +134,6 @@ def test_image_tokens_get_corrected_attention_and_text_tokens_full_attention(fam
         full = SDPA(q[:, :, rest], k, v).transpose(1, 2).flatten(2)
         torch.testing.assert_close(got[:, cut], expected)
         torch.testing.assert_close(got[:, rest], full)
-
-
-@by_family
-def test_a_batch_is_its_rows(family):
-    tiny = TINY[family]
-    model, given = tiny.make(), tiny.call(*SIZE, batch=2)
-    rows = {"img_ids", "txt_ids"} if family != "Flux2Transformer2DModel" else set()
-    first = {
-        name: value if name in rows or not isinstance(value, (torch.Tensor, list)) else value[:1]
-        for name, value in given.items()
-    }
-    with agentsd.patched(model, **CORRECTED):
-        torch.testing.assert_close(run(model, given)[:1], run(model, first), atol=2e-5, rtol=1e-4)
 
 
 @by_family
@@ -297,19 +286,47 @@ def test_what_a_transformer_cannot_have_is_refused_at_once(family, settings, rea
     assert get_patch(model) is None
 
 
-def test_tuning_and_unknown_transformers_are_refused():
+def test_unknown_transformers_are_refused():
     model = TINY["SD3Transformer2DModel"].make()
     with pytest.raises(UnsupportedModelError, match="model must be a U-Net here"):
         find_unet(model)
-    with pytest.raises(UnsupportedModelError, match="model must be a U-Net here"):
-        agentsd.tune(model, [], 0.02)
-    with pytest.raises(UnsupportedModelError, match="a tuning is of a U-Net"):
-        agentsd.apply_patch(model, tuning="")
     with pytest.raises(UnsupportedModelError, match=r"FluxTransformer2DModel.*got Linear"):
         agentsd.apply_patch(torch.nn.Linear(2, 2), **CORRECTED)
     with pytest.raises(UnsupportedModelError, match="kv_context is for a U-Net"):
         agentsd.patch_unet(model, AgentConfig(**CORRECTED), lambda attn, x: (x, x))
     assert get_patch(model) is None
+
+
+@by_family
+def test_a_transformer_is_recorded_and_tuned_and_its_plan_kept_as_text(family, every_gain_counts):
+    tiny = TINY[family]
+    model = tiny.make()
+    with agentsd.record_calls(model) as calls:
+        for sigma in (0.9, 0.5, 0.1):
+            plain = run(model, tiny.call(*SIZE, sigma=sigma))
+    before = anatomy(model)
+    tuning = agentsd.tune(model, calls, 0.5)
+    assert anatomy(model) == before
+    assert tuning.acts
+    assert 0 < tuning.measured <= 0.5
+    assert [d.progress for d in tuning.plan.deviations] == pytest.approx([0.1, 0.5, 0.9])
+    assert (tuning.size, len(tuning.blocks)) == ((2 * SIZE[0], 2 * SIZE[1]), tiny.attentions)
+    for given in (tuning, tuning.text):
+        with agentsd.patched(model, tuning=given):
+            out = run(model, tiny.call(*SIZE, sigma=0.1))
+            assert get_patch(model).notes == {}
+            assert any(plan and plan.acts for _, plan in get_patch(model).explain(*tuning.size, 0.9))
+        assert (out - plain).norm() / plain.norm() == pytest.approx(tuning.plan.deviations[-1].measured, rel=1e-3)
+    with pytest.raises(TuningError, match="another model"):
+        agentsd.apply_patch(TINY["SD3Transformer2DModel"].make(num_layers=3), tuning=tuning)
+
+
+def test_a_tuning_tries_what_a_transformer_can_have():
+    tiny = TINY["FluxTransformer2DModel"]
+    model, calls = tiny.make(), [((), tiny.call(*SIZE))]
+    assert {each["method"] for each in agentsd.tune(model, calls, 0.5).candidates} == {"corrected"}
+    with pytest.raises(SettingError, match="rotary positions"):
+        agentsd.tune(model, calls, 0.5, methods=["corrected", "pool"])
 
 
 @pytest.mark.parametrize(
@@ -399,16 +416,92 @@ def test_tokens_spread_over_devices_are_left_to_the_host():
     assert all(layer.seam.obstacle.endswith("by context parallelism") for layer in get_patch(model)._layers)
 
 
-def test_a_cache_of_blocks_works_beside_it():
-    tiny = TINY["FluxTransformer2DModel"]
-    model, given = tiny.make(), tiny.call(*SIZE)
-    agentsd.apply_patch(model, **CORRECTED)
-    expected = run(model, given)
-    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
-    with model.cache_context("cond"):
-        torch.testing.assert_close(run(model, given), expected)
-    model.disable_cache()
-    assert torch.equal(run(model, given), expected)
+def lora(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+
+
+def casting(model):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def group_offload(model):
+    model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+def cpu_offload(model):
+    """What `enable_sequential_cpu_offload` does to a part of a pipeline."""
+    pytest.importorskip("accelerate").cpu_offload(model, "cpu")
+
+
+def cached(kind, **settings):
+    return lambda model: model.enable_cache(getattr(diffusers, kind)(**settings))
+
+
+SITUATIONS = {
+    "one call each for cond and uncond": lambda model: None,
+    "LoRA": lora,
+    "float8": casting,
+    "group offload": group_offload,
+    "CPU offload": cpu_offload,
+    "FirstBlockCache": cached("FirstBlockCacheConfig", threshold=0.3),
+    "MagCache": cached("MagCacheConfig", threshold=1.0, num_inference_steps=4, mag_ratios=[1.0] * 4),
+    "TaylorSeer": cached("TaylorSeerCacheConfig", cache_interval=2, disable_cache_before_step=1),
+}
+
+
+@torch.no_grad()
+def passes(model, tiny, more=lambda given: {}):
+    """What a transformer answers to cond and uncond, of several prompts, at some steps."""
+    made = []
+    for sigma, name in itertools.product((0.9, 0.7, 0.5, 0.3), ("cond", "uncond")):
+        given = tiny.call(*SIZE, batch=3, sigma=sigma)
+        given["encoder_hidden_states"] *= 1 if name == "cond" else -1
+        with model.cache_context(name):
+            made.append(model(**given, **more(given), return_dict=False)[0])
+    return torch.stack(made)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["patched first", "patched last"])
+@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_what_diffusers_puts_on_a_model_works_beside_it(situation, family, first, everything):
+    tiny, setup = TINY[family], SITUATIONS[situation]
+    reference, model = tiny.make(), tiny.make()
+    if first:
+        agentsd.apply_patch(model, **everything)
+    setup(reference)
+    setup(model)
+    if not first:
+        agentsd.apply_patch(model, **everything)
+    expected = passes(reference, tiny)
+    assert (passes(model, tiny) - expected).norm() < 1e-5 * expected.norm()
+    assert all(layer.calls["everything"] for layer in get_patch(model).report())
+    assert set(get_patch(model).notes) <= {"something else answers self-attention in its place"}
+    if situation in ("LoRA", "float8", "group offload", "CPU offload"):
+        agentsd.remove_patch(model)
+        assert torch.equal(passes(model, tiny), expected)
+
+
+@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_a_controlnet_adds_its_residuals(family, everything):
+    tiny = TINY[family]
+    model, flux = tiny.make(), family.startswith("Flux")
+    kind = diffusers.FluxControlNetModel if flux else diffusers.SD3ControlNetModel
+    heads = {"num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2} if flux else {}
+    control = filled(kind.from_transformer(model, num_layers=1, **heads, load_weights_from_transformer=False))
+
+    def more(given):
+        found = control(**given, controlnet_cond=given["hidden_states"], return_dict=False)
+        names = ("controlnet_block_samples", "controlnet_single_block_samples")
+        return dict(zip(names if flux else ("block_controlnet_hidden_states",), found, strict=False))
+
+    plain, expected = passes(model, tiny), passes(model, tiny, more)
+    agentsd.apply_patch(model, **everything)
+    assert (passes(model, tiny, more) - expected).norm() < 1e-5 * expected.norm()
+    assert (expected - plain).norm() > 1e-3 * plain.norm()
 
 
 def pickled(model):

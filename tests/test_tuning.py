@@ -77,28 +77,17 @@ def test_all_methods_are_tried_unless_narrowed(unet, methods):
     assert {candidate["method"] for candidate in tuning.candidates} == set(methods or every)
 
 
-def test_nothing_is_done_where_nothing_was_measured(unet, every_gain_counts):
-    tuning = agentsd.tune(unet, calls_at(500, 400), 0.9, methods=TRY)
-    assert tuning.since == (0.0, 0.45, 0.55, 0.65)
-    assert tuning.choices[0] == tuning.choices[-1] == "." * len(tuning.blocks)
-    assert tuning.choices[1] != tuning.choices[0] != tuning.choices[2]
+@pytest.mark.parametrize(("timesteps", "since"), [((500, 400), (0.0, 0.45, 0.55, 0.65)), ((500,), (0.0, 0.4, 0.6))])
+def test_nothing_is_done_where_nothing_was_measured(unet, every_gain_counts, timesteps, since):
+    tuning = agentsd.tune(unet, calls_at(*timesteps), 0.9, methods=TRY)
+    assert tuning.since == since
+    full = "." * len(tuning.blocks)
+    assert [part == full for part in tuning.choices] == [True, *[False] * len(timesteps), True]
     assert deviation(unet, tuning, calls_at(900)[0]) == 0
     assert deviation(unet, tuning, calls_at(500)[0]) > 0
 
 
-def test_one_timestep_is_enough(unet, every_gain_counts):
-    tuning = agentsd.tune(unet, calls_at(500), 0.9, methods=TRY)
-    assert tuning.since == (0.0, 0.4, 0.6)
-    assert deviation(unet, tuning, calls_at(500)[0]) > 0
-
-
 class TestTheModelIsLeftAlone:
-    def test_after_tuning(self, unet, every_gain_counts):
-        before, out = tree(unet), run(unet, inputs())
-        agentsd.tune(unet, CALLS, 0.3, methods=TRY)
-        assert tree(unet) == before
-        assert torch.equal(run(unet, inputs()), out)
-
     @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
     @pytest.mark.parametrize("at", [0, 4, 11])
     def test_when_cancelled_or_interrupted(self, unet, every_gain_counts, at, error):
@@ -110,7 +99,7 @@ class TestTheModelIsLeftAlone:
         before = tree(unet)
         with pytest.raises(error or TuningCancelled) as raised:
             agentsd.tune(unet, CALLS, 0.3, methods=TRY, progress=progress)
-        assert error or f"after {at} U-Net calls" in str(raised.value)
+        assert error or f"after {at} model calls" in str(raised.value)
         assert tree(unet) == before
 
     def test_when_the_model_fails_inside(self, unet, every_gain_counts):
@@ -120,12 +109,15 @@ class TestTheModelIsLeftAlone:
         assert tree(unet) == before
 
     def test_a_patch_on_it_comes_back(self, unet, every_gain_counts):
+        before, out = tree(unet), run(unet, inputs())
         with agentsd.patched(unet):
             patch = agentsd.get_patch(unet)
             tuning = agentsd.tune(unet, CALLS, 0.3, methods=TRY)
             assert agentsd.get_patch(unet) is patch
             assert patch.active
         assert tuning.choices == agentsd.tune(unet, CALLS, 0.3, methods=TRY).choices
+        assert tree(unet) == before
+        assert torch.equal(run(unet, inputs()), out)
 
     def test_a_method_that_fails_is_not_chosen(self, unet, every_gain_counts, monkeypatch):
         from agentsd.methods import method_named
@@ -138,27 +130,24 @@ class TestTheModelIsLeftAlone:
         assert set("".join(tuning.choices)) <= {"a", "."}
 
 
-class TestPeakMemory:
-    def test_a_cpu_does_not_tell(self, tuning):
-        assert (tuning.peak_full, tuning.plan.peak) == (None, None)
-        assert "memory" not in str(tuning)
+def test_the_peak_of_memory_is_that_of_the_calls_that_are_timed(unet, tuning, every_gain_counts, monkeypatch):
+    assert (tuning.peak_full, tuning.plan.peak) == (None, None), "a CPU does not tell"
+    assert "memory" not in str(tuning)
+    configs = []
 
-    def test_it_is_that_of_the_calls_that_are_timed(self, unet, every_gain_counts, monkeypatch):
-        configs = []
+    def call(self, number, text, config=None, original=replay.Replay.call):
+        configs.append(config)
+        return original(self, number, text, config)
 
-        def call(self, number, text, config=None, original=replay.Replay.call):
-            configs.append(config)
-            return original(self, number, text, config)
-
-        monkeypatch.setattr(replay.Replay, "call", call)
-        monkeypatch.setattr(torch.cpu, "reset_peak_memory_stats", lambda device: None, raising=False)
-        held = lambda device: (200 if configs[-1] else 300) * 2**20  # noqa: E731
-        monkeypatch.setattr(torch.cpu, "max_memory_allocated", held, raising=False)
-        tuning = agentsd.tune(unet, CALLS, 0.3, methods=TRY)
-        assert (tuning.peak_full, tuning.plan.peak) == (300 * 2**20, 200 * 2**20)
-        assert "peak memory 300 → 200\u00a0MiB" in str(tuning)
-        assert agentsd.Tuning.from_dict(tuning.to_dict()) == tuning
-        assert tuning.at(0.005).plan.peak is None, "that plan was not run"
+    monkeypatch.setattr(replay.Replay, "call", call)
+    monkeypatch.setattr(torch.cpu, "reset_peak_memory_stats", lambda device: None, raising=False)
+    held = lambda device: (200 if configs[-1] else 300) * 2**20  # noqa: E731
+    monkeypatch.setattr(torch.cpu, "max_memory_allocated", held, raising=False)
+    tuning = agentsd.tune(unet, CALLS, 0.3, methods=TRY)
+    assert (tuning.peak_full, tuning.plan.peak) == (300 * 2**20, 200 * 2**20)
+    assert "peak memory 300 → 200\u00a0MiB" in str(tuning)
+    assert agentsd.Tuning.from_dict(tuning.to_dict()) == tuning
+    assert tuning.at(0.005).plan.peak is None, "that plan was not run"
 
 
 class TestTime:
@@ -214,7 +203,7 @@ class TestWhatItCannotSee:
         tuning = agentsd.tune(unet, CALLS, 0.1, methods=TRY)
         noisy.remove()
         assert not tuning.acts
-        assert "not tuned within 10%: the same U-Net call differs by" in str(tuning)
+        assert "not tuned within 10%: the same model call differs by" in str(tuning)
 
     def test_a_cache_that_was_at_work_while_the_picture_was_made(self, unet, every_gain_counts):
         with agentsd.record_calls(unet) as calls, torch.no_grad():
@@ -233,16 +222,15 @@ class TestWhatItCannotSee:
         assert any("blocks did not run in every recorded call" in note for note in tuning.notes)
 
 
-class TestProgress:
-    def test_it_counts_up_to_its_total(self, unet, every_gain_counts):
-        seen = []
-        agentsd.tune(unet, CALLS, 0.3, methods=TRY, progress=lambda *given: seen.append(given))
-        done, total, text = zip(*seen, strict=True)
-        assert list(done) == sorted(done)
-        assert set(total) == {total[0]}
-        assert done[0] == 0
-        assert done[-1] <= total[0]
-        assert all(text)
+def test_progress_counts_up_to_its_total(unet, every_gain_counts):
+    seen = []
+    agentsd.tune(unet, CALLS, 0.3, methods=TRY, progress=lambda *given: seen.append(given))
+    done, total, text = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert set(total) == {total[0]}
+    assert done[0] == 0
+    assert done[-1] <= total[0]
+    assert all(text)
 
 
 class TestOtherModels:
@@ -299,47 +287,38 @@ class TestOtherModels:
         assert not agree(stored, weights_of(different))
 
 
-class TestSizes:
-    """What becomes of a tuning at another size, and what `explain` says of it."""
+def explained(unet, tuning, height, width):
+    with agentsd.patched(unet, tuning=tuning):
+        plans = dict(agentsd.get_patch(unet).explain(height, width, 0.5))
+    assert any(plans.values())
+    return {name: plan for name, plan in plans.items() if plan is not None}
 
-    @staticmethod
-    def explained(unet, tuning, height, width):
-        with agentsd.patched(unet, tuning=tuning):
-            plans = dict(agentsd.get_patch(unet).explain(height, width, 0.5))
-        assert any(plans.values())
-        return {name: plan for name, plan in plans.items() if plan is not None}
 
-    def test_at_its_own_size_there_is_nothing_to_say(self, unet, tuning):
-        plans = self.explained(unet, tuning, 16, 16)
-        assert all(plan.acts and not plan.note for plan in plans.values())
-        assert tuning.advice(16, 16) == ""
+def test_explain_and_advice_say_what_becomes_of_a_tuning_at_another_size(unet, tuning):
+    own = explained(unet, tuning, 16, 16)
+    assert all(plan.acts and not plan.note for plan in own.values())
+    assert tuning.advice(16, 16) == ""
+    for name, plan in explained(unet, tuning, 32, 32).items():
+        assert (plan.action, plan.cell) == (own[name].action, own[name].cell)
+        assert plan.note.startswith(f"tuned for {own[name].tokens} tokens")
+        assert str(plan.tokens) in plan.note
+    assert "larger" in tuning.advice(32, 32)
+    assert all(plan.note for plan in explained(unet, tuning, 8, 32).values())
+    assert "another shape" in tuning.advice(8, 32)
+    for plan in explained(unet, tuning, 8, 8).values():
+        assert not plan.acts
+        assert re.match(r"\d+ tokens are fewer than the \d+ that were tuned for", plan.reason)
+        assert not plan.remedy, "no setting of the user's would change it"
+    assert "smaller" in tuning.advice(8, 8)
 
-    def test_a_larger_image_keeps_its_cells(self, unet, tuning):
-        own, plans = self.explained(unet, tuning, 16, 16), self.explained(unet, tuning, 32, 32)
-        for name, plan in plans.items():
-            assert (plan.action, plan.cell) == (own[name].action, own[name].cell)
-            assert plan.note.startswith(f"tuned for {own[name].tokens} tokens")
-            assert str(plan.tokens) in plan.note
-        assert "larger" in tuning.advice(32, 32)
 
-    def test_another_shape_is_told_too(self, unet, tuning):
-        assert all(plan.note for plan in self.explained(unet, tuning, 8, 32).values())
-        assert "another shape" in tuning.advice(8, 32)
-
-    def test_a_smaller_one_gets_full_attention_and_the_reason(self, unet, tuning):
-        for plan in self.explained(unet, tuning, 8, 8).values():
-            assert not plan.acts
-            assert re.match(r"\d+ tokens are fewer than the \d+ that were tuned for", plan.reason)
-            assert not plan.remedy, "no setting of the user's would change it"
-        assert "smaller" in tuning.advice(8, 8)
-
-    def test_cells_never_become_coarser(self, unet, every_gain_counts):
-        few = {"method": "corrected", "agent_ratio": 0.75, "max_agents": 64}
-        tuning = agentsd.tune(unet, CALLS, 0.9, methods=[few])
-        assert any(plan.acts for plan in self.explained(unet, tuning, 16, 16).values())
-        for plan in self.explained(unet, tuning, 32, 32).values():
-            assert plan.acts or "coarser" in plan.reason
-        assert not all(plan.acts for plan in self.explained(unet, tuning, 32, 32).values())
+def test_cells_never_become_coarser(unet, every_gain_counts):
+    few = {"method": "corrected", "agent_ratio": 0.75, "max_agents": 64}
+    tuning = agentsd.tune(unet, CALLS, 0.9, methods=[few])
+    assert any(plan.acts for plan in explained(unet, tuning, 16, 16).values())
+    larger = explained(unet, tuning, 32, 32).values()
+    assert all(plan.acts or "coarser" in plan.reason for plan in larger)
+    assert not all(plan.acts for plan in larger)
 
 
 @pytest.mark.parametrize(

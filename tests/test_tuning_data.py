@@ -179,7 +179,7 @@ def test_it_knows_what_it_holds_for(given, said):
 
 def test_the_table_says_what_was_asked_and_reached():
     text = str(TUNING)
-    assert text.startswith("tuned to 2% at a latent of 48×64: deviation 1.8% measured, 2.00× measured, 2 → 1 s a U-Net")
+    assert text.startswith("tuned to 2% at a latent of 48×64: deviation 1.8% measured, 2.00× measured, 2 → 1 s a model")
     assert "1 corrected agent_ratio=0.98" in text
     assert "0% – 30%" in text
 

@@ -10,12 +10,11 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
 from tiny_pipelines import anatomy, ldm_and_diffusers, picture, run, tiny_sd, tiny_sdxl, tiny_unet, unet_inputs
+from tuned_models import TRY
 
 import agentsd
 from agentsd import Tuning
 from agentsd.tuning.fingerprint import adapters_of, agree, ordered_sites, structure_of, weights_of
-
-TRY = ({"method": "corrected", "agent_ratio": 0.75}, {"method": "pool", "sx": 2, "sy": 2})
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])

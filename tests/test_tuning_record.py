@@ -11,6 +11,7 @@ from torch import nn
 
 import agentsd
 from agentsd import SettingError
+from agentsd.schedule import Timesteps
 from agentsd.tuning.record import _Recorder, progress_of
 from agentsd.tuning.replay import compare
 
@@ -49,7 +50,7 @@ def test_calls_are_spread_over_the_diffusion(unet, steps, first, moments):
 
 
 def test_never_more_than_twice_as_many_are_held(unet):
-    recorder = _Recorder(3)
+    recorder = _Recorder(3, Timesteps())
     for t in range(999, 0, -10):
         recorder.see(unet, (torch.zeros(1, 4, 4, 4), torch.tensor([t])), {})
         assert len(recorder.seen) <= 6

@@ -31,7 +31,7 @@ KEPT = Kept("a checkpoint", "first", TUNING, (PresetPoint("Fast", 0.2, 1.4), Pre
 def quick_tune(unet, calls, tolerance, *, methods=None, progress=None, kv_context=None, conditions=None):
     """A tuning that takes no time: the first of `methods`, in more blocks the larger the tolerance."""
     if progress is not None and progress(1, 10, "Trying the methods in every block") is False:
-        raise TuningCancelled("cancelled after 1 U-Net calls")
+        raise TuningCancelled("cancelled after 1 model calls")
     sites = ordered_sites(unet)
 
     def plan(number: int, within: float) -> TunedPlan:

@@ -2,10 +2,9 @@
 
 from .arguments import find_timestep, output_tensor, read_size, read_timestep, read_tokens
 from .base import Call, Handler, Seam, UnsupportedModelError, weight_of
-from .diffusers import progress_by
 from .sites import Site, downsamples, find_model, find_sites, find_unet
-from .transformers import FAMILIES, JointCall, Transformer, family_of
+from .transformers import FAMILIES, JointCall, Transformer, family_of, progress_by, read_call
 
 __all__ = ["FAMILIES", "Call", "Handler", "JointCall", "Seam", "Site", "Transformer", "UnsupportedModelError"]
 __all__ += ["downsamples", "family_of", "find_model", "find_sites", "find_timestep", "find_unet", "output_tensor"]
-__all__ += ["progress_by", "read_size", "read_timestep", "read_tokens", "weight_of"]
+__all__ += ["progress_by", "read_call", "read_size", "read_timestep", "read_tokens", "weight_of"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Names that hosts give the argument with an image-shaped tensor (B, C, height, width), tokens (B, N, C), the timestep
@@ -25,10 +26,11 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def output_tensor(output: Any) -> Tensor:
-    """Extract the tensor from a U-Net's output: bare or first in it; of a ControlNet, the last."""
+    """Extract the tensor from a model's output: bare or first in it; of a ControlNet, the last; of a list, all."""
     if isinstance(output, Tensor):
         return output
-    return output[0] if isinstance(output[0], Tensor) else output[-1]
+    found = output[0] if isinstance(output[0], Tensor) else output[-1]
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def _find(place: int, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

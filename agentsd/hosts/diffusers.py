@@ -37,7 +37,7 @@ def stages(unet: Any) -> Iterator[tuple[str, int]]:
         d //= 2 if getattr(stage, "upsamplers", None) else 1
 
 
-def progress_by(model: Any, unet: nn.Module) -> Moment | None:
+def unet_progress(model: Any, unet: nn.Module) -> Moment | None:
     """Return what the timesteps of a model's U-Net mean; None where they are training steps, as far as it tells."""
     scheduler = getattr(model, "scheduler", None)
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})

@@ -44,7 +44,12 @@ class Site:
     @property
     def channels(self) -> int:
         """C, the width of a token."""
-        return self.attn.to_q.in_features
+        return getattr(self.attn, "query_dim", None) or self.attn.to_q.in_features
+
+    @property
+    def patch(self) -> int:
+        """Side in positions of the latent of what a token at level 1 stands for."""
+        return 1 if self.family is None else self.family.patch
 
     def seam(self) -> Seam:
         """Make a seam in its self-attention."""

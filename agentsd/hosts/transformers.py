@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attention.grid import Grid
-from .arguments import named
+from ..schedule import Moment, progress_of
+from .arguments import find_timestep, named, read_size
 from .base import Call, Handler, Seam
-from .diffusers import Processor, ProcessorSeam, around, host_processor
+from .diffusers import Processor, ProcessorSeam, around, host_processor, unet_progress
 
 SDPA = F.scaled_dot_product_attention
 ONE_GRID = "its image tokens do not form one grid, as where an image is given as further tokens"
@@ -109,6 +110,7 @@ class Transformer:
         text: whether text tokens stand beside the image's.
         masks: whether a mask of keys closes text tokens alone.
         reads_values: whether the grid is read off values, for which a device is waited once a pass.
+        patch: side in positions of the latent of what a token stands for.
     """
 
     model: str
@@ -120,6 +122,7 @@ class Transformer:
     text: bool = True
     masks: bool = False
     reads_values: bool = False
+    patch: int = 2
 
     def seam(self, attn: nn.Module) -> Seam:
         """Make a seam in an attention module."""
@@ -188,6 +191,25 @@ FAMILIES = {
 def family_of(model: Any) -> Transformer | None:
     """Return the family of a transformer; None if it is no known transformer."""
     return FAMILIES.get(type(model).__name__)
+
+
+def progress_by(model: Any, module: nn.Module) -> Moment | None:
+    """Return what the timesteps of a model's U-Net or transformer mean; None where they are a U-Net's training steps.
+
+    A transformer's are the noise level in thousandths, in which its progress is linear.
+    """
+    return unet_progress(model, module) if family_of(module) is None else progress_of
+
+
+def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, int] | None, Any]:
+    """Read the size, (height, width), and the timestep off a call of a U-Net or transformer; None for what isn't there.
+
+    Those of a transformer are its grid of tokens and the noise level in thousandths. The timestep is left unread.
+    """
+    family = family_of(model)
+    if family is None:
+        return read_size(args, kwargs), find_timestep(args, kwargs)
+    return family.read_grid(model, args, kwargs), family.read_time(model, args, kwargs)
 
 
 class JointSeam(ProcessorSeam):

@@ -15,109 +15,11 @@ from ..hosts import JointCall, Site, Transformer, UnsupportedModelError, family_
 from ..hosts.sites import sites_of
 from ..hosts.transformers import ONE_GRID
 from ..methods import LayerPlan, SelfAttention, method_named
-from ..schedule import Moment, progress_of
-from .call import Planned
+from ..schedule import Moment, Rule, progress_of
+from .call import KVContext, Planned
 from .closeness import Watch
 from .layer import Answerer, Layer
 from .patch import Patch
-
-# Side in positions of the latent of what a token stands for, in all families
-PATCH = 2
-
-
-class TransformerPatch(Patch):
-    """A patch on one transformer.
-
-    All attentions of a transformer are at level 1: its blocks see the same tokens.
-
-    Args:
-        model: the transformer.
-        config: the settings.
-        family: its family; None finds it among those of diffusers.
-        progress: maps the noise level, from 1000 for noise to 0, to the fraction of the diffusion that is done; None:
-            linearly.
-
-    Raises:
-        SettingError: the settings merge tokens, or their method is none for this family.
-        UnsupportedModelError: this is no known transformer.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: AgentConfig,
-        family: Transformer | None = None,
-        progress: Moment | None = None,
-    ) -> None:
-        family = family or family_of(model)
-        if family is None:
-            raise UnsupportedModelError(f"{type(model).__name__} is no known transformer")
-        for settings in (config, *map(config.within, (*config.stages, *config.rules))):
-            if settings is not None:
-                _check(settings, family)
-        self.family = family
-        super().__init__(model, config, answerer=JointAnswerer(), progress=progress or progress_of)
-        self.sized_outside = family.reads_values
-
-    def sites(self, model: nn.Module) -> list[Site]:
-        return sites_of(model, self.family)
-
-    def read_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-        """Read (height, width) of the image's tokens off the transformer's arguments."""
-        return self.family.read_grid(self._unet(), args, kwargs)
-
-    def find_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the noise level in thousandths."""
-        return self.family.read_time(self._unet(), args, kwargs)
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super()._begin(args, kwargs)
-        if self.last_call is not None and self.last_call.latent is None:
-            self.note(ONE_GRID)
-
-    def explain(self, height: int, width: int, progress: float | None = None) -> list[tuple[str, LayerPlan | None]]:
-        """As `Patch.explain`: `height` and `width` are those of the latent before it is cut into patches."""
-        return super().explain(*Grid(height, width).patches(PATCH), progress)
-
-    def attention_share(self, height: int, width: int, text: int, progress: float | None = None) -> float:
-        """Return the share of attention's FLOPs that is left, at most, averaged over the attentions.
-
-        Args:
-            height: rows of the latent.
-            width: columns of the latent.
-            text: number of tokens of text.
-            progress: as in `explain`.
-        """
-        plans = [plan for _, plan in self.explain(height, width, progress)]
-        text = text if self.family.text else 0
-        return sum(1.0 if plan is None else share_left(plan, text) for plan in plans) / len(plans)
-
-
-def share_left(plan: LayerPlan, text: int) -> float:
-    """Return the share of FLOPs that a plan leaves of one attention over an image and `text` tokens of text, at most.
-
-    Text queries meet all keys; image queries and agents meet all text beside what the plan says.
-    """
-    N, M = plan.tokens, plan.tokens + text
-    own = plan.method.flops(plan, 1) - 8 * plan.queries  # without projections; all else is linear in the width
-    return (own + 4 * text * (M + N + plan.agents)) / (4 * M * M)
-
-
-def _check(settings: AgentConfig, family: Transformer) -> None:
-    """Raise where settings ask for something that a transformer of this family can't have."""
-    method, where = method_named(settings.method), f"on {family.model}"
-    if settings.merge_attn and family.rotary and method.averages:
-        why = "whose keys carry rotary positions, of which means say nothing"
-        raise reject("method", settings.method, f"corrected {where}, {why}")
-    if settings.merge_attn and family.text and not method.takes_text:
-        raise reject("method", settings.method, f"corrected or pool {where}, where text stands beside the image")
-    merging = [name for name in ("merge_crossattn", "merge_mlp") if getattr(settings, name)]
-    if merging:
-        raise reject(merging[0], True, f"False {where}: no tokens are merged there")
-    if settings.merge_attn and method.merges and settings.ratio:
-        raise reject("ratio", settings.ratio, f"0 {where}: no tokens are merged there")
-    if settings.merge_attn and method.clusters(settings):
-        raise reject("agent_source", settings.agent_source, f"grid {where}: no tokens are matched there")
 
 
 class JointAnswerer(Answerer):
@@ -156,3 +58,115 @@ class JointAnswerer(Answerer):
             proceed=host.proceed,
             text=text if text[0].shape[1] else None,
         )
+
+
+class TransformerPatch(Patch):
+    """A patch on one transformer.
+
+    All attentions of a transformer are at level 1: its blocks see the same tokens.
+
+    Args:
+        model: the transformer.
+        config: the settings.
+        family: its family.
+        answerer: as for `Patch`.
+        progress: maps the noise level, from 1000 for noise to 0, to the fraction of the diffusion that is done; None:
+            linearly.
+
+    Raises:
+        SettingError: the settings merge tokens, or their method is none for this family.
+    """
+
+    answerer_class = JointAnswerer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AgentConfig,
+        family: Transformer,
+        answerer: Answerer | None = None,
+        progress: Moment | None = None,
+    ) -> None:
+        everywhere = () if Rule(None) in config.rules else (config,)
+        for settings in (*everywhere, *map(config.within, (*config.stages, *config.rules))):
+            if settings is not None:
+                _check(settings, family)
+        self.family = family
+        super().__init__(model, config, answerer=answerer, progress=progress or progress_of)
+        self.sized_outside = family.reads_values
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        return sites_of(model, self.family)
+
+    def read_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """Read (height, width) of the image's tokens off the transformer's arguments."""
+        return self.family.read_grid(self._unet(), args, kwargs)
+
+    def find_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the noise level in thousandths."""
+        return self.family.read_time(self._unet(), args, kwargs)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._begin(args, kwargs)
+        if self.last_call is not None and self.last_call.latent is None:
+            self.note(ONE_GRID)
+
+    def explain(self, height: int, width: int, progress: float | None = None) -> list[tuple[str, LayerPlan | None]]:
+        """As `Patch.explain`: `height` and `width` are those of the latent before it is cut into patches."""
+        return super().explain(*Grid(height, width).patches(self.family.patch), progress)
+
+    def attention_share(self, height: int, width: int, text: int, progress: float | None = None) -> float:
+        """Return the share of attention's FLOPs that is left, at most, averaged over the attentions.
+
+        Args:
+            height: rows of the latent.
+            width: columns of the latent.
+            text: number of tokens of text.
+            progress: as in `explain`.
+        """
+        plans = [plan for _, plan in self.explain(height, width, progress)]
+        text = text if self.family.text else 0
+        return sum(1.0 if plan is None else share_left(plan, text) for plan in plans) / len(plans)
+
+
+def make_patch(
+    model: nn.Module,
+    config: AgentConfig,
+    kv_context: KVContext | None = None,
+    answerer: Answerer | None = None,
+    progress: Moment | None = None,
+) -> Patch:
+    """Make a patch, not installed yet, for a U-Net or a transformer; see `Patch` and `TransformerPatch`."""
+    family = family_of(model)
+    if family is None:
+        return Patch(model, config, kv_context, answerer, progress)
+    if kv_context is not None:
+        raise UnsupportedModelError(f"kv_context is for a U-Net, got {family.model}")
+    return TransformerPatch(model, config, family, answerer, progress)
+
+
+def share_left(plan: LayerPlan, text: int) -> float:
+    """Return the share of FLOPs that a plan leaves of one attention over an image and `text` tokens of text, at most.
+
+    Text queries meet all keys; image queries and agents meet all text beside what the plan says.
+    """
+    N, M = plan.tokens, plan.tokens + text
+    own = plan.method.flops(plan, 1) - 8 * plan.queries  # without projections; all else is linear in the width
+    return (own + 4 * text * (M + N + plan.agents)) / (4 * M * M)
+
+
+def _check(settings: AgentConfig, family: Transformer) -> None:
+    """Raise where settings ask for something that a transformer of this family can't have."""
+    method, where = method_named(settings.method), f"on {family.model}"
+    if settings.merge_attn and family.rotary and method.averages:
+        why = "whose keys carry rotary positions, of which means say nothing"
+        raise reject("method", settings.method, f"corrected {where}, {why}")
+    if settings.merge_attn and family.text and not method.takes_text:
+        raise reject("method", settings.method, f"corrected or pool {where}, where text stands beside the image")
+    merging = [name for name in ("merge_crossattn", "merge_mlp") if getattr(settings, name)]
+    if merging:
+        raise reject(merging[0], True, f"False {where}: no tokens are merged there")
+    if settings.merge_attn and method.merges and settings.ratio:
+        raise reject("ratio", settings.ratio, f"0 {where}: no tokens are merged there")
+    if settings.merge_attn and method.clusters(settings):
+        raise reject("agent_source", settings.agent_source, f"grid {where}: no tokens are matched there")

@@ -42,6 +42,8 @@ class Patch(PatchState):
         UnsupportedModelError: the U-Net has no transformer blocks to patch.
     """
 
+    answerer_class: type[Answerer] = Answerer
+
     def __init__(
         self,
         unet: nn.Module,
@@ -50,7 +52,7 @@ class Patch(PatchState):
         answerer: Answerer | None = None,
         progress: Moment | None = None,
     ) -> None:
-        answerer = answerer or Answerer()
+        answerer = answerer or self.answerer_class()
         outside = may_match(config) or not answerer.traceable
         super().__init__(config, kv_context, outside=outside, timesteps=Timesteps(progress))
         self._unet = weakref.ref(unet)

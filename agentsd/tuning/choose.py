@@ -7,13 +7,14 @@ that its blocks cause sum to at most the tolerance's square, under every constra
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, product
-from typing import Any
+from itertools import chain, combinations_with_replacement, product
+from operator import le
 
-# Bisections of the price of deviation; more change nothing.
-_BISECTIONS = 50
+# Prices of deviation, in seconds for a whole limit
+_PRICES = [0.0, *(10 ** (k / 200) for k in range(-1800, 2400))]
 # Pairs of options above which exchanges take too long: with many blocks, they also gain little.
 _MAX_PAIRS = 20_000
 # Seconds that a switch must save: rounding errors are no gain.
@@ -26,7 +27,12 @@ class Option:
 
     candidate: int  # its number, from 1; 0 is full attention
     seconds: float  # of the block's self-attention
-    squares: tuple[float, ...]  # squared deviation of the U-Net's output that it causes, one for each constraint
+    squares: tuple[float, ...]  # squared deviation of the model's output that it causes, one for each constraint
+
+
+def deviation(chosen: Sequence[Option], constraint: int) -> float:
+    """Predict the deviation of the model's output under one constraint."""
+    return math.sqrt(sum(option.squares[constraint] for option in chosen))
 
 
 def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float], worth: float = 0.0) -> list[Option]:
@@ -41,69 +47,38 @@ def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float], wort
         worth: seconds that using up a tolerance has to save. Deviation that saves less in proportion is not chosen.
     """
     limits = [tolerance**2 for tolerance in tolerances]
-    priced = [[_Priced(option, limits, worth) for option in _undominated(options)] for options in blocks]
-    return [each.option for each in _chosen(priced, limits)]
+    kept = [_undominated([o for o in options if all(map(le, o.squares, limits))]) for options in blocks]
+    # the largest of a limit that an option takes
+    shares = {o: max(s / (m or 1.0) for s, m in zip(o.squares, limits, strict=True)) for o in chain(*kept)}
+    costs = {option: option.seconds + worth * share for option, share in shares.items()}
 
+    def at(price: float) -> list[Option]:
+        return [min(options, key=lambda o: costs[o] + price * shares[o]) for options in kept]
 
-def deviation(chosen: Sequence[Option], constraint: int) -> float:
-    """Predict the deviation of the U-Net's output under one constraint."""
-    return math.sqrt(sum(option.squares[constraint] for option in chosen))
+    def holds(chosen: Sequence[Option]) -> bool:
+        return all(sum(option.squares[k] for option in chosen) <= limit for k, limit in enumerate(limits))
+
+    chosen = at(_PRICES[bisect_left(_PRICES, True, key=lambda price: holds(at(price)))])
+    places = range(len(kept))
+    few = sum(map(len, kept)) ** 2 <= _MAX_PAIRS
+    while True:
+        best, found = _MIN_SAVING, None
+        for a, b in combinations_with_replacement(places, 2) if few else zip(places, places, strict=True):
+            for one, other in product(kept[a], kept[b]):
+                switched = [*chosen]
+                switched[a], switched[b] = one, other
+                saved = sum(costs[chosen[k]] - costs[switched[k]] for k in {a, b})
+                if saved > best and holds(switched):
+                    best, found = saved, switched
+        if found is None:
+            return chosen
+        chosen = found
 
 
 def _undominated(options: Sequence[Option]) -> list[Option]:
     """Leave out options beside which another takes no more time and deviates no more under any constraint."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.seconds, o.squares)):
-        if not any(all(a <= b for a, b in zip(one.squares, option.squares, strict=True)) for one in kept):
+        if not any(all(map(le, one.squares, option.squares)) for one in kept):
             kept.append(option)
     return kept
-
-
-class _Priced:
-    """An option, and its cost: its seconds, and what its deviation is worth."""
-
-    def __init__(self, option: Option, limits: Sequence[float], worth: float) -> None:
-        self.option, self.squares = option, option.squares
-        self.weight = max(map(_share, option.squares, limits), default=0.0)
-        self.cost = option.seconds + (worth * self.weight if worth else 0.0)
-
-
-def _share(square: float, limit: float) -> float:
-    return square / limit if limit else (math.inf if square else 0.0)
-
-
-def _chosen(blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> list[_Priced]:
-    def at(price: float) -> list[_Priced]:
-        return [min(options, key=lambda o: o.cost + (price * o.weight if price else 0.0)) for options in blocks]
-
-    if _holds(cheapest := at(0.0), limits):
-        return cheapest
-    low, high = 0.0, 1e-9
-    while not _holds(at(high), limits):
-        low, high = high, 10 * high
-    for _ in range(_BISECTIONS):
-        middle = math.sqrt(low * high) if low else high / 2
-        low, high = (low, middle) if _holds(at(middle), limits) else (middle, high)
-    chosen = at(high)
-    while better := _improved(chosen, blocks, limits):
-        chosen = better
-    return chosen
-
-
-def _holds(chosen: Sequence[_Priced], limits: Sequence[float]) -> bool:
-    """Whether the squares of all blocks sum to at most the limit, under every constraint."""
-    return all(sum(option.squares[k] for option in chosen) <= limit for k, limit in enumerate(limits))
-
-
-def _improved(chosen: list[_Priced], blocks: Sequence[Sequence[_Priced]], limits: Sequence[float]) -> Any:
-    """Switch a block, or two of them if they are few, where that saves most; None if nothing does."""
-    numbers, best, found = range(len(blocks)), _MIN_SAVING, None
-    few = sum(map(len, blocks)) ** 2 <= _MAX_PAIRS
-    for a, b in combinations_with_replacement(numbers, 2) if few else zip(numbers, numbers, strict=True):
-        for one, other in product(blocks[a], blocks[b]):
-            switched = [*chosen]
-            switched[a], switched[b] = one, other
-            saved = sum(chosen[k].cost - switched[k].cost for k in {a, b})
-            if saved > best and _holds(switched, limits):
-                best, found = saved, switched
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ AGREEMENT = 0.9
 _DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
-def ordered_sites(unet: nn.Module) -> list[Site]:
-    """List the transformer blocks in the order in which the U-Net runs them, the same for every family of models."""
-    stages = [prefix + "." for prefix, _ in downsamples(unet)]
+def ordered_sites(model: nn.Module) -> list[Site]:
+    """List the transformer blocks in the order in which the model runs them, the same for every family of U-Nets."""
+    stages = [prefix + "." for prefix, _ in downsamples(model)]
 
     def stage(site: Site) -> int:
         return next((i for i, prefix in enumerate(stages) if site.name.startswith(prefix)), len(stages))
 
-    return sorted(find_sites(unet), key=stage)
+    return sorted(find_sites(model), key=stage)
 
 
 def structure_of(sites: Sequence[Site]) -> str:
@@ -35,23 +35,25 @@ def structure_of(sites: Sequence[Site]) -> str:
 
 
 @torch.no_grad()
-def weights_of(unet: nn.Module) -> str:
-    """Return values of some of the U-Net's weights, for `agree`.
+def weights_of(model: nn.Module) -> str:
+    """Return values of some of the model's weights, for `agree`.
 
-    The first convolution, the first layer of the timestep's embedding and the norms of the blocks: fine-tuning changes
-    all of them, LoRA none.
+    The first convolution, the first linear layer, which is the timestep's in a U-Net, and the norms of the blocks, or
+    of queries in a transformer: fine-tuning changes all of them, LoRA none.
     """
-    first = (next((m for m in unet.modules() if isinstance(m, kind)), None) for kind in (nn.Conv2d, nn.Linear))
-    norms = [getattr(site.block, "norm1", None) for site in ordered_sites(unet)]
-    groups = [[getattr(module, "weight", None)] for module in first]
-    return " ".join(_values(group) for group in (*groups, [getattr(norm, "weight", None) for norm in norms]))
+    first = (next((m for m in model.modules() if isinstance(m, kind)), None) for kind in (nn.Conv2d, nn.Linear))
+    norms = [getattr(site.attn, "norm_q", None) or getattr(site.block, "norm1", None) for site in ordered_sites(model)]
+    groups = [*([module] for module in first), norms]
+    return " ".join(_values([getattr(module, "weight", None) for module in group]) for group in groups)
 
 
 @torch.no_grad()
-def adapters_of(unet: nn.Module) -> str:
+def adapters_of(model: nn.Module) -> str:
     """Return values of attention's weights, with LoRA added, fused or not, for `agree`."""
-    sites = ordered_sites(unet)
-    return " ".join(_values([_effective(site.block.attn1.to_q)]) for site in sites[:: -(-len(sites) // BLOCKS)])
+    sites = ordered_sites(model)
+    return " ".join(
+        _values([_effective(getattr(site.attn, "to_q", None))]) for site in sites[:: -(-len(sites) // BLOCKS)]
+    )
 
 
 def _effective(linear: Any) -> Any:
@@ -69,15 +71,14 @@ def _readable(weight: Any) -> bool:
     return plain and str(weight.dtype).removeprefix("torch.") in _DTYPES
 
 
-def _values(weights: Iterable[Any]) -> str:
+def _values(weights: Sequence[Any]) -> str:
     """Write some values of weights as text: their dtype, and 32 bits of each. "-" where they cannot be read."""
-    listed = list(weights)
-    if not listed or not all(map(_readable, listed)):
+    if not weights or not all(map(_readable, weights)):
         return "-"
-    each = -(-VALUES // len(listed))
-    picked = [w.detach().flatten()[:: max(1, w.numel() // each)][:each].to("cpu", torch.float32) for w in listed]
+    each = -(-VALUES // len(weights))
+    picked = [w.detach().flatten()[:: max(1, w.numel() // each)][:each].to("cpu", torch.float32) for w in weights]
     values = torch.cat(picked)[:: max(1, len(picked) * each // VALUES)][:VALUES]
-    return f"{str(listed[0].dtype).removeprefix('torch.')}:{values.numpy().astype('<f4').tobytes().hex()}"
+    return f"{str(weights[0].dtype).removeprefix('torch.')}:{values.numpy().astype('<f4').tobytes().hex()}"
 
 
 def agree(stored: str, found: str) -> bool:
@@ -90,7 +91,7 @@ def agree(stored: str, found: str) -> bool:
 
 def _same(a: str, b: str) -> bool:
     try:
-        (one, x), (other, y) = _parsed(a), _parsed(b)
+        (one, x), (other, y) = map(_parsed, (a, b))
         coarse = max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
         x, y = (values.to(coarse).float() for values in (x, y))
         return torch.isclose(x, y, rtol=1e-5, atol=0).float().mean().item() >= AGREEMENT

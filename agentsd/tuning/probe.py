@@ -1,4 +1,4 @@
-"""Try candidates in every block of a running U-Net, which computes full attention all the while."""
+"""Try candidates in every block of a running model, which computes full attention all the while."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..config import AgentConfig
 from ..eager import not_compiled
 from ..hosts import Call, Site, read_tokens
 from ..methods import LayerPlan
-from ..patching.call import KVContext, ModelCall, Planned, current_call
+from ..patching.call import ModelCall, Planned, current_call
 from ..patching.closeness import Watch
 from ..patching.layer import Answerer, Layer
 from ..patching.patch import Patch, patch_of
@@ -37,41 +37,46 @@ class Trials:
     """What was measured in one block."""
 
     kind: Any = None  # blocks of the same kind take the same time: (height, width) of the tokens, and their shape
-    # for each call, the error of each candidate, ‖candidate − full‖ / ‖h‖, h: the tokens that the block was given, to
-    # which attention is added; empty for a call in which the block did not run
-    errors: list[dict[int, float]] = field(default_factory=list)
-    calls: int = 0  # in which it ran, whether or not anything was tried
+    # by the number of the call in which the block ran, the error of each candidate, ‖candidate − full‖ / ‖h‖, h: the
+    # tokens that the block was given, to which attention is added
+    errors: defaultdict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
 
 
-class Probe(Patch):
-    """A patch that answers every call with the host's attention, and tries candidates, numbered from 1, beside it."""
+class Probe(Answerer):
+    """Answers every call with the host's attention, and tries candidates, numbered from 1, beside it.
 
-    def __init__(
-        self, unet: nn.Module, candidates: Sequence[AgentConfig], kv_context: KVContext | None, clock: Clock
-    ) -> None:
-        self.candidates, self.clock = dict(enumerate(candidates, 1)), clock
-        self.trials: defaultdict[str, Trials] = defaultdict(Trials)  # by the block's name
-        self.full: defaultdict[Any, list[float]] = defaultdict(list)  # seconds of full attention, by the kind of block
-        # time of each candidate, full attention in the same call = 1, by the kind of block and its number
+    Attributes:
+        number: that of the call that is going on.
+        trials: what was measured, by the block's name.
+        full: seconds of full attention, by the kind of block.
+        ratios: time of each candidate, full attention in the same call = 1, by the kind of block and its number.
+    """
+
+    clusters_first = False  # they are made in each trial
+    traceable = False
+
+    def __init__(self, candidates: Sequence[AgentConfig], clock: Clock) -> None:
+        self.candidates, self.clock, self.number = dict(enumerate(candidates, 1)), clock, 0
+        self.trials: defaultdict[str, Trials] = defaultdict(Trials)
+        self.full: defaultdict[Any, list[float]] = defaultdict(list)
         self.ratios: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
-        self.streams: dict[str, float] = {}
-        super().__init__(unet, candidates[0], kv_context, _Trying(self))
+        self._streams: dict[str, float] = {}
 
-    def install(self) -> None:
-        super().install()
-        for layer in self._layers:
-            see = partial(self._see_stream, layer.site.name)
-            self._handles.append(layer.site.block.register_forward_pre_hook(see, with_kwargs=True))
+    @contextmanager
+    def watching(self, sites: Iterable[Site]) -> Iterator[None]:
+        """Look at the tokens that blocks are given, during a `with` block."""
 
-    @not_compiled
-    def _see_stream(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = read_tokens(args, kwargs)
-        self.streams[name] = norm(x) if isinstance(x, Tensor) else 1.0
+        @not_compiled
+        def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = read_tokens(args, kwargs)
+            self._streams[name] = norm(x) if isinstance(x, Tensor) else 1.0
 
-    def make_room(self) -> None:
-        """Make room for the measurements of one more U-Net call."""
-        for layer in self._layers:
-            self.trials[layer.site.name].errors.append({})
+        hooks = [each.block.register_forward_pre_hook(partial(see, each.name), with_kwargs=True) for each in sites]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def seconds(self, name: str) -> Mapping[int, float]:
         """Return the seconds of each candidate, and of full attention (0), in blocks of this one's kind: medians."""
@@ -79,16 +84,8 @@ class Probe(Patch):
         full = median(self.full[kind]) if kind in self.full else 0.0
         return {FULL: full} | {k: full * median(each) for (of, k), each in self.ratios.items() if of == kind}
 
-
-class _Trying(Answerer):
-    clusters_first = False  # they are made in each trial
-    traceable = False
-
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
-
     def settings(self, config: AgentConfig, site: Site) -> Iterable[AgentConfig]:
-        return self.probe.candidates.values()
+        return self.candidates.values()
 
     def plan(self, layer: Layer, call: ModelCall, size: Grid) -> tuple[AgentConfig, LayerPlan] | None:
         """Plan the first candidate that does anything here; which one doesn't matter: all are tried."""
@@ -96,7 +93,7 @@ class _Trying(Answerer):
 
     def _plans(self, layer: Layer, call: ModelCall, size: Grid) -> Iterator[tuple[int, tuple[AgentConfig, LayerPlan]]]:
         seen = set()
-        for k, config in self.probe.candidates.items():
+        for k, config in self.candidates.items():
             found = plan_block(config, layer.site.place, call.latent, None, size)
             if found is None or not found[1].acts or found[1].agents < found[1].method.tuned_from:
                 continue
@@ -109,32 +106,32 @@ class _Trying(Answerer):
     def answer(
         self, layer: Layer, host: Call, planned: Planned, matching: Matching | None, watch: Watch | None = None
     ) -> Tensor:
-        probe, call, size, name = self.probe, current_call(), planned.size, layer.site.name
-        trials, timed = probe.trials[name], probe.clock.timed
-        trials.kind = (size, tuple(host.x.shape), layer.site.heads)
-        trials.calls += 1
-        full, seconds = timed(host.proceed, host.x.device)
-        probe.full[trials.kind].append(seconds)
+        call, size, trials, device = current_call(), planned.size, self.trials[layer.site.name], host.x.device
+        trials.kind = kind = size, tuple(host.x.shape), layer.site.heads
+        errors = trials.errors[self.number]
+        full, seconds = self.clock.timed(host.proceed, device)
+        self.full[kind].append(seconds)
         for k, (config, plan) in self._plans(layer, call, size):
-            if min(probe.ratios.get((trials.kind, k), (0.0,))) > MAX_TIME_TRIED:
+            if min(self.ratios.get((kind, k), (0.0,))) > MAX_TIME_TRIED:
                 continue
             trial = partial(self._try, layer, host, call, Planned(config, plan, size))
             try:
-                if (trials.kind, k) not in probe.ratios:
+                if (kind, k) not in self.ratios:
                     trial()  # the first time, kernels are loaded and tables are made
-                out, spent = timed(trial, host.x.device)
+                out, spent = self.clock.timed(trial, device)
             except RuntimeError as failure:  # too little memory, say; what was not tried here is not chosen here
-                probe.note(error_of_ours(failure))
+                layer.patch.note(error_of_ours(failure))
                 continue
-            probe.ratios[trials.kind, k].append(spent / max(seconds, 1e-12))
-            trials.errors[-1][k] = norm(out.float() - full.float()) / max(probe.streams[name], 1e-12)
+            self.ratios[kind, k].append(spent / max(seconds, 1e-12))
+            errors[k] = norm(out.float() - full.float()) / max(self._streams[layer.site.name], 1e-12)
         return full
 
     def _try(self, layer: Layer, host: Call, call: ModelCall, planned: Planned) -> Tensor:
         r, agent_r, matching = merged_tokens(planned.config, planned.plan), planned.plan.agent_r, None
         if r or agent_r:
             matching = call.match(planned.config, host.x, planned.size, r, agent_r)
-        return planned.plan.method.attend(self.attention(layer, host, planned, matching))
+        patch: Any = layer.patch
+        return patch.answerer_class().answer(layer, host, planned, matching)
 
 
 def norm(x: Tensor) -> float:
@@ -143,9 +140,9 @@ def norm(x: Tensor) -> float:
 
 
 @contextmanager
-def alone(unet: nn.Module, patch: Patch | None = None) -> Iterator[None]:
-    """Have a patch, or none, on a U-Net for the length of a `with` block, in place of the one that is on it."""
-    outer = patch_of(unet)
+def alone(model: nn.Module, patch: Patch | None = None) -> Iterator[None]:
+    """Have a patch, or none, on a model for the length of a `with` block, in place of the one that is on it."""
+    outer = patch_of(model)
     if outer is not None:
         outer.remove()
     try:

@@ -1,18 +1,17 @@
-"""Record calls of a U-Net while an ordinary picture is made."""
+"""Record calls of a model while an ordinary picture is made."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..checks import SettingError
 from ..eager import not_compiled
-from ..hosts import find_timestep, find_unet, output_tensor, progress_by, read_size, read_timestep
+from ..hosts import find_model, find_timestep, output_tensor, progress_by, read_call, read_timestep
 from ..schedule import Moment, Timesteps
 
 log = logging.getLogger("agentsd")
@@ -22,7 +21,7 @@ CALLS_OF_A_TIMESTEP = 2
 
 
 class RecordedCall(tuple[tuple[Any, ...], dict[str, Any]]):
-    """One call of a U-Net: its arguments (args, kwargs)."""
+    """One call of a U-Net or transformer: its arguments (args, kwargs)."""
 
     output: Tensor | None = None  # what it returned while the picture was made; None if unknown
     progress: float | None = None  # the fraction of the diffusion that was done; None if unknown
@@ -30,7 +29,7 @@ class RecordedCall(tuple[tuple[Any, ...], dict[str, Any]]):
 
 @contextmanager
 def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -> Iterator[list[RecordedCall]]:
-    """Collect calls of the model's U-Net, spread evenly over the diffusion, during a `with` block.
+    """Collect calls of the model's U-Net or transformer, spread evenly over the diffusion, during a `with` block.
 
         with agentsd.record_calls(pipe) as calls:
             pipe("a photo of a cat")
@@ -50,11 +49,11 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
     """
     if isinstance(moments, bool) or not isinstance(moments, int) or not 1 <= moments <= 100:
         raise SettingError(f"moments must be a whole number from 1 to 100, got {moments!r}")
-    unet = find_unet(model)
     calls: list[RecordedCall] = []
-    recorder = _Recorder(moments, Timesteps(progress or progress_by(model, unet)))
-    handles = [unet.register_forward_pre_hook(recorder.see, with_kwargs=True)]
-    handles.append(unet.register_forward_hook(recorder.see_output))
+    module = find_model(model)
+    recorder = _Recorder(moments, Timesteps(progress or progress_by(model, module)))
+    handles = [module.register_forward_pre_hook(recorder.see, with_kwargs=True)]
+    handles.append(module.register_forward_hook(recorder.see_output))
     try:
         yield calls
     finally:
@@ -73,20 +72,16 @@ def copied(value: Any) -> Any:
         return value.detach().clone()
     if type(value) is dict:
         return {key: copied(entry) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(copied, value))
-    return value
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
 
 
-def progress_of(call: tuple[tuple[Any, ...], dict[str, Any]], timesteps: Timesteps | None = None) -> float | None:
-    """Return the fraction of the diffusion that is done at a call, 0–1; None if it isn't known.
+def progress_of(call: tuple[tuple[Any, ...], dict[str, Any]]) -> float | None:
+    """Return the fraction of the diffusion that is done at a call of a U-Net, 0–1; None if it isn't known.
 
-    Args:
-        call: the call; that of a plain (args, kwargs) is told by its timestep.
-        timesteps: where the calls before it were told.
+    That of a plain (args, kwargs) is told by its timestep.
     """
     said, t = getattr(call, "progress", None), read_timestep(find_timestep(*call))
-    return said if said is not None or t is None else (timesteps or Timesteps()).progress(t)
+    return Timesteps().progress(t) if said is None and t is not None else said
 
 
 def spread(values: Iterable[float], count: int) -> list[float]:
@@ -98,50 +93,46 @@ def spread(values: Iterable[float], count: int) -> list[float]:
     return sorted({min(at, key=lambda value, w=w: abs(value - w)) for w in wanted})  # type: ignore[misc]
 
 
-@dataclass
 class _Recorder:
-    moments: int
-    timesteps: Timesteps = field(default_factory=Timesteps)
-    size: tuple[int, int] | None = None
-    seen: dict[float, list[RecordedCall]] = field(default_factory=dict)
-    under_way: RecordedCall | None = None
+    def __init__(self, moments: int, timesteps: Timesteps) -> None:
+        self.moments, self.timesteps = moments, timesteps
+        self.size: tuple[int, int] | None = None
+        self.seen: dict[float, list[RecordedCall]] = {}  # by progress
+        self.under_way: RecordedCall | None = None
 
     @not_compiled
-    def see(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a call. One that cannot be, for want of memory say, is left out: it must not cost the image."""
         self.under_way = None
         try:
-            self._keep(args, kwargs)
+            self._keep(module, args, kwargs)
         except Exception:
             log.debug("a call was not recorded", exc_info=True)
 
     @not_compiled
-    def see_output(self, unet: nn.Module, args: Any, output: Any) -> None:
+    def see_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Record what the call returned."""
-        call, self.under_way = self.under_way, None
         try:
-            if call is not None:
-                call.output = output_tensor(output).detach().clone()
+            if self.under_way is not None:
+                self.under_way.output = output_tensor(output).detach().clone()
         except Exception:
             log.debug("an output was not recorded", exc_info=True)
+        self.under_way = None
 
-    def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        size, progress = read_size(args, kwargs), progress_of((args, kwargs), self.timesteps)
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        size, t = read_call(module, args, kwargs)
+        progress = None if (t := read_timestep(t)) is None else self.timesteps.progress(t)
         self.size = self.size or size
         if size is None or size != self.size or progress is None:
             return
         calls = self.seen.setdefault(progress, [])
         if len(calls) < CALLS_OF_A_TIMESTEP:
-            calls.append(RecordedCall((copied(args), copied(kwargs))))
-            self.under_way = calls[-1]
-            self.under_way.progress = progress
-        if len(self.seen) > 2 * self.moments:
-            del self.seen[self._most_crowded()]
-
-    def _most_crowded(self) -> float:
-        """Return the timestep whose neighbours are closest to each other; never the first or the last."""
-        at = sorted(self.seen)
-        return min(zip(at, at[1:], at[2:], strict=False), key=lambda three: three[2] - three[0])[1]
+            call = RecordedCall((copied(args), copied(kwargs)))
+            call.progress, self.under_way = progress, call
+            calls.append(call)
+        if len(self.seen) > 2 * self.moments:  # drop the one whose neighbours are closest to each other
+            at = sorted(self.seen)
+            del self.seen[min(zip(at, at[1:], at[2:], strict=False), key=lambda three: three[2] - three[0])[1]]
 
     def spread(self) -> list[RecordedCall]:
         """Return the calls, thinned out to the number of timesteps asked for."""

@@ -6,22 +6,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from math import comb
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import SettingError
 from ..clock import WALL, Clock, peak_memory
 from ..config import AgentConfig
-from ..hosts import find_timestep, find_unet, output_tensor, read_size, read_timestep, weight_of
+from ..hosts import find_model, output_tensor, progress_by, read_call, read_timestep, weight_of
 from ..patching.call import KVContext
-from ..patching.patch import Patch
+from ..patching.joint import make_patch
 from ..schedule import Timesteps
 from .probe import alone, norm
-from .record import RecordedCall, copied, progress_of
+from .record import RecordedCall, copied
 from .result import TuningCancelled
 
 Progress = Callable[[int, int, str], Any]
@@ -34,12 +35,13 @@ _COMPARED = 2
 
 
 class Replay:
-    """Recorded calls of a U-Net, which can be made again; the arguments are those of `agentsd.tune`.
+    """Recorded calls of a model, which can be made again; the arguments are those of `agentsd.tune`.
 
     Attributes:
+        model: the U-Net or transformer.
         calls: the calls in the order of the diffusion.
         moments: the fraction of the diffusion that is done at each; None if it isn't known.
-        size: (height, width) of their latents.
+        size: (height, width) of their latents, or of a transformer's grid of tokens.
         full: outputs with full attention, by the call's number, once `remember` has made them.
         done, total: numbers of calls made, and expected.
 
@@ -49,26 +51,28 @@ class Replay:
 
     def __init__(
         self,
-        unet: nn.Module,
+        model: Any,
         calls: Iterable[RecordedCall],
         progress: Progress | None = None,
         kv_context: KVContext | None = None,
         clock: Clock = WALL,
     ) -> None:
-        # as a run makes them, whatever their order
-        falling, timesteps = sorted(calls, key=lambda c: -(read_timestep(find_timestep(*c)) or 0.0)), Timesteps()
-        moments = {id(call): progress_of(call, timesteps) for call in falling}
-        self.calls = sorted(falling, key=lambda call: moments[id(call)] or 0.0)
-        self.moments = [moments[id(call)] for call in self.calls]
-        sizes = {read_size(*call) for call in self.calls}
+        self.model = find_model(model)
+        self.progress, self.kv_context, self.clock = progress, kv_context, clock
+        read = [(call, size, read_timestep(t)) for call in calls for size, t in [read_call(self.model, *call)]]
+        sizes = {size for _, size, _ in read}
         if not sizes:
-            raise SettingError("calls must hold at least one call of the U-Net, got none")
+            raise SettingError("calls must hold at least one call of the model, got none")
         if None in sizes or len(sizes) > 1:
             raise SettingError(f"calls must have latents of one size, got {sorted(map(str, sizes))}")
         (self.size,) = sizes
-        self.unet, self.progress, self.kv_context = unet, progress, kv_context
-        self.clock = clock
-        self.device = weight_of(unet).device
+        timesteps, told = Timesteps(progress_by(self.model, self.model)), []
+        for call, _, t in sorted(read, key=lambda each: -(each[2] or 0.0)):  # as a run makes them
+            said = getattr(call, "progress", None)
+            told.append((call, timesteps.progress(t) if said is None and t is not None else said))
+        told.sort(key=lambda each: each[1] or 0.0)
+        self.calls, self.moments = [call for call, _ in told], [moment for _, moment in told]
+        self.device = weight_of(self.model).device
         self.full: dict[int, Tensor] = {}
         self.done = self.total = 0
 
@@ -82,13 +86,13 @@ class Replay:
             TuningCancelled: `progress` returned False.
         """
         if self.progress is not None and self.progress(min(self.done, self.total), self.total, text) is False:
-            raise TuningCancelled(f"cancelled after {self.done} U-Net calls")
+            raise TuningCancelled(f"cancelled after {self.done} model calls")
         self.done += 1
         args, kwargs = copied(tuple(self.calls[number]))
         moment = self.moments[number]
-        patch = None if config is None else Patch(self.unet, config, self.kv_context, progress=lambda t: moment)
-        with nullcontext() if patch is None else alone(self.unet, patch):
-            out, seconds = self.clock.timed(lambda: self.unet(*args, **kwargs), self.device)
+        patch = config and make_patch(self.model, config, self.kv_context, progress=lambda t: moment)
+        with nullcontext() if patch is None else alone(self.model, patch):
+            out, seconds = self.clock.timed(lambda: self.model(*args, **kwargs), self.device)
         return output_tensor(out).detach().float(), seconds
 
     def remember(self, number: int, text: str) -> float:
@@ -135,11 +139,9 @@ def timed_in_turn(replay: Replay, configs: Mapping[int, AgentConfig], text: str)
     """
     spent: dict[int, list[tuple[float, float]]] = {number: [] for number in configs}
     peaks: dict[bool, int | None] = {}
-    numbers = list(configs)
-    for round_ in range(MAX_ROUNDS):
-        number, order = numbers[round_ % len(numbers)], (False, True)
-        seconds = {}
-        for ours in reversed(order) if round_ // len(numbers) % 2 else order:
+    for round_, number in zip(range(MAX_ROUNDS), cycle(configs), strict=False):
+        order, seconds = (False, True), {}
+        for ours in reversed(order) if round_ // len(configs) % 2 else order:
             call = partial(replay.call, number, text, configs[number] if ours else None)
             (_, seconds[ours]), peak = peak_memory(call, replay.device)
             peaks[ours] = peak and max(peak, peaks.get(ours, 0))
@@ -157,12 +159,12 @@ def timed_in_turn(replay: Replay, configs: Mapping[int, AgentConfig], text: str)
 class Compared:
     """What settings do to recorded calls."""
 
-    deviation: float  # ‖out − full‖ / ‖full‖ of the U-Net's output, the largest of all calls
+    deviation: float  # ‖out − full‖ / ‖full‖ of the model's output, the largest of all calls
     time: float  # of a call, full attention in the same round = 1: the median of all rounds
 
 
 def comparing_takes(calls: Sized, configs: Sized) -> int:
-    """Return the number of U-Net calls that `compare` makes."""
+    """Return the number of model calls that `compare` makes."""
     return len(calls) * (1 + _COMPARED * (1 + len(configs)))
 
 
@@ -181,10 +183,10 @@ def compare(
         configs: the settings, by names of the caller's, which those of what is returned are.
         model, calls, progress, kv_context, clock: as for `agentsd.tune`; this `progress` is told how far it is.
     """
-    replay = Replay(find_unet(model), calls, progress, kv_context, clock)
+    replay = Replay(model, calls, progress, kv_context, clock)
     replay.total = comparing_takes(replay, configs)
     found: dict[str, list[Compared]] = {name: [] for name in configs}
-    with torch.no_grad(), alone(replay.unet):
+    with torch.no_grad(), alone(replay.model):
         for number in range(len(replay)):
             replay.remember(number, "Full attention")
             for _ in range(_COMPARED):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..attention.grid import Grid
 from ..checks import Setting, SettingError, shown
@@ -23,6 +23,9 @@ from ..config import AgentConfig
 from ..rules import format_rules, parse_rules
 from ..schedule import Rule
 from ..words import aligned, mebibytes, percent
+
+if TYPE_CHECKING:
+    from ..hosts import Site
 
 FORMAT, VERSION = "agentsd tuning", 1
 # Letters of the blocks' settings; "." is full attention.
@@ -53,10 +56,8 @@ def reading(what: str = "this tuning") -> Iterator[None]:
     """Raise TuningError for whatever else is raised while a tuning is read: it is damaged then."""
     try:
         yield
-    except TuningError:
-        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TuningError(f"{what} is damaged: {error}") from error
+        raise error if isinstance(error, TuningError) else TuningError(f"{what} is damaged: {error}") from error
 
 
 class TuningCancelled(Exception):
@@ -65,15 +66,22 @@ class TuningCancelled(Exception):
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """A block: its name in the U-Net that was tuned, and its level there, 1, 2, 4 …; None if unknown."""
+    """A block: its name in the model that was tuned, and its level there, 1, 2, 4 …; None if unknown.
+
+    The level is the side, in positions of the latent, of what a token stands for: 2 in a transformer.
+    """
 
     name: str
     downsample: int | None
 
 
+def tuned_blocks(sites: Iterable[Site]) -> tuple[TunedBlock, ...]:
+    return tuple(TunedBlock(site.name, site.downsample and site.downsample * site.patch) for site in sites)
+
+
 @dataclass(frozen=True)
 class Deviation:
-    """‖out − full‖ / ‖full‖ of the U-Net's output at one recorded timestep: the largest of its calls."""
+    """‖out − full‖ / ‖full‖ of the model's output at one recorded timestep: the largest of its calls."""
 
     progress: float  # fraction of the diffusion that is done there, 0–1
     predicted: float  # by the errors of single blocks, scaled by what plans were measured to deviate there
@@ -85,9 +93,9 @@ class TunedPlan:
     """What each block does in each part of the diffusion."""
 
     tolerance: float  # the deviation that it was chosen for
-    choices: tuple[str, ...]  # of each part: a letter for each block in the order of the U-Net, "." for full attention
+    choices: tuple[str, ...]  # of each part: a letter for each block in the order of the model, "." for full attention
     deviations: tuple[Deviation, ...] = ()  # at the recorded timesteps
-    time: float | None = None  # of a U-Net call, full attention = 1, averaged over these timesteps; None if unknown
+    time: float | None = None  # of a model call, full attention = 1, averaged over these timesteps; None if unknown
     timed: bool = False  # whether that was measured on whole calls; otherwise it is expected from the blocks' times
     peak: int | None = None  # most bytes on the device during a call; None if unknown
 
@@ -145,12 +153,12 @@ class Tuning:
         candidates: settings to override, one mapping for each letter in a plan's `choices`: a, b, c …
         since: progress at which each part of the diffusion begins; the first is 0.
         plan: the plan in force.
-        structure: fingerprint of the U-Net's blocks.
+        structure: fingerprint of the model's blocks.
         weights: values of some of its weights, such as LoRA does not touch; empty if unknown.
         adapters: values of some that LoRA changes; empty if unknown.
-        blocks: the blocks, in the order of the U-Net; empty in a tuning that was read from text.
+        blocks: the blocks, in the order of the model; empty in a tuning that was read from text.
         frontier: plans for several tolerances, from the closest to the fastest; see `at`.
-        seconds_full: seconds of a U-Net call with full attention, averaged over the recorded timesteps.
+        seconds_full: seconds of a model call with full attention, averaged over the recorded timesteps.
         peak_full: most bytes on the device during one; None if the device does not tell.
         covers: the fraction of the diffusion that it was tuned on, from and until.
         conditions: what else it was made under, by name, such as {"lora": "detail 0.8"}.
@@ -184,7 +192,7 @@ class Tuning:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of a U-Net call with the plan in force: measured if `plan.timed`, otherwise expected."""
+        """Seconds of a model call with the plan in force: measured if `plan.timed`, otherwise expected."""
         return self.seconds_full * self.plan.time if self.seconds_full and self.plan.time else None
 
     def at(self, tolerance: float) -> Tuning:
@@ -202,25 +210,29 @@ class Tuning:
 
     # As settings
 
-    def config_for(self, unet: Any) -> AgentConfig:
-        """Return the settings for a U-Net, whatever its blocks are called.
+    @property
+    def _by_letter(self) -> dict[str, Candidate]:
+        return dict(zip(LETTERS, self.candidates, strict=False))
+
+    def config_for(self, model: Any) -> AgentConfig:
+        """Return the settings for a model, whatever its blocks are called.
 
         Raises:
-            TuningError: the U-Net isn't the one that was tuned: its blocks or its weights are others.
+            TuningError: the model isn't the one that was tuned: its blocks or its weights are others.
         """
         from .fingerprint import agree, ordered_sites, structure_of, weights_of
 
-        sites = ordered_sites(unet)
+        sites = ordered_sites(model)
         if structure_of(sites) != self.structure:
             raise TuningError(f"this tuning is for another model: of {len(self.choices[0])} blocks, not {len(sites)}")
-        if not agree(self.weights, weights_of(unet)):
+        if not agree(self.weights, weights_of(model)):
             raise TuningError("this tuning is for another model: same blocks, but other weights")
-        blocks = [TunedBlock(site.name, site.downsample) for site in sites]
-        return TunedConfig(**BASE, rules=self.rules(blocks), tuned_for=self.size)
+        grid = Grid(*self.size).patches(sites[0].patch)
+        return TunedConfig(**BASE, rules=self.rules(tuned_blocks(sites)), tuned_for=grid)
 
     def rules(self, blocks: Sequence[TunedBlock]) -> tuple[Rule, ...]:
-        """Return the plan as rules beside `BASE`; `blocks` are those of a U-Net, in its order."""
-        rules, by_letter = [Rule(None)], dict(zip(LETTERS, self.candidates, strict=False))
+        """Return the plan as rules beside `BASE`; `blocks` are those of a model, in its order."""
+        rules, by_letter = [Rule(None)], self._by_letter
         for since, until, choices in self._runs():
             users: dict[tuple[str, int], list[str]] = {}
             for letter, block in zip(choices, blocks, strict=True):
@@ -262,7 +274,7 @@ class Tuning:
         Args:
             conditions: what the run is made under, by the names of `conditions`.
             start: progress at which it begins, 0–1.
-            adapters: as in the tuning, of the U-Net as it is now.
+            adapters: as in the tuning, of the model as it is now.
         """
         found = [
             f"tuned with {name} {tuned or 'none'} and not {value or 'none'}"
@@ -286,8 +298,7 @@ class Tuning:
         Without commas, colons, semicolons, quotes and line breaks. `from_text` reads it.
         """
         head = f"tuning {VERSION} {self.size[1]}x{self.size[0]} {self.tolerance} {self.structure}"
-        by_letter = zip(LETTERS, self.candidates, strict=False)
-        used = {c: candidate for c, candidate in by_letter if any(c in part for part in self.choices)}
+        used = {c: each for c, each in self._by_letter.items() if any(c in part for part in self.choices)}
         renamed = str.maketrans(dict(zip(used, LETTERS, strict=False)))
         parts = [f"{since} {choices.translate(renamed)}" for since, _, choices in self._runs()]
         return " | ".join([head, *(format_rules([Rule(each)]) for each in used.values()), *parts])
@@ -316,29 +327,30 @@ class Tuning:
         Raises:
             TuningError: it doesn't.
         """
-        plans = [self.plan, *self.frontier]
+        plans = (self.plan, *self.frontier)
         found = [each for plan in plans for each in plan.deviations]
-        parts = [set(part) for plan in plans for part in plan.choices]
         shares = (*self.since, *self.covers, *(plan.tolerance for plan in plans), *(each.progress for each in found))
         known = (self.seconds_full, self.peak_full, *(plan.time for plan in plans), *(plan.peak for plan in plans))
         with reading():
-            for name, values, high, optional in (
-                ("a share", shares, 1.0, False),
-                ("a deviation", (each.predicted for each in found), 1e6, False),
-                ("a measurement", (*known, *(each.measured for each in found)), 1e18, True),
+            for name, high, values in (
+                ("a share", 1.0, shares),
+                ("a deviation", 1e6, [each.predicted for each in found]),
+                ("a measurement", 1e18, [v for v in (*known, *(each.measured for each in found)) if v is not None]),
+                ("a side", 2.0**16, self.size),
             ):
                 for value in values:
-                    Setting(name, "number", None, high=high, optional=optional).check(value)
+                    Setting(name, "whole" if name == "a side" else "number", None, high=high).check(value)
             AgentConfig(**BASE, rules=tuple(map(Rule, self.candidates)))
+        choices = [part for plan in plans for part in plan.choices]
         sound = (
             all(plan.tolerance > 0 or not plan.acts for plan in plans)
             and self.since[:1] == (0.0,)
             and all(a < b for a, b in zip(self.since, (*self.since[1:], 1.0), strict=True))
             and all(len(plan.choices) == len(self.since) for plan in plans)
-            and len({len(part) for plan in plans for part in plan.choices} | {len(self.blocks) or None} - {None}) == 1
-            and set().union(*parts) <= {*LETTERS[: len(self.candidates)], FULL_LETTER}
+            and len({*map(len, choices), len(self.blocks) or len(choices[0])}) == 1
+            and set().union(*choices) <= {*LETTERS[: len(self.candidates)], FULL_LETTER}
             and len(self.size) == 2
-            and all(isinstance(side, int) and 0 < side < 2**16 for side in self.size)
+            and all(self.size)
             and all(isinstance(text, str) for text in (self.structure, self.weights, self.adapters, *self.notes))
         )
         if not sound:
@@ -357,9 +369,7 @@ class Tuning:
             TuningError: it is damaged.
         """
         with reading():
-            given: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-            }
+            given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
             given["plan"] = _plan_from(given["plan"])
             given["frontier"] = tuple(map(_plan_from, given.get("frontier", ())))
             given["blocks"] = tuple(TunedBlock(**block) for block in given.get("blocks", ()))
@@ -398,29 +408,20 @@ class Tuning:
 
     def __str__(self) -> str:
         """Describe what was promised, what was reached, and what the blocks do in each part of the diffusion."""
-        parts = zip(self.since, (*self.since[1:], 1.0), self.choices, strict=True)
-        rows = [
-            [f"{percent(since)} – {percent(until)}", self._deviation_in(since, until), self._actions(choices)]
-            for since, until, choices in parts
-        ]
+        words = {letter: format_rules([Rule(each)]).replace("method=", "") for letter, each in self._by_letter.items()}
+        rows = []
+        for since, until, choices in zip(self.since, (*self.since[1:], 1.0), self.choices, strict=True):
+            inside = [d for d in self.plan.deviations if since <= d.progress < until or d.progress == until == 1]
+            most = max((d.predicted if d.measured is None else d.measured for d in inside), default=None)
+            # such as "3 corrected agent_ratio=0.95, 13 full"
+            actions = (f"{count} {words.get(letter, 'full')}" for letter, count in Counter(choices).most_common())
+            part = f"{percent(since)} – {percent(until)}"
+            rows.append([part, "" if most is None else percent(most), ", ".join(actions)])
         lines = [headline(self), *self.notes, "", *aligned(["part of the diffusion", "deviation", "blocks"], rows)]
         if self.frontier:
             rows = [[percent(plan.tolerance), plan.reached, plan.gain] for plan in self.frontier]
             lines += ["", *aligned(["how close", "deviation", "speed"], rows)]
         return "\n".join(lines)
-
-    def _deviation_in(self, since: float, until: float) -> str:
-        """Format the largest deviation in a part of the diffusion."""
-        inside = [d for d in self.plan.deviations if since <= d.progress < until or d.progress == until == 1]
-        return percent(max(d.predicted if d.measured is None else d.measured for d in inside)) if inside else ""
-
-    def _actions(self, choices: str) -> str:
-        """Describe how many blocks use which settings, such as "3 corrected agent_ratio=0.95, 13 full"."""
-        words = {
-            letter: format_rules([Rule(each)]).replace("method=", "")
-            for letter, each in zip(LETTERS, self.candidates, strict=False)
-        }
-        return ", ".join(f"{count} {words.get(letter, 'full')}" for letter, count in Counter(choices).most_common())
 
 
 def as_tuning(value: Any) -> Tuning:
@@ -444,7 +445,7 @@ def headline(tuning: Tuning) -> str:
     plan = tuning.plan
     told = [f"deviation {plan.reached}" if plan.acts and plan.reached else "", plan.gain]
     if plan.acts and plan.timed and tuning.seconds:
-        told.append(f"{tuning.seconds_full:.3g} → {tuning.seconds:.3g} s a U-Net call")
+        told.append(f"{tuning.seconds_full:.3g} → {tuning.seconds:.3g} s a model call")
     memory = mebibytes(tuning.peak_full, plan.peak)
     told.append(f"peak memory {memory}" if memory else "")
     height, width = tuning.size

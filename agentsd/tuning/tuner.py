@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from statistics import fmean
@@ -14,9 +14,10 @@ import torch
 from ..checks import SettingError
 from ..clock import WALL, Clock
 from ..config import AgentConfig
-from ..hosts import Site, find_unet, weight_of
+from ..hosts import Site, weight_of
 from ..methods import METHODS, method_named, selectable
 from ..patching.call import KVContext
+from ..patching.joint import make_patch
 from ..schedule import Rule
 from ..version import VERSION
 from ..words import percent
@@ -25,13 +26,13 @@ from .fingerprint import adapters_of, ordered_sites, structure_of, weights_of
 from .probe import FULL, Probe, alone
 from .record import RecordedCall
 from .replay import MAX_ROUNDS, Progress, Replay, TimeRatio, timed_in_turn
-from .result import BASE, FULL_LETTER, LETTERS, Candidate, Deviation, TunedBlock, TunedPlan, Tuning
+from .result import BASE, FULL_LETTER, LETTERS, Candidate, Deviation, TunedPlan, Tuning, tuned_blocks
 
 FRONTIER = (0.005, 0.01, 0.02, 0.05, 0.1)  # tolerances to plan for, beside the one that is asked for
 MAX_TIME = 0.95  # full attention = 1, up to which a candidate counts as faster: a smaller gain is noise
 MIN_SHARE_OF_SAVING = 0.01  # of all that could be saved, which a block must save, or it keeps full attention
 MIN_SAVING_BY_TOLERANCE = 0.03  # share of full attention's time that using up the tolerance must save to be worth it
-MAX_GROUPS = 6  # of blocks, for which the effect on the output is measured: one U-Net call each
+MAX_GROUPS = 6  # of blocks, for which the effect on the output is measured: one call of the model each
 MAX_VERIFICATIONS = 4  # rounds of choosing and running the whole plan
 AIM = 0.8  # share of the tolerance that is aimed at: other images deviate a little more, or less, than those recorded
 MIN_USED = 0.8  # share of the aim that a plan should use: less means it can be faster
@@ -53,18 +54,18 @@ def tune(
     clock: Clock = WALL,
     conditions: Mapping[str, str] | None = None,
 ) -> Tuning:
-    """Find the fastest settings of each block that keep the U-Net's output within a tolerance, on this machine.
+    """Find the fastest settings of each block that keep the model's output within a tolerance, on this machine.
 
     docs/library.md says how. A plan that cannot be told to be faster on whole calls is not used; where nothing was
     recorded, full attention stays. The model is left as it was, also by an error or an interrupt.
 
     Args:
         model: as for `apply_patch`. A patch on it is removed meanwhile.
-        calls: calls of its U-Net, (args, kwargs), at several timesteps and with latents of one size: see
+        calls: calls of its U-Net or transformer, (args, kwargs), at several timesteps and with latents of one size: see
             `agentsd.record_calls`.
-        tolerance: upper limit on ‖out − full‖ / ‖full‖ of the U-Net's output, above 0 and at most 1.
-        methods: what to try: names of methods, or settings as in `agentsd.Rule`; None for all methods.
-        progress: called with (done, total, text) before each U-Net call. Tuning stops if it returns False. Not
+        tolerance: upper limit on ‖out − full‖ / ‖full‖ of the model's output, above 0 and at most 1.
+        methods: what to try: names of methods, or settings as in `agentsd.Rule`; None for all there are for the model.
+        progress: called with (done, total, text) before each call of the model. Tuning stops if it returns False. Not
             the `progress` of `apply_patch` and `record_calls`, which maps timesteps.
         kv_context: as for `agentsd.Patch`.
         clock: measures seconds.
@@ -77,9 +78,9 @@ def tune(
     """
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 1:
         raise SettingError(f"tolerance must be a number above 0 and at most 1, got {tolerance!r}")
-    candidates = checked_candidates(methods)
-    tuner = Tuner(Replay(find_unet(model), calls, progress, kv_context, clock), candidates)
-    with torch.no_grad(), alone(tuner.unet):
+    candidates, replay = checked_candidates(methods), Replay(model, calls, progress, kv_context, clock)
+    tuner = Tuner(replay, [each for each in candidates if _possible(replay, each, named=methods is not None)])
+    with torch.no_grad(), alone(replay.model):
         tuner.observe()
         tuner.measure_effects()
         return replace(tuner.tuning(float(tolerance)), conditions=dict(conditions or {}))
@@ -104,12 +105,23 @@ def checked_candidates(methods: Any = None) -> list[Candidate]:
     return found
 
 
-# The option chosen for each block that may change, by the block's name
-Chosen = Mapping[str, Option]
+def _possible(replay: Replay, candidate: Candidate, named: bool) -> bool:
+    """Whether the model can have these settings, which a transformer may not; raise if they were `named`."""
+    try:
+        make_patch(replay.model, AgentConfig(**{**BASE, **candidate}), replay.kv_context)
+    except SettingError:
+        if named:
+            raise
+        return False
+    return True
+
+
+# The option chosen for each block that may change
+Chosen = Sequence[Option]
 
 
 def _seconds(chosen: Chosen) -> float:
-    return sum(option.seconds for option in chosen.values())
+    return sum(option.seconds for option in chosen)
 
 
 @dataclass
@@ -118,61 +130,62 @@ class _Part:
 
     progress: float  # where these calls are
     calls: list[int]  # their numbers
-    # numbers of calls whose squared deviations are averaged: those of this part, and halfway to its neighbours
+    # numbers of calls whose squared deviations are averaged: each of this part, then halfway to its neighbours
     constraints: list[tuple[int, ...]]
-    options: dict[str, list[Option]]  # of each block that may change, full attention first
+    options: list[list[Option]]  # of each block that may change, full attention first
     scale: float = 1.0  # ratio of measured to predicted deviation
-    chosen: Chosen | None = None  # for now; None once they are settled
 
     def __post_init__(self) -> None:
-        # what was measured to keep the tolerance, and its deviation
-        self.best: tuple[Chosen, float] = self.full, 0.0
-
-    @property
-    def full(self) -> Chosen:
-        return {name: options[0] for name, options in self.options.items()}
+        self.full: Chosen = [options[0] for options in self.options]
+        self.best, self.measured = self.full, 0.0  # what was measured to keep the tolerance, and its deviation
 
     def choose(self, tolerance: float) -> Chosen:
         limits = [tolerance / self.scale] * len(self.constraints)
-        worth = MIN_SAVING_BY_TOLERANCE * _seconds(self.full)
-        return dict(zip(self.options, choose(list(self.options.values()), limits, worth), strict=True))
+        return choose(self.options, limits, MIN_SAVING_BY_TOLERANCE * _seconds(self.full))
 
     def predicted(self, chosen: Chosen) -> float:
         """Predict the largest deviation of this part's own calls."""
-        own = [k for k, of in enumerate(self.constraints) if len(of) == 1]
-        return self.scale * max(deviation(list(chosen.values()), k) for k in own)
+        return self.scale * max(deviation(chosen, k) for k in range(len(self.calls)))
 
-    def settle(self, measured: float, tolerance: float, last: bool) -> None:
-        """Choose what to run next, given what was measured."""
-        kept, chosen = measured <= tolerance, self.chosen
-        if kept and _seconds(chosen) < _seconds(self.best[0]):
-            self.best = chosen, measured
-        predicted = self.predicted(chosen)
-        if predicted and measured:
-            self.scale *= measured / predicted
-        self.chosen = None
-        if last or (kept and measured >= MIN_USED * tolerance):
-            return
-        following = self.choose(tolerance)
-        if following == chosen and not kept:
-            self.scale *= 1.1
-            following = self.choose(tolerance)
-        if following != chosen and _seconds(following) < _seconds(self.best[0]):
-            self.chosen = following
+    def verify(self, tolerance: float, run: Callable[[Chosen, list[int]], float]) -> None:
+        """Run what is chosen, and choose again until it keeps the tolerance and uses most of it."""
+        tried: list[Chosen] = []
+        while len(tried) < MAX_VERIFICATIONS:
+            chosen = self.choose(tolerance)
+            if chosen in tried or _seconds(chosen) >= _seconds(self.best):
+                return
+            tried.append(chosen)
+            predicted, measured = self.predicted(chosen), run(chosen, self.calls)
+            if predicted and measured:
+                self.scale *= measured / predicted
+            if measured <= tolerance:
+                self.best, self.measured = chosen, measured
+                if measured >= MIN_USED * tolerance:
+                    return
 
 
 class Tuner:
     """The state of one tuning: `observe` and `measure_effects` come first, then `tuning` for any tolerances."""
 
     def __init__(self, replay: Replay, candidates: Sequence[Candidate]) -> None:
-        self.replay, self.unet, self.candidates = replay, replay.unet, candidates
-        self.sites = ordered_sites(self.unet)
+        self.replay, self.model, self.candidates = replay, replay.model, candidates
+        self.sites = ordered_sites(self.model)
+        self.probe = Probe([AgentConfig(**{**BASE, **each}) for each in candidates], replay.clock)
         replay.total = len(replay) * (1 + MAX_GROUPS + MAX_VERIFICATIONS) + 1 + 2 * MAX_ROUNDS
-        self.has_timesteps = None not in replay.moments
         # the recorded timesteps, and the numbers of their calls
         self.moments: dict[float, list[int]] = {}
-        for number, progress in enumerate(replay.moments if self.has_timesteps else [0.0] * len(replay)):
+        known = None not in replay.moments
+        for number, progress in enumerate(replay.moments if known else [0.0] * len(replay)):
             self.moments.setdefault(progress, []).append(number)
+        # where parts begin; full attention is in front of the first and behind the last of them where they don't reach
+        # the ends. A part reaches halfway to its neighbours, and as far on the other side: beyond, nothing was measured
+        at = list(self.moments)
+        middles = [(a + b) / 2 for a, b in pairwise(at)]
+        first = at[0] - (middles[0] - at[0] if middles else REACH)
+        last = at[-1] + (at[-1] - middles[-1] if middles else REACH)
+        self.before, self.after = known and first > MARGIN, known and last < 1 - MARGIN
+        edges = [0.0, *[first] * self.before, *middles, *[last] * self.after]
+        self.since = tuple(round(edge, 4) for edge in edges)
         self.notes: list[str] = []
         self.noise = 0.0  # by how much the same call differs from time to time; what can't be seen
 
@@ -180,37 +193,30 @@ class Tuner:
 
     def observe(self) -> None:
         """Make each call with full attention, and try all candidates in all blocks."""
-        configs, replay = [AgentConfig(**{**BASE, **candidate}) for candidate in self.candidates], self.replay
-        self.probe = Probe(self.unet, configs, replay.kv_context, replay.clock)
-        with alone(self.unet, self.probe):
-            for number in range(len(replay)):
-                self.probe.make_room()
-                self.noise = max(self.noise, replay.remember(number, "Trying the methods in every block"))
+        replay, probe = self.replay, self.probe
+        patch = make_patch(self.model, probe.candidates[1], replay.kv_context, probe)
+        with alone(self.model, patch), probe.watching(self.sites):
+            for probe.number in range(len(replay)):
+                self.noise = max(self.noise, replay.remember(probe.number, "Trying the methods in every block"))
         again, self.seconds = replay.call(0, "Making a call again")
         self.noise = max(self.noise, replay.deviation(0, again))
-        self.notes = list(self.probe.notes)
-        trials = [self.probe.trials[site.name] for site in self.sites]
-        skipped = sum(0 < each.calls < len(replay) for each in trials)
+        self.notes = list(patch.notes)
+        skipped = sum(0 < len(probe.trials[site.name].errors) < len(replay) for site in self.sites)
         if skipped:
-            self.notes.append(f"{skipped} of {len(trials)} blocks did not run in every recorded call")
+            self.notes.append(f"{skipped} of {len(self.sites)} blocks did not run in every recorded call")
 
     def useful(self, site: Site) -> dict[int, float]:
         """Return the seconds of each candidate that was always tried in a block, and is faster than full attention."""
         errors, seconds = self.probe.trials[site.name].errors, self.probe.seconds(site.name)
-        return {
-            k: s
-            for k, s in seconds.items()
-            if k != FULL
-            and s <= MAX_TIME * seconds[FULL]
-            and all(math.isfinite(each.get(k, math.nan)) for each in errors)
-        }
+        always = [k for k in seconds if all(math.isfinite(errors[i].get(k, math.nan)) for i in range(len(self.replay)))]
+        return {k: seconds[k] for k in always if seconds[k] <= MAX_TIME * seconds[FULL]}
 
     def _saving(self, site: Site) -> float:
-        useful = self.useful(site)
-        return self.probe.seconds(site.name)[FULL] - min(useful.values()) if useful else 0.0
+        seconds = self.probe.seconds(site.name)[FULL]
+        return seconds - min(self.useful(site).values(), default=seconds)
 
     def measure_effects(self) -> None:
-        """Measure what errors in a block do to the U-Net's output, where a notable share of the time would be saved.
+        """Measure what errors in a block do to the model's output, where a notable share of the time would be saved.
 
         The ratio is the same for all candidates.
         """
@@ -229,12 +235,14 @@ class Tuner:
 
     def _typical(self, site: Site) -> int:
         """Return the candidate of the middle error."""
-        errors, useful = self.probe.trials[site.name].errors, self.useful(site)
+        errors, useful = self.probe.trials[site.name].errors.values(), self.useful(site)
         return sorted(useful, key=lambda k: fmean(e[k] for e in errors))[len(useful) // 2]
 
     def groups(self) -> list[list[Site]]:
         """Group neighbouring blocks of the same kind; the groups with the most to save are split first."""
-        groups = [list(run) for _, run in groupby(self.blocks, lambda site: self.probe.trials[site.name].kind)]
+        # a transformer's second attentions stand between the others
+        blocks = sorted(self.blocks, key=lambda site: site.name.endswith("attn2"))
+        groups = [list(run) for _, run in groupby(blocks, lambda site: self.probe.trials[site.name].kind)]
         while len(groups) < MAX_GROUPS and any(len(group) > 1 for group in groups):
             largest = max((g for g in groups if len(g) > 1), key=lambda g: sum(map(self._saving, g)))
             at, middle = groups.index(largest), len(largest) // 2
@@ -259,7 +267,7 @@ class Tuner:
             others = [j for k in (i - 1, i + 1) if 0 <= k < len(numbers) for j in numbers[k]]
             # a part reaches halfway to its neighbours; what is between two timesteps is taken to lie between them
             constraints = [*((i,) for i in calls), *((i, j) for j in others for i in calls)]
-            options = {site.name: self._options(site, constraints) for site in self.blocks}
+            options = [self._options(site, constraints) for site in self.blocks]
             parts.append(_Part(progress, calls, constraints, options))
         return parts
 
@@ -267,59 +275,57 @@ class Tuner:
         errors, effect = self.probe.trials[site.name].errors, self.effects[site.name]
         options = [Option(FULL, self.probe.seconds(site.name)[FULL], (0.0,) * len(constraints))]
         for k, spent in self.useful(site).items():
-            squares = [(effect[i] * error[k]) ** 2 for i, error in enumerate(errors)]
+            squares = [(effect[i] * errors[i][k]) ** 2 for i in range(len(effect))]
             options.append(Option(k, spent, tuple(fmean(squares[i] for i in of) for of in constraints)))
         return options
 
-    def verify(self, parts: list[_Part], tolerance: float) -> None:
-        """Run the whole plan, and choose again until every part keeps the tolerance and uses most of it."""
-        for part in parts:
-            part.chosen = part.choose(tolerance)
-        for round_ in range(MAX_VERIFICATIONS):
-            for part in [part for part in parts if part.chosen is not None]:
-                config = self.config(_numbers(part.chosen))
-                measured = max(self.deviation(number, config, "Verifying the plan") for number in part.calls)
-                part.settle(measured, tolerance, last=round_ == MAX_VERIFICATIONS - 1)
+    def _numbers(self, chosen: Chosen) -> dict[str, int]:
+        return {site.name: option.candidate for site, option in zip(self.blocks, chosen, strict=True)}
+
+    def _run(self, chosen: Chosen, calls: list[int]) -> float:
+        config = self.config(self._numbers(chosen))
+        return max(self.deviation(number, config, "Verifying the plan") for number in calls)
 
     # Result
 
     def tuning(self, tolerance: float) -> Tuning:
         """Choose, verify and time."""
-        parts = self.parts()
-        if self.blocks and self.noise <= MAX_NOISE * tolerance:
-            self.verify(parts, AIM * tolerance)
-        chosen = [part.best[0] for part in parts]
-        ratio = self.time(parts, chosen)
-        wanted = self.plan(parts, chosen, tolerance, [part.best[1] for part in parts])
-        plan = replace(wanted, time=ratio.ratio, timed=True, peak=ratio.peaks[1])
-        if not wanted.acts or ratio.high >= 1:  # nothing is faster, or nobody can tell
-            full = self.plan(parts, [part.full for part in parts], tolerance, [0.0] * len(parts))
-            plan = replace(full, time=1.0, peak=ratio.peaks[0])
-        notes = list(self.notes)
+        parts, notes = self.parts(), list(self.notes)
         if self.noise > MAX_NOISE * tolerance:
             notes.append(
-                f"not tuned within {percent(tolerance)}: the same U-Net call differs by {percent(self.noise)} from "
+                f"not tuned within {percent(tolerance)}: the same model call differs by {percent(self.noise)} from "
                 "time to time, as beside a cache of steps or random merging"
             )
-        elif wanted.acts and ratio.low <= 1 <= ratio.high:
+        elif self.blocks:
+            for part in parts:
+                part.verify(AIM * tolerance, self._run)
+        chosen, tried = [part.best for part in parts], self.time(parts)
+        wanted = self.plan(parts, chosen, tolerance, [part.measured for part in parts])
+        if wanted.acts and tried.high < 1:
+            plan = replace(wanted, time=tried.ratio, timed=True, peak=tried.peaks[1])
+            frontier = self.frontier(parts, plan, (1 - tried.ratio) / _saved(parts, chosen))
+        else:  # nothing is faster, or nobody can tell
+            full = self.plan(parts, [part.full for part in parts], tolerance, [0.0] * len(parts))
+            plan = replace(full, time=1.0, peak=tried.peaks[0])
+            frontier = (plan,) if wanted.acts else self.frontier(parts, plan, 1 / self.seconds)
+        if wanted.acts and tried.low <= 1 <= tried.high:
             notes.append("it cannot be told whether the plan is faster: the machine is busy, or the gain is too small")
-        trusted = plan.acts or not wanted.acts
-        since, before, after = self.edges()
-        weight = weight_of(self.unet)
+        weight = weight_of(self.model)
         device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
+        height, width = self.replay.size
         return Tuning(
-            size=self.replay.size,
+            size=(height * self.sites[0].patch, width * self.sites[0].patch),
             candidates=tuple(self.candidates),
-            since=since,
+            since=self.since,
             plan=plan,
             structure=structure_of(self.sites),
-            weights=weights_of(self.unet),
-            adapters=adapters_of(self.unet),
-            blocks=tuple(TunedBlock(site.name, site.downsample) for site in self.sites),
-            frontier=self.frontier(parts, plan, _saved(parts, chosen)) if trusted else (plan,),
-            seconds_full=ratio.seconds or self.seconds,
-            peak_full=ratio.peaks[0],
-            covers=(since[1] if before else 0.0, since[-1] if after else 1.0),
+            weights=weights_of(self.model),
+            adapters=adapters_of(self.model),
+            blocks=tuned_blocks(self.sites),
+            frontier=frontier,
+            seconds_full=tried.seconds or self.seconds,
+            peak_full=tried.peaks[0],
+            covers=(self.since[1] if self.before else 0.0, self.since[-1] if self.after else 1.0),
             notes=tuple(notes),
             versions={
                 "agentsd": VERSION,
@@ -333,48 +339,27 @@ class Tuner:
         self, parts: list[_Part], chosen: Sequence[Chosen], tolerance: float, measured: Sequence[float | None]
     ) -> TunedPlan:
         """Write the chosen options of each part, without their time."""
-        deviations = tuple(
-            Deviation(part.progress, part.predicted(options) if options else 0.0, value)
-            for part, options, value in zip(parts, chosen, measured, strict=True)
-        )
-        _, before, after = self.edges()
-        full = FULL_LETTER * len(self.sites)
-        return TunedPlan(tolerance, (*[full] * before, *map(self._letters, chosen), *[full] * after), deviations)
+        letters, deviations, full = [], [], FULL_LETTER * len(self.sites)
+        for part, options, value in zip(parts, chosen, measured, strict=True):
+            numbers = self._numbers(options)
+            letters.append("".join((FULL_LETTER + LETTERS)[numbers.get(site.name, FULL)] for site in self.sites))
+            deviations.append(Deviation(part.progress, part.predicted(options) if options else 0.0, value))
+        return TunedPlan(tolerance, (*[full] * self.before, *letters, *[full] * self.after), tuple(deviations))
 
-    def _letters(self, chosen: Chosen) -> str:
-        numbers = _numbers(chosen)
-        return "".join((FULL_LETTER + LETTERS)[numbers.get(site.name, FULL)] for site in self.sites)
-
-    def edges(self) -> tuple[tuple[float, ...], bool, bool]:
-        """Return where parts begin, and whether full attention is in front of the first and behind the last of them.
-
-        A part reaches halfway to its neighbours, and as far on the other side, but no further: beyond it, nothing was
-        measured.
-        """
-        if not self.has_timesteps:
-            return (0.0,), False, False
-        at = list(self.moments)
-        middles = [(a + b) / 2 for a, b in pairwise(at)]
-        first = at[0] - (middles[0] - at[0] if middles else REACH)
-        last = at[-1] + (at[-1] - middles[-1] if middles else REACH)
-        before, after = first > MARGIN, last < 1 - MARGIN
-        since = [0.0, *([first] if before else []), *middles, *([last] if after else [])]
-        return tuple(round(edge, 4) for edge in since), before, after
-
-    def time(self, parts: list[_Part], chosen: Sequence[Chosen]) -> TimeRatio:
-        """Time whole U-Net calls without and with the plan, in turn."""
+    def time(self, parts: list[_Part]) -> TimeRatio:
+        """Time whole calls without and with the plan, in turn."""
         wanted = sorted({len(parts) * (2 * i + 1) // (2 * MAX_TIMED) for i in range(MAX_TIMED)})
-        numbers = {parts[i].calls[0]: _numbers(chosen[i]) for i in wanted}
+        numbers = {parts[i].calls[0]: self._numbers(parts[i].best) for i in wanted}
         acting = {call: self.config(each) for call, each in numbers.items() if any(each.values())}
         return timed_in_turn(self.replay, acting, "Timing the plan") if acting else TimeRatio(1.0, 1.0, 1.0)
 
-    def frontier(self, parts: list[_Part], plan: TunedPlan, saved: float) -> tuple[TunedPlan, ...]:
-        """Plan for several tolerances, beside the plan that was timed, whose blocks save `saved` seconds.
+    def frontier(self, parts: list[_Part], plan: TunedPlan, scale: float) -> tuple[TunedPlan, ...]:
+        """Plan for several tolerances, beside the plan of the one that was asked for.
 
-        Their times are expected: what their blocks save, in proportion to what those of the timed plan have saved in
-        whole calls. Each is faster than all that are closer, and none that is closer promises more than the timed one.
+        Their times are expected: `scale` times the seconds that their blocks save, which those of the timed plan have
+        saved in whole calls. Each is faster than all that are closer, and none that is closer promises more than the
+        timed one.
         """
-        scale = (1 - plan.time) / saved if plan.timed else 1 / self.seconds
         points, best = [], 1.0
         for tolerance in sorted({*FRONTIER, plan.tolerance}):
             if tolerance == plan.tolerance:
@@ -392,10 +377,6 @@ class Tuner:
         return tuple(points)
 
 
-def _numbers(chosen: Chosen) -> dict[str, int]:
-    return {name: option.candidate for name, option in chosen.items()}
-
-
 def _saved(parts: Sequence[_Part], chosen: Sequence[Chosen]) -> float:
-    """Return the seconds that the chosen options save in a U-Net call, by the times of their blocks."""
+    """Return the seconds that the chosen options save in a call of the model, by the times of their blocks."""
     return fmean(_seconds(part.full) - _seconds(options) for part, options in zip(parts, chosen, strict=True))
