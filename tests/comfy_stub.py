@@ -150,11 +150,11 @@ def _block(block: nn.Module, state: Any, at: Any, index: int, x: Tensor, context
 
 @torch.no_grad()
 def sample(
-    model: ModelPatcher, attention: Attention, x: Tensor, timesteps: Any, context: Tensor, tile: int = 0
+    model: ModelPatcher, attention: Attention, x: Tensor, timesteps: Any, context: Tensor, tile: int = 0, area: int = 0
 ) -> Tensor:
     """Call the U-Net at each timestep, inside the wrappers of a sampling; return the last output.
 
-    With a `tile`, call it on squares of that side, as Tiled Diffusion does.
+    With a `tile`, call it on squares of that side, as Tiled Diffusion does; with an `area`, on one square before.
     """
     options = copy.deepcopy(model.model_options)["transformer_options"]
     unet = model.model.diffusion_model
@@ -163,13 +163,15 @@ def sample(
     def steps(guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Tensor, *rest: Any) -> Tensor:
         out = noise
         for t in timesteps:
-            parts = noise.split(tile or noise.shape[-1], dim=-1)
+            parts = [part[..., : tile or None, :] for part in noise.split(tile or noise.shape[-1], dim=-1)]
             given = {"context": context, "transformer_options": dict(options)}
-            outs = [unet(part[..., : tile or None, :], torch.full((len(x),), float(t)), **given) for part in parts]
-            out = torch.cat(outs, dim=-1)
+            outs = [
+                unet(part, torch.full((len(x),), float(t)), **given)
+                for part in [noise[..., :area, :area]] * bool(area) + parts
+            ]
+            out = torch.cat(outs[bool(area) :], dim=-1)
         return out
 
     sigmas = torch.tensor([*map(float, timesteps), 0.0])
-    return wrapped("sampler_sample", options, steps)(
-        SimpleNamespace(model_patcher=model), sigmas, {}, None, x, None, None, False
-    )
+    guider = SimpleNamespace(model_patcher=model)
+    return wrapped("sampler_sample", options, steps)(guider, sigmas, {}, None, x, None, None, False)

@@ -13,7 +13,7 @@ D = pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
 from blocks import filled  # noqa: E402
-from tiny_pipelines import CONTEXT, tiny_sdxl_unet, tiny_unet, unet_inputs  # noqa: E402
+from tiny_pipelines import CONTEXT, SDXL_BLOCKS, tiny_sdxl_unet, tiny_unet, unet_inputs  # noqa: E402
 
 CORRECTED = {"method": "corrected", "ratio": 0.0, "agent_ratio": 0.75, "max_downsample": "auto"}
 SIMILARITY = {"ratio": 0.4, "max_downsample": "auto", "merge_mlp": True}
@@ -76,9 +76,7 @@ def controlnet_xs(**layout):
 
 
 def controlnet_xs_of_sdxl_s_layout():
-    return controlnet_xs(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")
-    )
+    return controlnet_xs(**SDXL_BLOCKS)
 
 
 def x4_upscaler():
@@ -136,29 +134,19 @@ def test_a_controlnet_can_be_tuned():
     assert output(call, model).isfinite().all()
 
 
-def prior():
-    return D.PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=2, embedding_dim=8)
-
-
 SMALL = {"num_layers": 1, "cross_attention_dim": CONTEXT}
+REFUSED = {
+    "PriorTransformer": {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2, "embedding_dim": 8},
+    "Transformer2DModel": {"num_attention_heads": 2, "in_channels": 32, "norm_num_groups": 8, **SMALL},
+    "LatteTransformer3DModel": {"in_channels": 4, "sample_size": 8, "patch_size": 2, "caption_channels": 8, **SMALL},
+}
 
 
-def transformer_2d():
-    return D.Transformer2DModel(2, 16, in_channels=32, norm_num_groups=8, **SMALL)
-
-
-def latte():
-    return D.LatteTransformer3DModel(2, 16, 4, 4, sample_size=8, patch_size=2, caption_channels=8, **SMALL)
-
-
-@pytest.mark.parametrize("make", [prior, transformer_2d, latte], ids=lambda make: make.__name__)
-def test_is_refused(make):
-    model = make()
-    before = list(model.state_dict())
-    with pytest.raises(UnsupportedModelError, match=type(model).__name__):
-        agentsd.apply_patch(model, **CORRECTED)
-    with pytest.raises(UnsupportedModelError, match=type(model).__name__):
-        agentsd.patch_unet(model, agentsd.AgentConfig(**CORRECTED))
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused(name):
+    model = getattr(D, name)(**REFUSED[name])
+    for patch in (agentsd.apply_patch, lambda model, **kw: agentsd.patch_unet(model, agentsd.AgentConfig(**kw))):
+        with pytest.raises(UnsupportedModelError, match=name):
+            patch(model, **CORRECTED)
     assert get_patch(model) is None
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert list(model.state_dict()) == before

@@ -12,8 +12,7 @@ RULES = {**GRID, "rules": (Rule(POOL, downsample=2), Rule(None, blocks=("output_
 # Settings of the outer patch, and of the inner one
 NESTED = {
     "grid": (GRID, EVERYWHERE),
-    "everywhere": (EVERYWHERE, MERGING),
-    "stages": ({**GRID, "stages": early(0.6)}, EVERYWHERE),
+    "stages": ({**GRID, "stages": early(0.6)}, MERGING),
     "rules": (RULES, CORRECTED),
     "equal": (EVERYWHERE, EVERYWHERE),
 }
@@ -44,32 +43,22 @@ def test_leaving_the_inner_one_puts_the_outer_one_back(any_unet, outer, inner):
         assert torch.equal(expected, other) == (inner == outer)
 
 
-def test_its_report_and_its_notes_go_on(unet):
-    patch = get_patch(apply_patch(unet, **GRID))
-    run(unet, EXAMPLE)
+def test_its_report_and_its_notes_go_on_and_a_host_s_context_of_keys_and_values_is_kept(unet):
+    patch_unet(unet, AgentConfig(**GRID), kv_context=lambda attn, x: (x * 0.5, x * 2))
+    patch, expected = get_patch(unet), run(unet, EXAMPLE)
     patch.note("somebody's reason")
     layers, seen = patch.report(), []
     patch.observer = seen.append
-    with patched(unet, **EVERYWHERE):
-        run(unet, EXAMPLE)
-        assert not seen
-    assert [layer.calls for layer in patch.report()] == [layer.calls for layer in layers]
-    run(unet, EXAMPLE)
-    assert [layer.plan for layer in patch.report()] == [layer.plan for layer in layers]
-    assert [layer.calls for layer in patch.report()] == [
-        {action: 2 * count for action, count in layer.calls.items()} for layer in layers
-    ]
-    assert patch.notes == {"somebody's reason": 1}
-    assert len(seen) == 3
-
-
-def test_the_context_of_keys_and_values_is_kept(unet):
-    """A host's hypernetworks, say."""
-    patch_unet(unet, AgentConfig(**GRID), kv_context=lambda attn, x: (x * 0.5, x * 2))
-    expected = run(unet, EXAMPLE)
     with patched(unet, **GRID):
         assert difference(run(unet, EXAMPLE), expected) > 0
+        assert not seen
+    assert [layer.calls for layer in patch.report()] == [layer.calls for layer in layers]
     assert torch.equal(run(unet, EXAMPLE), expected)
+    assert [layer.plan for layer in patch.report()] == [layer.plan for layer in layers]
+    twice = [{action: 2 * count for action, count in layer.calls.items()} for layer in layers]
+    assert [layer.calls for layer in patch.report()] == twice
+    assert patch.notes == {"somebody's reason": 1}
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("where", ["the block", "a forward"])
@@ -118,20 +107,15 @@ def test_an_installation_that_fails_is_taken_back(unet, how, outer):
         remove_patch(unet)
 
 
-def test_a_patch_removed_inside_changes_nothing_about_the_outer_one(unet):
-    with undisturbed(unet), patched(unet, **GRID):
-        patch, expected = get_patch(unet), run(unet, EXAMPLE)
-        with patched(unet, **POOL):
-            remove_patch(unet)
-            assert get_patch(unet) is None
-        assert get_patch(unet) is patch
-        assert torch.equal(run(unet, EXAMPLE), expected)
-
-
-def test_a_patch_applied_inside_stays_and_the_outer_one_does_not_come_back(unet):
-    """Whoever applies a patch without a `with` block wants it to stay, as without any nesting."""
+def test_what_is_done_inside_without_a_with_block_stays(unet):
     with undisturbed(unet):
         with patched(unet, **GRID):
+            outer, expected = get_patch(unet), run(unet, EXAMPLE)
+            with patched(unet, **POOL):
+                remove_patch(unet)
+                assert get_patch(unet) is None
+            assert get_patch(unet) is outer
+            assert torch.equal(run(unet, EXAMPLE), expected)
             with patched(unet, **POOL):
                 apply_patch(unet, **MERGING)
                 theirs, expected = get_patch(unet), run(unet, EXAMPLE)

@@ -13,6 +13,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from agentsd import get_patch
 
 CONTEXT = 32  # channels of one text encoder
+SDXL_BLOCKS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
 
 
 def tiny_unet(**changes) -> UNet:
@@ -25,16 +29,9 @@ def tiny_unet(**changes) -> UNet:
 
 def tiny_sdxl_unet() -> UNet:
     """As SDXL's: no attention at level 0, two transformer blocks deep below, and added text and time embeddings."""
-    return tiny_unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        cross_attention_dim=2 * CONTEXT,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + CONTEXT,
-    )
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    added |= {"projection_class_embeddings_input_dim": 6 * 8 + CONTEXT, "cross_attention_dim": 2 * CONTEXT}
+    return tiny_unet(**SDXL_BLOCKS, transformer_layers_per_block=(1, 2), use_linear_projection=True, **added)
 
 
 def unet_inputs(unet: UNet, height: int = 16, width: int = 16, batch: int = 2, t: float = 500) -> dict:
@@ -78,13 +75,8 @@ def _text_encoder(cls: type) -> nn.Module:
 
 def _pipeline(cls: type, **parts):
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        sample_size=128,
-    )
+    size = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "sample_size": 128}
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **size)
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     parts |= {"vae": vae.eval(), "scheduler": DDIMScheduler(**noise, clip_sample=False, steps_offset=1)}
     pipe = cls(text_encoder=_text_encoder(CLIPTextModel), tokenizer=tiny_tokenizer(), **parts)
@@ -104,9 +96,6 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
     return _pipeline(StableDiffusionXLPipeline, unet=tiny_sdxl_unet(), **second, add_watermarker=False)
 
 
-# What the tests of the patch share
-
-
 @torch.no_grad()
 def run(unet, **changes) -> torch.Tensor:
     return unet(**{**unet_inputs(unet), **changes}).sample
@@ -121,21 +110,13 @@ def picture(pipe, steps: int = 3, **more):
 def anatomy(unet: nn.Module) -> dict:
     """Everything about the module tree that a patch could leave behind."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return {
-        name: (
-            type(module),
-            sorted(module.__dict__),
-            list(module._modules),
-            [len(getattr(module, hook)) for hook in hooks],
-            id(getattr(module, "processor", None)),
-            id(module.__dict__.get("forward")),
-        )
-        for name, module in unet.named_modules()
-    }
 
+    def parts(module: nn.Module) -> tuple:
+        hooked = [len(getattr(module, hook)) for hook in hooks]
+        kept = id(getattr(module, "processor", None)), id(module.__dict__.get("forward"))
+        return type(module), sorted(module.__dict__), list(module._modules), hooked, *kept
 
-def attn1s(unet: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in unet.named_modules() if name.endswith("attn1")}
+    return {name: parts(module) for name, module in unet.named_modules()}
 
 
 def actions(unet: nn.Module) -> dict[str, dict[str, int]]:

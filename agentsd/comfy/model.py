@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,10 +27,8 @@ from ..eager import not_compiled
 from ..hosts import Call, find_unet, read_size
 from ..methods import SelfAttention
 from ..patching.call import Planned
-from ..patching.closeness import Watch
 from ..patching.layer import Answerer, Layer
 from ..patching.patch import Patch
-from ..plan import plan_block
 from ..schedule import Timesteps
 from ..settings import to_config
 from ..settings.tunings import FIRST
@@ -42,31 +40,22 @@ log = logging.getLogger("agentsd.comfy")
 NOT_CALLED = "another node calls the U-Net's blocks itself, or skips the U-Net"
 OFF = "Agent Attention is off: this model has not passed through its node, or other nodes answer everywhere."
 MERGED = " Of merged models, only the first keeps its nodes: put ours behind the merge."
-# Name of our entries in a clone's options
-KEY = "agent_attention"
-_WRAPPERS = ("diffusion_model", "sampler_sample")  # comfy.patcher_extension.WrappersMP
 # The library's name of a block: part of the U-Net, number there, number of the block in its transformer
 _NAME = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?\.transformer_blocks\.(\d+)")
 
-# Where ComfyUI says it is: ("input", 4), and the number of the block in its transformer
-Position = tuple[tuple[str, int], int]
-
 
 class Slot(Program):
-    """What answers for a clone, and for the clones made of it, as is decided for each sampling.
-
-    Args:
-        unet: the model's U-Net.
-        values: every setting, in canonical form.
-        hints: what its node has to say about its inputs.
-    """
+    """What answers for a clone and for the clones made of it; `hints` are what its node has to say on its inputs."""
 
     def __init__(self, unet: nn.Module, values: Mapping[str, Any], hints: Sequence[str] = ()) -> None:
         self._unet, self.values, self.hints = unet, values, hints
         self.patch = ClonePatch(unet, to_config(values))
         self.tuning: Tuning | None = None  # the one to use
-        self.last: PassReport | None = None  # of the sampling that goes on, or else of the last one
-        self._sampling: tuple[Any, Any] = None, None
+        self.last = PassReport(name="sampling")  # that goes on, or else the last one
+        self._sampling: Any = None  # size and steps of it; None before the first
+
+    def __deepcopy__(self, memo: Any) -> Slot:
+        return self  # a clone of the clone has a copy of its options, and so of our methods
 
     def unet(self) -> nn.Module:
         return self._unet
@@ -75,16 +64,11 @@ class Slot(Program):
         return None if self.tuning is None else Kept("", FIRST, self.tuning)
 
     @property
-    def made(self) -> Decision | None:
-        """What was decided for the sampling; None before its first U-Net call."""
-        return None if self.last is None else self.last.made
-
-    @property
     def acts(self) -> bool:
         """Whether anything may be changed in this sampling."""
-        return self.made is None or self.made.patches
+        return self.last.made is None or self.last.made.patches
 
-    def sample(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a sampling of the host; by then it has loaded the model, with what other nodes do to its weights."""
         self.last, self._sampling = PassReport(name="sampling"), _sampling(args)
         self.patch.restart_report()
@@ -95,48 +79,51 @@ class Slot(Program):
                 self.last.add(self.patch, None if self.tuning else self.values["since"])
             log.info("Agent Attention: %s", ascii_of(self.last.line().to_dict()["text"]))
 
-    @contextmanager
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def call(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Answer in a call of the U-Net; what is done is decided at the first one of a sampling."""
-        size, self.last = read_size(args, kwargs), self.last or PassReport(name="sampling")
-        if self.made is None and size is not None:
-            latent, moments = self._sampling
-            self.last.made = self._decide(SamplingPass(latent or size, FIRST, moments), args, kwargs)
+        size = read_size(args, kwargs)
+        if self.last.made is None and size is not None:
+            latent, moments = self._sampling or (None, None)
+            sampling = SamplingPass(latent or size, FIRST, moments)
+            try:
+                self.last.made = made = self.decide(sampling, args, kwargs)
+                if made.patches and made.config != self.patch.config:
+                    self.patch = ClonePatch(self._unet, made.config)
+            except Exception as error:  # an error of ours costs no image
+                log.debug("nothing could be decided", exc_info=True)
+                self.last.made = Decision(sampling, reason=Hint(error_of_ours(error)), refused=True)
         self.last.see(size)
         if not self.acts:
-            yield
-            return
+            return executor(*args, **kwargs)
         self.patch.begin_call(self._unet, args, kwargs)
         try:
-            yield
+            output = executor(*args, **kwargs)
         except BaseException:
             self.patch.end()
             raise
         self.patch.end_call()
-
-    def _decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
-        try:
-            made = self.decide(sampling, args, kwargs)
-            if made.patches and made.config != self.patch.config:
-                self.patch = ClonePatch(self._unet, made.config)
-            return made
-        except Exception as error:  # an error of ours costs no image
-            log.debug("nothing could be decided", exc_info=True)
-            return Decision(sampling, reason=Hint(error_of_ours(error)), refused=True)
+        return output
 
     def decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
         """Decide what is done in a sampling, given the arguments of its first U-Net call."""
         return decide(self.values, sampling, len(args[0]), self)
 
+    @not_compiled
     def answer(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
-        """Answer the self-attention of a block; see `ClonePatch.answer`."""
-        if self.acts and self.patch.call() is None:
+        """Answer the self-attention of a block, from its queries, keys and values (B, N, C) and the host's options."""
+        call, called = _ProjectedCall(q, k, v, options), self.patch.call() is not None
+        if self.acts and not called:
             self.patch.note(NOT_CALLED)
-        return self.patch.answer(q, k, v, options)
+        layer = self.patch.at.get((options.get("block"), options.get("block_index")))
+        if layer is None or not called or "activations_shape" not in options:
+            return call.proceed()
+        layer.image.see(tuple(options["activations_shape"][-2:]))
+        layer.match(k)
+        return layer.answer(call)
 
     def describe(self, word: Callable[[Line], str]) -> str:
         """Describe the last sampling; `word` words a line of a report."""
-        if self.last is None:
+        if self._sampling is None:
             return "Agent Attention is on. Nothing was sampled with this model yet."
         return "\n".join([word(self.last.line()), *self.hints])
 
@@ -154,43 +141,19 @@ def _sampling(args: tuple[Any, ...]) -> tuple[tuple[int, int] | None, tuple[floa
 
 
 def attach(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
-    """Put agent attention on a clone of a model, instead of what an earlier node has put on it.
-
-    Args:
-        model: a ModelPatcher of ComfyUI.
-        make: makes the slot for its U-Net.
-
-    Returns:
-        The clone.
-
-    Raises:
-        UnsupportedModelError: the model is no U-Net with transformer blocks.
-    """
+    """Return a clone of a ModelPatcher with a slot, instead of an earlier node's; raises as `find_unet`."""
     clone = model.clone()
     slot = make(find_unet(clone.model))  # may raise, before anything has been changed
-
-    # Closures, because clone() copies the options deeply: objects and their methods would be copied with all they hold
-    def attention(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
-        return slot.answer(q, k, v, options)
-
-    def unet_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with slot.call(args, kwargs):
-            return executor(*args, **kwargs)
-
-    def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return slot.sample(executor, args, kwargs)
-
-    attention.slot = slot  # type: ignore[attr-defined]
     replaced = _replaced(clone)
-    for block in slot.patch.blocks():
+    for block in dict.fromkeys(block for block, _ in slot.patch.at):
         # what another node has put there stays; a report says so
         if block not in replaced or is_ours(replaced[block]):
-            clone.set_model_attn1_replace(attention, *block)
+            clone.set_model_attn1_replace(slot.answer, *block)
     # In the options rather than by add_wrapper_with_key: a clone with other wrappers counts as one with other weights,
     # and the host would load the model again whenever it changes from one branch of the graph to the other.
     wrappers = clone.model_options["transformer_options"].setdefault("wrappers", {})
-    for kind, wrapper in zip(_WRAPPERS, (unet_call, sampling), strict=True):
-        wrappers.setdefault(kind, {})[KEY] = [wrapper]
+    for kind, wrapper in (("diffusion_model", slot.call), ("sampler_sample", slot.sample)):  # WrappersMP
+        wrappers.setdefault(kind, {})["agent_attention"] = [wrapper]
     return clone
 
 
@@ -201,12 +164,12 @@ def _replaced(model: Any) -> Mapping[Any, Any]:
 
 def is_ours(function: Any) -> bool:
     """Whether a function among the host's options is one of `attach`."""
-    return isinstance(getattr(function, "slot", None), Slot)
+    return isinstance(getattr(function, "__self__", None), Slot)
 
 
 def slot_of(model: Any) -> Slot | None:
     """Return what answers for a model of ComfyUI; None if we have no part in it."""
-    return next((function.slot for function in _replaced(model).values() if is_ours(function)), None)
+    return next((function.__self__ for function in _replaced(model).values() if is_ours(function)), None)
 
 
 def report_on(model: Any, word: Callable[[Line], str] = str) -> str:
@@ -225,42 +188,21 @@ class ClonePatch(Patch):
     def __init__(self, unet: nn.Module, config: AgentConfig) -> None:
         super().__init__(unet, config, answerer=_CloneAnswerer())
         self.active = True
-        positions = {_position(layer.site.name): layer for layer in self._layers}
-        self._at: dict[Position, Layer] = {p: layer for p, layer in positions.items() if p is not None}
-
-    def blocks(self) -> list[tuple[str, int]]:
-        """List the parts of the U-Net that have transformer blocks, by the host's names."""
-        return list(dict.fromkeys(block for block, _ in self._at))
+        # by where ComfyUI says it is: (("input", 4), number of the block in its transformer)
+        self.at: dict[Any, Layer] = {}
+        for layer in self._layers:
+            layer.seam.obstacle = "another node answers self-attention in its place"  # if it isn't asked
+            if found := _NAME.search(layer.site.name):
+                part, number, index = found.groups()
+                # the host counts one middle, the library numbers the modules inside it
+                self.at[(part, 0 if part == "middle" else int(number)), int(index)] = layer
 
     def end_call(self) -> None:
-        """Note the blocks where somebody else has answered in our place."""
         call = self.call()
-        for layer in self._at.values() if call is not None and call.active else ():
-            # a block that was not asked has not told its size
-            planned = plan_block(self.config, layer.site.place, call.latent, call.part)
-            if layer.image not in call.sizes and planned is not None and planned[1].acts:
-                self.note("another node answers self-attention in its place")
+        for layer in self.at.values() if call is not None and call.active else ():
+            if layer.image not in call.sizes:  # it was not asked, which would have told its size
+                layer.image.see(call.latent.at(layer.site.downsample))
         super().end_call()
-
-    @not_compiled
-    def answer(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
-        """Answer the self-attention of a block, from its queries, keys and values (B, N, C) and the host's options."""
-        call = _ProjectedCall(q, k, v, options)
-        layer = self._at.get((options.get("block"), options.get("block_index")))
-        if layer is None or self.call() is None or "activations_shape" not in options:
-            return call.proceed()
-        layer.image.see(tuple(options["activations_shape"][-2:]))
-        layer.match(k)
-        return layer.answer(call)
-
-
-def _position(name: str) -> Position | None:
-    found = _NAME.search(name)
-    if found is None:
-        return None
-    part, number, index = found.groups()
-    # the host counts one middle, the library numbers the modules inside it
-    return (part, 0 if part == "middle" else int(number)), int(index)
 
 
 class _ProjectedCall(Call):
@@ -271,11 +213,10 @@ class _ProjectedCall(Call):
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> None:
-        self.q, self.k, self.v, self.options = q, k, v, options
-        extras = {}
-        if not q.shape == k.shape == v.shape:
-            extras = {"queries and keys of different numbers, as by token merging or HyperTile": True}
-        super().__init__(k, None, None, extras, partial(_attention, q, k, v, options["n_heads"], options))
+        self.projected, self.options, self.heads = (q, k, v), options, options["n_heads"]
+        alike = q.shape == k.shape == v.shape
+        told = {} if alike else {"queries and keys of different numbers, as by token merging or HyperTile": True}
+        super().__init__(k, None, None, told, partial(_attention, q, k, v, self.heads, options))
 
 
 def kernel_of(options: Mapping[str, Any]) -> Kernel:
@@ -283,8 +224,7 @@ def kernel_of(options: Mapping[str, Any]) -> Kernel:
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[1]
-        joined = join_heads(q), join_heads(k), join_heads(v)
-        return split_heads(_attention(*joined, heads, options), heads)
+        return split_heads(_attention(*map(join_heads, (q, k, v)), heads, options), heads)
 
     return kernel
 
@@ -300,32 +240,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Mapping[str
 class _CloneAnswerer(Answerer):
     """Answers from the projections that the host has made, with the kernel that the user chose there."""
 
-    def answer(  # type: ignore[override]
-        self,
-        layer: Layer,
-        host: _ProjectedCall,
-        planned: Planned,
-        matching: Matching | None,
-        watch: Watch | None = None,
-    ) -> Tensor:
-        if planned.config.attn_precision is not None:  # which the host's kernel may not honour
-            return super().answer(layer, host, planned, matching, watch)
-        with attention_by(kernel_of(host.options)):
-            return super().answer(layer, host, planned, matching, watch)
+    def answer(self, layer: Layer, host: Any, planned: Planned, *given: Any) -> Tensor:
+        exact = planned.config.attn_precision is not None  # which the host's kernel may not honour
+        with nullcontext() if exact else attention_by(kernel_of(host.options)):
+            return super().answer(layer, host, planned, *given)
 
-    def attention(  # type: ignore[override]
-        self, layer: Layer, host: _ProjectedCall, planned: Planned, matching: Matching | None
-    ) -> SelfAttention:
-        return SelfAttention(
-            x=host.x,
-            plan=planned.plan,
-            settings=planned.config,
-            size=planned.size,
-            heads=host.options["n_heads"],
-            matching=matching,
-            wrapped=lambda: True,  # all tokens are projected already
-            project=lambda x: (host.q, host.k, host.v),
-            project_q=lambda x: host.q,
-            project_out=lambda x: x,  # the host's, afterwards
-            proceed=host.proceed,
-        )
+    def attention(self, layer: Layer, host: Any, planned: Planned, matching: Matching | None) -> SelfAttention:
+        what, q = (host.x, planned.plan, planned.config, planned.size, host.heads, matching), host.projected[0]
+        # all tokens are projected already, and the output is afterwards, by the host
+        return SelfAttention(*what, lambda: True, lambda x: host.projected, lambda x: q, lambda x: x, host.proceed)

@@ -12,30 +12,26 @@ from ..settings import SETTINGS, check, to_config
 from ..settings.idle import idle
 from ..tuning.result import Tuning, TuningError
 
-CATEGORY = "model_patches/unet"
 CUSTOM = "custom: agent_ratio"
 # Side in tokens of a square cell
 CELLS: Mapping[str, int | None] = {"2×2, closest": 2, "4×4": 4, "8×8, fastest": 8, CUSTOM: None}
-_OF_CELLS = ("agent_ratio", "sx", "sy")
-_CELLS = Setting(
-    "cells",
-    "choice",
-    "4×4",
-    help="Size of the cells of tokens that one agent stands for. Smaller is closer to the original, larger faster.",
-    choices=tuple(CELLS),
-)
+_HELP = "Size of the cells of tokens that one agent stands for. Smaller is closer to the original, larger faster."
+_CELLS = Setting("cells", "choice", "4×4", help=_HELP, choices=tuple(CELLS))
+_HELP = "Upper limit on the relative deviation of the U-Net's output: 0.02 is 2%."
+_TOLERANCE = Setting("tolerance", "number", 0.02, help=_HELP, low=0.001, high=0.5, step=0.001)
+_PLAN = Setting("plan", "text", "", help="A plan that a report has shown, to use instead of tuning.")
 _REQUIRED = ("method", "cells")
 
 # The settings by the names of their inputs. Graphs keep the values by position: new ones come last.
 _ROWS: Mapping[str, Setting] = {row.node or row.name: row for row in SETTINGS if row.node is not None}
-INPUTS = tuple(dict.fromkeys(("method", "cells", "from", "until", "layers", *_ROWS)))
+_FIRST = ("method", "cells", "from", "until", "layers")
+INPUTS = {name: _CELLS if name == "cells" else _ROWS[name] for name in dict.fromkeys((*_FIRST, *_ROWS))}
 # The inputs by the names of their settings
 _INPUT_OF = {"sx": "cells", "sy": "cells", "how_close": "tolerance"} | {row.name: name for name, row in _ROWS.items()}
 
 
-def _widget(name: str) -> tuple[Any, dict[str, Any]]:
+def _widget(row: Setting) -> tuple[Any, dict[str, Any]]:
     """Describe a setting as an input of a node."""
-    row = _CELLS if name == "cells" else _ROWS[name]
     options: dict[str, Any] = {"default": row.default, "tooltip": row.tooltip}
     if row.numeric:
         kind = "INT" if row.kind == "whole" else "FLOAT"
@@ -50,11 +46,7 @@ def _side(inputs: Mapping[str, Any]) -> int | None:
 
 
 def values_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a node's inputs stand for, in canonical form.
-
-    Raises:
-        SettingError: a value is outside its range, or from is not below until.
-    """
+    """Return the settings that a node's inputs stand for, in canonical form; raise SettingError where one is wrong."""
     values = {row.name: inputs[name] for name, row in _ROWS.items() if name in inputs}
     try:
         values = check({**values, "enabled": True})
@@ -72,20 +64,18 @@ def idle_inputs(inputs: Mapping[str, Any]) -> dict[str, str]:
     found = {name: reasons[row.name] for name, row in _ROWS.items() if row.name in reasons}
     if _side(inputs) is not None:
         found.setdefault("agent_ratio", f"No effect while cells is {inputs['cells']}.")
-    if all(name in reasons for name in _OF_CELLS):
-        found["cells"] = reasons[_OF_CELLS[0]]
+    if {"agent_ratio", "sx", "sy"} <= reasons.keys():
+        found["cells"] = reasons["agent_ratio"]
     return found
 
 
-class _OnModel:
-    """What nodes have in common that give a model back."""
+class _Node:
+    """A node that gives a model back."""
 
-    CATEGORY = CATEGORY
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "apply"
+    CATEGORY, FUNCTION, RETURN_TYPES = "model_patches/unet", "apply", ("MODEL",)
 
 
-class AgentAttention(_OnModel):
+class AgentAttention(_Node):
     """Agent attention on a model."""
 
     DESCRIPTION = (
@@ -96,8 +86,8 @@ class AgentAttention(_OnModel):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
-            "required": {"model": ("MODEL",), **{name: _widget(name) for name in _REQUIRED}},
-            "optional": {name: _widget(name) for name in INPUTS if name not in _REQUIRED},
+            "required": {"model": ("MODEL",), **{name: _widget(INPUTS[name]) for name in _REQUIRED}},
+            "optional": {name: _widget(row) for name, row in INPUTS.items() if name not in _REQUIRED},
         }
 
     @classmethod
@@ -112,7 +102,7 @@ class AgentAttention(_OnModel):
         from .model import Slot, attach
         from .transformers import attach_transformer, transformer_of
 
-        changed = {name for name, value in inputs.items() if value != _widget(name)[1]["default"]}
+        changed = {name for name, value in inputs.items() if value != INPUTS[name].default}
         hints = [f"{name} is set: {why}" for name, why in idle_inputs(inputs).items() if name in changed]
         values = values_of(inputs)
         if transformer_of(model) is not None:
@@ -120,7 +110,7 @@ class AgentAttention(_OnModel):
         return (attach(model, lambda unet: Slot(unet, values, hints)),)
 
 
-class AgentAttentionTuned(_OnModel):
+class AgentAttentionTuned(_Node):
     """Agent attention within a tolerance, tuned on the first sampling."""
 
     DESCRIPTION = (
@@ -130,14 +120,8 @@ class AgentAttentionTuned(_OnModel):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tolerance: dict[str, Any] = {"default": 0.02, "min": 0.001, "max": 0.5, "step": 0.001, "round": 0.001}
-        tolerance["tooltip"] = "Upper limit on the relative deviation of the U-Net's output: 0.02 is 2%."
-        tip = "A plan that a report has shown, to use instead of tuning."
-        plan = {"default": "", "multiline": True, "tooltip": tip}
-        return {
-            "required": {"model": ("MODEL",), "tolerance": ("FLOAT", tolerance)},
-            "optional": {"plan": ("STRING", plan)},
-        }
+        required = {"model": ("MODEL",), "tolerance": _widget(_TOLERANCE)}
+        return {"required": required, "optional": {"plan": _widget(_PLAN)}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, plan: str | None = None) -> bool | str:
@@ -154,14 +138,11 @@ class AgentAttentionTuned(_OnModel):
         return (attach_tuned(model, tolerance, plan),)
 
 
-class AgentAttentionReport:
+class AgentAttentionReport(_Node):
     """What agent attention did in the last sampling with a model, as text."""
 
-    CATEGORY = CATEGORY
     DESCRIPTION = "What Agent Attention did in the last sampling: connect the sampler's output, so that it comes after."
-    RETURN_TYPES = ("STRING",)
-    RETURN_NAMES = ("report",)
-    FUNCTION = "report"
+    FUNCTION, RETURN_TYPES, RETURN_NAMES = "report", ("STRING",), ("report",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -188,11 +169,7 @@ def _worded(line: Any) -> str:
     return f"{told} Change {inputs}." if inputs else told
 
 
-NODE_CLASS_MAPPINGS = {
-    "AgentAttention": AgentAttention,
-    "AgentAttentionTuned": AgentAttentionTuned,
-    "AgentAttentionReport": AgentAttentionReport,
-}
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (AgentAttention, AgentAttentionTuned, AgentAttentionReport)}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "AgentAttention": "Agent Attention",
     "AgentAttentionTuned": "Agent Attention (Tuned)",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base import Call
+
 # Names that hosts give the argument with an image-shaped tensor (B, C, height, width), tokens (B, N, C), the timestep
 _IMAGES, _TOKENS = ("x", "sample", "hidden_states"), ("x", "hidden_states")
-_TIMESTEPS = ("timesteps", "t", "timestep")
+# and those from which keys and values are projected
+_TIMESTEPS, _SOURCES = ("timesteps", "t", "timestep"), ("context", "encoder_hidden_states", "value")
 
 
 def is_set(value: Any) -> bool:
@@ -23,6 +26,30 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, An
     """Map the arguments of a call to names, given the names of the positional ones."""
     more = {f"argument {i}": value for i, value in enumerate(args[len(names) :])}
     return {**dict(zip(names, args, strict=False)), **kwargs, **more}
+
+
+def attention_call(
+    original: Callable[..., Tensor], names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Any
+) -> Call:
+    """Read a call of self-attention, which `original` makes; `names` are those of its arguments, the tokens' first."""
+    if len(args) == 1 and all(value is None for value in kwargs.values()):  # nearly every call
+        return Call(args[0], None, None, {}, lambda x=args[0]: original(x, **kwargs), wanted)
+    arguments = named(names, args, kwargs)
+    x, mask = arguments.pop(names[0]), arguments.pop("mask", arguments.pop("attention_mask", None))
+    sources = {name: arguments.pop(name) for name in _SOURCES if arguments.get(name) is not None}
+    context, value = sources.get("context", sources.get("encoder_hidden_states")), sources.get("value")
+
+    def proceed(tokens: Tensor | None = None) -> Tensor:
+        if tokens is None:
+            return original(*args, **kwargs)
+        return original(tokens, **dict.fromkeys(sources, tokens), **arguments)
+
+    # Forge's options are patches that its block applies around attn1
+    extras = {name: v for name, v in arguments.items() if name != "transformer_options" and is_set(v)}
+    # Forge and reForge pass context and value whenever an attn1_patch is active; it is self-attention all the same
+    if value is not None and value is not x and value is not context:
+        extras["value"] = value
+    return Call(x, context, mask, extras, proceed, wanted)
 
 
 def output_tensor(output: Any) -> Tensor:

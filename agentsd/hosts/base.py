@@ -1,8 +1,7 @@
 """Interface of a host: a call of self-attention, and the seam through which it is answered.
 
-A family of U-Nets is one file in this folder, with a `Seam` and `stages`, which `sites.py` knows; the tables there, in
-`arguments.py` and in `layout.py` have its names of modules and arguments. Transformers are one `Transformer` a family,
-all in `transformers.py`. No other file of the core knows their class names, call signatures or dtypes.
+A family of U-Nets is one file in this folder, with a `Seam` and `stages`; one of transformers is a row in one of them.
+No file outside knows class names, call signatures or dtypes of hosts.
 """
 
 from __future__ import annotations

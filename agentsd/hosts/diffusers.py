@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..schedule import Moment, progress_of_edm, progress_of_flow
-from .arguments import is_set, named
-from .base import Call, Handler, Seam, always
+from .arguments import attention_call
+from .base import Handler, Seam, always
 
 # Processors that compute plain attention, each with a different kernel: diffusers', InvokeAI's, and SD.Next's in slices
 _PLAIN_PROCESSORS = {
@@ -114,7 +114,7 @@ class Processor:
     Made by `around`, in a class of its own for each signature: torch.compile follows calls that a class defines.
     """
 
-    _NAMES = ("encoder_hidden_states", "attention_mask", "temb")
+    _NAMES = ("hidden_states", "encoder_hidden_states", "attention_mask", "temb")
     _kind: type[Processor]
     previous: Any
 
@@ -131,25 +131,11 @@ class Processor:
 
     def answer(self, attn: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Answer a call of self-attention."""
-        handler, previous = self.handler, self.previous  # which another thread may remove meanwhile
+        handler, previous = self.handler, self.previous  # another thread may remove it meanwhile
         wanted = None if handler is None else self.wants()
         if not wanted:
             return previous(attn, hidden_states, *args, **kwargs)
-        if not args and all(value is None for value in kwargs.values()):  # nearly every call
-            return handler(
-                Call(hidden_states, None, None, {}, lambda x=hidden_states: previous(attn, x, **kwargs), wanted)
-            )
-        arguments = named(self._NAMES, args, kwargs)
-        context, mask = (arguments.pop(name, None) for name in self._NAMES[:2])
-
-        def proceed(tokens: Tensor | None = None) -> Tensor:
-            if tokens is None:
-                return previous(attn, hidden_states, *args, **kwargs)
-            rest = arguments if context is None else {"encoder_hidden_states": tokens, **arguments}
-            return previous(attn, tokens, **rest)
-
-        extras = {name: value for name, value in arguments.items() if is_set(value)}
-        return handler(Call(hidden_states, context, mask, extras, proceed, wanted))
+        return handler(attention_call(partial(previous, attn), self._NAMES, (hidden_states, *args), kwargs, wanted))
 
 
 def around(kind: type[Processor], previous: Any, handler: Handler | None, wants: Callable[[], Any]) -> Processor:

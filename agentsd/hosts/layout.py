@@ -30,16 +30,12 @@ def layout_of(unet: nn.Module, name: str = "") -> Layout:
     rest: Counter[int] = Counter()
     for full, module in unet.named_modules():
         flops = 0 if id(module) in inside else _flops_per_position(module)
-        if not flops:
-            continue
         if isinstance(module, nn.Linear) and not full.endswith(("proj_in", "proj_out")):
             constant += flops  # timestep and class embeddings
-            continue
-        level, factor = (
-            next((value for prefix, value in found.items() if full.startswith(prefix + ".")), 1)
-            for found in (levels, resampled)
-        )
-        rest[int(level * factor)] += flops
+        elif flops:
+            tables = levels, resampled
+            level, factor = (next((n for at, n in each.items() if full.startswith(at + ".")), 1) for each in tables)
+            rest[int(level * factor)] += flops
     return Layout(name, blocks, tuple(sorted(rest.items())), constant)
 
 

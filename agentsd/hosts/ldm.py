@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .arguments import is_set, named
-from .base import Call, Handler, Seam, always
+from .arguments import attention_call
+from .base import Handler, Seam, always
 
 
 def stages(unet: Any) -> Iterator[tuple[str, int]]:
@@ -32,10 +32,6 @@ def stages(unet: Any) -> Iterator[tuple[str, int]]:
 
 class ForwardSeam(Seam):
     """Replacement of the `forward` of one LDM, sgm or Forge attention module, on the instance."""
-
-    # Arguments that do not affect attention itself: Forge's transformer_options carries patches that its block applies
-    # around attn1.
-    _HARMLESS = ("transformer_options",)
 
     def __init__(self, attn: Any) -> None:
         super().__init__(attn)
@@ -67,30 +63,13 @@ class ForwardSeam(Seam):
         return self.attn.to_out(x)
 
     def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
-        # without a handler it was removed, but a reference to this method survives
-        wanted = None if self._handler is None else self._wants()
-        return self._handler(self._read(args, kwargs, wanted)) if wanted else self._original(*args, **kwargs)
+        handler = self._handler  # None once it was removed, though a reference to this method survives
+        wanted = None if handler is None else self._wants()
+        if not wanted:
+            return self._original(*args, **kwargs)
+        return handler(attention_call(self._original, self._names, args, kwargs, wanted))
 
     def _original(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._previous is not None:
             return self._previous(*args, **kwargs)
         return type(self.attn).forward(self.attn, *args, **kwargs)
-
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Any) -> Call:
-        if len(args) == 1 and all(value is None for value in kwargs.values()):  # nearly every call
-            return Call(args[0], None, None, {}, lambda x=args[0]: self._original(x, **kwargs), wanted)
-        arguments = named(self._names, args, kwargs)
-        x, context, mask = (arguments.pop(name, None) for name in (self._names[0], "context", "mask"))
-        value = arguments.pop("value", None)
-        # Forge and reForge pass context and value whenever an attn1_patch is active; it is self-attention all the same
-        plain = value is None or value is x or value is context
-        sources = {name: tensor for name, tensor in (("context", context), ("value", value)) if tensor is not None}
-
-        def proceed(tokens: Tensor | None = None) -> Tensor:
-            if tokens is None:
-                return self._original(*args, **kwargs)
-            return self._original(tokens, **dict.fromkeys(sources, tokens), **arguments)
-
-        extras = {} if plain else {"value": value}
-        extras |= {name: v for name, v in arguments.items() if name not in self._HARMLESS and is_set(v)}
-        return Call(x, context, mask, extras, proceed, wanted)

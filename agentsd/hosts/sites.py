@@ -132,7 +132,5 @@ def find_sites(unet: nn.Module) -> list[Site]:
 def sites_of(model: nn.Module, family: Transformer) -> list[Site]:
     """List the attentions of a transformer that see the image, in the order in which they run."""
     modules = dict(model.named_modules())
-    return [
-        Site(modules[name.rpartition(".")[0]], model, Block(name, 1), attn, family)
-        for name, attn in family.names(model)
-    ]
+    named = ((name, modules[name.rpartition(".")[0]], attn) for name, attn in family.names(model))
+    return [Site(block, model, Block(name, 1), attn, family) for name, block, attn in named]

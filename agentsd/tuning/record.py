@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,9 +37,9 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
             pipe("a photo of a cat")
         tuning = agentsd.tune(pipe, calls)
 
-    The arguments are copied, never more than those of 2 · `moments` timesteps at a time. Of one timestep up to two
-    calls are kept, since cond and uncond may be evaluated separately. Calls of another latent size than the first one's
-    are left out, and so is a call whose moment is not known.
+    The arguments are copied, never more than those of 2 · `moments` timesteps of each latent size at a time. Of one
+    timestep up to two calls are kept, since cond and uncond may be evaluated separately. Where the model is called on
+    tiles or areas, calls of another size than most have are left out, and so is a call whose moment is not known.
 
     Args:
         model: as for `apply_patch`.
@@ -60,7 +62,7 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
         for handle in handles:
             handle.remove()
         calls += recorder.spread()
-        if recorder.size is not None and not calls:
+        if recorder.counts and not calls:
             log.warning(
                 "no call was recorded; where timesteps are no training steps, `progress` has to say what they mean"
             )
@@ -96,8 +98,8 @@ def spread(values: Iterable[float], count: int) -> list[float]:
 class _Recorder:
     def __init__(self, moments: int, timesteps: Timesteps) -> None:
         self.moments, self.timesteps = moments, timesteps
-        self.size: tuple[int, int] | None = None
-        self.seen: dict[float, list[RecordedCall]] = {}  # by progress
+        self.counts: Counter[tuple[int, int]] = Counter()  # of calls, by size
+        self.seen: dict[tuple[int, int], dict[float, list[RecordedCall]]] = {}  # by size and progress
         self.under_way: RecordedCall | None = None
 
     @not_compiled
@@ -122,18 +124,23 @@ class _Recorder:
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         size, t = read_call(module, args, kwargs)
         progress = None if (t := read_timestep(t)) is None else self.timesteps.progress(t)
-        self.size = self.size or size
-        if size is None or size != self.size or progress is None:
+        if size is None:
             return
-        calls = self.seen.setdefault(progress, [])
+        self.counts[size] += 1
+        seen = self.seen.setdefault(size, {})
+        if progress is None:
+            return
+        calls = seen.setdefault(progress, [])
         if len(calls) < CALLS_OF_A_TIMESTEP:
             call = RecordedCall((copied(args), copied(kwargs)))
             call.progress, self.under_way = progress, call
             calls.append(call)
-        if len(self.seen) > 2 * self.moments:  # drop the one whose neighbours are closest to each other
-            at = sorted(self.seen)
-            del self.seen[min(zip(at, at[1:], at[2:], strict=False), key=lambda three: three[2] - three[0])[1]]
+        if len(seen) > 2 * self.moments:  # drop the one whose neighbours are closest to each other
+            at = sorted(seen)
+            del seen[min(zip(at, at[1:], at[2:], strict=False), key=lambda three: three[2] - three[0])[1]]
 
     def spread(self) -> list[RecordedCall]:
-        """Return the calls, thinned out to the number of timesteps asked for."""
-        return [call for progress in spread(self.seen, self.moments) for call in self.seen[progress]]
+        """Return the calls at the size that most have, the larger of two, thinned out to the timesteps asked for."""
+        size = max(self.counts, key=lambda size: (self.counts[size], prod(size)), default=None)
+        seen = self.seen.get(size, {})
+        return [call for progress in spread(seen, self.moments) for call in seen[progress]]

@@ -98,6 +98,7 @@ class TunedPlan:
     time: float | None = None  # of a model call, full attention = 1, averaged over these timesteps; None if unknown
     timed: bool = False  # whether that was measured on whole calls; otherwise it is expected from the blocks' times
     peak: int | None = None  # most bytes on the device during a call; None if unknown
+    untold: bool = False  # whether it is full attention because nobody could tell if something else is faster
 
     @property
     def acts(self) -> bool:
@@ -129,7 +130,8 @@ class TunedPlan:
     def gain(self) -> str:
         """The gain in the words that all places use, such as "1.31× measured"; empty if unknown."""
         if not self.acts:
-            return f"nothing is faster within {percent(self.tolerance)}"
+            told = "could not tell whether anything is faster" if self.untold else "nothing is faster"
+            return f"{told} within {percent(self.tolerance)}"
         return f"{self.speed_up:.2f}× {'measured' if self.timed else 'expected'}" if self.time else ""
 
     @property
@@ -203,7 +205,9 @@ class Tuning:
         """
         if tolerance == self.tolerance:
             return self
-        full = TunedPlan(tolerance, tuple(FULL_LETTER * len(part) for part in self.choices), (), 1.0)
+        full = TunedPlan(
+            tolerance, tuple(FULL_LETTER * len(part) for part in self.choices), (), 1.0, untold=self.plan.untold
+        )
         kept = [plan for plan in self.frontier if plan.deviation is not None and plan.deviation <= tolerance]
         best = min([full, *kept], key=lambda plan: 1.0 if plan.time is None else plan.time)
         return replace(self, plan=replace(best, tolerance=tolerance))

@@ -301,14 +301,15 @@ class Tuner:
                 part.verify(AIM * tolerance, self._run)
         chosen, tried = [part.best for part in parts], self.time(parts)
         wanted = self.plan(parts, chosen, tolerance, [part.measured for part in parts])
+        untold = wanted.acts and tried.low <= 1 <= tried.high
         if wanted.acts and tried.high < 1:
             plan = replace(wanted, time=tried.ratio, timed=True, peak=tried.peaks[1])
             frontier = self.frontier(parts, plan, (1 - tried.ratio) / _saved(parts, chosen))
         else:  # nothing is faster, or nobody can tell
             full = self.plan(parts, [part.full for part in parts], tolerance, [0.0] * len(parts))
-            plan = replace(full, time=1.0, peak=tried.peaks[0])
+            plan = replace(full, time=1.0, peak=tried.peaks[0], untold=untold)
             frontier = (plan,) if wanted.acts else self.frontier(parts, plan, 1 / self.seconds)
-        if wanted.acts and tried.low <= 1 <= tried.high:
+        if untold:
             notes.append("it cannot be told whether the plan is faster: the machine is busy, or the gain is too small")
         weight = weight_of(self.model)
         device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def python_of(root: Path) -> str:
+    """The Python of the checkout whose main.py is in `root`."""
+    known = (root / "venv/bin/python", root.parent / "venv/bin/python", Path(sys.executable))
+    return str(next(path for path in known if path.exists()))
+
+
 class ComfyUI:
-    """One checkout, with models, outputs and custom nodes in `base`, which none of the user's own are in.
+    """One checkout, with models, outputs and custom nodes in the empty folder `base`, and these node packs alone."""
 
-    Args:
-        root: the folder of its main.py.
-        base: an empty folder.
-        packs: folders to load as node packs.
-        flags: more flags to start it with.
-    """
-
-    def __init__(self, root: Path, base: Path, packs: tuple[Path, ...], flags: tuple[str, ...] = ()) -> None:
-        self.root, self.base, self.flags = root, base, flags
+    def __init__(self, root: Path, base: Path, packs: tuple[Path, ...]) -> None:
+        self.root, self.base = root, base
         self.url = f"http://127.0.0.1:{free_port()}"
         self.log = base / "comfyui.log"
         self._process: subprocess.Popen | None = None
@@ -65,26 +64,20 @@ class ComfyUI:
         for pack in packs:
             (base / "custom_nodes" / pack.name).symlink_to(pack)
 
-    # Life
-
     def start(self, patience: float = 240) -> None:
-        python = next(
-            (p for p in (self.root / "venv/bin/python", self.root.parent / "venv/bin/python") if p.exists()),
-            Path(sys.executable),
-        )
-        port = self.url.rsplit(":", 1)[1]
-        command = [str(python), "main.py", "--port", port, "--base-directory", str(self.base), *FLAGS, *self.flags]
+        command = [python_of(self.root), "main.py", "--port", self.url.rsplit(":", 1)[1], *FLAGS]
+        command += ["--base-directory", str(self.base)]
+        given = {"cwd": self.root, "env": {**os.environ, **OFFLINE}, "start_new_session": True}
         with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self.root, env={**os.environ, **OFFLINE}, stdout=log, stderr=log, start_new_session=True
-            )
-        end = time.monotonic() + patience
-        while time.monotonic() < end and self._process.poll() is None:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, **given)
+
+        def answers() -> bool:
+            assert self._process.poll() is None, self.output()[-3000:]
             with suppress(OSError):
-                self.get("/system_stats")
-                return
-            time.sleep(0.3)
-        raise RuntimeError(f"ComfyUI did not start:\n{self.output()[-3000:]}")
+                return bool(self.ask("/system_stats"))
+            return False
+
+        self.until(answers, patience)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -96,15 +89,19 @@ class ComfyUI:
         """What it has printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    # HTTP
+    def until(self, done: Callable[[], Any], patience: float = 300) -> Any:
+        """Wait until `done` returns something, and return that."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            if found := done():
+                return found
+            time.sleep(0.05)
+        raise TimeoutError(self.output()[-3000:])
 
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
-            return json.loads(answer.read() or b"null")
-
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
+    def ask(self, path: str, body: Any = None) -> Any:
+        """GET a path, or POST a body to it, as JSON."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read() or b"null")
 
@@ -113,29 +110,36 @@ class ComfyUI:
     def queue(self, nodes: Nodes) -> str:
         """Queue a graph, and return its id."""
         try:
-            return self.post("/prompt", {"prompt": nodes, "client_id": uuid.uuid4().hex})["prompt_id"]
+            return self.ask("/prompt", {"prompt": nodes, "client_id": uuid.uuid4().hex})["prompt_id"]
         except urllib.error.HTTPError as error:
             raise GraphError(error.read().decode()) from None
 
-    def wait(self, prompt: str, patience: float = 300) -> dict[str, Any]:
+    def wait(self, prompt: str) -> dict[str, Any]:
         """Wait for the end of a graph; return its entry in the history."""
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            entry = self.get(f"/history/{prompt}").get(prompt)
-            if entry and (entry["status"]["completed"] or entry["status"]["status_str"] == "error"):
-                return entry
-            time.sleep(0.05)
-        raise TimeoutError(f"{prompt} did not end:\n{self.output()[-2000:]}")
 
-    def run(self, nodes: Nodes) -> Outputs:
+        def ended() -> Any:
+            entry = self.ask(f"/history/{prompt}").get(prompt)
+            return entry and (entry["status"]["completed"] or entry["status"]["status_str"] == "error") and entry
+
+        return self.until(ended)
+
+    def run(self, graph: Graph) -> Outputs:
         """Run a graph to its end."""
-        entry = self.wait(self.queue(nodes))
+        entry = self.wait(self.queue(graph.nodes))
         if entry["status"]["status_str"] != "success":
-            said = [
-                about["exception_message"] for _, about in entry["status"]["messages"] if "exception_message" in about
-            ]
+            messages = (about for _, about in entry["status"]["messages"])
+            said = [about["exception_message"] for about in messages if "exception_message" in about]
             raise GraphError("; ".join(said) or str(entry["status"]))
         return Outputs(entry["outputs"])
+
+    def ran(self, *nodes: tuple[str, dict[str, Any]], **given: Any) -> tuple[np.ndarray, str]:
+        """The latent of the small model with these nodes on it, and what our report says if one of ours is there."""
+        graph = Graph(**given)
+        for kind, inputs in nodes:
+            graph.on_model(kind, **inputs)
+        ours = any(kind.startswith("AgentAttention") for kind, _ in nodes)
+        outputs = self.run(graph.sampled().reported() if ours else graph.sampled())
+        return outputs.latent(), outputs.text() if ours else ""
 
 
 class Outputs(dict):
@@ -152,20 +156,15 @@ class Outputs(dict):
 class Graph:
     """A graph of the small model: TinyModel, nodes on the model, KSampler, ExactLatent."""
 
-    def __init__(
-        self,
-        layout: str = "SD 1",
-        size: tuple[int, int] = (256, 256),
-        steps: int = 2,
-        batch: int = 1,
-        seed: int = 1,
-        sampler: str = "euler",
-        weights: int = 1,
-    ) -> None:
+    def __init__(self, layout: str = "SD 1", size: tuple[int, int] = (256, 256), batch: int = 1, weights: int = 1,
+                 positive: str = "", **sampling: Any) -> None:  # fmt: skip
         self.nodes: Nodes = {}
-        self.sampling = {"seed": seed, "steps": steps, "cfg": 5.0, "sampler_name": sampler}
+        self.sampling = {"seed": 1, "steps": 2, "cfg": 5.0, "sampler_name": "euler", "denoise": 1.0, **sampling}
         self.model = self.add("tiny", "TinyModel", layout=layout, weights=weights)
-        self.size, self.batch = size, batch
+        self.size, self.batch, self.positive = size, batch, ["tiny", 1]
+        if positive:
+            area = {"width": 128, "height": 192, "x": 64, "y": 0, "strength": 1.0}
+            self.positive = self.add("area", positive, conditioning=self.positive, **area)
 
     def add(self, name: str, kind: str, **inputs: Any) -> list[Any]:
         """Add a node, and return its first output."""
@@ -173,23 +172,21 @@ class Graph:
         return [name, 0]
 
     def on_model(self, kind: str, /, name: str = "", **inputs: Any) -> Graph:
-        """Put a node on the model."""
+        """Put a node on the model; what is not said of ours is as in `DEFAULTS`."""
+        inputs = {**DEFAULTS, **inputs} if kind == "AgentAttention" else inputs
         self.model = self.add(name or kind, kind, model=self.model, **inputs)
         return self
 
-    def agents(self, name: str = "agents", **inputs: Any) -> Graph:
-        """Put ours on it."""
-        return self.on_model("AgentAttention", name, **{**DEFAULTS, **inputs})
-
-    def sampled(self, name: str = "out", after: str = "", positive: Any = ("tiny", 1), **sampling: Any) -> Graph:
+    def sampled(self, name: str = "out", after: str = "", **sampling: Any) -> Graph:
         """Sample the model as it is now: from noise, or as a hires pass over what was sampled `after`."""
         width, height = self.size
         latent = self.add(f"{name} noise", "EmptyLatentImage", width=width, height=height, batch_size=self.batch)
+        given = {**self.sampling, **sampling}
         if after:
             size = {"width": width, "height": height, "upscale_method": "bilinear", "crop": "disabled"}
             latent = self.add(f"{name} upscaled", "LatentUpscale", samples=[f"{after} sampler", 0], **size)
-        given = {"denoise": 0.5 if after else 1.0, **self.sampling, **sampling}
-        given |= {"scheduler": "normal", "positive": list(positive), "negative": ["tiny", 2]}
+            given["denoise"] = 0.5
+        given |= {"scheduler": "normal", "positive": self.positive, "negative": ["tiny", 2]}
         samples = self.add(f"{name} sampler", "KSampler", model=self.model, latent_image=latent, **given)
         self.add(name, "ExactLatent", latent=samples)
         return self
@@ -202,15 +199,5 @@ class Graph:
 
 
 # As the node's own, but with the cheapest method
-DEFAULTS = {
-    "method": "agent",
-    "cells": "4×4",
-    "from": 0.0,
-    "until": 1.0,
-    "layers": "auto",
-    "ratio": 0.0,
-    "agent_ratio": 0.95,
-    "k_scale2": 0.3,
-    "k_shortcut": 0.075,
-    "fp32": False,
-}
+DEFAULTS = {"method": "agent", "cells": "4×4", "from": 0.0, "until": 1.0, "layers": "auto", "ratio": 0.0}
+DEFAULTS |= {"agent_ratio": 0.95, "k_scale2": 0.3, "k_shortcut": 0.075, "fp32": False}

@@ -10,20 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from comfyui_host import PACK, REPOSITORY, ComfyUI, Graph
+from comfyui_host import PACK, REPOSITORY, ComfyUI
 
 
-@contextmanager
-def running(base: Path, *packs: Path, flags: tuple[str, ...] = ()) -> Iterator[ComfyUI]:
+@pytest.fixture(scope="session")
+def root() -> Path:
     folder = os.environ.get("AGENTSD_COMFYUI")
     if not folder:
         pytest.skip("AGENTSD_COMFYUI does not name a ComfyUI folder")
-    host = ComfyUI(Path(folder).resolve(), base, packs, flags)
+    return Path(folder).resolve()
+
+
+@contextmanager
+def running(*given) -> Iterator[ComfyUI]:
+    host = ComfyUI(*given)
     try:
         host.start()
         yield host
@@ -32,18 +35,10 @@ def running(base: Path, *packs: Path, flags: tuple[str, ...] = ()) -> Iterator[C
 
 
 @pytest.fixture(scope="session")
-def comfyui(tmp_path_factory) -> Iterator[ComfyUI]:
+def comfyui(root, tmp_path_factory) -> Iterator[ComfyUI]:
     """ComfyUI with our nodes."""
-    with running(tmp_path_factory.mktemp("comfyui"), REPOSITORY, PACK) as host:
+    with running(root, tmp_path_factory.mktemp("comfyui"), (REPOSITORY, PACK)) as host:
         yield host
-
-
-@pytest.fixture(scope="session")
-def never_installed(tmp_path_factory) -> dict[str, np.ndarray]:
-    """Latents of both layouts, by a ComfyUI that has never seen our nodes."""
-    with running(tmp_path_factory.mktemp("bare"), PACK) as host:
-        sizes = {"SD 1": (256, 256), "SDXL": (512, 512)}
-        return {layout: host.run(Graph(layout, size).sampled().nodes).latent() for layout, size in sizes.items()}
 
 
 @pytest.fixture(scope="session")
@@ -53,20 +48,30 @@ def plain(comfyui) -> Callable[..., np.ndarray]:
 
     def latent(**given) -> np.ndarray:
         if (key := repr(given)) not in made:
-            made[key] = comfyui.run(Graph(**given).sampled().nodes).latent()
+            made[key], _ = comfyui.ran(**given)
         return made[key]
 
     return latent
 
 
 @pytest.fixture(scope="session")
+def never_installed(root, tmp_path_factory) -> dict[str, np.ndarray]:
+    """Latents of both layouts, by a ComfyUI that has never seen our nodes."""
+    with running(root, tmp_path_factory.mktemp("bare"), (PACK,)) as host:
+        sizes = {"SD 1": (256, 256), "SDXL": (512, 512)}
+        return {layout: host.ran(layout=layout, size=size)[0] for layout, size in sizes.items()}
+
+
+@pytest.fixture(scope="session")
 def lora(comfyui) -> tuple[str, dict[str, object]]:
     """A node that loads a LoRA of the small model's self-attention, and its inputs."""
+    import torch
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(3)
     name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_"
-    parts = {
-        f"{name}{p}.lora_{way}.weight": shape for p in "qkv" for way, shape in (("up", (64, 4)), ("down", (4, 64)))
-    }
-    tensors = {key: torch.randn(shape, generator=generator) for key, shape in parts.items()}
+    shapes = {"up": (64, 4), "down": (4, 64)}
+    keys = {f"{name}{p}.lora_{way}.weight": shape for p in "qkv" for way, shape in shapes.items()}
+    tensors = {key: torch.randn(shape, generator=generator) for key, shape in keys.items()}
     save_file(tensors, comfyui.base / "models/loras/tiny.safetensors")
     return "LoraLoaderModelOnly", {"lora_name": "tiny.safetensors", "strength_model": 1.0}

@@ -27,46 +27,16 @@ import torch
 from agentsd.comfy.nodes import AgentAttention, AgentAttentionReport
 
 WIDTH, POOLED = 32, 64
+COMMON = {"in_channels": 16, "out_channels": 16, "patch_size": 2}
+FLUX = {**COMMON, "image_model": "flux", "vec_in_dim": POOLED, "context_in_dim": WIDTH, "hidden_size": 32}
+FLUX |= {"mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 4, 8]}
+FLUX |= {"theta": 10000, "qkv_bias": True, "guidance_embed": False}
+SD3 = {**COMMON, "depth": 2, "input_size": None, "adm_in_channels": POOLED, "pos_embed_max_size": 64}
+SD3 |= {"num_patches": 64 * 64, "qk_norm": "rms", "x_block_self_attn_layers": [0]}
+EMBEDDER = {"target": "torch.nn.Linear", "params": {"in_features": WIDTH, "out_features": 128}}
 MADE = {
-    "Flux": (
-        comfy.supported_models.Flux,
-        {
-            "image_model": "flux",
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "vec_in_dim": POOLED,
-            "context_in_dim": WIDTH,
-            "hidden_size": 32,
-            "mlp_ratio": 2.0,
-            "num_heads": 2,
-            "depth": 1,
-            "depth_single_blocks": 1,
-            "axes_dim": [4, 4, 8],
-            "theta": 10000,
-            "qkv_bias": True,
-            "guidance_embed": False,
-        },
-    ),
-    "SD3": (
-        comfy.supported_models.SD3,
-        {
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "depth": 2,
-            "input_size": None,
-            "adm_in_channels": POOLED,
-            "pos_embed_max_size": 64,
-            "num_patches": 64 * 64,
-            "qk_norm": "rms",
-            "x_block_self_attn_layers": [0],
-            "context_embedder_config": {
-                "target": "torch.nn.Linear",
-                "params": {"in_features": WIDTH, "out_features": 128},
-            },
-        },
-    ),
+    "Flux": (comfy.supported_models.Flux, FLUX),
+    "SD3": (comfy.supported_models.SD3, {**SD3, "context_embedder_config": EMBEDDER}),
 }
 
 
@@ -115,19 +85,21 @@ def check(family: str) -> dict:
     on = node(model, exact_ratio=0.2)
     closer = node(model, exact_ratio=0.45)
     off = node(model, exact_ratio=0.2, rules="full")
-    out = {"on": away(run(on, conditioning)), "closer": away(run(closer, conditioning))}
-    out["off"], out["original"] = away(run(off, conditioning)), away(run(model, conditioning))
-    out["report"] = AgentAttentionReport().report(on, None)[0]
     calls: list[int] = []
     neighbour = model.clone()
     neighbour.model_options["transformer_options"]["optimized_attention_override"] = louder(calls)
-    loud = run(neighbour, conditioning)
+    loud, both = run(neighbour, conditioning), node(neighbour, exact_ratio=0.2)
     alone = len(calls)
-    both = node(neighbour, exact_ratio=0.2)
-    out["neighbour"], out["with neighbour"] = away(loud), away(run(both, conditioning), loud)
-    out["calls"], out["calls with node"] = alone, calls[alone:]
-    out["report with neighbour"] = AgentAttentionReport().report(both, None)[0]
-    out["refused"] = {}
+    out = {
+        **{name: away(run(each, conditioning)) for name, each in (("on", on), ("closer", closer), ("off", off))},
+        "original": away(run(model, conditioning)),
+        "report": AgentAttentionReport().report(on, None)[0],
+        "neighbour": away(loud),
+        "with neighbour": away(run(both, conditioning), loud),
+        "calls with node": calls[alone:],
+        "report with neighbour": AgentAttentionReport().report(both, None)[0],
+        "refused": {},
+    }
     for method in ("merge", "pool"):
         try:
             AgentAttention().apply(model, method=method)

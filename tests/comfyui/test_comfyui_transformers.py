@@ -9,20 +9,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from comfyui_host import OFFLINE, REPOSITORY
+from comfyui_host import OFFLINE, REPOSITORY, python_of
 
 FAMILIES = ("Flux", "SD3")
 
 
 @pytest.fixture(scope="module")
-def results():
-    folder = os.environ.get("AGENTSD_COMFYUI")
-    if not folder:
-        pytest.skip("AGENTSD_COMFYUI does not name a ComfyUI folder")
-    root = Path(folder).resolve()
-    python = next(p for p in (root / "venv/bin/python", root.parent / "venv/bin/python") if p.exists())
+def results(root):
     script = Path(__file__).with_name("sample_transformers.py")
-    command = [str(python), str(script), str(REPOSITORY), *FAMILIES]
+    command = [python_of(root), str(script), str(REPOSITORY), *FAMILIES]
     done = subprocess.run(command, cwd=root, env={**os.environ, **OFFLINE}, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     assert line, done.stdout[-1000:] + done.stderr[-3000:]
@@ -30,16 +25,11 @@ def results():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_node_acts_and_leaves_the_model_alone(results, family):
+def test_the_node_acts_and_leaves_the_model_alone_and_is_chained_with_who_overrides_attention(results, family):
     found = results[family]
     assert found["off"] == found["original"] == 0
     assert 1e-5 < found["closer"] < found["on"] < 0.1, found["report"]
     assert re.fullmatch(r"Agent Attention, 24×28 tokens of the image: \d+ corrected\.", found["report"])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_chained_with_who_overrides_attention_already(results, family):
-    found = results[family]
     assert found["neighbour"] > 0.01
     assert found["with neighbour"] > 1e-5
     assert found["calls with node"], "what is attended to in full is the neighbour's"

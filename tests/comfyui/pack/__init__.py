@@ -26,27 +26,12 @@ LAYOUTS = {
 def make(layout: str, seed: int):
     """A U-Net whose attention reaches the output: layers that training starts at zero are not zero here."""
     family, mult, depth, depth_output, middle, context, adm = LAYOUTS[layout]
-    config = family(
-        {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": CHANNELS,
-            "num_res_blocks": [2] * len(mult),
-            "channel_mult": mult,
-            "use_spatial_transformer": True,
-            "transformer_depth": depth,
-            "transformer_depth_output": depth_output,
-            "transformer_depth_middle": middle,
-            "context_dim": context,
-            "use_linear_in_transformer": adm is not None,
-            "legacy": False,
-            "use_temporal_attention": False,
-            "adm_in_channels": adm,
-            "dtype": torch.float32,
-            **({} if adm is None else {"num_classes": "sequential"}),
-        }
-    )
+    given = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": CHANNELS}
+    given |= {"num_res_blocks": [2] * len(mult), "channel_mult": mult, "use_spatial_transformer": True}
+    given |= {"transformer_depth": depth, "transformer_depth_output": depth_output, "transformer_depth_middle": middle}
+    given |= {"context_dim": context, "use_linear_in_transformer": adm is not None, "legacy": False}
+    given |= {"use_temporal_attention": False, "adm_in_channels": adm, "dtype": torch.float32}
+    config = family(given if adm is None else {**given, "num_classes": "sequential"})
     config.unet_config.update(num_heads=2, num_head_channels=-1)
     config.set_inference_dtype(torch.float32, None)
     device = comfy.model_management.get_torch_device()
