@@ -92,7 +92,6 @@ class ProcessorSeam(Seam):
         return ""
 
     def wrap(self, previous: Callable[..., Tensor], handler: Handler, wants: Callable[[], Any]) -> Processor:
-        """Make a processor around the host's."""
         return around(Processor, previous, handler, wants)
 
     def _retire(self) -> None:

@@ -16,10 +16,7 @@ _RESAMPLED = {"Downsample": 1.0, "Upsample": 0.5, "Downsample2D": 2.0, "Upsample
 
 
 def layout_of(unet: nn.Module, name: str = "") -> Layout:
-    """Read the layout of a U-Net of LDM, sgm, Forge or diffusers. Only shapes are read, so any device will do.
-
-    Blocks whose level is unknown are left out.
-    """
+    """Read a U-Net's layout, but for blocks of unknown level. Only shapes are read, so any device will do."""
     sites = [site for site in find_sites(unet) if site.downsample is not None]
     blocks = tuple(CountedBlock(site.name, site.downsample, site.channels) for site in sites)
     prompted = [site.block.attn2 for site in sites if getattr(site.block, "attn2", None) is not None]

@@ -52,7 +52,6 @@ class Site:
         return 1 if self.family is None else self.family.patch
 
     def seam(self) -> Seam:
-        """Make a seam in its self-attention."""
         if self.family is not None:
             return self.family.seam(self.attn)
         return (diffusers.ProcessorSeam if hasattr(self.attn, "set_processor") else ldm.ForwardSeam)(self.attn)
