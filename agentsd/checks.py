@@ -85,7 +85,8 @@ class Setting:
     def control(self) -> Setting:
         """The setting as the panel, the API and infotexts have it: choices are texts, and 0 is no limit."""
         changes: dict[str, Any] = {"default": self.default if self.panel is None else self.panel}
-        changes["choices"] = tuple(map(str, self.choices))
+        if not all(isinstance(each, str) for each in self.choices):  # those of methods grow as these are registered
+            changes["choices"] = tuple(map(str, self.choices))
         if self.optional:
             changes |= {"default": 0, "low": 0, "optional": False}
         if self.kind == "whole":

@@ -21,7 +21,7 @@ _COMPILER = "torch._dynamo"  # loaded on first use
 FOLLOWS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 # Whether torch.compile is tracing the caller into a graph; PyTorch 2.1 cannot tell, and is not.
-compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", bool)
+compiling: Callable[[], bool] = getattr(torch.compiler, "is_dynamo_compiling", bool)
 
 
 def compiler_loaded() -> bool:

@@ -51,23 +51,22 @@ class Oracle:
         tokens = P @ x
         if agents is None or not 2 * agents.shape[1] < tokens.shape[1]:
             return attention(attn, tokens, tokens)
-        q, k, v, a = (heads(t, attn.heads) for t in (*qkv(attn, tokens, tokens), attn.to_q(agents @ x)))
+        projected = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens), attn.to_q(agents @ x)
+        q, k, v, a = (heads(t, attn.heads) for t in projected)
         return attn.to_out(tokens_of(by_matrices(q, k, v, a, self.k_scale2) + self.k_shortcut * v))
 
     def _clusters(self, x: Tensor, height: int, width: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """((P, U) of merging, P of the agents): each (B, fewer, N), U the other way."""
-        dst = self._destinations(height, width)
+        dst, N = self._destinations(height, width), x.shape[1]
         links = [_links(row, dst) for row in x]
-        N = x.shape[1]
-        rows = [_membership(N, dst, link[: int(N * self.ratio)]) for link in links]
-        P = torch.stack([row / row.sum(1, keepdim=True) for row in rows])
-        U = torch.stack([row.T for row in rows])
+
+        def members(ratio: float) -> Tensor:
+            return torch.stack([_membership(N, dst, link[: int(N * ratio)]) for link in links])
+
+        merged, agents = members(self.ratio), members(self.agent_ratio)
         if self.grid is not None:
             agents = cells(height, width, self.grid).expand(x.shape[0], -1, -1)
-        else:
-            rows = [_membership(N, dst, link[: int(N * self.agent_ratio)]) for link in links]
-            agents = torch.stack([row / row.sum(1, keepdim=True) for row in rows])
-        return (P, U), agents
+        return (_mean(merged), merged.mT), _mean(agents)
 
     def _destinations(self, height: int, width: int) -> list[int]:
         if self.destinations is not None:
@@ -98,15 +97,14 @@ def _membership(N: int, dst: Sequence[int], links: Sequence[tuple[int, int]]) ->
     return torch.tensor([[float(leader[i] == name) for i in range(N)] for name in names])
 
 
+def _mean(members: Tensor) -> Tensor:
+    return members / members.sum(-1, keepdim=True)
+
+
 def cells(height: int, width: int, s: int) -> Tensor:
-    """(agents, N): the average over each s × s cell, the ragged edge over what it has."""
-    rows = []
-    for top in range(0, height, s):
-        for left in range(0, width, s):
-            row = torch.zeros(height, width)
-            row[top : top + s, left : left + s] = 1
-            rows.append(row.flatten() / row.sum())
-    return torch.stack(rows)
+    """(agents, N), 1 where a token is in an s × s cell."""
+    of = torch.tensor([(y // s) * -(-width // s) + x // s for y in range(height) for x in range(width)])
+    return torch.nn.functional.one_hot(of).T.float()
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -124,13 +122,10 @@ def tokens_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 1, 3).reshape(B, N, H * d)
 
 
-def qkv(attn: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return attn.to_q(x), attn.to_k(context), attn.to_v(context)
-
-
 def attention(attn: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
     """Plain attention."""
-    q, k, v = (heads(t, attn.heads) for t in qkv(attn, x, x if context is None else context))
+    context = x if context is None else context
+    q, k, v = (heads(t, attn.heads) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
     scores = torch.einsum("bhnd,bhmd->bhnm", q, k) * q.shape[-1] ** -0.5
     return attn.to_out(tokens_of(softmax(scores) @ v))
 

@@ -75,7 +75,8 @@ def test_one_call_in_a_few_is_observed(unet):
         assert patch.closeness() is None
 
 
-def test_it_is_said_in_a_sentence():
-    said = closeness.Closeness(0.0141, 0.032, "up.1", 3)
-    assert str(said) == "error of attention 1.4% (worst block 3.2%)"
-    assert str(closeness.Closeness(0.2, 0.4, "up.1", 3)) == "error of attention 20% (worst block 40%)"
+@pytest.mark.parametrize(
+    ("mean", "worst", "words"), [(0.0141, 0.032, "1.4% (worst block 3.2%)"), (0.2, 0.4, "20% (worst block 40%)")]
+)
+def test_it_is_said_in_a_sentence(mean, worst, words):
+    assert str(closeness.Closeness(mean, worst, "up.1", 3)) == f"error of attention {words}"

@@ -10,13 +10,13 @@ from typing import ClassVar
 import pytest
 import torch
 from blocks import CONTEXT, actions, blocks_of, inputs, one_block_unet, run
+from kinds import GRID
 from patching import diffusers_unet, with_self_attention
 
 import agentsd
 from agentsd.eager import FOLLOWS, not_compiled
 from agentsd.hosts import output_tensor
 
-GRID = {"ratio": 0.0, "agent_source": "grid"}
 # What the compiler makes part of the host's graph
 FOLLOWED = {
     "grid agents": GRID,
@@ -40,24 +40,22 @@ def _fresh():
     torch._dynamo.reset()
 
 
+def backend_of(graphs):
+    """A backend that keeps the graphs that it is given."""
+    return lambda graph, example_inputs: graphs.append(graph) or graph.forward
+
+
 class Compiled:
     """A compiled U-Net that keeps the graphs made so far."""
 
     def __init__(self, unet, **options):
         self.graphs = []
-        self.unet = torch.compile(unet, backend=self._backend, **options)
-
-    def _backend(self, graph, example_inputs):
-        self.graphs.append(graph)
-        return graph.forward
+        self.unet = torch.compile(unet, backend=backend_of(self.graphs), **options)
 
     @property
     def made(self):
         """How many times the U-Net was compiled; a graph without attention only reads a size."""
         return sum("scaled_dot_product_attention" in graph.code for graph in self.graphs)
-
-    def targets(self):
-        return [str(node.target) for graph in self.graphs for node in graph.graph.nodes]
 
     def __call__(self, *example):
         return run_positional(self.unet, example)
@@ -93,7 +91,8 @@ class TestGraphs:
             assert not agentsd.get_patch(unet).notes
         assert compiled.made == len(compiled.graphs) == 1
         assert (expected - plain).abs().max() > 1e-3
-        assert not [target for target in compiled.targets() if any(name in target.split(".") for name in READS)]
+        targets = [str(node.target).split(".") for graph in compiled.graphs for node in graph.graph.nodes]
+        assert not [target for target in targets if {*READS} & {*target}]
 
     def test_on_diffusers(self):
         unet = diffusers_unet("tiny_unet")
@@ -140,16 +139,6 @@ class TestGraphs:
                 assert_close(Compiled(model)(*example), plain)
                 assert list(agentsd.get_patch(model).notes) == [note]
 
-    def test_an_observer_is_told(self):
-        unet, example, seen = one_block_unet(), given(), []
-        with agentsd.patched(unet, **GRID):
-            compiled = Compiled(unet)
-            compiled(*example)
-            agentsd.get_patch(unet).observer = seen.append
-            compiled(*example)
-        assert len(seen) == len(blocks_of(unet))
-        assert {answer.timestep for answer in seen} == {500}
-
 
 def sixteen_blocks():
     """A U-Net of diffusers with the blocks of SD 1.5, more than the compiler would make graphs for."""
@@ -166,9 +155,7 @@ class TestRegional:
 
     def compiled(self, unet):
         graphs = []
-        unet.compile_repeated_blocks(
-            backend=lambda graph, example_inputs: graphs.append(graph) or graph.forward, fullgraph=True
-        )
+        unet.compile_repeated_blocks(backend=backend_of(graphs), fullgraph=True)
         return graphs
 
     @pytest.mark.parametrize("kw", [GRID, EVERYWHERE], ids=["largest layers", "three levels"])
@@ -211,15 +198,17 @@ class TestRegional:
         assert caplog.text.count("run uncompiled") == 1
         assert [block._compiled_call_impl for block in blocks_of(unet)] == compiled
 
-    def test_an_observer_is_told(self):
-        unet, example, seen = sixteen_blocks(), inputs(), []
-        self.compiled(unet)
+    @pytest.mark.parametrize("regional", [True, False])
+    def test_an_observer_is_told(self, regional):
+        unet, example, seen = sixteen_blocks() if regional else one_block_unet(), inputs(), []
+        compiled = unet if regional else torch.compile(unet, backend="eager")
+        if regional:
+            self.compiled(unet)
         with agentsd.patched(unet, **GRID):
-            run_positional(unet, example)
-            assert not seen
+            run_positional(compiled, example)
             agentsd.get_patch(unet).observer = seen.append
-            run_positional(unet, example)
-            assert len(seen) == 5  # the blocks of the largest layers
+            run_positional(compiled, example)
+        assert [answer.timestep for answer in seen] == [500] * (5 if regional else 1)  # the largest layers
 
 
 def test_merging_alone_acts_on_a_u_net_that_was_compiled_before():
@@ -239,9 +228,8 @@ def test_merging_alone_acts_on_a_u_net_that_was_compiled_before():
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
 def test_inductor_gives_the_same():
     unet, example = one_block_unet(), given()
-    with torch.no_grad(), agentsd.patched(unet, **GRID):
-        patched = unet(*example)
-        assert_close(torch.compile(unet)(*example), patched, 1e-3)
+    with agentsd.patched(unet, **GRID):
+        assert_close(run_positional(torch.compile(unet), example), run(unet, example), 1e-3)
 
 
 @pytest.mark.parametrize("through", ["the U-Net", "what torch.compile returned", "Module.compile"])
@@ -326,34 +314,27 @@ def test_hooks_are_in_or_out_of_graphs_whatever_was_imported_first(name):
     assert "cache_size_limit" not in done.stderr
 
 
-def test_what_is_not_compiled_changes_neither_name_nor_result_nor_error():
-    @not_compiled
-    def double(x, *, times=1):
-        """Twice as much."""
-        return 2 * x * times
-
-    assert (double.__name__, double.__doc__) == ("double", "Twice as much.")
-    assert double(3, times=2) == 12
-    with pytest.raises(TypeError, match="NoneType"):
-        double(None)
-
-    @torch.compile(backend="eager", fullgraph=True)
-    def theirs(x):
-        return double(x.sin())
-
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        theirs(torch.randn(3))
-
-
-def test_methods_that_are_not_compiled_belong_to_each_deep_copy():
+def test_what_is_not_compiled_changes_neither_name_nor_result_nor_error_and_belongs_to_each_copy():
     class Hook:
         calls = 0
 
         @not_compiled
-        def __call__(self, *args):
+        def double(self, x, *, times=1):
+            """Twice as much."""
             self.calls += 1
+            return 2 * x * times
 
     first = Hook()
     second = copy.deepcopy(first)
-    first()
+    assert (first.double.__name__, first.double.__doc__) == ("double", "Twice as much.")
+    assert first.double(3, times=2) == 12
     assert (first.calls, second.calls) == (1, 0)
+    with pytest.raises(TypeError, match="NoneType"):
+        first.double(None)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def theirs(x):
+        return first.double(x.sin())
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        theirs(torch.randn(3))

@@ -124,8 +124,9 @@ def test_blocks_of_cross_attention_alone_are_left_out():
     [
         ("attention.agent.agent_attention", GRID),
         ("patching.call.match", SIMILARITY),
-        *((f"patching.{name}", MLP) for name in ("call.read_size", "call.find_timestep", "finite.FiniteCheck.poll")),
-        *((name, MLP) for name in ("patching.layer.plan_block", "attention.merging.Clusters.merge")),
+        *((f"patching.patch.Patch.{name}", MLP) for name in ("read_size", "find_timestep")),
+        *((f"patching.{name}", MLP) for name in ("finite.FiniteCheck.poll", "layer.plan_block")),
+        ("attention.merging.Clusters.merge", MLP),
     ],
 )
 def test_an_error_of_ours_costs_the_speed_and_not_the_image(unet, what, settings, monkeypatch):

@@ -5,21 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from blocks import HALVES, Recorder
+from kinds import GRID
 from patching import diffusers_unet
 
 from agentsd import get_patch, patched
 
 SIZE = (48, 40)
-GRID = {"ratio": 0.0, "agent_source": "grid"}
 CORRECTED = {"method": "corrected", "agent_ratio": 0.9375, "ratio": 0.0}
-OPEN = {**CORRECTED, "exact_ratio": 0.14}
 # settings, and the most kernels a layer beyond full attention's
 MOST = {
     "grid agents": (GRID, 4),
     "pooled keys and values": ({"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0}, 6),
     "pooled over cells that the edge cuts short": ({"method": "pool", "sx": 3, "sy": 3, "ratio": 0.0}, 6),
     "corrected agents": (CORRECTED, 30),
-    "corrected agents, open cells": (OPEN, 46),
+    "corrected agents, open cells": ({**CORRECTED, "exact_ratio": 0.14}, 46),
     "AgentSD's settings": ({}, 40),
     "token merging": ({"method": "merge", "sx": 2, "sy": 2}, 40),
 }

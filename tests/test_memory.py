@@ -13,9 +13,10 @@ from agentsd import AgentConfig, plan_layer
 from agentsd.attention import merging
 from agentsd.methods import SelfAttention
 
-MIB = 2**20
 NINE = {"agent_ratio": 0.9375, "ratio": 0.0}
 METHODS = {
+    "AgentSD's settings": {},
+    "token merging": {"method": "merge"},
     "grid agents": {**NINE, "agent_source": "grid"},
     "pooled keys and values": {"method": "pool", "sx": 2, "sy": 2, "ratio": 0.0},
     "corrected agents": {**NINE, "method": "corrected"},
@@ -51,44 +52,33 @@ def fused(q, k, v, attn_mask=None, scale=None):
     return q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
 
 
-def peak(settings, size, dtype, monkeypatch, whole: bool = False) -> int:
-    """Bytes of one layer of SD 1's widest, batch 2, 8 heads of 40, or of full attention where `settings` is None.
-
-    Its queries, keys and values are given, or on the `whole` are projected, after matching, from its tokens.
-    """
+def peak(settings, size, dtype, monkeypatch) -> int:
+    """Bytes of one layer of SD 1's widest, batch 2, 8 heads of 40, or of full attention where `settings` is None."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     monkeypatch.setattr(agentsd.attention.corrected, "sdpa", fused)
     monkeypatch.setattr(merging, "_BAG_DEVICES", ("meta",))  # as on CUDA
     config = AgentConfig(**settings or {"ratio": 0.0})
     plan = plan_layer(config, *size, 1)
-    x, *qkv = (torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta") for _ in range(4))
+    x = torch.empty(2, size[0] * size[1], 320, dtype=dtype, device="meta")
 
     def project(x):
-        return tuple(torch.empty_like(x) for _ in range(3)) if whole else tuple(qkv)
+        return tuple(torch.empty_like(x) for _ in range(3))
 
     def full(x):
         q, k, v = (t.unflatten(2, (8, 40)).transpose(1, 2) for t in project(x))
         return fused(q, k, v).transpose(1, 2).flatten(2).clone()
 
-    with torch.no_grad(), Live(x, *qkv) as live:
+    with torch.no_grad(), Live(x) as live:
         if settings is None:
             full(x)
             return live.peak
-        cells = merging.partition(*size, config.sx, config.sy, 0).to(torch.device("meta")) if whole else None
-        attention = SelfAttention(
-            x=x,
-            plan=plan,
-            settings=config,
-            size=size,
-            heads=8,
-            matching=merging.match(x, cells, plan.r, plan.agent_r) if whole else None,
-            wrapped=lambda: False,
-            project=project,
-            project_q=torch.empty_like if whole else lambda x: x,
-            project_out=torch.clone if whole else lambda x: x,
-            proceed=full,
-        )
-        plan.method.attend(attention)
+        matching = None
+        if plan.r or plan.agent_r:
+            cells = merging.partition(*size, config.sx, config.sy, 0).to(torch.device("meta"))
+            matching = merging.match(x, cells, plan.r, plan.agent_r)
+        # nobody wraps the projections
+        given = x, plan, config, size, 8, matching, lambda: False, project, torch.empty_like, torch.clone, full
+        plan.method.attend(SelfAttention(*given))
     return live.peak
 
 
@@ -100,36 +90,16 @@ BOUNDED = [(name, size) for name in METHODS for size in SIZES if "max_agents" no
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("name", "size"), BOUNDED)
 def test_300_mib_beyond_full_attention_at_most(name, size, dtype, monkeypatch):
-    result = 2 * size[0] * size[1] * 320 * dtype.itemsize
-    assert peak(METHODS[name], size, dtype, monkeypatch) <= result + 300 * MIB
-
-
-MERGING = {"AgentSD's settings": {}, "token merging": {"method": "merge"}}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", MERGING)
-def test_300_mib_beyond_full_attention_at_most_where_tokens_are_matched(name, size, dtype, monkeypatch):
-    plain, ours = (peak(s, size, dtype, monkeypatch, whole=True) for s in (None, MERGING[name]))
-    assert ours <= plain + 300 * MIB
-
-
-def test_what_is_counted():
-    with Live() as live:
-        x = torch.empty(1000, device="meta")
-        y = x + 1
-        del x
-        z = y.view(10, 100) * 2
-    assert live.peak == 8000
-    assert z.shape == (10, 100)
+    plain, ours = (peak(settings, size, dtype, monkeypatch) for settings in (None, METHODS[name]))
+    assert plain > 0
+    assert ours <= plain + 300 * 2**20
 
 
 # What waits for the device: reading a value, or making a tensor whose size depends on values
 WAITS = ("_local_scalar_dense", "item", "nonzero", "bincount", "unique", "_unique2", "masked_select", "equal")
 
 
-@pytest.mark.parametrize("name", [*KINDS, *METHODS])
+@pytest.mark.parametrize("name", {**KINDS, **METHODS})
 def test_no_method_waits_for_the_device(name, flat):
     """The timestep alone is read, once a call, where a partition is drawn for it."""
     settings = {**KINDS, **METHODS}[name]

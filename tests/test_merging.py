@@ -7,7 +7,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import _links as links_by_loops
 
-from agentsd.attention import merging
 from agentsd.attention.merging import match, partition, partition_seed
 
 sizes = {"h": st.integers(1, 14), "w": st.integers(1, 14), "sx": st.integers(1, 6), "sy": st.integers(1, 6)}
@@ -36,16 +35,11 @@ class TestPartition:
         assert cell == [(y, x) for y in range(h // sy) for x in range(w // sx)]
         assert sorted(part.dst.tolist() + part.src.tolist()) == list(range(h * w))
 
-    def test_without_a_seed_it_is_the_first_token_of_each_cell(self):
+    def test_with_a_seed_every_place_of_a_cell_is_taken_equally_often_without_one_the_first(self):
         assert partition(4, 6, 3, 2).dst.tolist() == [0, 3, 12, 15]
-
-    def test_with_a_seed_every_place_of_a_cell_is_taken_equally_often(self):
-        counts = torch.zeros(2, 3)
-        for seed in range(100):
-            for i in partition(8, 12, 3, 2, seed).dst.tolist():
-                counts[i // 12 % 2, i % 12 % 3] += 1
-        expected = 100 * 16 / 6
-        assert (counts / expected - 1).abs().max() < 0.25
+        drawn = torch.stack([partition(8, 12, 3, 2, seed).dst for seed in range(100)])
+        counts = (drawn // 12 % 2 * 3 + drawn % 12 % 3).flatten().bincount(minlength=6)
+        assert (counts / (100 * 16 / 6) - 1).abs().max() < 0.25
 
     def test_depends_on_the_seed_alone(self):
         first = partition(16, 16, 4, 4, 7).dst
@@ -82,22 +76,15 @@ class TestMatch:
                 leader = leaders_by_loops(x[b], part.dst.tolist(), r)
                 assert torch.equal(index[b] == index[b, :, None], torch.tensor(leader) == torch.tensor(leader)[:, None])
 
-    def test_agents_and_merged_tokens_have_numbers_of_their_own(self):
-        x, part = torch.randn(1, 64, 8), partition(8, 8, 4, 4)
-        matching = match(x, part, 10, 55)
-        assert (matching.merged.count, matching.agents.count) == (54, 9)
-
-    def test_matching_in_slabs_changes_nothing(self, monkeypatch):
+    def test_slabs_change_nothing_and_never_is_the_matrix_of_all_similarities_made(self, monkeypatch):
         x, part = torch.randn(2, 15 * 14, 8), partition(15, 14, 2, 2)
-        whole = match(x, part, 60, 0).merged
+        whole = match(x, part, 60, 100)
+        assert (whole.merged.count, whole.agents.count) == (150, 110)
         monkeypatch.setattr("agentsd.attention.merging._SLAB", 100)
-        assert torch.equal(match(x, part, 60, 0).merged.index, whole.index)
-
-    def test_never_makes_the_matrix_of_all_similarities(self):
-        x, part = torch.randn(1, 96 * 96, 4), partition(96, 96, 2, 2)
         with Recorder() as seen:
-            match(x, part, 4000, 0)
-        assert seen.largest <= 2**20  # sources × destinations would be 2304 · 6912, 15 times as much
+            slabs = match(x, part, 60, 100)
+        assert torch.equal(slabs.merged.index, whole.merged.index)
+        assert seen.largest <= x.numel()  # sources × destinations would be five times as much
 
     def test_zero_tokens_of_any_norm_and_no_gradient(self):
         x = torch.zeros(1, 64, 8, requires_grad=True)
@@ -137,11 +124,10 @@ class TestMergeAndUnmerge:
         matching.merged.unmerge(matching.merged.merge(x)).sum().backward()
         torch.testing.assert_close(x.grad, torch.ones_like(x), rtol=1e-4, atol=1e-4)
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_ways_to_average_clusters_agree(monkeypatch, dtype):
-    x = torch.randn(2, 64, 24).to(dtype)
-    clusters = merging.match(x, merging.partition(8, 8, 2, 2, 0), 40, 0).merged
-    bags = clusters.merge(x)
-    monkeypatch.setattr(merging, "_BAG_DEVICES", ())
-    torch.testing.assert_close(bags, clusters.merge(x))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_both_ways_to_average_clusters_agree(self, monkeypatch, dtype):
+        x = torch.randn(2, 64, 24).to(dtype)
+        clusters = match(x, partition(8, 8, 2, 2, 0), 40, 0).merged
+        bags = clusters.merge(x)
+        monkeypatch.setattr("agentsd.attention.merging._BAG_DEVICES", ())
+        torch.testing.assert_close(bags, clusters.merge(x))

@@ -46,18 +46,8 @@ def _mean():
         unregister("mean")
 
 
-def test_the_names_of_all_methods_have_it():
-    assert "mean" in METHODS
-    assert "mean" in FIELDS["method"].choices
-    assert [method.name for method in selectable()].count("mean") == 1
-    assert method_named("mean").action == "mean"
-    with pytest.raises(SettingError, match=r"method must be one of .*'mean'.*, got 'meen'"):
-        AgentConfig(method="meen")
-
-
 def test_the_patch_computes_it(unet):
-    attn = blocks_of(unet)[0].attn1
-    plain = run(unet, EXAMPLE)
+    attn, plain = blocks_of(unet)[0].attn1, run(unet, EXAMPLE)
     with undisturbed(unet), patched(unet, method="mean"):
         with attention_calls(attn) as seen:
             out = run(unet, EXAMPLE)
@@ -79,99 +69,74 @@ def test_rules_choose_it(unet):
         assert actions(get_patch(unet)) == ["agents", *["untouched"] * 4, "mean", "agents"]
 
 
-def test_plans_and_explanations_have_it(unet):
-    assert plan_layer(AgentConfig(method="mean"), 12, 10, 1) == LayerPlan(method_named("mean"), 120, 120, 1, (12, 10))
+def test_plans_costs_words_and_marks_have_it(unet):
+    method, plan = method_named("mean"), plan_layer(AgentConfig(method="mean"), 12, 10, 1)
+    assert plan == LayerPlan(method, 120, 120, 1, (12, 10))
+    assert method.words(plan) == "120 tokens → 1 mean"
+    assert method.marks(plan, 12, 10, []) == [(0, 0, 12, 10)]
+    assert method.caption(plan) == "Dots: 1 mean, each the mean of its cell."
     small = plan_layer(AgentConfig(method="mean"), 3, 5, 1)
     assert (small.reason, small.remedy) == ("15 tokens are not worth a mean", ("sx", "sy"))
     patch = patch_unet(unet, AgentConfig(method="mean", max_downsample=8))
-    assert {plan for _, plan in patch.explain(16, 24)} == {
-        LayerPlan(method_named("mean"), 384, 384, 1, (16, 24)),
-        LayerPlan(method_named("mean"), 96, 96, 1, (8, 12)),
-    }
-
-
-def test_the_cost_model_counts_it():
+    assert {plan.tokens for _, plan in patch.explain(16, 24) if plan.method is method} == {384, 96}
     found = estimate(layouts()["SD 1"], AgentConfig(method="mean"), 64, 64)
     (level,) = found.changed
     assert (level.plan.action, level.count) == ("mean", 5)
     assert found.flops - found.flops_left == 5 * (4 * 4096**2 * 320)
 
 
-def test_the_settings_table_offers_and_describes_it():
+def test_settings_infotext_and_the_panel_s_preview_have_it():
     row = BY_NAME["method"]
     assert "mean" in row.choices
     assert "mean: every token gets the mean of all values." in row.tooltip
-    values = check({"enabled": True, "method": "mean"})
-    assert to_config(values).method == "mean"
-
-
-def test_the_infotext_carries_it():
     values = check({"enabled": True, "method": "mean", "rules": "downsample=1 method=mean"})
-    written = infotext.write(values)
-    assert "method=mean" in written
-    assert infotext.read(written) == values
+    assert to_config(values).method == "mean"
+    assert "method=mean" in infotext.write(values)
+    assert infotext.read(infotext.write(values)) == values
+
+    def previewed(latent, **more):
+        return preview({"method": "mean", **more}, [SamplingPass(latent)], 2, Program())["lines"][0]
+
+    assert "4096 tokens → 1 mean in 5 layers" in previewed((64, 64))["text"]
+    hint = previewed((8, 8), min_tokens=0, sx=16, sy=16)["hint"]
+    assert "64 tokens are not worth a mean" in hint.lower()
+    assert BY_NAME["sx"].label in hint
 
 
-def test_the_preview_describes_it():
-    first, *_ = preview({"method": "mean"}, [SamplingPass((64, 64))], 2, Program())["lines"]
-    assert "4096 tokens → 1 mean in 5 layers" in first["text"]
-    first, *_ = preview({"method": "mean", "min_tokens": 0, "sx": 16, "sy": 16}, [SamplingPass((8, 8))], 2, Program())[
-        "lines"
-    ]
-    assert "64 tokens are not worth a mean" in first["hint"].lower()
-    assert BY_NAME["sx"].label in first["hint"]
-
-
-def test_the_xyz_plot_has_it():
+def test_the_xyz_plot_and_the_command_line_take_it(capsys):
     grid = SimpleNamespace(AxisOption=lambda label, type, apply, **more: SimpleNamespace(apply=apply, **more))
-    axis = xyz.axis(grid, BY_NAME["method"])
+    axis, p = xyz.axis(grid, BY_NAME["method"]), SimpleNamespace()
     assert "mean" in axis.choices()
     axis.confirm(None, ["agent", "mean"])
-    p = SimpleNamespace()
     axis.apply(p, "mean", [])
     assert getattr(p, xyz.XYZ) == {"enabled": True, "method": "mean"}
-
-
-def test_the_command_line_takes_it(capsys):
     assert parser.parse(["generate", "a rose", "--method", "mean"]).settings["method"] == "mean"
     assert parser.parse(["sweep", "a rose", "--x", "method=agent,mean"]).x == ("method", ("agent", "mean"))
     with pytest.raises(SystemExit):
         parser.parse(["generate", "--help"])
-    method = capsys.readouterr().out.split("--method ")[1].split("--")[0]
-    assert "mean" in method
-
-
-def test_its_words_and_marks_are_there_without_being_written():
-    method, plan = method_named("mean"), plan_layer(AgentConfig(method="mean"), 12, 10, 1)
-    assert method.words(plan) == "120 tokens → 1 mean"
-    assert method.marks(plan, 12, 10, []) == [(0, 0, 12, 10)]
-    assert method.caption(plan) == "Dots: 1 mean, each the mean of its cell."
+    assert "mean" in capsys.readouterr().out.split("--method ")[1].split("--")[0]
 
 
 def test_forgotten_it_is_nowhere():
+    assert "mean" in METHODS
+    with pytest.raises(SettingError, match=r"method must be one of .*'mean'.*, got 'meen'"):
+        AgentConfig(method="meen")
     unregister("mean")
-    assert "mean" not in METHODS
-    assert "mean" not in BY_NAME["method"].choices
-    assert "mean" not in BY_NAME["method"].tooltip
-    with pytest.raises(SettingError, match="method"):
-        AgentConfig(method="mean")
-    with pytest.raises(SettingError, match="method"):
-        infotext.read("method=mean")
+    assert not any("mean" in each for each in (METHODS, FIELDS["method"].choices, BY_NAME["method"].tooltip))
+    for use in (lambda: AgentConfig(method="mean"), lambda: infotext.read("method=mean")):
+        with pytest.raises(SettingError, match="method"):
+            use()
 
 
 def test_another_of_its_action_takes_its_place():
-    @register
-    class Median(type(method_named("mean"))):
-        name = "median"
-        action = "mean"
-
+    register(type("Median", (type(method_named("mean")),), {"name": "median", "action": "mean"}))
     assert "mean" not in METHODS
     assert "median" in METHODS
 
 
-@pytest.mark.parametrize("missing", ["plan", "attend", "flops"])
+@pytest.mark.parametrize("missing", ["plan", "attend"])
 def test_a_method_without_one_of_its_parts_is_refused_when_it_is_registered(missing):
-    parts = {name: lambda self, *args: None for name in ("plan", "attend", "flops") if name != missing}
+    parts = {name: lambda self, *args: None for name in ("plan", "attend") if name != missing}
     with pytest.raises(TypeError, match=missing):
         register(type("Half", (Method,), {"name": "half", **parts}))
     assert "half" not in METHODS

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from blocks import Recorder, actions, as_model, attention_calls, blocks_of, inputs, run, sdxl_like_unet
-from kinds import AGENTS_ALONE, EVERYWHERE, GRID, MERGING, POOL, REST_ALONE, SIMILARITY, by_kind, kinds
+from kinds import AGENTS_ALONE, EVERYWHERE, GRID, MERGING, POOL, SIMILARITY, by_kind, kinds
 from patching import EXAMPLE, UNETS, answer, attention_steps, calls_of, changed, diffusers_unet
 
-from agentsd import AgentConfig, apply_patch, get_patch, patch_unet, patched
+from agentsd import apply_patch, get_patch, patched
 
 
 class TestWhatIsPatched:
@@ -27,41 +27,30 @@ class TestWhatIsPatched:
         assert foreseen == [(layer.name, layer.plan) for layer in patch.report()]
         assert all(plan.action != "untouched" or plan.reason for _, plan in foreseen)
 
-    @pytest.mark.parametrize("kw", [GRID, AGENTS_ALONE])
-    def test_ratio_0_uses_agents_and_merges_nothing(self, unet, kw):
+    @pytest.mark.parametrize(("kw", "r"), [(GRID, 0), (AGENTS_ALONE, 0), (SIMILARITY, 57)])
+    def test_merged_tokens_alone_share_their_output(self, unet, kw, r):
         with patched(unet, **kw), attention_calls(blocks_of(unet)[0].attn1) as seen:
             run(unet, EXAMPLE)
             plan = get_patch(unet).report()[0].plan
         ((_, out),) = seen
-        assert (plan.action, plan.queries, plan.agents, plan.r) == ("agents", 144, 9, 0)
-        assert len({tuple(row.tolist()) for row in out[0]}) == 144  # no token has another's output
+        assert (plan.action, plan.queries, plan.agents, plan.r) == ("agents", 144 - r, 9, r)
+        assert len({tuple(row.tolist()) for row in out[0]}) == 144 - r
 
-    def test_merged_tokens_share_their_output(self, unet):
-        with patched(unet, **SIMILARITY), attention_calls(blocks_of(unet)[0].attn1) as seen:
-            run(unet, EXAMPLE)
-        ((_, out),) = seen
-        assert len({tuple(row.tolist()) for row in out[0]}) == 144 - 57
-
-    def test_merge_attn_off_leaves_self_attention_untouched_and_merges_the_rest(self, unet):
+    @pytest.mark.parametrize("switches", [["merge_crossattn"], ["merge_mlp"], ["merge_crossattn", "merge_mlp"]])
+    @pytest.mark.parametrize("merge_attn", [True, False])
+    def test_each_switch_merges_its_own_part(self, unet, switches, merge_attn):
         block, plain = blocks_of(unet)[0], run(unet, EXAMPLE)
-        with patched(unet, **REST_ALONE), calls_of(block) as (one, two, ff):
-            out = run(unet, EXAMPLE)
         with attention_calls(block.attn1) as expected:
             run(unet, EXAMPLE)
-        assert torch.equal(one[0][1], expected[0][1])
-        assert two[0][0].shape[1] == ff[0][0].shape[1] == 144 - 57
-        assert changed(out, plain)
-
-    @pytest.mark.parametrize("switch", ["merge_crossattn", "merge_mlp"])
-    def test_each_switch_merges_its_own_part(self, unet, switch):
-        block = blocks_of(unet)[0]
-        with patched(unet, **AGENTS_ALONE | {"ratio": 0.3, switch: True}):
+        with patched(unet, **AGENTS_ALONE | {"ratio": 0.3, "merge_attn": merge_attn} | dict.fromkeys(switches, True)):
             with calls_of(block) as (one, two, ff):
-                run(unet, EXAMPLE)
-            assert get_patch(unet).report()[0].plan.action == "agents"
+                out = run(unet, EXAMPLE)
+            assert actions(get_patch(unet))[0] == ("agents" if merge_attn else "untouched")
         assert one[0][0].shape[1] == 144  # attn1 sees all tokens and merges by itself
-        assert two[0][0].shape[1] == (101 if switch == "merge_crossattn" else 144)
-        assert ff[0][0].shape[1] == (101 if switch == "merge_mlp" else 144)
+        assert torch.equal(one[0][1], expected[0][1]) == (not merge_attn)
+        assert two[0][0].shape[1] == (101 if "merge_crossattn" in switches else 144)
+        assert ff[0][0].shape[1] == (101 if "merge_mlp" in switches else 144)
+        assert changed(out, plain)
 
     def test_merged_cross_attention_never_uses_agents(self, unet):
         """It equals the host's own cross-attention of the merged tokens, shortcut and all agents absent."""
@@ -89,15 +78,6 @@ class TestWhatIsPatched:
             run(flat, EXAMPLE)
         assert [op for op in seen.ops if any(word in op for word in words)]  # so the recorder would have seen them
 
-    @pytest.mark.parametrize(("agent_ratio", "max_agents", "cell", "agents"), [(0.99, None, 8, 4), (0.75, 35, 4, 9)])
-    def test_grid_cells_of_a_real_layer(self, flat, agent_ratio, max_agents, cell, agents):
-        with patched(flat, ratio=0.0, agent_source="grid", agent_ratio=agent_ratio, max_agents=max_agents):
-            with attention_steps() as calls:
-                run(flat, EXAMPLE)
-            plan = get_patch(flat).report()[0].plan
-        assert (plan.cell, plan.agents) == ((cell, cell), agents)
-        assert calls[0].queries == agents  # the aggregation of the first block
-
     @kinds({"grid": GRID, "similarity": SIMILARITY, "agents alone": AGENTS_ALONE, "pool": POOL})
     def test_two_sdpa_calls_and_no_large_matrix(self, flat, kw):
         """96 × 96 tokens of 32 channels: one N × n matrix would be larger than anything the U-Net itself makes."""
@@ -115,13 +95,6 @@ class TestWhatIsPatched:
         else:
             assert [(call.queries, call.keys) for call in calls] == [(N, N // 4)]
 
-    def test_the_method_merge_is_merging_without_agents(self, unet):
-        with patched(unet, **MERGING):
-            expected = run(unet, EXAMPLE)
-        with patched(unet, method="merge", ratio=0.4, sx=2, sy=2):
-            assert torch.equal(run(unet, EXAMPLE), expected)
-            assert actions(get_patch(unet)) == ["merge", *["untouched"] * 4, "merge", "merge"]
-
     def test_attention_is_the_host_s_where_no_agents_are_used(self, unet, monkeypatch):
         """xformers, SDPA, hypernetworks, LoRA and upcast live there."""
         cls, seen = type(blocks_of(unet)[0].attn1), []
@@ -138,8 +111,11 @@ class TestWhatIsPatched:
         assert [n for n, cross in seen if not cross] == [36] * 4
         seen.clear()
         with patched(unet, **MERGING):
-            run(unet, EXAMPLE)
+            expected = run(unet, EXAMPLE)
         assert [n for n, cross in seen if not cross] == [87, 36, 36, 36, 36, 87, 87]
+        with patched(unet, method="merge", ratio=0.4, sx=2, sy=2):
+            assert torch.equal(run(unet, EXAMPLE), expected)
+            assert actions(get_patch(unet)) == ["merge", *["untouched"] * 4, "merge", "merge"]
 
 
 # (make the U-Net, the level of its largest self-attentions)
@@ -147,32 +123,16 @@ FIRST_LEVELS = {name: (make, 1) for name, make in UNETS.items()}
 FIRST_LEVELS |= {"as SDXL": (sdxl_like_unet, 2), "diffusers, as SDXL": (lambda: diffusers_unet("tiny_sdxl_unet"), 2)}
 
 
-class TestAuto:
-    """max_downsample="auto" stands for the largest self-attentions that the U-Net has."""
-
-    AGENTS = {"ratio": 0.0, "agent_ratio": 0.75, "agent_source": "grid"}  # noqa: RUF012
-
-    @pytest.fixture(params=FIRST_LEVELS.values(), ids=FIRST_LEVELS)
-    def place(self, request):
-        make, first = request.param
-        return make(), first
-
-    def output(self, unet, **settings):
-        """(output, levels at which agents were used, all levels) of a call on noise."""
-        with patched(unet, **self.AGENTS, **settings):
-            out = answer(unet)
-            assert not get_patch(unet).notes
-            report = get_patch(unet).report()
-        levels = {layer.name: 16 // layer.size[0] for layer in report}
-        return out, {levels[layer.name] for layer in report if "agents" in layer.calls}, set(levels.values())
-
-    def test_it_is_the_number_that_it_stands_for(self, place):
-        unet, first = place
-        out, patched_levels, levels = self.output(unet, max_downsample="auto")
-        assert patched_levels == {first} == {min(levels)}
-        assert torch.equal(out, self.output(unet, max_downsample=first)[0])
-        everywhere = self.output(unet, max_downsample=8)[0]
-        assert torch.equal(out, everywhere) == (len(levels) == 1)
-        patch = patch_unet(unet, AgentConfig(max_downsample="auto", **self.AGENTS))
-        assert {plan.tokens for _, plan in patch.explain(16, 16) if plan.acts} == {(16 // first) ** 2}
-        assert {plan.remedy for _, plan in patch.explain(16, 16) if not plan.acts} <= {("max_downsample",)}
+@pytest.mark.parametrize(("make", "first"), FIRST_LEVELS.values(), ids=FIRST_LEVELS)
+def test_auto_stands_for_the_largest_self_attentions(make, first):
+    unet, outs, acting = make(), {}, {}
+    for level in ("auto", first, 8):
+        with patched(unet, ratio=0.0, agent_ratio=0.75, agent_source="grid", max_downsample=level):
+            outs[level], patch = answer(unet), get_patch(unet)
+            assert not patch.notes
+            acting[level] = {16 // layer.size[0] for layer in patch.report() if "agents" in layer.calls}
+            untouched = [plan for _, plan in patch.explain(16, 16) if not plan.acts]
+            assert {plan.remedy for plan in untouched} <= {("max_downsample",)}
+    assert acting["auto"] == acting[first] == {first} == {min(acting[8])}
+    assert torch.equal(outs["auto"], outs[first])
+    assert torch.equal(outs["auto"], outs[8]) == (len(acting[8]) == 1)

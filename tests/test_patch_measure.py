@@ -44,20 +44,17 @@ def test_making_clusters_counts_as_ours(kw):
     with patched(GOLDEN, **kw):
         patch = get_patch(GOLDEN)
         patch.measure(FakeClock(2.0, 1.0, 1.0))  # clusters, ours, the host's
-        run(GOLDEN, EXAMPLE)
-        run(GOLDEN, EXAMPLE)
+        for _ in range(2):
+            run(GOLDEN, EXAMPLE)
         found = patch.measured
-    assert (found.with_seconds, found.without_seconds) == (3 * found.layers, found.layers)
-    assert found.slower
+    assert (found.with_seconds, found.without_seconds, found.slower) == (3 * found.layers, found.layers, True)
 
 
 def test_calls_that_nothing_is_changed_in_are_not_counted():
     with patched(GOLDEN, **CORRECTED, min_tokens=256):
         patch = get_patch(GOLDEN)
         patch.measure(FakeClock(1.0, 2.0))
-        run(GOLDEN, inputs(2, 8, 8))
-        run(GOLDEN, inputs(2, 8, 8))
-        assert patch.measured is None
-        run(GOLDEN, inputs(2, 16, 16))
-        run(GOLDEN, inputs(2, 16, 16))
+        for side in (8, 8, 16, 16):
+            assert patch.measured is None
+            run(GOLDEN, inputs(2, side, side))
         assert patch.measured.layers > 0

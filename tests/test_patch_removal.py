@@ -6,7 +6,7 @@ from blocks import as_model, blocks_of, run, tree
 from kinds import EVERYWHERE, GRID, SIMILARITY, by_kind
 from patching import EXAMPLE, answer, changed, hooks_of, undisturbed
 
-from agentsd import AgentConfig, apply_patch, get_patch, patch_unet, patched, remove_patch
+from agentsd import apply_patch, get_patch, patched, remove_patch
 
 
 class TestRemoval:
@@ -20,23 +20,19 @@ class TestRemoval:
             assert not get_patch(any_unet).notes
             remove_patch(any_unet)
 
-    def test_twice_is_once(self, unet):
-        with undisturbed(unet):
-            patch = get_patch(apply_patch(unet, **EVERYWHERE))
-            assert patch.active
-            for remove in (lambda: remove_patch(unet), lambda: remove_patch(unet), patch.remove):
-                remove()
-                assert not patch.active
-
-    def test_by_any_name_of_the_model(self, unet):
+    def test_by_any_name_of_the_model_and_twice_is_once(self, unet):
         model = as_model(unet)
         with undisturbed(unet):
             for other in (unet, model.model, model):
-                assert apply_patch(model) is model
-                assert get_patch(other) is get_patch(unet) is not None
+                assert apply_patch(model, **EVERYWHERE) is model
+                patch = get_patch(other)
+                assert patch is get_patch(unet)
+                assert patch.active
                 for _ in range(2):  # the second has nothing to remove
                     assert remove_patch(other) is other
+                    patch.remove()
                     assert get_patch(model) is None
+                    assert not patch.active
 
     @pytest.mark.parametrize(
         ("error", "place"), [(RuntimeError, "attn1"), (KeyboardInterrupt, "attn2"), (RuntimeError, "ff")]
@@ -87,17 +83,9 @@ def test_applying_twice_replaces(unet):
         first.remove()  # late, and without effect on what replaced it
         assert get_patch(unet) is second
         assert torch.equal(run(unet, EXAMPLE), expected)
+        other.install()
+        assert not second.active
+        first.install()  # again
+        assert (first.active, other.active, get_patch(unet)) == (True, False, first)
+        assert torch.equal(run(unet, EXAMPLE), expected)
         remove_patch(unet)
-
-
-def test_a_removed_patch_can_be_installed_again(unet):
-    with undisturbed(unet):
-        patch = patch_unet(unet, AgentConfig(**GRID))
-        out = run(unet, EXAMPLE)
-        patch.remove()
-        other = patch_unet(unet, AgentConfig(**EVERYWHERE))
-        patch.install()
-        assert not other.active
-        assert get_patch(unet) is patch
-        assert torch.equal(run(unet, EXAMPLE), out)
-        patch.remove()

@@ -8,6 +8,9 @@ from typing import NamedTuple
 # Pixels per position of the latent, along one side
 FACTOR = 8
 
+# (top, left, bottom, right) in tokens, bottom and right excluded
+Span = tuple[int, int, int, int]
+
 # Side of a window of queries in tokens, and the ring of cells around it whose agents take part in its fit and choice.
 WINDOW, HALO = 16, 1
 
@@ -64,7 +67,7 @@ def cell_side(agent_ratio: float, height: int, width: int, max_agents: int | Non
     The power of two nearest, in log, to 1/√(1 − agent_ratio), doubled until there are at most `max_agents` cells.
     """
     s = 2 ** math.floor(0.5 - 0.5 * math.log2(1 - agent_ratio))
-    while max_agents is not None and cells(height, s) * cells(width, s) > max_agents:
+    while max_agents is not None and Grid(height, width).cells((s, s)).tokens > max_agents:
         s *= 2
     return s
 
@@ -75,7 +78,6 @@ def landmark_cell(agent_ratio: float, height: int, width: int, fewest: int, most
     The cell of `cell_side`, halved while it gives fewer than `fewest` samples; then doubled along one axis after the
     other while it gives more than `most`.
     """
-
     grid, side = Grid(height, width), cell_side(agent_ratio, height, width)
     while side > 1 and grid.cells((side, side)).tokens < fewest:
         side //= 2
@@ -93,9 +95,9 @@ def landmark_places(size: tuple[int, int], cell: tuple[int, int]) -> list[tuple[
     """
     (height, width), (sy, sx) = size, cell
     return [
-        (min(sy * row + (column + 1) % sy, height - 1), min(sx * column + (row + 1) % sx, width - 1))
-        for row in range(cells(height, sy))
-        for column in range(cells(width, sx))
+        (min(top + (left // sx + 1) % sy, height - 1), min(left + (top // sy + 1) % sx, width - 1))
+        for top in range(0, height, sy)
+        for left in range(0, width, sx)
     ]
 
 

@@ -34,21 +34,13 @@ class Partition:
 
 @dataclass(frozen=True)
 class Clusters:
-    """Assignment of tokens to clusters.
+    """Assignment of tokens to clusters."""
 
-    Attributes:
-        shape: (B, N), batch size and number of tokens.
-        count: number of clusters per row of the batch.
-        index: cluster of each token of the flattened batch (B · N,); row b has clusters [b·count, (b+1)·count).
-        order: the tokens of the flattened batch sorted by cluster (B · N,).
-        starts: offset of each cluster's first token in `order` (B · count,).
-    """
-
-    shape: tuple[int, int]
-    count: int
-    index: Tensor
-    order: Tensor
-    starts: Tensor
+    shape: tuple[int, int]  # (B, N), batch size and number of tokens
+    count: int  # number of clusters per row of the batch
+    index: Tensor  # cluster of each token of the flattened batch (B · N,); row b has clusters [b·count, (b+1)·count)
+    order: Tensor  # the tokens of the flattened batch sorted by cluster (B · N,)
+    starts: Tensor  # offset of each cluster's first token in `order` (B · count,)
 
     def merge(self, x: Tensor) -> Tensor:
         """Average the tokens of each cluster: (B, N, C) → (B, count, C)."""
@@ -70,19 +62,12 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Matching:
-    """The clusters of one block.
+    """The clusters of one block."""
 
-    Attributes:
-        shape: (B, N), batch size and number of tokens.
-        merged: clusters of merged tokens; None if none are merged.
-        agents: clusters that agents are averaged over; None if there are none.
-        dst: the destination tokens (N_dst,); in each row dst[i] belongs to cluster i.
-    """
-
-    shape: tuple[int, int]
-    merged: Clusters | None = None
-    agents: Clusters | None = None
-    dst: Tensor | None = None
+    shape: tuple[int, int]  # (B, N), batch size and number of tokens
+    merged: Clusters | None = None  # of merged tokens; None if none are merged
+    agents: Clusters | None = None  # those that agents are averaged over; None if there are none
+    dst: Tensor | None = None  # the destination tokens (N_dst,); in each row dst[i] belongs to cluster i
 
 
 def partition_seed(seed: int, timestep: float | None, height: int, width: int, sx: int, sy: int) -> int:
@@ -120,9 +105,8 @@ def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Matching:
     order = similarity.argsort(dim=-1, descending=True, stable=True)
     steps = torch.arange(B * N, device=x.device)
     rank = torch.empty_like(order).scatter_(1, order, steps[: order.shape[1]].expand_as(order))
-    merged = _cluster(part, rank, nearest, r, steps) if r else None
-    agents = _cluster(part, rank, nearest, agent_r, steps) if agent_r else None
-    return Matching((B, N), merged, agents, part.dst)
+    clusters = [_cluster(part, rank, nearest, number, steps) if number else None for number in (r, agent_r)]
+    return Matching((B, N), *clusters, part.dst)
 
 
 def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:
@@ -132,10 +116,8 @@ def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:
     dst = unit.index_select(1, part.dst).transpose(1, 2)
     step = max(1, _SLAB // max(1, part.dst.numel()))
     best = [(unit.index_select(1, src) @ dst).max(dim=-1) for src in part.src.split(step)]
-    if len(best) == 1:
-        return best[0]
-    values, indices = zip(*best, strict=True)
-    return torch.cat(values, 1), torch.cat(indices, 1)
+    values, indices = (torch.cat(each, 1) if len(each) > 1 else each[0] for each in zip(*best, strict=True))
+    return values, indices
 
 
 def _cluster(part: Partition, rank: Tensor, nearest: Tensor, r: int, steps: Tensor) -> Clusters:

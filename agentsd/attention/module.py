@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -70,21 +72,13 @@ class AgentAttention(nn.Module):
             raise ValueError(f"dwc_kernel must be odd and positive, got {dwc_kernel}")
         self.agents = _agent_grid(agents)
         self.heads, self.k_scale2 = heads, k_scale2
-        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.to_k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.to_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.to_out = nn.Linear(dim, dim)
         self.dwc = nn.Conv2d(dim, dim, dwc_kernel, padding=dwc_kernel // 2, groups=dim)
-        n = self.agents[0] * self.agents[1]
-        self.bias1 = AgentBias(heads, n, size)
-        self.bias2 = AgentBias(heads, n, size)
+        self.bias1, self.bias2 = (AgentBias(heads, math.prod(self.agents), size) for _ in range(2))
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Attend.
-
-        Args:
-            x: tokens in row-major order (B, N, C).
-            size: (height, width) of the grid with height · width = N; None means a square grid.
+        """Attend over tokens x (B, N, C) in row-major order, of a grid of `size`, (height, width); None: a square one.
 
         Raises:
             ValueError: `size` does not match the number of tokens.

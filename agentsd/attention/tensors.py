@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..eager import compiling
-from .grid import cells
+from .grid import Grid
 
 # Computes attention of q, k, v (B, H, N, d) without a mask at the scale d^-½, as (B, H, N, d)
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,12 +69,9 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
-    """Average tokens x (B, height · width, C), in row-major order, over cells of (height, width) tokens.
+    """Average tokens x (B, height · width, C), in row-major order, over cells of (height, width) tokens: (B, cells, C).
 
     Cells cut short by the edge average the tokens they have.
-
-    Returns:
-        (B, ⌈height / cell height⌉ · ⌈width / cell width⌉, C), in row-major order.
     """
     # a channels-last view: several times faster than a mean over two axes, and the result is laid out by tokens again
     image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
@@ -84,8 +81,7 @@ def pool_tokens(x: Tensor, height: int, width: int, cell: tuple[int, int]) -> Te
 
 def lost_by_pooling(x: Tensor, pooled: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:
     """Compute x − up(pooled), the detail lost by averaging over cells; shapes as in `pool_tokens`."""
-    sy, sx = cell
-    rows, columns = cells(height, sy), cells(width, sx)
+    (sy, sx), (rows, columns) = cell, Grid(height, width).cells(cell)
     up = pooled.unflatten(1, (rows, 1, columns, 1))
     if (rows * sy, columns * sx) == (height, width):
         return (x.unflatten(1, (rows, sy, columns, sx)) - up).flatten(1, 4)

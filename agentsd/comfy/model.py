@@ -115,7 +115,7 @@ class Slot(Program):
         if self.acts and not called:
             self.patch.note(NOT_CALLED)
         layer = self.patch.at.get((options.get("block"), options.get("block_index")))
-        if layer is None or not called or "activations_shape" not in options:
+        if layer is None or not layer.acts or not called or "activations_shape" not in options:
             return call.proceed()
         layer.image.see(tuple(options["activations_shape"][-2:]))
         layer.match(k)
@@ -200,7 +200,7 @@ class ClonePatch(Patch):
     def end_call(self) -> None:
         call = self.call()
         for layer in self.at.values() if call is not None and call.active else ():
-            if layer.image not in call.sizes:  # it was not asked, which would have told its size
+            if layer.acts and layer not in call.plans:  # it was not asked, which would have told its size
                 layer.image.see(call.latent.at(layer.site.downsample))
         super().end_call()
 

@@ -6,11 +6,11 @@ Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from ..attention.grid import cell_side, cells, destinations
+from ..attention.grid import Grid, Span, cell_side, destinations
 from ..words import counted
-from .base import LayerPlan, Method, SelfAttention, Settings, Span, Tensor, register, too_many_agents, untouched
-from .merge import plan_merge
+from .base import LayerPlan, Method, SelfAttention, Settings, Tensor, method_named, register, too_many_agents, untouched
 
 
 @register
@@ -25,33 +25,53 @@ class Agents(Method):
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
         """Plan agents if 2 · n_agents < n_queries, as in AgentSD; otherwise merging alone."""
-        N = height * width
-        n, cell, agent_r = _count(settings, height, width)
+        N, n_dst, capped = height * width, destinations(settings.sx, settings.sy, height, width), False
+        cell, agent_r = None, 0
+        if self.clusters(settings):
+            wanted = int(N * settings.agent_ratio)
+            if settings.max_agents is not None and wanted:
+                wanted = max(wanted, N - settings.max_agents)
+            agent_r = min(wanted, N - n_dst) if n_dst else 0
+            n = N - agent_r
+            capped = n == n_dst  # similarity agents are never fewer than the partition's cells
+        else:
+            s = cell_side(settings.agent_ratio, height, width, settings.max_agents)
+            cell, n = (s, s), Grid(height, width).cells((s, s)).tokens
         if 2 * n < N - r:
             return LayerPlan(self, N, N - r, n, cell, r, agent_r)
-        # similarity agents are never fewer than the partition's cells
-        capped = self.clusters(settings) and n == destinations(settings.sx, settings.sy, height, width)
         reason, remedy = too_many_agents(n, N - r), ("sx", "sy") if capped else ("agent_ratio",)
         if not r:
             return untouched(N, reason, *remedy)
-        if not settings.agent_ratio:  # merging alone is what the settings ask for: no shortfall
-            return plan_merge(height, width, r)
-        return plan_merge(height, width, r, reason, (*remedy, "ratio"))
+        merging = method_named("merge").plan(settings, height, width, r)
+        # where the settings ask for merging alone, nothing falls short
+        return replace(merging, shortfall=reason, remedy=(*remedy, "ratio")) if settings.agent_ratio else merging
 
     def clusters(self, settings: Settings) -> bool:
         return settings.agent_source != "grid"
 
     def attend(self, attention: SelfAttention) -> Tensor:
         from ..attention.agent import agent_attention
-        from ..attention.tensors import add_scaled
+        from ..attention.tensors import add_scaled, pool_tokens
 
-        k_scale2, k_shortcut = attention.settings.k_scale2, attention.settings.k_shortcut
+        plan, settings, merged = attention.plan, attention.settings, attention.merged
+
+        def pooled(x: Tensor) -> Tensor:
+            if plan.cell is not None:
+                return pool_tokens(x, *attention.size, plan.cell)
+            return attention.matching.agents.merge(x)
 
         def step(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
-            return add_scaled(agent_attention(q, k, v, a, k_scale2=k_scale2), v, k_shortcut)
+            return add_scaled(agent_attention(q, k, v, a, k_scale2=settings.k_scale2), v, settings.k_shortcut)
 
-        merged = attention.merged
-        out = attention.project_out(attention.by_heads(step, *_project(attention)))
+        # A mean and a projection commute: pool first where that leaves fewer tokens to project, unless another
+        # extension wraps the projections and may rely on seeing all tokens.
+        if merged is not None and not attention.wrapped():
+            qkv, a = attention.project(merged.merge(attention.x)), attention.project_q(pooled(attention.x))
+        else:
+            qkv = attention.project(attention.x)
+            a = pooled(qkv[0])
+            qkv = qkv if merged is None else tuple(map(merged.merge, qkv))
+        out = attention.project_out(attention.by_heads(step, *qkv, a))
         return out if merged is None else merged.unmerge(out)
 
     def flops(self, plan: LayerPlan, channels: int) -> int:
@@ -66,40 +86,3 @@ class Agents(Method):
 
     def caption(self, plan: LayerPlan) -> str:
         return super().caption(plan) or f"Dots: {counted(plan.agents, self.noun)}."
-
-
-def _count(settings: Settings, height: int, width: int) -> tuple[int, tuple[int, int] | None, int]:
-    """Return (number of agents, their cell, tokens merged away to make them), before deciding whether they pay off."""
-    N = height * width
-    if settings.agent_source == "grid":
-        s = cell_side(settings.agent_ratio, height, width, settings.max_agents)
-        return cells(height, s) * cells(width, s), (s, s), 0
-    n_dst = destinations(settings.sx, settings.sy, height, width)
-    agent_r = int(N * settings.agent_ratio)
-    if settings.max_agents is not None and agent_r:
-        agent_r = max(agent_r, N - settings.max_agents)
-    agent_r = min(agent_r, N - n_dst) if n_dst else 0
-    return N - agent_r, None, agent_r
-
-
-def _project(attention: SelfAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute queries, keys and values of the merged tokens, and agents of all tokens.
-
-    A mean and a projection commute, so pool first where that leaves fewer tokens to project, unless another extension
-    wraps the projections and may rely on seeing all tokens.
-    """
-    x, merged = attention.x, attention.merged
-    if merged is None or attention.wrapped():
-        q, k, v = attention.project(x)
-        a = _pooled(attention, q)
-        return (q, k, v, a) if merged is None else (merged.merge(q), merged.merge(k), merged.merge(v), a)
-    a = _pooled(attention, x)
-    return *attention.project(merged.merge(x)), attention.project_q(a)
-
-
-def _pooled(attention: SelfAttention, x: Tensor) -> Tensor:
-    from ..attention.tensors import pool_tokens
-
-    if attention.plan.cell is not None:
-        return pool_tokens(x, *attention.size, attention.plan.cell)
-    return attention.matching.agents.merge(x)

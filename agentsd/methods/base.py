@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..attention.grid import Span
 from ..words import counted
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def too_many_agents(agents: int, queries: int) -> str:
     return f"{counted(agents, 'agents')} {verb} too many for {counted(queries, 'queries')} (fewer than half are needed)"
 
 
-@dataclass
+@dataclass(slots=True)
 class SelfAttention:
     """One call of a layer's self-attention, as a method sees it."""
 
@@ -120,28 +121,23 @@ class SelfAttention:
         return self.by_heads(scaled_dot_product_attention, q, k, v)
 
 
-# (top, left, bottom, right) in tokens, bottom and right excluded
-Span = tuple[int, int, int, int]
-
-
 class Method(ABC):
     """One way to compute self-attention."""
 
     name: str  # the value of the setting `method` that selects it
-    action: str = ""  # its name in plans and reports; `name` unless set
-    summary: str = ""  # what it does, for the panel's help: a clause without a full stop
-    noun: str = "agents"  # plural noun for its agents in sentences
-    phrase: str = ""  # description of its calls after their number: "40 `phrase`"
-    selectable: bool = True  # whether the setting `method` can select it
-    merges: bool = False  # whether its self-attention works on the `r` merged tokens
-    averages: bool = False  # whether it takes means of tokens, which say nothing where positions are rotations
-    takes_text: bool = False  # whether it attends to `SelfAttention.text`
+    action = ""  # its name in plans and reports; `name` unless set
+    summary = ""  # what it does, for the panel's help: a clause without a full stop
+    noun = "agents"  # plural noun for its agents in sentences
+    phrase = ""  # description of its calls after their number, as in "40 merged"; `action` unless set
+    selectable = True  # whether the setting `method` can select it
+    merges = False  # whether its self-attention works on the `r` merged tokens
+    averages = False  # whether it takes means of tokens, which say nothing where positions are rotations
+    takes_text = False  # whether it attends to `SelfAttention.text`
     # names of the settings that `plan` and `attend` read, beside those of merging tokens; None for any
     reads: tuple[str, ...] | None = None
     # settings that are worth trying when a model is tuned, beside `method` itself
     candidates: tuple[Mapping[str, Any], ...] = ()
-    # number of agents below which tuning doesn't try it, for what a few recorded calls would not show
-    tuned_from: int = 0
+    tuned_from = 0  # number of agents below which tuning doesn't try it, for what few recorded calls would not show
 
     def __init_subclass__(cls) -> None:
         cls.action = cls.__dict__.get("action") or cls.name
@@ -159,9 +155,13 @@ class Method(ABC):
     def attend(self, attention: SelfAttention) -> Tensor:
         """Compute the layer's output (B, N, C) for one self-attention call."""
 
-    @abstractmethod
     def flops(self, plan: LayerPlan, channels: int) -> int:
-        """Count the FLOPs of self-attention and its projections under `plan`: one row of the batch, C = `channels`."""
+        """Count the FLOPs of self-attention and its projections under `plan`: one row of the batch, C = `channels`.
+
+        Unless overridden, those of queries that attend to as many keys as there are agents, or to each other.
+        """
+        C, M = channels, plan.queries
+        return 8 * M * C * C + 4 * M * (plan.agents or M) * C
 
     def __repr__(self) -> str:
         return self.action
@@ -197,20 +197,36 @@ def register(cls: M) -> M:
     return cls
 
 
+@register
+class Full(Method):
+    """Full attention, which is the host's. Rules and stages ask for it with settings of None, not by its name."""
+
+    name = UNTOUCHED
+    selectable = False
+
+    def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
+        return untouched(height * width, "full attention was asked for", "rules", r=r)
+
+    def attend(self, attention: SelfAttention) -> Tensor:
+        return attention.proceed()
+
+    def words(self, plan: LayerPlan) -> str:
+        return f"{plan.tokens} tokens, full attention"
+
+
 def unregister(action: str) -> None:
     """Remove a method from the registry."""
     del _BY_ACTION[action]
 
 
+def selectable() -> list[Method]:
+    """List the selectable methods that are registered now, by name."""
+    return sorted((method for method in _BY_ACTION.values() if method.selectable), key=lambda method: method.name)
+
+
 def method_named(name: str) -> Method:
     """Return the method that the setting `method` selects by this name."""
     return next(method for method in selectable() if method.name == name)
-
-
-def selectable() -> list[Method]:
-    """List the selectable methods that are registered now."""
-    # by name: the order of registration is that of the imports
-    return sorted((method for method in _BY_ACTION.values() if method.selectable), key=lambda method: method.name)
 
 
 class _Names(Sequence[str]):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..attention.grid import HALO, WINDOW, cells, landmark_cell, landmark_places
+from ..attention.grid import HALO, WINDOW, Span, cells, landmark_cell, landmark_places
 from ..words import counted
-from .base import LayerPlan, Method, SelfAttention, Settings, Span, Tensor, register, too_many_agents, untouched
+from .base import LayerPlan, Method, SelfAttention, Settings, Tensor, register, too_many_agents, untouched
 
 # With fewer agents, fitted values overshoot between them: see docs/measurements.md for figures.
 MIN_AGENTS = 32

@@ -5,13 +5,7 @@ Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604.
 
 from __future__ import annotations
 
-from .base import LayerPlan, Method, SelfAttention, Settings, Tensor, method_named, register, untouched
-
-
-def plan_merge(height: int, width: int, r: int, shortfall: str = "", remedy: tuple[str, ...] = ()) -> LayerPlan:
-    """Plan to merge `r` tokens away; `shortfall` and `remedy` as in `LayerPlan`."""
-    N = height * width
-    return LayerPlan(method_named("merge"), N, N - r, r=r, shortfall=shortfall, remedy=remedy)
+from .base import LayerPlan, Method, SelfAttention, Settings, Tensor, register, untouched
 
 
 @register
@@ -23,7 +17,8 @@ class Merge(Method):
     reads = ()
 
     def plan(self, settings: Settings, height: int, width: int, r: int) -> LayerPlan:
-        return plan_merge(height, width, r) if r else untouched(height * width, "no token is merged", "ratio")
+        N = height * width
+        return LayerPlan(self, N, N - r, r=r) if r else untouched(N, "no token is merged", "ratio")
 
     def attend(self, attention: SelfAttention) -> Tensor:
         merged = attention.merged
@@ -32,10 +27,6 @@ class Merge(Method):
         # an extension that wraps the projections may rely on seeing all tokens
         q, k, v = (merged.merge(t) for t in attention.project(attention.x))
         return merged.unmerge(attention.project_out(attention.full(q, k, v)))
-
-    def flops(self, plan: LayerPlan, channels: int) -> int:
-        C, M = channels, plan.queries
-        return 8 * M * C * C + 4 * M * M * C
 
     def words(self, plan: LayerPlan) -> str:
         return f"{plan.tokens} tokens → {plan.queries} merged"

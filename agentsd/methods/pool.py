@@ -35,7 +35,3 @@ class Pool(Method):
         out = attention.full(q, k, pooled)
         lost = lost_by_pooling(v, pooled, *attention.size, cell) if weight else v
         return attention.project_out(add_scaled(out, lost, weight))
-
-    def flops(self, plan: LayerPlan, channels: int) -> int:
-        C, N, n = channels, plan.tokens, plan.agents
-        return 8 * N * C * C + 4 * N * n * C

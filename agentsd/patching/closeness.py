@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Method, SelfAttention
+from ..words import percent
 
 # Tokens of a layer for which full attention is computed as well.
 TOKENS = 32
@@ -26,23 +27,20 @@ class Closeness:
     calls: int  # number of U-Net calls that were observed
 
     def __str__(self) -> str:
-        mean, worst = (f"{100 * e:.0f}%" if e >= 0.0995 else f"{100 * e:.1f}%" for e in (self.mean, self.worst))
-        return f"error of attention {mean} (worst block {worst})"
+        return f"error of attention {percent(self.mean)} (worst block {percent(self.worst)})"
 
 
 class Watch:
     """Compares the answers of some U-Net calls with full attention at a few tokens; on the device until `read`."""
 
     def __init__(self) -> None:
-        self._seen = self._observed = 0
+        self._seen = 0  # U-Net calls
         self._squares: dict[str, Tensor] = {}  # ‖ours − full‖² and ‖full‖² (2,) by the block's name
 
     def next_call(self) -> Watch | None:
         """Return this for the call that begins; None if it is not observed."""
-        observed = self._seen % EVERY == 0
         self._seen += 1
-        self._observed += observed
-        return self if observed else None
+        return self if self._seen % EVERY == 1 else None
 
     def read(self) -> Closeness | None:
         """Return what was found so far; None if no patched block was observed. Waits for the device."""
@@ -51,28 +49,25 @@ class Watch:
         squares = torch.stack([sums.cpu() for sums in self._squares.values()]).tolist()
         errors = {name: (a / b) ** 0.5 if b else 0.0 for name, (a, b) in zip(self._squares, squares, strict=True)}
         block = max(errors, key=errors.__getitem__)
-        return Closeness(sum(errors.values()) / len(errors), errors[block], block, self._observed)
+        return Closeness(sum(errors.values()) / len(errors), errors[block], block, -(-self._seen // EVERY))
 
     def attend(self, name: str, method: Method, attention: SelfAttention) -> Tensor:
         """Have `method` answer the attention of the block `name`, and compare the answer."""
         places = _places(attention.x.shape[1], attention.x.device)
         found: list[Tensor] = []
 
-        @torch.no_grad()
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention.full(q.index_select(1, places), k, v)
-
         def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            projected = attention.project(x)
+            q, k, v = attention.project(x)
             if x is attention.x and not found:  # before the method can change the tensors
-                found.append(attend(*projected))
-            return projected
+                with torch.no_grad():
+                    found.append(attention.full(q.index_select(1, places), k, v))
+            return q, k, v
 
         out = method.attend(replace(attention, project=project))
         with torch.no_grad():
-            # the method may have projected other tokens, merged ones say
-            full = found[0] if found else attend(*attention.project(attention.x))
-            full, ours = attention.project_out(full).float(), out.detach().index_select(1, places).float()
+            if not found:  # the method has projected other tokens, merged ones say
+                project(attention.x)
+            full, ours = attention.project_out(found[0]).float(), out.detach().index_select(1, places).float()
             squares, earlier = torch.stack([(ours - full).square().sum(), full.square().sum()]), self._squares.get(name)
             moved = earlier is None or earlier.device != squares.device
             self._squares[name] = squares if moved else earlier + squares

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +19,19 @@ class FiniteCheck:
 
     def __init__(self) -> None:
         self.failed = False
-        self._answered: set[str] = set()
+        self.answered: set[Any] = set()  # the blocks whose first answer was looked at
         self._bad: list[Tensor] = []
         self._sent: Tensor | None = None
         self._arrived: torch.Event | None = None
         self._lowest = float("inf")
 
-    def answer(self, name: str, ours: Tensor, host: Callable[[], Tensor]) -> Tensor:
-        """Return our answer of the block `name`, or the host's where ours is not finite and the host's is."""
-        on_cpu = ours.device.type == "cpu"
+    def answer(self, block: Any, ours: Tensor, host: Callable[[], Tensor]) -> Tensor:
+        """Return our answer of a block, or the host's where ours, the first, is not finite and the host's is."""
+        on_cpu, first = ours.device.type == "cpu", block not in self.answered
+        self.answered.add(block)
         # tensors without values, as counters of FLOPs use them, have nothing to look at
-        if name in self._answered or not (on_cpu or ours.dtype == torch.float16) or type(ours) is not Tensor:
+        if not first or not (on_cpu or ours.dtype == torch.float16) or type(ours) is not Tensor:
             return ours
-        self._answered.add(name)
         fine = ours.detach().isfinite().all()  # gradient checkpointing must save as many tensors when it runs again
         if on_cpu and fine:
             return ours

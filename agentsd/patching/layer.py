@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,11 @@ from ..eager import compiler_loaded, compiling, constant, followed, not_compiled
 from ..hosts import Call, Site, read_tokens
 from ..methods import UNTOUCHED, LayerPlan, SelfAttention
 from ..plan import deepest_level, merged_tokens, plan_block
-from .call import COUNTING, UNPLANNED, Answer, BlockCall, ModelCall, PatchState, Planned
+from .call import UNPLANNED, Answer, ModelCall, Planned
 from .closeness import Watch
+
+if TYPE_CHECKING:
+    from .patch import Patch
 
 # Levels of a U-Net, and those that something which shrinks the latent on the way may lead to
 _LEVELS = (1, 2, 4, 8, 16, 32)
@@ -86,9 +89,10 @@ class Answerer:
 class Image:
     """The module around some blocks, its layers, which sees their tokens as an image."""
 
-    def __init__(self, patch: PatchState, module: nn.Module) -> None:
+    def __init__(self, patch: Patch, module: nn.Module) -> None:
         self.patch, self.module = patch, module
         self.layers: list[Layer] = []
+        self.looks = False  # whether it is looked at; not where no layer ever acts
         self._plans: dict[Any, dict[Layer, Planned]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,20 +100,24 @@ class Image:
 
     @followed
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the size of the tokens for this U-Net call; the module's pre-hook."""
+        """Plan the blocks for tokens of the size that the module's arguments tell; its pre-hook."""
         if not compiling():
             self.read(args, kwargs)
         elif self.patch.sized_outside or self.patch.stays_outside:
             self._read_outside_graph(args, kwargs)
         else:
-            self._foresee(self.patch.read_size(args, kwargs))
+            size, key = self.patch.read_size(args, kwargs), self.patch.key
+            # the length of a range is a number even where that of a tensor is a symbol
+            sides = None if size is None or key is None else (len(range(size[0])), len(range(size[1])))
+            for layer in self.layers:
+                layer.traced = "" if sides is None else _foreseen(layer, key, *sides)
 
     @not_compiled
     def _read_outside_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.read(args, kwargs)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the size of the tokens that the module's arguments tell."""
+        """Plan the blocks for tokens of the size that the module's arguments tell."""
         try:
             size = self.patch.read_size(args, kwargs)
         except Exception as error:
@@ -118,47 +126,34 @@ class Image:
         self.see(size)
 
     def see(self, size: tuple[int, int] | None) -> None:
-        """Keep the size of the tokens for this U-Net call."""
+        """Plan the blocks for (height, width) tokens in the U-Net call that is going on."""
         call = self.patch.call()
-        if call is None:
+        if call is None or not self.looks:
             return
-        size = None if size is None else Grid(*size)
-        if self not in call.sizes or call.sizes[self] != size:  # the first, or another, part of the image
-            call.sizes[self] = size
-            call.plans.update(dict.fromkeys(self.layers, UNPLANNED) if size is None else self.planned(call, size))
-            for layer in self.layers if call.blocks else ():
-                call.blocks.pop(layer, None)
+        before = call.plans.get(self.layers[0])
+        if before is None or before.size != size:  # the first, or another, part of the image
+            call.plans.update(self.planned(call, size and Grid(*size)))
         if compiler_loaded():  # each block may be a graph by itself
             for layer in self.layers:
                 layer.traced = call.plans[layer].name
 
-    def _foresee(self, size: tuple[int, int] | None) -> None:
-        """The same while the compiler traces."""
-        key = None if size is None else self.patch.key
-        # the length of a range is a number even where that of a tensor is a symbol
-        sides = None if key is None else (len(range(size[0])), len(range(size[1])))
-        for layer in self.layers:
-            layer.traced = "" if sides is None else _foreseen(layer, key, *sides)
-
-    def planned(self, call: ModelCall, size: Grid) -> dict[Layer, Planned]:
+    def planned(self, call: ModelCall, size: Grid | None) -> dict[Layer, Planned]:
         """Plan the blocks for a U-Net call, in which they have `size` tokens."""
-        if not call.active:
-            return dict.fromkeys(self.layers, UNPLANNED)
-        key = (call.part, call.latent, size)
-        if key not in self._plans:
+        key = call.part, call.latent, size
+        if call.active and size is not None and key not in self._plans:
             try:
                 plans = {layer: _planned(layer.answerer.plan(layer, call, size), size) for layer in self.layers}
+                self._plans[key] = plans
             except Exception as error:
                 self.patch.note_error(error)
-                return dict.fromkeys(self.layers, UNPLANNED)
-            self._plans[key] = plans
-        return self._plans[key]
+        found = self._plans.get(key) if call.active else None
+        return found or dict.fromkeys(self.layers, Planned(size=size))
 
 
 class Layer:
     """One patched block."""
 
-    def __init__(self, patch: PatchState, answerer: Answerer, site: Site, image: Image) -> None:
+    def __init__(self, patch: Patch, answerer: Answerer, site: Site, image: Image) -> None:
         self.patch, self.answerer, self.site, self.image = patch, answerer, site, image
         image.layers.append(self)
         self.seam = site.seam()
@@ -166,31 +161,22 @@ class Layer:
         # Name of what is `Planned` here, as a compiled graph reads it: blocks of one plan share a graph. It is no part
         # of a `ModelCall`, which the compiler doesn't follow.
         self.traced = ""
-        self._compiled: Any = None
-        self._checked: Any = None
         self._vetoed = 0  # calls in a row that something else took
         ever = list(answerer.settings(patch.config, site))  # whatever is in force here at any time
-        self.acts = any(settings.merge_attn or settings.merge_crossattn or settings.merge_mlp for settings in ever)
-        self._merging = [
-            (switch, part)
-            for switch, part in (("merge_crossattn", "attn2"), ("merge_mlp", "ff"))
-            if getattr(site.block, part, None) is not None and any(getattr(settings, switch) for settings in ever)
-        ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_compiled": None, "_checked": None, "traced": ""}
+        parts = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}
+        on = {part: switch for switch, part in parts.items() if any(getattr(settings, switch) for settings in ever)}
+        self.acts = bool(on)
+        modules = ((switch, getattr(site.block, part, None)) for part, switch in on.items() if part != "attn1")
+        self._merging = [(switch, module) for switch, module in modules if module is not None]
 
     def install(self) -> Iterator[Any]:
         """Install the block's hooks, yielding each handle at once, so that none is lost if a later hook fails."""
         self.seam, self._vetoed = self.site.seam(), 0
-        if not self.acts:
-            return
         block = self.site.block
         if self.patch.outside:
             yield block.register_forward_pre_hook(self._begin_block, with_kwargs=True)
             yield block.register_forward_hook(self._end_block)
-        for switch, part in self._merging:
-            module = getattr(block, part)
+        for switch, module in self._merging:
             yield module.register_forward_pre_hook(partial(self._merge, switch), with_kwargs=True)
             yield module.register_forward_hook(partial(self._unmerge, switch), with_kwargs=True)
         # also where self-attention stays as it is: the compiler looks at hooks only where something else changes
@@ -200,52 +186,32 @@ class Layer:
         """Undo what isn't undone by the handles."""
         self.seam.remove()
         self.traced = ""
-        self._put_back()
 
-    def set_aside(self) -> None:
-        """Run a block that was compiled by itself uncompiled, while no graph can contain what is done in it."""
-        if not self.patch.stays_outside:
-            self._put_back()
-        elif self.acts and (compiled := vars(self.site.block).pop("_compiled_call_impl", None)) is not None:
-            self._compiled = compiled
-            self.patch.say_once("compiled blocks run uncompiled while their tokens are matched or watched")
+    def stayed(self, call: ModelCall) -> bool:
+        """Whether this block was left alone as planned, where its self-attention did not come by in a U-Net call.
 
-    def _put_back(self) -> None:
-        if self._compiled is not None:
-            self.site.block._compiled_call_impl, self._compiled = self._compiled, None
-
-    def end_call(self, call: ModelCall) -> None:
-        """Take stock of a U-Net call: where this block's self-attention did not come by, note who may have it."""
-        block = call.blocks.get(self)
-        if (block is not None and block.asked) or call.sizes.get(self.image) is None:
-            return
-        if getattr(self.site.block, "_compiled_call_impl", None) is None:
-            if call.plans.get(self, UNPLANNED).name:
-                self._vetoed += 1
-                self.patch.note(self.seam.obstacle or "something else answers self-attention in its place")
-            else:
-                self._count(UNTOUCHED)
+        Notes who may have it where that was not planned.
+        """
+        if not self.image.looks:
+            return True
+        planned = call.plans.get(self, UNPLANNED)
+        if planned.size is None or getattr(self.site.block, "_compiled_call_impl", None) is not None:
+            return False
+        if planned.name:
+            self._vetoed += 1
+            self.patch.note(self.seam.obstacle or "something else answers self-attention in its place")
+        return not planned.name
 
     def report(self) -> LayerReport:
         """Report what was done in the last U-Net call."""
-        call = self.patch.last_call
-        planned = getattr(_TRACED, self.traced, UNPLANNED) if call is None else call.plans.get(self, UNPLANNED)
-        size = planned.size if call is None else call.sizes.get(self.image)
-        return LayerReport(self.site.name, size, planned.plan, dict(self.calls))
-
-    def _count(self, action: str) -> None:
-        with COUNTING:
-            self.calls[action] += 1
-
-    def _current(self) -> BlockCall | None:
-        """Return what the block does in the U-Net call that is going on."""
-        call = self.patch.call()
+        call, level, planned = self.patch.last_call, self.site.downsample, UNPLANNED
         if call is None:
-            return None
-        block = call.blocks.get(self)
-        if block is None:
-            block = call.blocks[self] = BlockCall(call.plans.get(self, UNPLANNED))
-        return block
+            planned = getattr(_TRACED, self.traced, UNPLANNED)
+        elif self.image.looks:
+            planned = call.plans.get(self, UNPLANNED)
+        elif call.latent is not None and level is not None:
+            planned = self.image.planned(call, call.latent.at(level))[self]
+        return LayerReport(self.site.name, planned.size, planned.plan, dict(self.calls))
 
     # Hooks on the block, where it may need clusters of its tokens
 
@@ -255,28 +221,28 @@ class Layer:
 
     def match(self, x: Any) -> None:
         """Match the block's tokens x (B, N, C), where its plan needs clusters."""
-        call, block = self.patch.call(), self._current()
-        if block is None:
+        call = self.patch.call()
+        if call is None:
             return
-        block.matching = None
-        config, plan, size = block.planned.config, block.planned.plan, block.planned.size
+        call.matchings.pop(self, None)
+        config, plan, size, *_ = call.plans.get(self, UNPLANNED)
         r, agent_r = (0, 0) if plan is None else (merged_tokens(config, plan), plan.agent_r)
-        unused = self._vetoed >= _PATIENCE and not self._merging
-        if unused or not (r or agent_r):
+        if not (r or agent_r) or (self._vetoed >= _PATIENCE and not self._merging):
             return
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != plan.tokens:
             self.patch.note("a block got tokens that do not form the grid of its layer", f"{size}")
             return
+        match = partial(call.match, config, x, size, r, agent_r)
         try:
-            block.matching = self._timed("clusters", partial(call.match, config, x, size, r, agent_r), None, x.device)
+            call.matchings[self] = self._timed("clusters", match, None, x.device)
         except Exception as error:
-            self._note_error(error)
+            self.patch.note_error(error, self.site.name)
 
     @not_compiled
     def _end_block(self, module: nn.Module, args: Any, output: Any) -> None:
-        block = self._current()
-        if block is not None and not torch.is_grad_enabled():  # gradient checkpointing may run the inside again
-            block.matching = None
+        call = self.patch.call()
+        if call is not None and not torch.is_grad_enabled():  # gradient checkpointing may run the inside again
+            call.matchings.pop(self, None)
 
     # Self-attention
 
@@ -296,27 +262,23 @@ class Layer:
         return self._attention(host) if host.wanted else host.proceed()
 
     @followed
-    def _wants(self) -> BlockCall | bool | None:
+    def _wants(self) -> ModelCall | bool | None:
         """Look whether a call of self-attention is answered: it isn't where the block is left alone."""
         if compiling():
             return self.traced != ""
-        block = self._current()
-        if block is None:
-            return None
-        block.asked = True
-        if block.planned.name:
-            return block
-        self._count(UNTOUCHED)
+        call = self.patch.call()
+        if call is None or call.plans.get(self, UNPLANNED).name:
+            return call
+        call.answered.append((self, UNTOUCHED))
         return None
 
     @followed
     def _attention(self, host: Call) -> Tensor:
         """Answer a call that is wanted."""
-        block = host.wanted
-        return self._attend_in_graph(host) if block is True else self._attend(host, block.planned, block.matching)
-
-    def _attend_in_graph(self, host: Call) -> Tensor:
-        """Attend while the compiler traces; it has to break its graph where something else than usual happens."""
+        call = host.wanted
+        if call is not True:
+            return self._attend(host, call.plans[self], call)
+        # while the compiler traces: its graph has to break where something else than usual happens
         planned = getattr(_TRACED, self.traced)
         if self.patch.stays_outside or host.veto(planned.plan.tokens):
             return self._attend_outside_graph(host)
@@ -328,93 +290,80 @@ class Layer:
     @not_compiled
     def _attend_outside_graph(self, host: Call) -> Tensor:
         call = self.patch.call()
-        if call is not None and self.image in call.sizes:
+        if call is not None and self in call.plans:
             return self.answer(host)
         return self._attend(host, getattr(_TRACED, self.traced), None)
 
-    def _attend(self, host: Call, planned: Planned, matching: Matching | None) -> Tensor:
-        patch, plan = self.patch, planned.plan
-        reason, shape = host.veto(plan.tokens), None if matching is None else matching.shape
+    def _attend(self, host: Call, planned: Planned, call: ModelCall | None) -> Tensor:
+        patch, plan, matching = self.patch, planned.plan, None
+        reason = host.veto(plan.tokens)
         unmatched, self._vetoed = self._vetoed >= _PATIENCE, self._vetoed + 1 if reason else 0
-        if not planned.clustered:
-            matching = None
-        elif not reason and self.answerer.clusters_first and shape != tuple(host.x.shape[:2]):
-            reason = "self-attention got other tokens than the block was given"
-            if unmatched:
-                reason = "self-attention is plain again and its tokens are matched from the next call on"
-        self._count(UNTOUCHED if reason else plan.action)
+        if planned.clustered and call is not None and not reason:
+            matching = call.matchings.get(self)
+            missing = matching is None or matching.shape != tuple(host.x.shape[:2])
+            if missing and self.answerer.clusters_first:
+                again = "self-attention is plain again and its tokens are matched from the next call on"
+                reason = again if unmatched else "self-attention got other tokens than the block was given"
+        if call is not None:
+            call.answered.append((self, UNTOUCHED if reason else plan.action))
         if reason:
             patch.note(reason, f"{tuple(host.x.shape)} in a layer of {plan.tokens} tokens")
             return host.proceed()
         try:
-            if self._checked is patch.finite and not patch.watched:  # nearly every call
+            watch = None if call is None else call.watch
+            seen = self in patch.finite.answered and patch.timing is None
+            if seen and watch is None and patch.observer is None:  # nearly every call
                 return self.answerer.answer(self, host, planned, matching)
-            return self._attend_looked_at(host, planned, matching)
+            host.chosen = None if patch.observer is None else []
+            answer = partial(self.answerer.answer, self, host, planned, matching, watch)
+            out = self._timed("self-attention", answer, host.proceed, host.x.device)
+            if patch.observer is not None and call is not None:
+                where = planned.size, plan, matching, call.latent, call.timestep, call
+                try:
+                    patch.observer(Answer(self.site.name, *where, host.chosen))
+                except Exception as error:
+                    self.patch.note_error(error, self.site.name)
+            return patch.finite.answer(self, out, host.proceed)
         except Exception as error:  # whatever went wrong, the host's own attention can still make the image
-            self._note_error(error)
+            self.patch.note_error(error, self.site.name)
             return host.proceed()
-
-    def _attend_looked_at(self, host: Call, planned: Planned, matching: Matching | None) -> Tensor:
-        """Answer a call, and time, compare, tell of and check the answer where that is asked for."""
-        patch, call = self.patch, self.patch.call()
-        finite, watch = patch.finite, None if call is None else call.watch
-        host.chosen = None if patch.observer is None else []
-        answer = partial(self.answerer.answer, self, host, planned, matching, watch)
-        out = self._timed("self-attention", answer, host.proceed, host.x.device)
-        if patch.observer is not None and call is not None:
-            told = self.site.name, planned.size, planned.plan, matching, call.latent, call.timestep, call, host.chosen
-            try:
-                patch.observer(Answer(*told))
-            except Exception as error:
-                self._note_error(error)
-        self._checked = finite
-        return finite.answer(self.site.name, out, host.proceed)
 
     def _timed(self, part: str, ours: Callable[[], Any], host: Callable[[], Any] | None, device: torch.device) -> Any:
         """Return what `ours` returns, timed beside the host's answer while the patch measures."""
         timing = self.patch.timing
         return ours() if timing is None else timing.time(self.site.name, part, ours, host, device)
 
-    def _note_error(self, error: Exception) -> None:
-        self.patch.note_error(error, self.site.name)
-
     # Hooks that merge tokens before cross-attention or the feed-forward layer, and unmerge them after it
 
     @not_compiled
     def _merge(self, switch: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        block, x = self._current(), args[0] if args else None
-        matching = None if block is None else block.matching
-        if matching is None or matching.merged is None or not getattr(block.planned.config, switch):
+        call, x = self.patch.call(), args[0] if args else None
+        matching = None if call is None else call.matchings.get(self)
+        if matching is None or matching.merged is None or not getattr(call.plans[self].config, switch):
             return None
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != matching.shape:
+        if not isinstance(x, Tensor) or x.shape[:-1] != matching.shape:
             return None
         try:
             merged = matching.merged.merge(x)
         except Exception as error:  # too little memory, say
-            self._note_error(error)
+            self.patch.note_error(error, self.site.name)
             return None
-        block.merged = {**(block.merged or {}), switch: (matching.merged, x)}
+        call.merged[self, switch] = matching.merged, x
         return (merged, *args[1:]), kwargs
 
     @not_compiled
     def _unmerge(
         self, switch: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        block = self._current()
-        merged = {} if block is None else block.merged or {}
-        clusters, x = merged.pop(switch, (None, None))
-        if clusters is None:
-            return None
-        if self.patch.timing is None:
-            return clusters.unmerge(output)
+        call = self.patch.call()
+        clusters, x = (None, None) if call is None else call.merged.pop((self, switch), (None, None))
+        if clusters is None or self.patch.timing is None:
+            return None if clusters is None else clusters.unmerge(output)
 
-        def host() -> Tensor:
+        def host(x: Tensor = x) -> Tensor:
             return module.forward(x, *args[1:], **kwargs)
 
-        def ours() -> Tensor:
-            return clusters.unmerge(module.forward(clusters.merge(x), *args[1:], **kwargs))
-
-        return self._timed(switch, ours, host, x.device)
+        return self._timed(switch, lambda: clusters.unmerge(host(clusters.merge(x))), host, x.device)
 
 
 class _Traced:
@@ -438,7 +387,7 @@ def _planned(settings_and_plan: tuple[AgentConfig, LayerPlan] | None, size: Grid
 
 @constant
 def _foreseen(layer: Layer, key: str, height: int, width: int) -> str:
-    """Name what is planned for a block of height × width tokens; `key` as in `PatchState`."""
+    """Name what is planned for a block of height × width tokens; `key` as in `Patch`."""
     *latent, part = key.split()
     call = ModelCall(layer.patch, Grid(*map(int, latent)), part=None if part == "None" else float(part))
     return layer.image.planned(call, Grid(height, width))[layer].name

@@ -11,6 +11,8 @@ import torch
 
 from ..clock import Clock
 
+Run = Callable[[], Any]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -34,9 +36,7 @@ class Measurement:
         # seconds (with, without) of each run, by the block's name and its part
         self._runs: defaultdict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
 
-    def time(
-        self, name: str, part: str, ours: Callable[[], Any], host: Callable[[], Any] | None, device: torch.device
-    ) -> Any:
+    def time(self, name: str, part: str, ours: Run, host: Run | None, device: torch.device) -> Any:
         """Return what `ours` returns for a part of the block `name`, and time it and the same without the patch.
 
         `host` is None where the host does nothing of the kind, as matching. What it returns is thrown away.
