@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -103,8 +104,10 @@ def test_with_every_cell_open_it_is_full_attention(family, size, batch, everythi
     model, given = tiny.make(), tiny.call(*size, batch=batch)
     plain = run(model, given)
     with agentsd.patched(model, **everything):
+        get_patch(model).observe_closeness = batch == 1
         assert (run(model, given) - plain).norm() < 1e-5 * plain.norm()
         assert all(layer.calls == {"everything": 1} for layer in get_patch(model).report())
+        assert batch > 1 or get_patch(model).closeness().mean < 1e-5
 
 
 @by_family
@@ -119,15 +122,12 @@ def test_image_tokens_get_corrected_attention_and_text_tokens_full_attention(fam
     with agentsd.patched(model, **CORRECTED, rules=[Rule(None, blocks="noise_refiner.*")]):
         run(model, given)
         plan = get_patch(model).report()[-1].plan
-    (q, k, v), N = seen.calls[2 if hasattr(model, "noise_refiner") else 0], SIZE[0] * SIZE[1]
-    M, first = q.shape[2], tiny.text_first
-    cut = slice(M - N, M) if first else slice(0, N)
-    rest = slice(0, M - N) if first else slice(N, M)
-    image, text = [x[:, :, cut] for x in (q, k, v)], [x[:, :, rest] for x in (k, v)]
-    beside = text if M > N else None
+    (q, k, v), N, got = seen.calls[2 if hasattr(model, "noise_refiner") else 0], SIZE[0] * SIZE[1], answers[0]
+    text = q.shape[2] - N
+    cut, rest = (slice(text, None), slice(0, text)) if tiny.text_first else (slice(0, N), slice(N, None))
+    image, beside = [x[:, :, cut] for x in (q, k, v)], [x[:, :, rest] for x in (k, v)] if text else None
     ours = corrected_attention(*image, size=SIZE, cell=plan.cell, opened=plan.opened, text=beside)
     expected = ours.transpose(1, 2).flatten(2)
-    got = answers[0]
     if got.shape[1] == N:
         torch.testing.assert_close(got, expected)
     else:  # text as well
@@ -136,27 +136,16 @@ def test_image_tokens_get_corrected_attention_and_text_tokens_full_attention(fam
         torch.testing.assert_close(got[:, rest], full)
 
 
-@by_family
-def test_progress_is_read_off_the_noise_level(family):
-    tiny = TINY[family]
+def test_rules_name_attentions_and_parts_by_the_noise_level():
+    tiny = TINY["FluxTransformer2DModel"]
     model = tiny.make()
-    agentsd.apply_patch(model, **CORRECTED, rules=[Rule(None, until=0.5)])
+    agentsd.apply_patch(model, **CORRECTED, rules=[Rule(None, blocks="single_*"), Rule(None, until=0.5)])
     for sigma in (0.75, 0.25):
         run(model, tiny.call(*SIZE, sigma=sigma))
         assert get_patch(model).last_call.progress == pytest.approx(1 - sigma)
-    calls = {"untouched": 1, "corrected": 1}
-    assert all(layer.calls == calls for layer in get_patch(model).report())
-
-
-def test_rules_name_attentions():
-    tiny = TINY["SD3Transformer2DModel"]
-    model = tiny.make()
-    agentsd.apply_patch(model, **CORRECTED, rules=[Rule(None, blocks="*.attn2"), Rule(None, blocks="*blocks.1.*")])
-    run(model, tiny.call(*SIZE))
     assert [(r.name, r.calls) for r in get_patch(model).report()] == [
-        ("transformer_blocks.0.attn", {"corrected": 1}),
-        ("transformer_blocks.0.attn2", {"untouched": 1}),
-        ("transformer_blocks.1.attn", {"untouched": 1}),
+        ("transformer_blocks.0.attn", {"untouched": 1, "corrected": 1}),
+        ("single_transformer_blocks.0.attn", {"untouched": 2}),
     ]
 
 
@@ -175,17 +164,6 @@ def test_other_methods_act_where_they_make_sense(family, settings):
     with agentsd.patched(model, **settings):
         assert 1e-4 < (run(model, given) - plain).norm() / plain.norm() < 0.5
         assert get_patch(model).notes == {}
-
-
-def test_closeness_compares_with_full_attention_over_text_and_image(everything):
-    tiny = TINY["FluxTransformer2DModel"]
-    model = tiny.make()
-    agentsd.apply_patch(model, **everything)
-    get_patch(model).observe_closeness = True
-    run(model, tiny.call(*SIZE))
-    closeness = get_patch(model).closeness()
-    assert closeness.calls == 1
-    assert closeness.mean < 1e-5
 
 
 @pytest.mark.parametrize("exact", [0.0, 0.2])
@@ -440,15 +418,23 @@ def cached(kind, **settings):
     return lambda model: model.enable_cache(getattr(diffusers, kind)(**settings))
 
 
+def broadcast(model):
+    settings = {"timestep_skip_range": (-1, 1001), "block_identifiers": ("transformer_blocks",), "block_skip_range": 2}
+    spatial = {f"spatial_attention_{name}": value for name, value in settings.items()}
+    cached("PyramidAttentionBroadcastConfig", **spatial, current_timestep_callback=lambda: 500)(model)
+
+
+BOTH, FLUX = ("SD3Transformer2DModel", "FluxTransformer2DModel"), ("FluxTransformer2DModel",)  # SD 3 has no caches
 SITUATIONS = {
-    "one call each for cond and uncond": lambda model: None,
-    "LoRA": lora,
-    "float8": casting,
-    "group offload": group_offload,
-    "CPU offload": cpu_offload,
-    "FirstBlockCache": cached("FirstBlockCacheConfig", threshold=0.3),
-    "MagCache": cached("MagCacheConfig", threshold=1.0, num_inference_steps=4, mag_ratios=[1.0] * 4),
-    "TaylorSeer": cached("TaylorSeerCacheConfig", cache_interval=2, disable_cache_before_step=1),
+    "calls for cond and for uncond": (BOTH, lambda model: None),
+    "LoRA": (BOTH, lora),
+    "float8": (BOTH, casting),
+    "group offload": (BOTH, group_offload),
+    "CPU offload": (BOTH, cpu_offload),
+    "FirstBlockCache": (FLUX, cached("FirstBlockCacheConfig", threshold=10.0)),
+    "MagCache": (FLUX, cached("MagCacheConfig", threshold=1.0, num_inference_steps=4, mag_ratios=[1.0] * 4)),
+    "TaylorSeer": (FLUX, cached("TaylorSeerCacheConfig", cache_interval=2, disable_cache_before_step=1)),
+    "Pyramid Attention Broadcast": (FLUX, broadcast),
 }
 
 
@@ -459,16 +445,17 @@ def passes(model, tiny, more=lambda given: {}):
     for sigma, name in itertools.product((0.9, 0.7, 0.5, 0.3), ("cond", "uncond")):
         given = tiny.call(*SIZE, batch=3, sigma=sigma)
         given["encoder_hidden_states"] *= 1 if name == "cond" else -1
-        with model.cache_context(name):
+        with getattr(model, "cache_context", nullcontext)(name):
             made.append(model(**given, **more(given), return_dict=False)[0])
     return torch.stack(made)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["patched first", "patched last"])
-@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
-@pytest.mark.parametrize("situation", SITUATIONS)
-def test_what_diffusers_puts_on_a_model_works_beside_it(situation, family, first, everything):
-    tiny, setup = TINY[family], SITUATIONS[situation]
+@pytest.mark.parametrize(
+    ("family", "situation"), [(family, name) for name, (families, _) in SITUATIONS.items() for family in families]
+)
+def test_what_diffusers_puts_on_a_model_works_beside_it(family, situation, first, everything):
+    tiny, (families, setup) = TINY[family], SITUATIONS[situation]
     reference, model = tiny.make(), tiny.make()
     if first:
         agentsd.apply_patch(model, **everything)
@@ -477,12 +464,26 @@ def test_what_diffusers_puts_on_a_model_works_beside_it(situation, family, first
     if not first:
         agentsd.apply_patch(model, **everything)
     expected = passes(reference, tiny)
-    assert (passes(model, tiny) - expected).norm() < 1e-5 * expected.norm()
-    assert all(layer.calls["everything"] for layer in get_patch(model).report())
-    assert set(get_patch(model).notes) <= {"something else answers self-attention in its place"}
-    if situation in ("LoRA", "float8", "group offload", "CPU offload"):
-        agentsd.remove_patch(model)
-        assert torch.equal(passes(model, tiny), expected)
+    assert (passes(model, tiny) - expected).norm() < 1e-4 * expected.norm()
+    calls, caches = [layer.calls["everything"] for layer in get_patch(model).report()], families == FLUX
+    assert 0 < min(calls) < 8 if caches else set(calls) == {8}
+    assert list(get_patch(model).notes) == ["something else answers self-attention in its place"] * caches
+    agentsd.remove_patch(model)
+    assert caches or torch.equal(passes(model, tiny), expected)
+
+
+@pytest.mark.parametrize("situation", ["LoRA", "float8", "group offload", "CPU offload"])
+def test_it_is_tuned_beside_it(situation, every_gain_counts):
+    tiny = TINY["FluxTransformer2DModel"]
+    model = tiny.make()
+    SITUATIONS[situation][1](model)
+    with agentsd.record_calls(model, 2) as calls:
+        plain = passes(model, tiny)
+    tuning = agentsd.tune(model, calls, 0.5)
+    assert 0 < tuning.measured <= 0.5
+    assert torch.equal(passes(model, tiny), plain)
+    agentsd.apply_patch(model, tuning=tuning)
+    assert not torch.equal(passes(model, tiny), plain)
 
 
 @pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
@@ -490,8 +491,9 @@ def test_a_controlnet_adds_its_residuals(family, everything):
     tiny = TINY[family]
     model, flux = tiny.make(), family.startswith("Flux")
     kind = diffusers.FluxControlNetModel if flux else diffusers.SD3ControlNetModel
-    heads = {"num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2} if flux else {}
-    control = filled(kind.from_transformer(model, num_layers=1, **heads, load_weights_from_transformer=False))
+    heads = {"num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    settings = heads if flux else {"num_extra_conditioning_channels": 0}
+    control = filled(kind.from_transformer(model, num_layers=1, **settings, load_weights_from_transformer=False))
 
     def more(given):
         found = control(**given, controlnet_cond=given["hidden_states"], return_dict=False)
@@ -548,41 +550,37 @@ def test_blocks_are_one_graph_each():
     torch.testing.assert_close(run(model, given), plain)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_pipelines_take_the_patch_and_give_it_back(name):
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
-
-    kind, family = {
-        "sd3": (StableDiffusion3Pipeline, "SD3Transformer2DModel"),
-        "flux": (FluxPipeline, "FluxTransformer2DModel"),
-    }[name]
-    vae = AutoencoderKL(
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_pipelines_take_a_tuning_and_a_patch_and_give_it_back(name, every_gain_counts):
+    flux = name == "FluxPipeline"
+    transformer = TINY["FluxTransformer2DModel" if flux else "SD3Transformer2DModel"].make()
+    vae = diffusers.AutoencoderKL(
         block_out_channels=(4,) * 4,
         norm_num_groups=1,
-        latent_channels=1 if name == "flux" else 4,
+        latent_channels=1 if flux else 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    parts = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-    if name == "flux":
-        del parts["text_encoder_3"], parts["tokenizer_3"]
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=3.0)
-    pipe = kind(transformer=TINY[family].make(), vae=vae, scheduler=scheduler, **parts)
+    parts = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")[: 3 - flux]}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=3.0)
+    pipe = getattr(diffusers, name)(transformer=transformer, vae=vae, scheduler=scheduler, **parts)
     pipe.set_progress_bar_config(disable=True)
-    embeds = {
-        "prompt_embeds": torch.randn(1, TEXT, 32),
-        "pooled_prompt_embeds": torch.randn(1, 64 if name == "sd3" else 32),
-    }
-    if name == "sd3":
-        embeds.update({f"negative_{key}": -value for key, value in embeds.items()})
+    # of two prompts
+    given = {"prompt_embeds": torch.randn(2, TEXT, 32), "pooled_prompt_embeds": torch.randn(2, 32 if flux else 64)}
+    given |= {} if flux else {f"negative_{key}": -value for key, value in given.items()}
+    given |= {"height": 320, "width": 288, "num_inference_steps": 4, "output_type": "latent"}
 
     def picture():
-        generator = torch.Generator().manual_seed(1)
-        return pipe(**embeds, height=320, width=288, num_inference_steps=4, generator=generator, output_type="latent")[
-            0
-        ]
+        return pipe(**given, generator=torch.Generator().manual_seed(1))[0]
 
-    plain = picture()
+    with agentsd.record_calls(pipe, 2) as calls:
+        plain = picture()
+    tuning = agentsd.tune(pipe, calls, 0.5)
+    assert tuning.size == (40, 36)
+    assert 0 < tuning.measured <= 0.5
+    with agentsd.patched(pipe, tuning=tuning.text):
+        assert not torch.equal(picture(), plain)
+        assert get_patch(pipe).notes == {}
     assert agentsd.apply_patch(pipe, **CORRECTED, rules=[Rule(None, since=0.45)]) is pipe
     patched = picture()
     report = get_patch(pipe).report()

@@ -41,13 +41,11 @@ def test_it_keeps_the_tolerances_and_is_nearly_the_fastest(seed, tolerance):
     assert seconds(chosen) <= best + 0.15 * (len(blocks) - best)  # of what can be saved at all
 
 
-def test_without_a_limit_each_block_is_the_fastest():
+def test_without_a_limit_each_block_is_the_fastest_and_with_none_allowed_it_has_full_attention():
     blocks = blocks_of(1)
     assert choose(blocks, (10.0, 10.0)) == [min(options, key=lambda o: o.seconds) for options in blocks]
-
-
-def test_with_none_allowed_all_have_full_attention():
-    assert [option.candidate for option in choose(blocks_of(1), (0.0, 0.0))] == [0] * 5
+    assert [option.candidate for option in choose(blocks, (0.0, 0.0))] == [0] * 5
+    assert choose([], (0.1,)) == []
 
 
 def test_what_deviates_by_nothing_is_free():
@@ -69,7 +67,3 @@ def test_deviation_that_saves_next_to_nothing_is_not_chosen():
     assert choose(blocks, (0.1,), worth=0.02)[0].candidate == 1
     assert choose(blocks, (0.1,), worth=0.001)[0].candidate == 2
     assert choose(blocks, (0.0,), worth=0.02)[0].candidate == 0
-
-
-def test_no_blocks():
-    assert choose([], (0.1,)) == []

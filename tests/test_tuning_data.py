@@ -108,57 +108,44 @@ def test_damaged_text_is_an_error_that_says_so(damage):
         Tuning.from_text(damage(TUNING.text))
 
 
-@pytest.mark.parametrize(
-    "forged",
-    [
-        {"plan": {**asdict(PLAN), "tolerance": "x"}},
-        {"plan": {**asdict(PLAN), "tolerance": float("nan")}},
-        {"plan": {**asdict(PLAN), "tolerance": 2.0}},
-        {"plan": {**asdict(PLAN), "time": float("inf")}},
-        {"plan": {**asdict(PLAN), "time": "fast"}},
-        {"plan": {**asdict(PLAN), "choices": [1, 2]}},
-        {"plan": None},
-        {"seconds_full": float("nan")},
-        {"since": [0.0, float("nan")]},
-        {"since": [0.0, "later"]},
-        {"size": [64.5, 48]},
-        {"size": [0, 48]},
-        {"covers": [0.2, "end"]},
-        {"candidates": [{"method": "none"}, {"sx": 2}]},
-        {"frontier": [{**asdict(PLAN), "deviations": [{"progress": float("nan"), "predicted": 0.1}]}]},
-        {"weights": 7},
-        {"notes": [7]},
-        {"unknown": 1},
-    ],
-    ids=str,
-)
+NAN, INF = float("nan"), float("inf")
+FORGED = {
+    "plan": [None, *({**asdict(PLAN), "tolerance": value} for value in ("x", NAN, 2.0))]
+    + [{**asdict(PLAN), **forged} for forged in ({"time": INF}, {"time": "fast"}, {"choices": [1, 2]})],
+    "frontier": [[{**asdict(PLAN), "deviations": [{"progress": NAN, "predicted": 0.1}]}]],
+    "seconds_full": [NAN],
+    "since": [[0.0, NAN], [0.0, "later"]],
+    "size": [[64.5, 48], [0, 48]],
+    "covers": [[0.2, "end"]],
+    "candidates": [[{"method": "none"}, {"sx": 2}]],
+    "weights": [7],
+    "notes": [[7]],
+    "unknown": [1],
+}
+
+
+@pytest.mark.parametrize("forged", [{name: value} for name, values in FORGED.items() for value in values], ids=str)
 def test_a_forged_tuning_is_refused(forged):
     with pytest.raises(TuningError, match="damaged"):
         Tuning.from_dict({**TUNING.to_dict(), **forged})
 
 
-def test_another_tolerance_takes_its_plan_from_the_frontier():
-    assert TUNING.at(0.02) is TUNING
-    closer = TUNING.at(0.01)
-    assert closer.choices == ("a..", "a..")
-    assert (closer.predicted, closer.measured, closer.seconds) == (0.008, None, 1.5)
-    assert not TUNING.at(0.001).acts
-    assert TUNING.at(0.5).choices == TUNING.choices
-
-
 @pytest.mark.parametrize(
-    ("tolerance", "gain", "reached"),
+    ("tolerance", "choices", "gain", "reached"),
     [
-        (0.02, "2.00× measured", "1.8% measured"),
-        (0.01, "1.33× expected", "0.8% expected"),
-        (0.001, "nothing is faster within 0.1%", ""),
+        (0.02, PLAN.choices, "2.00× measured", "1.8% measured"),
+        (0.5, PLAN.choices, "2.00× measured", "1.8% measured"),
+        (0.01, ("a..", "a.."), "1.33× expected", "0.8% expected"),
+        (0.001, ("...", "..."), "nothing is faster within 0.1%", ""),
     ],
 )
-def test_one_number_in_the_same_words_everywhere(tolerance, gain, reached):
+def test_another_tolerance_takes_its_plan_from_the_frontier_and_tells_it(tolerance, choices, gain, reached):
     tuning = TUNING.at(tolerance)
+    assert tuning.choices == choices
     assert (tuning.plan.gain, tuning.plan.reached) == (gain, reached)
     assert gain in str(tuning)
     assert Tuning.from_text(tuning.text).plan.gain in (gain, "")
+    assert tuning.seconds == pytest.approx(2.0 * tuning.plan.time)
 
 
 @pytest.mark.parametrize(

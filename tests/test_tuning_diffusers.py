@@ -35,26 +35,21 @@ def test_a_pipeline_is_recorded_tuned_and_patched(make, every_gain_counts):
         assert torch.equal(picture(pipe), ours)
 
 
-@pytest.mark.parametrize("return_dict", [True, False])
-def test_outputs_of_each_kind(every_gain_counts, return_dict):
+class Bare(nn.Module):
+    def __init__(self, unet):
+        super().__init__()
+        self.inside, self.config = unet, unet.config
+
+    def forward(self, **given):
+        return self.inside(**given).sample
+
+
+@pytest.mark.parametrize("kind", ["object", "tuple", "tensor"])
+def test_outputs_of_each_kind(every_gain_counts, kind):
     unet = tiny_unet()
-    calls = [((), {**unet_inputs(unet, t=t), "return_dict": return_dict}) for t in (900, 300)]
-    tuning = agentsd.tune(unet, calls, 0.5, methods=TRY)
-    assert 0 < tuning.measured <= 0.5
-
-
-def test_a_bare_tensor(every_gain_counts):
-    class Bare(nn.Module):
-        def __init__(self, unet):
-            super().__init__()
-            self.inside, self.config = unet, unet.config
-
-        def forward(self, sample, timestep, encoder_hidden_states):
-            return self.inside(sample, timestep, encoder_hidden_states).sample
-
-    bare = Bare(tiny_unet())
-    calls = [((), unet_inputs(bare.inside, t=t)) for t in (900, 300)]
-    assert 0 < agentsd.tune(bare, calls, 0.5, methods=TRY).measured <= 0.5
+    more = {"return_dict": False} if kind == "tuple" else {}
+    calls = [((), {**unet_inputs(unet, t=t), **more}) for t in (900, 300)]
+    assert 0 < agentsd.tune(Bare(unet) if kind == "tensor" else unet, calls, 0.5, methods=TRY).measured <= 0.5
 
 
 def test_ldm_and_diffusers_are_one_model_and_share_plans(every_gain_counts):

@@ -90,14 +90,9 @@ def test_calls_are_there_after_an_error_and_the_hook_is_gone(unet):
         call(unet, 900)
         raise KeyboardInterrupt
     assert timesteps(calls) == [900]
-    assert tree(unet) == before
-
-
-@pytest.mark.parametrize("moments", [0, 101, 2.5, True, None])
-def test_bad_moments_are_named(unet, moments):
-    before = tree(unet)
-    with pytest.raises(SettingError, match="moments"), agentsd.record_calls(unet, moments):
-        pass
+    for moments in (0, 101, 2.5, True, None):
+        with pytest.raises(SettingError, match="moments"), agentsd.record_calls(unet, moments):
+            pass
     assert tree(unet) == before
 
 

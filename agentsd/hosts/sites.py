@@ -70,7 +70,7 @@ def find_unet(model: Any) -> nn.Module:
     unet = find_model(model)
     if family_of(unet) is None:
         return unet
-    raise UnsupportedModelError(f"model must be a U-Net here, got {type(unet).__name__}, which apply_patch alone takes")
+    raise UnsupportedModelError(f"model must be a U-Net here, got the transformer {type(unet).__name__}")
 
 
 def find_model(model: Any) -> nn.Module:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
-from math import comb
+from itertools import accumulate, cycle
+from math import comb, inf
 from statistics import fmean, median
 from typing import Any
 
@@ -42,8 +42,7 @@ class Replay:
         calls: the calls in the order of the diffusion.
         moments: the fraction of the diffusion that is done at each; None if it isn't known.
         size: (height, width) of their latents, or of a transformer's grid of tokens.
-        full: outputs with full attention, by the call's number, once `remember` has made them.
-        done, total: numbers of calls made, and expected.
+        total: number of calls that will be made, as far as is known.
 
     Raises:
         SettingError: there are no calls, or their latents are of several sizes.
@@ -72,8 +71,10 @@ class Replay:
             told.append((call, timesteps.progress(t) if said is None and t is not None else said))
         told.sort(key=lambda each: each[1] or 0.0)
         self.calls, self.moments = [call for call, _ in told], [moment for _, moment in told]
-        self.device = weight_of(self.model).device
-        self.full: dict[int, Tensor] = {}
+        # not that of the weights, which offloading moves
+        given = (x.device for args, kwargs in self.calls for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        self.device = next(given, weight_of(self.model).device)
+        self.full: dict[int, Tensor] = {}  # outputs with full attention, by the call's number
         self.done = self.total = 0
 
     def __len__(self) -> int:
@@ -103,8 +104,7 @@ class Replay:
 
     def deviation(self, number: int, out: Tensor) -> float:
         """‖out − full‖ / ‖full‖."""
-        full = self.full[number]
-        return norm(out - full) / max(norm(full), 1e-12)
+        return norm(out - self.full[number]) / max(norm(self.full[number]), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,15 @@ class TimeRatio:
     peaks: tuple[int | None, int | None] = (None, None)  # most bytes on the device, without and with
 
 
-def interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def interval(samples: Sequence[float]) -> tuple[float, float]:
     """Return the interval that holds the median of what `samples` are drawn from; without end if they are too few.
 
     By order statistics, for any distribution (e.g. Gibbons and Chakraborti, Nonparametric Statistical Inference, 5.4).
     """
     ordered, n = sorted(samples), len(samples)
-    outside, k = 0.0, -1
-    while k + 1 < n / 2 and outside + 2 * comb(n, k + 1) / 2**n <= 1 - confidence:
-        k += 1
-        outside += 2 * comb(n, k) / 2**n
-    return (ordered[k], ordered[n - 1 - k]) if k >= 0 else (0.0, float("inf"))
+    outside = accumulate(2 * comb(n, k) / 2**n for k in range((n + 1) // 2))
+    k = sum(each <= 1 - CONFIDENCE for each in outside)
+    return (ordered[k - 1], ordered[n - k]) if k else (0.0, inf)
 
 
 def timed_in_turn(replay: Replay, configs: Mapping[int, AgentConfig], text: str) -> TimeRatio:
@@ -185,7 +183,7 @@ def compare(
     """
     replay = Replay(model, calls, progress, kv_context, clock)
     replay.total = comparing_takes(replay, configs)
-    found: dict[str, list[Compared]] = {name: [] for name in configs}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in configs}
     with torch.no_grad(), alone(replay.model):
         for number in range(len(replay)):
             replay.remember(number, "Full attention")
@@ -193,8 +191,6 @@ def compare(
                 without = replay.call(number, "Full attention")[1]
                 for name, config in configs.items():
                     out, seconds = replay.call(number, name, config)
-                    found[name].append(Compared(replay.deviation(number, out), seconds / without))
-    return {
-        name: Compared(max(one.deviation for one in each), median(one.time for one in each))
-        for name, each in found.items()
-    }
+                    found[name].append((replay.deviation(number, out), seconds / without))
+    columns = {name: tuple(zip(*each, strict=True)) for name, each in found.items()}
+    return {name: Compared(max(deviations), median(times)) for name, (deviations, times) in columns.items()}

@@ -263,12 +263,11 @@ class Tuning:
         """Explain what becomes of the tuning for a latent of `height` × `width`; empty at its own size."""
         if (height, width) == self.size:
             return ""
-        tuned = f"tuned for a latent of {self.size[1]}×{self.size[0]}"
-        here, there = height * width, self.size[0] * self.size[1]
-        if here < there:
+        tuned, larger = f"tuned for a latent of {Grid(*self.size)}", height * width - Grid(*self.size).tokens
+        if larger < 0:
             return f"{tuned}: this one is smaller, and gets full attention"
         return (
-            f"{tuned}: this one is {'larger' if here > there else 'of another shape'}; cells stay as they are, where "
+            f"{tuned}: this one is {'larger' if larger else 'of another shape'}; cells stay as they are, where "
             "they would be coarser full attention does, and the deviation was not measured here"
         )
 
@@ -288,7 +287,7 @@ class Tuning:
         if self.adapters and adapters and not found:
             from .fingerprint import agree
 
-            found += [] if agree(self.adapters, adapters) else ["tuned with another LoRA"]
+            found += ["tuned with another LoRA"] * (not agree(self.adapters, adapters))
         if start < self.covers[0] - MARGIN:
             found.append(f"tuned from {self.covers[0]:.2g} of the diffusion on; full attention stays before")
         return " and ".join(found)
@@ -446,14 +445,12 @@ def as_tuning(value: Any) -> Tuning:
 
 def headline(tuning: Tuning) -> str:
     """Describe in a sentence what was asked for and reached."""
-    plan = tuning.plan
+    plan, memory = tuning.plan, mebibytes(tuning.peak_full, tuning.plan.peak)
     told = [f"deviation {plan.reached}" if plan.acts and plan.reached else "", plan.gain]
     if plan.acts and plan.timed and tuning.seconds:
         told.append(f"{tuning.seconds_full:.3g} → {tuning.seconds:.3g} s a model call")
-    memory = mebibytes(tuning.peak_full, plan.peak)
-    told.append(f"peak memory {memory}" if memory else "")
-    height, width = tuning.size
-    return f"tuned to {percent(tuning.tolerance)} at a latent of {width}×{height}: {', '.join(filter(None, told))}"
+    told.append(memory and f"peak memory {memory}")
+    return f"tuned to {percent(tuning.tolerance)} at a latent of {Grid(*tuning.size)}: {', '.join(filter(None, told))}"
 
 
 def _plan_from(data: Mapping[str, Any]) -> TunedPlan:

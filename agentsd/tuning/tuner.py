@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from statistics import fmean
@@ -78,16 +79,14 @@ def tune(
     """
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 1:
         raise SettingError(f"tolerance must be a number above 0 and at most 1, got {tolerance!r}")
-    candidates, replay = checked_candidates(methods), Replay(model, calls, progress, kv_context, clock)
-    tuner = Tuner(replay, [each for each in candidates if _possible(replay, each, named=methods is not None)])
+    replay = Replay(model, calls, progress, kv_context, clock)
+    tuner = _Tuner(replay, _candidates(methods, replay), float(tolerance))
     with torch.no_grad(), alone(replay.model):
-        tuner.observe()
-        tuner.measure_effects()
-        return replace(tuner.tuning(float(tolerance)), conditions=dict(conditions or {}))
+        return replace(tuner.tuning(), conditions=dict(conditions or {}))
 
 
-def checked_candidates(methods: Any = None) -> list[Candidate]:
-    """List the settings that `methods` of `tune` stands for."""
+def _candidates(methods: Any, replay: Replay) -> list[Candidate]:
+    """List the settings that `methods` of `tune` stands for; None stands for all that the model can have."""
     entries = [method.name for method in selectable()] if methods is None else methods
     if isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable):
         raise SettingError(f"methods must be a list of names or settings, got {methods!r}")
@@ -101,19 +100,13 @@ def checked_candidates(methods: Any = None) -> list[Candidate]:
             raise SettingError(f"methods must be of {', '.join(METHODS)}, got {entry!r}")
     if not 1 <= len(found) <= len(LETTERS):
         raise SettingError(f"methods must name 1 to {len(LETTERS)} settings to try, got {len(found)}")
-    AgentConfig(**BASE, rules=tuple(map(Rule, found)))  # checks names and ranges
-    return found
-
-
-def _possible(replay: Replay, candidate: Candidate, named: bool) -> bool:
-    """Whether the model can have these settings, which a transformer may not; raise if they were `named`."""
-    try:
-        make_patch(replay.model, AgentConfig(**{**BASE, **candidate}), replay.kv_context)
-    except SettingError:
-        if named:
-            raise
-        return False
-    return True
+    possible = []
+    for each in found:
+        config = AgentConfig(**BASE, rules=(Rule(None), Rule(each)))  # checks names and ranges
+        with suppress(*[SettingError] * (methods is None)):
+            make_patch(replay.model, config, replay.kv_context)
+            possible.append(each)
+    return possible
 
 
 # The option chosen for each block that may change
@@ -129,9 +122,7 @@ class _Part:
     """A part of the diffusion: around the recorded calls of one timestep."""
 
     progress: float  # where these calls are
-    calls: list[int]  # their numbers
-    # numbers of calls whose squared deviations are averaged: each of this part, then halfway to its neighbours
-    constraints: list[tuple[int, ...]]
+    calls: list[int]  # their numbers, whose constraints are the first of an option's
     options: list[list[Option]]  # of each block that may change, full attention first
     scale: float = 1.0  # ratio of measured to predicted deviation
 
@@ -140,7 +131,7 @@ class _Part:
         self.best, self.measured = self.full, 0.0  # what was measured to keep the tolerance, and its deviation
 
     def choose(self, tolerance: float) -> Chosen:
-        limits = [tolerance / self.scale] * len(self.constraints)
+        limits = [tolerance / self.scale] * len(self.full[0].squares) if self.full else []
         return choose(self.options, limits, MIN_SAVING_BY_TOLERANCE * _seconds(self.full))
 
     def predicted(self, chosen: Chosen) -> float:
@@ -164,11 +155,11 @@ class _Part:
                     return
 
 
-class Tuner:
-    """The state of one tuning: `observe` and `measure_effects` come first, then `tuning` for any tolerances."""
+class _Tuner:
+    """The state of one tuning."""
 
-    def __init__(self, replay: Replay, candidates: Sequence[Candidate]) -> None:
-        self.replay, self.model, self.candidates = replay, replay.model, candidates
+    def __init__(self, replay: Replay, candidates: Sequence[Candidate], tolerance: float) -> None:
+        self.replay, self.model, self.candidates, self.tolerance = replay, replay.model, candidates, tolerance
         self.sites = ordered_sites(self.model)
         self.probe = Probe([AgentConfig(**{**BASE, **each}) for each in candidates], replay.clock)
         replay.total = len(replay) * (1 + MAX_GROUPS + MAX_VERIFICATIONS) + 1 + 2 * MAX_ROUNDS
@@ -186,136 +177,34 @@ class Tuner:
         self.before, self.after = known and first > MARGIN, known and last < 1 - MARGIN
         edges = [0.0, *[first] * self.before, *middles, *[last] * self.after]
         self.since = tuple(round(edge, 4) for edge in edges)
-        self.notes: list[str] = []
-        self.noise = 0.0  # by how much the same call differs from time to time; what can't be seen
 
-    # Measure
-
-    def observe(self) -> None:
-        """Make each call with full attention, and try all candidates in all blocks."""
-        replay, probe = self.replay, self.probe
-        patch = make_patch(self.model, probe.candidates[1], replay.kv_context, probe)
-        with alone(self.model, patch), probe.watching(self.sites):
-            for probe.number in range(len(replay)):
-                self.noise = max(self.noise, replay.remember(probe.number, "Trying the methods in every block"))
-        again, self.seconds = replay.call(0, "Making a call again")
-        self.noise = max(self.noise, replay.deviation(0, again))
-        self.notes = list(patch.notes)
-        skipped = sum(0 < len(probe.trials[site.name].errors) < len(replay) for site in self.sites)
-        if skipped:
-            self.notes.append(f"{skipped} of {len(self.sites)} blocks did not run in every recorded call")
-
-    def useful(self, site: Site) -> dict[int, float]:
-        """Return the seconds of each candidate that was always tried in a block, and is faster than full attention."""
-        errors, seconds = self.probe.trials[site.name].errors, self.probe.seconds(site.name)
-        always = [k for k in seconds if all(math.isfinite(errors[i].get(k, math.nan)) for i in range(len(self.replay)))]
-        return {k: seconds[k] for k in always if seconds[k] <= MAX_TIME * seconds[FULL]}
-
-    def _saving(self, site: Site) -> float:
-        seconds = self.probe.seconds(site.name)[FULL]
-        return seconds - min(self.useful(site).values(), default=seconds)
-
-    def measure_effects(self) -> None:
-        """Measure what errors in a block do to the model's output, where a notable share of the time would be saved.
-
-        The ratio is the same for all candidates.
-        """
-        savings = [self._saving(site) for site in self.sites]
-        least = MIN_SHARE_OF_SAVING * sum(savings)
-        self.blocks = [site for site, saving in zip(self.sites, savings, strict=True) if saving > least]
-        self.effects: dict[str, list[float]] = {}
-        for group in self.groups():
-            tried = {site.name: self._typical(site) for site in group}
-            config, ratios = self.config(tried), []
-            for number in range(len(self.replay)):
-                error = math.hypot(*(self.probe.trials[name].errors[number][k] for name, k in tried.items()))
-                moved = self.deviation(number, config, "Measuring what each block does to the image")
-                ratios.append(moved / error if error else 0.0)
-            self.effects.update(dict.fromkeys(tried, ratios))
-
-    def _typical(self, site: Site) -> int:
-        """Return the candidate of the middle error."""
-        errors, useful = self.probe.trials[site.name].errors.values(), self.useful(site)
-        return sorted(useful, key=lambda k: fmean(e[k] for e in errors))[len(useful) // 2]
-
-    def groups(self) -> list[list[Site]]:
-        """Group neighbouring blocks of the same kind; the groups with the most to save are split first."""
-        # a transformer's second attentions stand between the others
-        blocks = sorted(self.blocks, key=lambda site: site.name.endswith("attn2"))
-        groups = [list(run) for _, run in groupby(blocks, lambda site: self.probe.trials[site.name].kind)]
-        while len(groups) < MAX_GROUPS and any(len(group) > 1 for group in groups):
-            largest = max((g for g in groups if len(g) > 1), key=lambda g: sum(map(self._saving, g)))
-            at, middle = groups.index(largest), len(largest) // 2
-            groups[at : at + 1] = [largest[:middle], largest[middle:]]
-        return groups
-
-    def config(self, numbers: Mapping[str, int]) -> AgentConfig:
-        """Make the config of the candidates chosen for some blocks, by name and number."""
-        rules = (Rule(self.candidates[k - 1], blocks=name) for name, k in numbers.items() if k != FULL)
-        return AgentConfig(**BASE, rules=(Rule(None), *rules))
-
-    def deviation(self, number: int, config: AgentConfig, text: str) -> float:
-        """Make a call under a config; return its deviation."""
-        return self.replay.deviation(number, self.replay.call(number, text, config)[0])
-
-    # Choose and verify
-
-    def parts(self) -> list[_Part]:
-        """A part of the diffusion for each recorded timestep."""
-        parts, numbers = [], list(self.moments.values())
-        for i, (progress, calls) in enumerate(self.moments.items()):
-            others = [j for k in (i - 1, i + 1) if 0 <= k < len(numbers) for j in numbers[k]]
-            # a part reaches halfway to its neighbours; what is between two timesteps is taken to lie between them
-            constraints = [*((i,) for i in calls), *((i, j) for j in others for i in calls)]
-            options = [self._options(site, constraints) for site in self.blocks]
-            parts.append(_Part(progress, calls, constraints, options))
-        return parts
-
-    def _options(self, site: Site, constraints: list[tuple[int, ...]]) -> list[Option]:
-        errors, effect = self.probe.trials[site.name].errors, self.effects[site.name]
-        options = [Option(FULL, self.probe.seconds(site.name)[FULL], (0.0,) * len(constraints))]
-        for k, spent in self.useful(site).items():
-            squares = [(effect[i] * errors[i][k]) ** 2 for i in range(len(effect))]
-            options.append(Option(k, spent, tuple(fmean(squares[i] for i in of) for of in constraints)))
-        return options
-
-    def _numbers(self, chosen: Chosen) -> dict[str, int]:
-        return {site.name: option.candidate for site, option in zip(self.blocks, chosen, strict=True)}
-
-    def _run(self, chosen: Chosen, calls: list[int]) -> float:
-        config = self.config(self._numbers(chosen))
-        return max(self.deviation(number, config, "Verifying the plan") for number in calls)
-
-    # Result
-
-    def tuning(self, tolerance: float) -> Tuning:
-        """Choose, verify and time."""
-        parts, notes = self.parts(), list(self.notes)
-        if self.noise > MAX_NOISE * tolerance:
-            notes.append(
-                f"not tuned within {percent(tolerance)}: the same model call differs by {percent(self.noise)} from "
-                "time to time, as beside a cache of steps or random merging"
-            )
-        elif self.blocks:
-            for part in parts:
-                part.verify(AIM * tolerance, self._run)
-        chosen, tried = [part.best for part in parts], self.time(parts)
-        wanted = self.plan(parts, chosen, tolerance, [part.measured for part in parts])
+    def tuning(self) -> Tuning:
+        """Measure, choose, verify and time."""
+        notes = self.observe()
+        self.measure_effects()
+        self.parts = self.divide()
+        if self.can_tell(self.tolerance):
+            for part in self.parts:
+                part.verify(AIM * self.tolerance, self.verify)
+        else:
+            what = f"the same model call differs by {percent(self.noise)} from time to time"
+            why = "as beside a cache of steps or random merging"
+            notes.append(f"not tuned within {percent(self.tolerance)}: {what}, {why}")
+        tried, chosen = self.time(), [part.best for part in self.parts]
+        wanted = self.plan(chosen, self.tolerance, [part.measured for part in self.parts])
         untold = wanted.acts and tried.low <= 1 <= tried.high
         if wanted.acts and tried.high < 1:
             plan = replace(wanted, time=tried.ratio, timed=True, peak=tried.peaks[1])
-            frontier = self.frontier(parts, plan, (1 - tried.ratio) / _saved(parts, chosen))
+            frontier = self.frontier(plan, (1 - tried.ratio) / self.saved(chosen))
         else:  # nothing is faster, or nobody can tell
-            full = self.plan(parts, [part.full for part in parts], tolerance, [0.0] * len(parts))
+            full = self.plan([part.full for part in self.parts], self.tolerance, [0.0] * len(self.parts))
             plan = replace(full, time=1.0, peak=tried.peaks[0], untold=untold)
-            frontier = (plan,) if wanted.acts else self.frontier(parts, plan, 1 / self.seconds)
+            frontier = (plan,) if wanted.acts else self.frontier(plan, 1 / self.seconds)
         if untold:
             notes.append("it cannot be told whether the plan is faster: the machine is busy, or the gain is too small")
-        weight = weight_of(self.model)
-        device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
-        height, width = self.replay.size
+        weight, (height, width), patch = weight_of(self.model), self.replay.size, self.sites[0].patch
         return Tuning(
-            size=(height * self.sites[0].patch, width * self.sites[0].patch),
+            size=(height * patch, width * patch),
             candidates=tuple(self.candidates),
             since=self.since,
             plan=plan,
@@ -331,30 +220,136 @@ class Tuner:
             versions={
                 "agentsd": VERSION,
                 "torch": torch.__version__,
-                "device": device,
+                "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type,
                 "dtype": str(weight.dtype).removeprefix("torch."),
             },
         )
 
-    def plan(
-        self, parts: list[_Part], chosen: Sequence[Chosen], tolerance: float, measured: Sequence[float | None]
-    ) -> TunedPlan:
+    # Measure
+
+    def observe(self) -> list[str]:
+        """Make each call with full attention, trying all candidates in all blocks; return notes."""
+        replay, probe = self.replay, self.probe
+        self.noise = 0.0  # by how much the same call differs from time to time
+        patch = make_patch(self.model, probe.candidates[1], replay.kv_context, probe)
+        with alone(self.model, patch), probe.watching(self.sites):
+            for probe.number in range(len(replay)):
+                self.noise = max(self.noise, replay.remember(probe.number, "Trying the methods in every block"))
+        again, self.seconds = replay.call(0, "Making a call again")
+        self.noise = max(self.noise, replay.deviation(0, again))
+        self.times = {site.name: self.useful(site.name) for site in self.sites}
+        skipped = sum(0 < len(probe.trials[site.name].errors) < len(replay) for site in self.sites)
+        said = f"{skipped} of {len(self.sites)} blocks did not run in every recorded call"
+        return [*patch.notes, *[said] * (skipped > 0)]
+
+    def can_tell(self, tolerance: float) -> bool:
+        """Whether a tolerance is well above what can't be seen."""
+        return self.noise <= MAX_NOISE * tolerance
+
+    def useful(self, name: str) -> dict[int, float]:
+        """Return the seconds of full attention in a block, and of candidates that were always tried and are faster."""
+        errors, seconds = self.probe.trials[name].errors, self.probe.seconds(name)
+        calls = [errors.get(number, {}) for number in range(len(self.replay))]
+        always = [k for k in seconds if all(math.isfinite(tried.get(k, math.nan)) for tried in calls)]
+        return {FULL: seconds[FULL]} | {k: seconds[k] for k in always if seconds[k] <= MAX_TIME * seconds[FULL]}
+
+    def saving(self, site: Site) -> float:
+        times = self.times[site.name].values()
+        return max(times) - min(times)
+
+    def measure_effects(self) -> None:
+        """Measure what errors in a block do to the model's output, where a notable share of the time would be saved.
+
+        The ratio is the same for all candidates.
+        """
+        least = MIN_SHARE_OF_SAVING * sum(map(self.saving, self.sites))
+        self.blocks = [site for site in self.sites if self.saving(site) > least]
+        self.effects: dict[str, list[float]] = {}
+        for group in self.groups():
+            tried = {site.name: self.typical(site.name) for site in group}
+            config, ratios = self.config(tried), []
+            for number in range(len(self.replay)):
+                error = math.hypot(*(self.probe.trials[name].errors[number][k] for name, k in tried.items()))
+                moved = self.deviation(number, config, "Measuring what each block does to the image")
+                ratios.append(moved / error if error else 0.0)
+            self.effects.update(dict.fromkeys(tried, ratios))
+
+    def typical(self, name: str) -> int:
+        """Return the candidate of the middle error."""
+        errors, useful = self.probe.trials[name].errors.values(), self.times[name].keys() - {FULL}
+        return sorted(useful, key=lambda k: fmean(e[k] for e in errors))[len(useful) // 2]
+
+    def groups(self) -> list[list[Site]]:
+        """Group neighbouring blocks of the same kind; the groups with the most to save are split first."""
+        # a transformer's second attentions stand between the others
+        blocks = sorted(self.blocks, key=lambda site: site.name.endswith("attn2"))
+        groups = [list(run) for _, run in groupby(blocks, lambda site: self.probe.trials[site.name].kind)]
+        while len(groups) < MAX_GROUPS and any(len(group) > 1 for group in groups):
+            largest = max((g for g in groups if len(g) > 1), key=lambda g: sum(map(self.saving, g)))
+            at, middle = groups.index(largest), len(largest) // 2
+            groups[at : at + 1] = [largest[:middle], largest[middle:]]
+        return groups
+
+    def config(self, numbers: Mapping[str, int]) -> AgentConfig:
+        """Make the config of the candidates chosen for some blocks, by name and number."""
+        rules = (Rule(self.candidates[k - 1], blocks=name) for name, k in numbers.items() if k != FULL)
+        return AgentConfig(**BASE, rules=(Rule(None), *rules))
+
+    def deviation(self, number: int, config: AgentConfig, text: str) -> float:
+        """Make a call under a config; return its deviation."""
+        return self.replay.deviation(number, self.replay.call(number, text, config)[0])
+
+    # Choose and verify
+
+    def divide(self) -> list[_Part]:
+        """A part of the diffusion for each recorded timestep."""
+        parts, numbers = [], list(self.moments.values())
+        for i, (progress, calls) in enumerate(self.moments.items()):
+            others = [j for k in (i - 1, i + 1) if 0 <= k < len(numbers) for j in numbers[k]]
+            # a part reaches halfway to its neighbours; what is between two timesteps is taken to lie between them
+            constraints = [*((i,) for i in calls), *((i, j) for j in others for i in calls)]
+            parts.append(_Part(progress, calls, [self.options(site.name, constraints) for site in self.blocks]))
+        return parts
+
+    def options(self, name: str, constraints: list[tuple[int, ...]]) -> list[Option]:
+        """The options of a block, full attention first.
+
+        `constraints` are numbers of calls whose squared deviations are averaged.
+        """
+        errors, effects, options = self.probe.trials[name].errors, self.effects[name], []
+        for k, seconds in self.times[name].items():
+            squares = [(effect * errors[i].get(k, 0.0)) ** 2 for i, effect in enumerate(effects)]
+            options.append(Option(k, seconds, tuple(fmean(squares[i] for i in of) for of in constraints)))
+        return options
+
+    def numbers(self, chosen: Chosen) -> dict[str, int]:
+        return {site.name: option.candidate for site, option in zip(self.blocks, chosen, strict=True)}
+
+    def verify(self, chosen: Chosen, calls: list[int]) -> float:
+        config = self.config(self.numbers(chosen))
+        return max(self.deviation(number, config, "Verifying the plan") for number in calls)
+
+    def plan(self, chosen: Sequence[Chosen], tolerance: float, measured: Sequence[float | None]) -> TunedPlan:
         """Write the chosen options of each part, without their time."""
         letters, deviations, full = [], [], FULL_LETTER * len(self.sites)
-        for part, options, value in zip(parts, chosen, measured, strict=True):
-            numbers = self._numbers(options)
+        for part, options, value in zip(self.parts, chosen, measured, strict=True):
+            numbers = self.numbers(options)
             letters.append("".join((FULL_LETTER + LETTERS)[numbers.get(site.name, FULL)] for site in self.sites))
             deviations.append(Deviation(part.progress, part.predicted(options) if options else 0.0, value))
         return TunedPlan(tolerance, (*[full] * self.before, *letters, *[full] * self.after), tuple(deviations))
 
-    def time(self, parts: list[_Part]) -> TimeRatio:
+    def time(self) -> TimeRatio:
         """Time whole calls without and with the plan, in turn."""
-        wanted = sorted({len(parts) * (2 * i + 1) // (2 * MAX_TIMED) for i in range(MAX_TIMED)})
-        numbers = {parts[i].calls[0]: self._numbers(parts[i].best) for i in wanted}
+        wanted = sorted({len(self.parts) * (2 * i + 1) // (2 * MAX_TIMED) for i in range(MAX_TIMED)})
+        numbers = {part.calls[0]: self.numbers(part.best) for part in (self.parts[i] for i in wanted)}
         acting = {call: self.config(each) for call, each in numbers.items() if any(each.values())}
         return timed_in_turn(self.replay, acting, "Timing the plan") if acting else TimeRatio(1.0, 1.0, 1.0)
 
-    def frontier(self, parts: list[_Part], plan: TunedPlan, scale: float) -> tuple[TunedPlan, ...]:
+    def saved(self, chosen: Sequence[Chosen]) -> float:
+        """Return the seconds that the chosen options save in a model call, by the times of their blocks."""
+        return fmean(_seconds(part.full) - _seconds(each) for part, each in zip(self.parts, chosen, strict=True))
+
+    def frontier(self, plan: TunedPlan, scale: float) -> tuple[TunedPlan, ...]:
         """Plan for several tolerances, beside the plan of the one that was asked for.
 
         Their times are expected: `scale` times the seconds that their blocks save, which those of the timed plan have
@@ -366,18 +361,13 @@ class Tuner:
             if tolerance == plan.tolerance:
                 points.append(plan)
                 best = min(best, plan.time)
-            elif self.blocks and self.noise <= MAX_NOISE * tolerance:
-                chosen = [part.choose(AIM * tolerance) for part in parts]
-                time = max(1 - scale * _saved(parts, chosen), MIN_STEP)
+            elif self.can_tell(tolerance):
+                chosen = [part.choose(AIM * tolerance) for part in self.parts]
+                time = max(1 - scale * self.saved(chosen), MIN_STEP)
                 if tolerance < plan.tolerance:
                     time = max(time, plan.time + MIN_STEP)
-                point = self.plan(parts, chosen, tolerance, [None] * len(parts))
+                point = self.plan(chosen, tolerance, [None] * len(self.parts))
                 if point.acts and point.choices != plan.choices and time <= best - MIN_STEP:
                     points.append(replace(point, time=time))
                     best = time
         return tuple(points)
-
-
-def _saved(parts: Sequence[_Part], chosen: Sequence[Chosen]) -> float:
-    """Return the seconds that the chosen options save in a call of the model, by the times of their blocks."""
-    return fmean(_seconds(part.full) - _seconds(options) for part, options in zip(parts, chosen, strict=True))
