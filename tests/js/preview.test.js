@@ -93,6 +93,10 @@ test("nothing is asked while a size is being typed", async (page) => {
 test("the hires sliders go along as they are", async (page) => {
     await opened(page);
     page.type("hr-checkbox", true);
+    page.document.append(new Element("div", {id: "hr_checkpoint"}, new Element("input", {value: "Use same checkpoint"})));
+    page.type("hr_scale", "");
+    await page.wait(500);
+    assert.equal(page.count("POST preview"), 1, "the scale is being typed");
     page.type("hr_scale", "1.5");
     page.type("hr_resize_x", "");
     await page.wait(500);

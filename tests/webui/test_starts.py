@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from host import Host, acted
+from host import PROBE, Host, acted
 from page import SECONDS, Panel, browser, generate, size
 from test_a1111 import HIRES
 from test_tune import PLAN, SMALL
@@ -73,6 +73,7 @@ def test_the_page_shows_the_preview_after_the_login(guarded: Host):
 @pytest.mark.parametrize("flag", ["--medvram", "--lowvram"])
 def test_where_the_u_net_comes_to_its_device_for_the_sampling(a1111: Host, flag: str):
     with a1111.again(flag) as host:
+        host.call(PROBE + "/every-gain-counts", {})
         off, on = host.txt2img(), host.txt2img([{}])
         assert on.pixels != off.pixels
         assert acted(host.status()["passes"][0])
