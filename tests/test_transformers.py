@@ -33,15 +33,23 @@ from tiny_transformers import TEXT, TINY, WIDTH
 SIZE = (20, 18)
 CORRECTED = {"method": "corrected", "exact_ratio": 0.2}
 SDPA = F.scaled_dot_product_attention
+SD3, FLUX, PIXART, QWEN, Z_IMAGE = (
+    f"{name}Transformer2DModel" for name in ("SD3", "Flux", "PixArt", "QwenImage", "ZImage")
+)
 by_family = pytest.mark.parametrize("family", TINY)
 # families whose masks close text alone, and how a mask is made
-MASKED = tuple(f"{name}Transformer2DModel" for name in ("QwenImage", "ZImage", "Chroma", "CogView4"))
+MASKED = (QWEN, Z_IMAGE, "ChromaTransformer2DModel", "CogView4Transformer2DModel")
 
 
 @torch.no_grad()
 def run(model, given):
     out = model(**given, return_dict=False)[0]
     return torch.stack(out) if isinstance(out, list) else out
+
+
+def made(family, **changes):
+    """A transformer, and arguments for calling it."""
+    return TINY[family].make(**changes), TINY[family].call(*SIZE)
 
 
 @pytest.fixture
@@ -137,7 +145,7 @@ def test_image_tokens_get_corrected_attention_and_text_tokens_full_attention(fam
 
 
 def test_rules_name_attentions_and_parts_by_the_noise_level():
-    tiny = TINY["FluxTransformer2DModel"]
+    tiny = TINY[FLUX]
     model = tiny.make()
     agentsd.apply_patch(model, **CORRECTED, rules=[Rule(None, blocks="single_*"), Rule(None, until=0.5)])
     for sigma in (0.75, 0.25):
@@ -152,14 +160,13 @@ def test_rules_name_attentions_and_parts_by_the_noise_level():
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("SD3Transformer2DModel", {"method": "pool", "sx": 2, "sy": 2}),
-        ("PixArtTransformer2DModel", {"method": "pool", "sx": 2, "sy": 2}),
-        ("PixArtTransformer2DModel", {"method": "agent", "ratio": 0, "agent_ratio": 0.9, "agent_source": "grid"}),
+        (SD3, {"method": "pool", "sx": 2, "sy": 2}),
+        (PIXART, {"method": "pool", "sx": 2, "sy": 2}),
+        (PIXART, {"method": "agent", "ratio": 0, "agent_ratio": 0.9, "agent_source": "grid"}),
     ],
 )
 def test_other_methods_act_where_they_make_sense(family, settings):
-    tiny = TINY[family]
-    model, given = tiny.make(), tiny.call(*SIZE)
+    model, given = made(family)
     plain = run(model, given)
     with agentsd.patched(model, **settings):
         assert 1e-4 < (run(model, given) - plain).norm() / plain.norm() < 0.5
@@ -168,7 +175,7 @@ def test_other_methods_act_where_they_make_sense(family, settings):
 
 @pytest.mark.parametrize("exact", [0.0, 0.2])
 def test_the_share_of_flops_is_that_of_the_counter(exact):
-    tiny = TINY["FluxTransformer2DModel"]
+    tiny = TINY[FLUX]
     model, given = tiny.make(), tiny.call(32, 32, batch=1)
 
     def counted():
@@ -190,7 +197,7 @@ def masked(family, given):
     """The same arguments with some text of the first row closed."""
     batch, open_text = 2, torch.ones(2, TEXT, dtype=torch.bool)
     open_text[0, 5:] = False
-    if family == "ZImageTransformer2DModel":
+    if family == Z_IMAGE:
         return {**given, "cap_feats": [torch.randn(5, 32), torch.randn(40, 32)]}
     if family == "ChromaTransformer2DModel":
         image = torch.ones(batch, given["hidden_states"].shape[1], dtype=torch.bool)
@@ -200,8 +207,7 @@ def masked(family, given):
 
 @pytest.mark.parametrize("family", MASKED)
 def test_masked_text_stays_closed(family, everything):
-    tiny = TINY[family]
-    model, given = tiny.make(), tiny.call(*SIZE)
+    model, given = made(family)
     given = masked(family, given)
     plain = run(model, given)
     with agentsd.patched(model, **everything):
@@ -228,9 +234,9 @@ def uneven_text(given, family):
 @pytest.mark.parametrize(
     ("family", "change", "reason"),
     [
-        ("FluxTransformer2DModel", two_images, "do not form one grid"),
+        (FLUX, two_images, "do not form one grid"),
         ("Flux2Transformer2DModel", two_images, "do not form one grid"),
-        ("QwenImageTransformer2DModel", two_images, "do not form one grid"),
+        (QWEN, two_images, "do not form one grid"),
         ("Lumina2Transformer2DModel", uneven_text, "may close tokens of the image"),
     ],
 )
@@ -247,14 +253,14 @@ def test_other_calls_are_the_hosts_and_noted(family, change, reason):
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("SD3Transformer2DModel", {}, "text stands beside the image"),
-        ("FluxTransformer2DModel", {}, "rotary positions"),
-        ("FluxTransformer2DModel", {"method": "pool"}, "rotary positions"),
-        ("PixArtTransformer2DModel", {}, "no tokens are merged there, got 0.4"),
-        ("PixArtTransformer2DModel", {"ratio": 0}, "no tokens are matched there"),
-        ("SD3Transformer2DModel", {"method": "merge"}, "text stands beside the image"),
-        ("SD3Transformer2DModel", {**CORRECTED, "merge_mlp": True}, "no tokens are merged there"),
-        ("SD3Transformer2DModel", {**CORRECTED, "rules": [Rule({"method": "agent"}, since=0.5)]}, "text stands"),
+        (SD3, {}, "text stands beside the image"),
+        (FLUX, {}, "rotary positions"),
+        (FLUX, {"method": "pool"}, "rotary positions"),
+        (PIXART, {}, "no tokens are merged there, got 0.4"),
+        (PIXART, {"ratio": 0}, "no tokens are matched there"),
+        (SD3, {"method": "merge"}, "text stands beside the image"),
+        (SD3, {**CORRECTED, "merge_mlp": True}, "no tokens are merged there"),
+        (SD3, {**CORRECTED, "rules": [Rule({"method": "agent"}, since=0.5)]}, "text stands"),
     ],
 )
 def test_what_a_transformer_cannot_have_is_refused_at_once(family, settings, reason):
@@ -265,7 +271,7 @@ def test_what_a_transformer_cannot_have_is_refused_at_once(family, settings, rea
 
 
 def test_unknown_transformers_are_refused():
-    model = TINY["SD3Transformer2DModel"].make()
+    model = TINY[SD3].make()
     with pytest.raises(UnsupportedModelError, match="model must be a U-Net here"):
         find_unet(model)
     with pytest.raises(UnsupportedModelError, match=r"FluxTransformer2DModel.*got Linear"):
@@ -296,11 +302,11 @@ def test_a_transformer_is_recorded_and_tuned_and_its_plan_kept_as_text(family, e
             assert any(plan and plan.acts for _, plan in get_patch(model).explain(*tuning.size, 0.9))
         assert (out - plain).norm() / plain.norm() == pytest.approx(tuning.plan.deviations[-1].measured, rel=1e-3)
     with pytest.raises(TuningError, match="another model"):
-        agentsd.apply_patch(TINY["SD3Transformer2DModel"].make(num_layers=3), tuning=tuning)
+        agentsd.apply_patch(TINY[SD3].make(num_layers=3), tuning=tuning)
 
 
 def test_a_tuning_tries_what_a_transformer_can_have():
-    tiny = TINY["FluxTransformer2DModel"]
+    tiny = TINY[FLUX]
     model, calls = tiny.make(), [((), tiny.call(*SIZE))]
     assert {each["method"] for each in agentsd.tune(model, calls, 0.5).candidates} == {"corrected"}
     with pytest.raises(SettingError, match="rotary positions"):
@@ -310,12 +316,12 @@ def test_a_tuning_tries_what_a_transformer_can_have():
 @pytest.mark.parametrize(
     ("family", "given"),
     [
-        ("FluxTransformer2DModel", {}),
-        ("QwenImageTransformer2DModel", {}),
-        ("QwenImageTransformer2DModel", {"img_shapes": [[]]}),
-        ("ZImageTransformer2DModel", {}),
-        ("ZImageTransformer2DModel", {"x": []}),
-        ("ZImageTransformer2DModel", {"x": [torch.zeros(3)]}),
+        (FLUX, {}),
+        (QWEN, {}),
+        (QWEN, {"img_shapes": [[]]}),
+        (Z_IMAGE, {}),
+        (Z_IMAGE, {"x": []}),
+        (Z_IMAGE, {"x": [torch.zeros(3)]}),
     ],
 )
 def test_odd_calls_have_no_grid(family, given):
@@ -323,8 +329,7 @@ def test_odd_calls_have_no_grid(family, given):
 
 
 def test_a_patch_that_is_removed_meanwhile_answers_to_the_end():
-    tiny = TINY["SD3Transformer2DModel"]
-    model, given = tiny.make(), tiny.call(*SIZE)
+    model, given = made(SD3)
     agentsd.apply_patch(model, **CORRECTED)
     expected = run(model, given)
     attn = model.transformer_blocks[0].attn
@@ -335,13 +340,12 @@ def test_a_patch_that_is_removed_meanwhile_answers_to_the_end():
 # What diffusers does beside it
 
 
-@pytest.mark.parametrize("family", ["FluxTransformer2DModel", "QwenImageTransformer2DModel"])
+@pytest.mark.parametrize("family", [FLUX, QWEN])
 @pytest.mark.parametrize("after", [False, True])
 def test_the_chosen_backend_computes_what_is_full_attention(family, after, monkeypatch):
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
-    tiny = TINY[family]
-    model, given = tiny.make(), tiny.call(*SIZE)
+    model, given = made(family)
     used = []
     monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
     backends = registry._backends
@@ -363,7 +367,7 @@ def test_the_chosen_backend_computes_what_is_full_attention(family, after, monke
     assert used == [TEXT + SIZE[0] * SIZE[1]] * 2, "the choice stays"
 
 
-@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize("family", [SD3, FLUX])
 def test_fused_projections_and_other_processors_are_answered_as_well(family):
     tiny = TINY[family]
     # diffusers itself can't fuse a second attention, and forgets norms
@@ -384,8 +388,7 @@ def test_fused_projections_and_other_processors_are_answered_as_well(family):
 
 
 def test_tokens_spread_over_devices_are_left_to_the_host():
-    tiny = TINY["FluxTransformer2DModel"]
-    model, given = tiny.make(), tiny.call(*SIZE)
+    model, given = made(FLUX)
     agentsd.apply_patch(model, **CORRECTED)
     for processor in model.attn_processors.values():
         processor._parallel_config = object()
@@ -424,17 +427,17 @@ def broadcast(model):
     cached("PyramidAttentionBroadcastConfig", **spatial, current_timestep_callback=lambda: 500)(model)
 
 
-BOTH, FLUX = ("SD3Transformer2DModel", "FluxTransformer2DModel"), ("FluxTransformer2DModel",)  # SD 3 has no caches
+BOTH, CACHED = (SD3, FLUX), (FLUX,)  # SD 3 has no caches
 SITUATIONS = {
     "calls for cond and for uncond": (BOTH, lambda model: None),
     "LoRA": (BOTH, lora),
     "float8": (BOTH, casting),
     "group offload": (BOTH, group_offload),
     "CPU offload": (BOTH, cpu_offload),
-    "FirstBlockCache": (FLUX, cached("FirstBlockCacheConfig", threshold=10.0)),
-    "MagCache": (FLUX, cached("MagCacheConfig", threshold=1.0, num_inference_steps=4, mag_ratios=[1.0] * 4)),
-    "TaylorSeer": (FLUX, cached("TaylorSeerCacheConfig", cache_interval=2, disable_cache_before_step=1)),
-    "Pyramid Attention Broadcast": (FLUX, broadcast),
+    "FirstBlockCache": (CACHED, cached("FirstBlockCacheConfig", threshold=10.0)),
+    "MagCache": (CACHED, cached("MagCacheConfig", threshold=1.0, num_inference_steps=4, mag_ratios=[1.0] * 4)),
+    "TaylorSeer": (CACHED, cached("TaylorSeerCacheConfig", cache_interval=2, disable_cache_before_step=1)),
+    "Pyramid Attention Broadcast": (CACHED, broadcast),
 }
 
 
@@ -465,7 +468,7 @@ def test_what_diffusers_puts_on_a_model_works_beside_it(family, situation, first
         agentsd.apply_patch(model, **everything)
     expected = passes(reference, tiny)
     assert (passes(model, tiny) - expected).norm() < 1e-4 * expected.norm()
-    calls, caches = [layer.calls["everything"] for layer in get_patch(model).report()], families == FLUX
+    calls, caches = [layer.calls["everything"] for layer in get_patch(model).report()], families == CACHED
     assert 0 < min(calls) < 8 if caches else set(calls) == {8}
     assert list(get_patch(model).notes) == ["something else answers self-attention in its place"] * caches
     agentsd.remove_patch(model)
@@ -474,7 +477,7 @@ def test_what_diffusers_puts_on_a_model_works_beside_it(family, situation, first
 
 @pytest.mark.parametrize("situation", ["LoRA", "float8", "group offload", "CPU offload"])
 def test_it_is_tuned_beside_it(situation, every_gain_counts):
-    tiny = TINY["FluxTransformer2DModel"]
+    tiny = TINY[FLUX]
     model = tiny.make()
     SITUATIONS[situation][1](model)
     with agentsd.record_calls(model, 2) as calls:
@@ -486,7 +489,7 @@ def test_it_is_tuned_beside_it(situation, every_gain_counts):
     assert not torch.equal(passes(model, tiny), plain)
 
 
-@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize("family", [SD3, FLUX])
 def test_a_controlnet_adds_its_residuals(family, everything):
     tiny = TINY[family]
     model, flux = tiny.make(), family.startswith("Flux")
@@ -514,10 +517,9 @@ def pickled(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize("family", [SD3, FLUX])
 def test_a_copy_has_a_patch_of_its_own(family, copied):
-    tiny = TINY[family]
-    model, given = tiny.make(), tiny.call(*SIZE)
+    model, given = made(family)
     plain = run(model, given)
     agentsd.apply_patch(model, **CORRECTED)
     patched, twin = run(model, given), copied(model)
@@ -528,8 +530,7 @@ def test_a_copy_has_a_patch_of_its_own(family, copied):
 
 
 def test_the_whole_is_one_graph():
-    tiny = TINY["SD3Transformer2DModel"]
-    model, given = tiny.make(), tiny.call(*SIZE)
+    model, given = made(SD3)
     agentsd.apply_patch(model, **CORRECTED)
     expected = run(model, given)
     torch.compiler.reset()
@@ -537,7 +538,7 @@ def test_the_whole_is_one_graph():
 
 
 def test_blocks_are_one_graph_each():
-    tiny = TINY["FluxTransformer2DModel"]
+    tiny = TINY[FLUX]
     model, given = tiny.make(), tiny.call(*SIZE)
     plain = run(model, given)
     agentsd.apply_patch(model, **CORRECTED)
@@ -553,7 +554,7 @@ def test_blocks_are_one_graph_each():
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
 def test_pipelines_take_a_tuning_and_a_patch_and_give_it_back(name, every_gain_counts):
     flux = name == "FluxPipeline"
-    transformer = TINY["FluxTransformer2DModel" if flux else "SD3Transformer2DModel"].make()
+    transformer = TINY[FLUX if flux else SD3].make()
     vae = diffusers.AutoencoderKL(
         block_out_channels=(4,) * 4,
         norm_num_groups=1,

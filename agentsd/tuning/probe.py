@@ -43,22 +43,17 @@ class Trials:
 
 
 class Probe(Answerer):
-    """Answers every call with the host's attention, and tries candidates, numbered from 1, beside it.
-
-    Attributes:
-        number: that of the call that is going on.
-        trials: what was measured, by the block's name.
-        full: seconds of full attention, by the kind of block.
-        ratios: time of each candidate, full attention in the same call = 1, by the kind of block and its number.
-    """
+    """Answers every call with the host's attention, and tries candidates, numbered from 1, beside it."""
 
     clusters_first = False  # they are made in each trial
     traceable = False
 
     def __init__(self, candidates: Sequence[AgentConfig], clock: Clock) -> None:
-        self.candidates, self.clock, self.number = dict(enumerate(candidates, 1)), clock, 0
-        self.trials: defaultdict[str, Trials] = defaultdict(Trials)
-        self.full: defaultdict[Any, list[float]] = defaultdict(list)
+        self.candidates, self.clock = dict(enumerate(candidates, 1)), clock
+        self.number = 0  # of the call that is going on
+        self.trials: defaultdict[str, Trials] = defaultdict(Trials)  # by the block's name
+        self.full: defaultdict[Any, list[float]] = defaultdict(list)  # seconds of full attention, by the kind of block
+        # time of each candidate, full attention in the same call = 1, by the kind of block and its number
         self.ratios: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
         self._streams: dict[str, float] = {}
 

@@ -37,13 +37,6 @@ _COMPARED = 2
 class Replay:
     """Recorded calls of a model, which can be made again; the arguments are those of `agentsd.tune`.
 
-    Attributes:
-        model: the U-Net or transformer.
-        calls: the calls in the order of the diffusion.
-        moments: the fraction of the diffusion that is done at each; None if it isn't known.
-        size: (height, width) of their latents, or of a transformer's grid of tokens.
-        total: number of calls that will be made, as far as is known.
-
     Raises:
         SettingError: there are no calls, or their latents are of several sizes.
     """
@@ -56,7 +49,7 @@ class Replay:
         kv_context: KVContext | None = None,
         clock: Clock = WALL,
     ) -> None:
-        self.model = find_model(model)
+        self.model = find_model(model)  # the U-Net or transformer
         self.progress, self.kv_context, self.clock = progress, kv_context, clock
         read = [(call, size, read_timestep(t)) for call in calls for size, t in [read_call(self.model, *call)]]
         sizes = {size for _, size, _ in read}
@@ -64,18 +57,19 @@ class Replay:
             raise SettingError("calls must hold at least one call of the model, got none")
         if None in sizes or len(sizes) > 1:
             raise SettingError(f"calls must have latents of one size, got {sorted(map(str, sizes))}")
-        (self.size,) = sizes
+        (self.size,) = sizes  # (height, width) of the latents, or of a transformer's grid of tokens
         timesteps, told = Timesteps(progress_by(self.model, self.model)), []
         for call, _, t in sorted(read, key=lambda each: -(each[2] or 0.0)):  # as a run makes them
             said = getattr(call, "progress", None)
             told.append((call, timesteps.progress(t) if said is None and t is not None else said))
         told.sort(key=lambda each: each[1] or 0.0)
+        # in the order of the diffusion, and the fraction of it that is done at each; None if it isn't known
         self.calls, self.moments = [call for call, _ in told], [moment for _, moment in told]
         # not that of the weights, which offloading moves
         given = (x.device for args, kwargs in self.calls for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         self.device = next(given, weight_of(self.model).device)
         self.full: dict[int, Tensor] = {}  # outputs with full attention, by the call's number
-        self.done = self.total = 0
+        self.done = self.total = 0  # calls made, and expected
 
     def __len__(self) -> int:
         return len(self.calls)

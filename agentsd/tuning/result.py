@@ -148,40 +148,25 @@ def _of_plan(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Result of `agentsd.tune`: data, which can be saved, printed and applied.
+    """Result of `agentsd.tune`: data, which can be saved, printed and applied."""
 
-    Attributes:
-        size: (height, width) of the latent.
-        candidates: settings to override, one mapping for each letter in a plan's `choices`: a, b, c …
-        since: progress at which each part of the diffusion begins; the first is 0.
-        plan: the plan in force.
-        structure: fingerprint of the model's blocks.
-        weights: values of some of its weights, such as LoRA does not touch; empty if unknown.
-        adapters: values of some that LoRA changes; empty if unknown.
-        blocks: the blocks, in the order of the model; empty in a tuning that was read from text.
-        frontier: plans for several tolerances, from the closest to the fastest; see `at`.
-        seconds_full: seconds of a model call with full attention, averaged over the recorded timesteps.
-        peak_full: most bytes on the device during one; None if the device does not tell.
-        covers: the fraction of the diffusion that it was tuned on, from and until.
-        conditions: what else it was made under, by name, such as {"lora": "detail 0.8"}.
-        notes: what could not be seen while it was made.
-        versions: versions of the libraries, the device and the dtype that it was made with.
-    """
-
-    size: tuple[int, int]
-    candidates: tuple[Candidate, ...]
-    since: tuple[float, ...]
-    plan: TunedPlan
-    structure: str
-    weights: str = ""
-    adapters: str = ""
-    blocks: tuple[TunedBlock, ...] = ()
-    frontier: tuple[TunedPlan, ...] = ()
+    size: tuple[int, int]  # (height, width) of the latent
+    candidates: tuple[Candidate, ...]  # settings to override, one mapping for each letter in a plan's `choices`: a, b …
+    since: tuple[float, ...]  # progress at which each part of the diffusion begins; the first is 0
+    plan: TunedPlan  # the plan in force
+    structure: str  # fingerprint of the model's blocks
+    weights: str = ""  # values of some of its weights, such as LoRA does not touch; empty if unknown
+    adapters: str = ""  # values of some that LoRA changes; empty if unknown
+    blocks: tuple[TunedBlock, ...] = ()  # in the order of the model; empty in a tuning that was read from text
+    frontier: tuple[TunedPlan, ...] = ()  # plans for several tolerances, from the closest to the fastest; see `at`
+    # seconds of a model call with full attention, averaged over the recorded timesteps
     seconds_full: float | None = None
-    peak_full: int | None = None
-    covers: tuple[float, float] = (0.0, 1.0)
+    peak_full: int | None = None  # most bytes on the device during one; None if the device does not tell
+    covers: tuple[float, float] = (0.0, 1.0)  # the fraction of the diffusion that it was tuned on, from and until
+    # what else it was made under, by name, such as {"lora": "detail 0.8"}
     conditions: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what could not be seen while it was made
+    # versions of the libraries, the device and the dtype that it was made with
     versions: Mapping[str, str] = field(default_factory=dict)
 
     # Of the plan in force, as `TunedPlan` documents them
@@ -205,9 +190,8 @@ class Tuning:
         """
         if tolerance == self.tolerance:
             return self
-        full = TunedPlan(
-            tolerance, tuple(FULL_LETTER * len(part) for part in self.choices), (), 1.0, untold=self.plan.untold
-        )
+        choices = tuple(FULL_LETTER * len(part) for part in self.choices)
+        full = TunedPlan(tolerance, choices, time=1.0, untold=self.plan.untold)
         kept = [plan for plan in self.frontier if plan.deviation is not None and plan.deviation <= tolerance]
         best = min([full, *kept], key=lambda plan: 1.0 if plan.time is None else plan.time)
         return replace(self, plan=replace(best, tolerance=tolerance))

@@ -266,12 +266,10 @@ class _Tuner:
         self.blocks = [site for site in self.sites if self.saving(site) > least]
         self.effects: dict[str, list[float]] = {}
         for group in self.groups():
-            tried = {site.name: self.typical(site.name) for site in group}
-            config, ratios = self.config(tried), []
-            for number in range(len(self.replay)):
-                error = math.hypot(*(self.probe.trials[name].errors[number][k] for name, k in tried.items()))
-                moved = self.deviation(number, config, "Measuring what each block does to the image")
-                ratios.append(moved / error if error else 0.0)
+            tried, calls = {site.name: self.typical(site.name) for site in group}, range(len(self.replay))
+            moved = self.deviations(tried, calls, "Measuring what each block does to the image")
+            errors = [math.hypot(*(self.probe.trials[name].errors[i][k] for name, k in tried.items())) for i in calls]
+            ratios = [a / b if b else 0.0 for a, b in zip(moved, errors, strict=True)]
             self.effects.update(dict.fromkeys(tried, ratios))
 
     def typical(self, name: str) -> int:
@@ -295,9 +293,10 @@ class _Tuner:
         rules = (Rule(self.candidates[k - 1], blocks=name) for name, k in numbers.items() if k != FULL)
         return AgentConfig(**BASE, rules=(Rule(None), *rules))
 
-    def deviation(self, number: int, config: AgentConfig, text: str) -> float:
-        """Make a call under a config; return its deviation."""
-        return self.replay.deviation(number, self.replay.call(number, text, config)[0])
+    def deviations(self, numbers: Mapping[str, int], calls: Iterable[int], text: str) -> list[float]:
+        """Make calls with candidates, by the block's name; return their deviations."""
+        config = self.config(numbers)
+        return [self.replay.deviation(i, self.replay.call(i, text, config)[0]) for i in calls]
 
     # Choose and verify
 
@@ -326,8 +325,8 @@ class _Tuner:
         return {site.name: option.candidate for site, option in zip(self.blocks, chosen, strict=True)}
 
     def verify(self, chosen: Chosen, calls: list[int]) -> float:
-        config = self.config(self.numbers(chosen))
-        return max(self.deviation(number, config, "Verifying the plan") for number in calls)
+        """Run a plan; return its largest deviation."""
+        return max(self.deviations(self.numbers(chosen), calls, "Verifying the plan"))
 
     def plan(self, chosen: Sequence[Chosen], tolerance: float, measured: Sequence[float | None]) -> TunedPlan:
         """Write the chosen options of each part, without their time."""
