@@ -1,17 +1,19 @@
-"""Tunings of a checkpoint, as the panel shows, forgets, exports and imports them."""
+"""Tunings of a checkpoint, as the panel shows, forgets, exports and imports them: a table and a chart."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 from blocks import golden_unet
 from tuned_models import KEPT
 
 from agentsd import Tuning
-from agentsd.app.kept_tunings import PanelTunings, Store
+from agentsd.app import tuning_chart as chart
+from agentsd.app.kept_tunings import PanelTunings, PresetPoint, Store
 from agentsd.tuning.fingerprint import ordered_sites, structure_of, weights_of
 
 UNET = golden_unet()
@@ -45,6 +47,7 @@ def test_they_are_shown_the_newest_first_and_forgotten_one_by_one_or_all(program
     first, hires = "First pass, 512×512", "Hires pass, 1024×768"
     assert panel.titles() == [hires, first]
     assert "lora x" in panel.results()
+    assert program.tunings.find("a checkpoint", "img2img", (64, 64)) == program.small, "the first pass's does"
     assert panel.forget(first) == "1 tuning of a checkpoint forgotten."
     assert "no such tuning" in panel.forget(first)
     assert panel.titles() == [hires]
@@ -83,3 +86,65 @@ def test_what_does_not_fit_is_not_imported_and_says_why(program, panel, tmp_path
 def test_what_is_damaged_in_the_cache_counts_as_absent(program, panel):
     program.cache["a checkpoint|first|64x64"] = {"of": "first"}
     assert panel.titles() == ["Hires pass, 1024×768"]
+
+
+# The table and the chart
+
+
+def drawn(kept=KEPT):
+    return ElementTree.fromstring(chart.chart(kept.tuning, kept.presets))
+
+
+def test_the_table_shows_what_was_found_and_promises_nothing_where_nothing_changes():
+    shown = chart.table([KEPT])
+    cells = ("First pass", "512×512", "lora detail 0.8", "400 → 250\u00a0ms", "1.60× measured", "2%", "1.7% measured")
+    assert all(f"<td>{cell}</td>" in shown for cell in cells)
+    assert chart.row(KEPT)[chart.HEAD.index("Peak memory")] == "–"
+    tuning = replace(KEPT.tuning, peak_full=3100 * 2**20, plan=replace(KEPT.tuning.plan, peak=2900 * 2**20))
+    assert "<td>3100 → 2900\u00a0MiB</td>" in chart.table([replace(KEPT, tuning=tuning)])
+    row = dict(zip(chart.HEAD, chart.row(replace(KEPT, tuning=KEPT.tuning.at(0.001))), strict=True))
+    assert (row["Speed"], row["U-Net call"]) == ("nothing is faster within 0.1%", "–")
+
+
+def test_the_chart_shows_what_was_found():
+    place = {kind: [] for kind in ("chosen", "plan", "preset")}
+    for dot in drawn().iter("circle"):
+        place[dot.get("class").rsplit("-", 1)[1]].append((float(dot.get("cx")), float(dot.get("cy"))))
+    (chosen,), (plan,), (fast, paper) = place.values()
+    assert plan[0] < chosen[0] < paper[0] < fast[0], "the further right, the less close"
+    assert chosen[1] < fast[1] < plan[1] < paper[1], "the higher, the faster"
+    assert all(0 <= x <= 460 and 0 <= y <= 250 for x, y in [chosen, plan, fast, paper])
+    texts = {text.text: text for text in drawn().iter("text")}
+    assert {"Fast", "Paper", "0.5%: 1.14× expected", "2%: 1.60× measured", "speed, without = 1×"} <= texts.keys()
+    assert float(texts["2%: 1.60× measured"].get("y")) > chosen[1] + 6, "below the line"
+
+
+def test_no_label_covers_another():
+    """As where presets are about as fast: letters are about 6 wide and 11 high."""
+    near = [PresetPoint(name, 0.2 + 0.01 * i, 1.2 + 0.01 * i) for i, name in enumerate(("Fast", "Balanced", "SDXL"))]
+    near += [PresetPoint("Faithful", 0.018, 1.6), PresetPoint("Paper", 0.3, 1.21)]
+    labels = [
+        t for t in drawn(replace(KEPT, presets=near)).iter("text") if t.text in {p.name for p in near} or ":" in t.text
+    ]
+    assert len(labels) == 7
+    boxes = []
+    for label in labels:
+        x, y, width = float(label.get("x")), float(label.get("y")), 6 * len(label.text)
+        left = x - width if label.get("text-anchor") == "end" else x
+        boxes.append((left, y - 9, left + width, y + 2))
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if chart._overlap(a, b)]
+
+
+def test_each_size_has_its_chart_the_newest_is_unfolded_and_names_are_escaped():
+    hires = replace(KEPT, of="hires", tuning=replace(KEPT.tuning, size=(128, 96), notes=("<busy>",)))
+    hires = replace(hires, checkpoint="<b>&", presets=(PresetPoint("<i>", 0.0, 1.0),))
+    shown = chart.html([hires, KEPT])
+    assert 'data-pass="hires" data-size="768×1024" open><summary>Hires pass, 768×1024' in shown
+    assert 'data-pass="first" data-size="512×512"><summary>' in shown
+    assert all(f"&lt;{name}&gt;" in shown and f"<{name}>" not in shown for name in ("busy", "b", "i"))
+    assert "Nothing is tuned" in chart.html([])
+
+
+def test_a_file_of_its_own_and_a_tuning_without_measurements():
+    ElementTree.fromstring(chart.standalone(chart.chart(KEPT.tuning)))
+    assert chart.chart(replace(KEPT.tuning, frontier=())) == ""

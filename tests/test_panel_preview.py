@@ -1,34 +1,37 @@
-"""The panel's preview: what it says for every pass, without a page and without a WebUI."""
+"""The panel's preview, what it says for every pass, and the routes by which a page asks; without a WebUI."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("fastapi", reason="needs fastapi, which gradio brings")
+
 from blocks import golden_unet, sdxl_like_unet
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.testclient import TestClient
 from tuned_models import KEPT, TEXT
 
 from agentsd import costs
 from agentsd.app.decision import Hint, Program, SamplingPass
 from agentsd.app.preview import ACTS, NOTE, NOTHING, WRONG, page_data, preview
-from agentsd.panel.routes import hires_size
+from agentsd.panel.routes import LARGEST, SMALLEST, Routes, hires_size
 from agentsd.settings import schema
 from agentsd.settings.presets import CUSTOM, PRESETS
 
-EVERY = Program().moments
+
+def a_pass(side=512, steps=20, of="first", strength=1.0):
+    return SamplingPass((side // 8, side // 8), of, Program().moments(of, steps, 0, strength))
 
 
-def first(side=512, steps=20):
-    return SamplingPass((side // 8, side // 8), "first", EVERY("first", steps))
+def img2img(strength, steps=20):
+    return a_pass(512, steps, "img2img", strength)
 
 
-def img2img(strength, steps=20, side=512):
-    return SamplingPass((side // 8, side // 8), "img2img", EVERY("img2img", steps, 0, strength))
-
-
-HERE = first()
-HIRES = SamplingPass((128, 128), "hires", EVERY("hires", 20, 0, 0.5))
+HERE, HIRES = a_pass(), a_pass(1024, 20, "hires", 0.5)
 
 
 class Host(Program):
@@ -75,6 +78,7 @@ SAID = [  # settings, the pass, words, the hint
     ({"method": "agent", "ratio": 0.4}, HERE, "4096 tokens → 256 agents (2458 queries) in 5 layers, in all 20", ""),
     ({"rules": "downsample=2 max_downsample=2 method=pool | blocks=middle_block.* full"}, HERE,
         "4096 tokens → 256 agents in 5 layers, 1024 tokens → 64 pooled keys in 5 layers, in all 20 steps.", ""),
+    ({"rules": "until=0.5 full"}, HERE, "4096 tokens → 256 agents in 5 layers, in 10 of 20 steps.", ""),
     ({"merge_attn": False, "merge_mlp": True, "ratio": 0.4}, HERE, "tokens merged outside self-attention, in all 20",
         "Self-attention is left alone: self-attention is left out. Change “Merge self-attention”."),
     ({"method": "corrected", "max_agents": 9, "merge_mlp": True, "ratio": 0.4}, HERE,
@@ -92,7 +96,7 @@ SAID = [  # settings, the pass, words, the hint
         "0.74 of the diffusion is done when this pass begins, and agents end at 0.6. Change “Until”."),
     ({**LATE, "after": "token merging"}, img2img(0.25), "2458 merged",
         "Agents end before this pass begins, so only what comes afterwards is done. Change “Until”."),
-    ({"since": 0.1, "until": 0.2}, first(steps=4), "in 0 of 4 steps.",
+    ({"since": 0.1, "until": 0.2}, a_pass(steps=4), "in 0 of 4 steps.",
         "No step lies between From and Until. Change “From” or “Until”."),
     ({"min_tokens": 5000}, HERE, NOTHING_HAPPENS,
         "4096 tokens are fewer than the minimum of 5000. Change “Minimum tokens”."),
@@ -107,11 +111,11 @@ SAID = [  # settings, the pass, words, the hint
     ({"method": "corrected", "max_agents": 9}, HERE, NOTHING_HAPPENS,
         "At most 9 agents would be too few to correct. Change “Maximum agents”."),
     ({"rules": "downsample=1 full"}, HERE, NOTHING_HAPPENS, "Full attention was asked for. Change “Rules”."),
-    ({"method": "agent", "min_tokens": 0}, first(64), "64 tokens → 4 agents in 5 layers, in all 20 steps. No gain",
+    ({"method": "agent", "min_tokens": 0}, a_pass(64), "64 tokens → 4 agents in 5 layers, in all 20 steps. No gain",
         "Nothing is gained from layers of 64 tokens. Change “Minimum tokens”."),
-    ({"method": "agent", "min_tokens": 0}, first(128), "No gain in time is expected.",
+    ({"method": "agent", "min_tokens": 0}, a_pass(128), "No gain in time is expected.",
         "Nothing is gained from layers of 256 tokens. Change “Minimum tokens”."),
-    ({"min_tokens": 512}, first(64), NOTHING_HAPPENS, "Nothing is to be gained from layers of 64 tokens."),
+    ({"min_tokens": 512}, a_pass(64), NOTHING_HAPPENS, "Nothing is to be gained from layers of 64 tokens."),
 ]  # fmt: skip
 
 
@@ -125,12 +129,9 @@ def test_what_is_done_and_why_not_more(values, sampling, words, hint):
     assert (line["state"] == NOTHING) == (words == NOTHING_HAPPENS or "No gain" in words or "in 0 of" in words)
 
 
-def test_another_checkpoint_is_said():
+def test_what_the_model_has_counts_and_another_checkpoint_is_said():
     [_, (text, _)] = said({}, replace(HIRES, checkpoint="other.safetensors"), host=Host(golden_unet()))
     assert text == "Hires 1024×1024: made with other.safetensors, so figures are those of the loaded checkpoint."
-
-
-def test_layers_that_the_model_does_not_have():
     host = Host(sdxl_like_unet())
     hint = "Layers at level 2 are further down than level 1. Change “Layers down to”."
     assert said({"max_downsample": "1"}, host=host) == [("512×512: nothing happens.", hint)]
@@ -149,11 +150,13 @@ def test_both_passes_and_what_keeps_one_from_us():
     assert said({}, HERE, HIRES, host=host) == [("512×512: nothing happens.", hint), second]
 
 
-def test_a_bad_value_is_named_and_nothing_raises():
+def test_a_bad_value_and_an_order_to_tune_are_said():
     told = preview({"min_tokens": -5}, [HERE], 2, Host())
     assert told["preset"] == CUSTOM
     hint = f"Minimum tokens must be a whole number from 0 to {2**24}, got -5."
     assert told["lines"] == [{"text": "", "hint": hint, "state": WRONG}]
+    [(text, _)] = said({"tune": 0.005}, HERE, HIRES)
+    assert text == "The next image is made without Agent Attention and tuned on, to within 0.5%."
 
 
 def test_no_model_is_said_and_a_model_is_read():
@@ -178,13 +181,8 @@ def test_the_preset_is_named_and_the_page_is_told_of_every_control():
 
 
 def test_the_hires_size_is_the_webuis():
-    given = [(1.55, 0, 0), (2.0, 1000, 0), (2.0, 0, 1000), (2.0, 1024, 900)]
-    assert [hires_size(512, 768, *sliders) for sliders in given] == [
-        (793, 1190),
-        (1000, 1500),
-        (666, 1000),
-        (1024, 900),
-    ]
+    sizes = {(1.55, 0, 0): (793, 1190), (2, 1000, 0): (1000, 1500), (2, 0, 1000): (666, 1000), (2, 90, 80): (90, 80)}
+    assert {sliders: hires_size(512, 768, *sliders) for sliders in sizes} == sizes
 
 
 # Tunings
@@ -220,6 +218,63 @@ def test_a_plan_for_another_model_does_not_apply():
     assert said({"tuning": TEXT}) == [("512×512: tuned, U-Net output within 2%.", "")]
 
 
-def test_an_order_to_tune_is_said():
-    [(text, _)] = said({"tune": 0.005}, HERE, HIRES)
-    assert text == "The next image is made without Agent Attention and tuned on, to within 0.5%."
+# The routes
+
+STATE = {"tab": "txt2img", "values": {"until": 1.0}, "width": 512, "height": 512, "denoising": 0.5, "hires": None}
+SLIDERS = {"scale": 2.0, "resize_x": 0, "resize_y": 0}
+ROUTES = [("GET", "page"), ("GET", "status"), ("POST", "preview")]
+
+
+def client(app=None):
+    app = app or FastAPI()
+    Routes(Host(golden_unet())).add(app)
+    return TestClient(app)
+
+
+BAD = [
+    ({"width": SMALLEST - 1}, "width"),
+    ({"width": None}, "width"),
+    ({"height": 1e999}, "height"),
+    ({"height": "tall"}, "height"),
+    ({"denoising": 1.5}, "denoising"),
+    ({"steps": 0}, "steps"),
+    ({"batch_size": 10**9}, "batch_size"),
+    ({"passes": [{"width": 64}]}, "passes"),  # an unknown field
+    ({"hires": {**SLIDERS, "widht": 5}}, "widht"),
+    ({"hires": {**SLIDERS, "scale": 16}}, f"from {SMALLEST} to {LARGEST}"),
+    ({"hires": {**SLIDERS, "scale": 1e9}}, "scale"),
+    ({"values": [1, 2]}, "values"),
+]
+
+
+def test_a_bad_body_is_named():
+    page = client()
+    for changes, said in BAD:
+        text = json.dumps({**STATE, **changes})
+        answer = page.post("/agent-attention/preview", content=text, headers={"content-type": "application/json"})
+        assert answer.status_code == 422
+        assert said in answer.text.lower()
+
+
+def with_login() -> FastAPI:
+    """A host whose page is behind a login, as gradio's is."""
+    app = FastAPI()
+
+    def login_check(request: Request) -> None:
+        if request.cookies.get("access-token") != "secret":
+            raise HTTPException(401, "Not authenticated")
+
+    @app.get("/config", dependencies=[Depends(login_check)])
+    def config() -> dict:
+        return {}
+
+    return app
+
+
+@pytest.mark.parametrize(("method", "name"), ROUTES, ids=[" ".join(route) for route in ROUTES])
+def test_a_login_is_asked_for_where_the_hosts_page_asks_for_it(method, name):
+    body, page, path = {"json": STATE} if method == "POST" else {}, client(app=with_login()), f"/agent-attention/{name}"
+    assert client().request(method, path, **body).status_code == 200
+    assert page.request(method, path, **body).status_code == 401
+    page.cookies.set("access-token", "secret")
+    assert page.request(method, path, **body).status_code == 200

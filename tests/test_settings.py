@@ -1,4 +1,4 @@
-"""The table of settings, the infotext and the X/Y/Z axes, without a WebUI."""
+"""The table of settings, the infotext, the X/Y/Z axes and the presets, without a WebUI."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agentsd import TOKEN_MERGING, AgentConfig, SettingError
+from agentsd import TOKEN_MERGING, AgentConfig, SettingError, paper_stages
 from agentsd.config import FIELDS, SMALL
 from agentsd.rules import format_rules, parse_rules
 from agentsd.settings import BY_NAME, DEFAULTS, NAMES, SETTINGS, check, from_args, infotext, schema, to_config, tunings
+from agentsd.settings.presets import CUSTOM, KEPT, PRESETS, preset_of
 from agentsd.tuning.result import Tuning
 from agentsd.webui import xyz
 from agentsd.webui.xyz import XYZ
@@ -108,17 +109,6 @@ def test_messages_repeat_values_shortened():
         assert len(str(raised.value)) < longest
 
 
-def test_messages_name_controls_by_their_labels():
-    for values, said in (
-        ({"since": 0.7, "until": 0.6}, "Until must be above From (0.7), got 0.6"),
-        ({"max_agents": 10**11}, "Maximum agents must be a whole number from 0 to"),
-        ({"rato": 1}, "unknown setting rato=1 (did you mean ratio?)"),
-    ):
-        with pytest.raises(SettingError) as raised:
-            to_config(on(**values))
-        assert schema.labelled(str(raised.value)).startswith(said)
-
-
 # The API's forms
 
 
@@ -163,18 +153,21 @@ def test_a_list_in_the_older_extensions_order_is_refused():
 # The core's config
 
 
-def test_the_panels_defaults_are_no_rules():
-    config = to_config(on())
-    assert (config.method, config.ratio, config.agent_ratio, config.max_downsample) == ("corrected", 0.0, 0.95, "auto")
-    assert config.stages == to_config(on(), hires=True).stages == config.rules == ()
+def test_the_panels_defaults_and_what_has_another_form_in_the_core():
+    core = {
+        "method": "corrected",
+        "ratio": 0.0,
+        "agent_ratio": 0.95,
+        "max_downsample": "auto",
+        "stages": (),
+        "rules": (),
+    }
+    core |= {"attn_precision": None, "max_agents": None}
+    assert vars(to_config(on())).items() >= core.items()
     assert to_config(check({})) is None
-
-
-def test_what_has_another_form_in_the_core():
     values = {"max_downsample": "4", "fp32": True, "max_agents": 64, "rules": RULES[1]}
     core = {"max_downsample": 4, "attn_precision": "fp32", "max_agents": 64, "rules": parse_rules(RULES[1])}
     assert vars(to_config(on(**values))).items() >= core.items()
-    assert vars(to_config(on())).items() >= {"attn_precision": None, "max_agents": None}.items()
 
 
 def test_rules_and_tunings_may_be_text_or_data():
@@ -189,23 +182,22 @@ def test_rules_and_tunings_may_be_text_or_data():
 
 
 def test_a_pass_takes_its_own_plan_before_the_first_passs():
-    plans = tunings.read(
-        f"first {PLAN} & hires {PLAN.replace('0.02', '0.01')} & img2img {PLAN.replace('64x64', '8x8')}"
-    )
+    own, small = PLAN.replace("0.02", "0.01"), PLAN.replace("64x64", "8x8")
+    plans = tunings.read(f"first {PLAN} & hires {own} & img2img {small}")
     found = {of: [plan.tolerance for plan in tunings.matching(plans, of, (64, 64))] for of in tunings.PASSES}
     assert found == {"first": [0.02], "hires": [0.01, 0.02], "img2img": [0.02]}
     assert tunings.matching(plans, "first", (64, 128)) == []
 
 
 def test_from_until_and_afterwards_of_each_pass():
-    config = to_config(on(since=0.2, until=0.5))
-    assert [config.at(progress) is None for progress in (0.1, 0.3, 0.7)] == [True, False, True]
-    assert to_config(on(until=0.6), hires=True).stages == ()
-    config = to_config(on(since=0.2, hires_until=0.5, after="token merging"), hires=True)
-    plain = {name: getattr(config, name) for name in FIELDS}
-    assert config.at(0.1) is None
-    assert config.at(0.3).agent_source == "grid"
-    assert config.at(0.7) == AgentConfig(**{**plain, **TOKEN_MERGING})
+    values = on(since=0.2, until=0.5, hires_until=0.6, after="token merging")
+    for hires, end in ((False, 0.5), (True, 0.6)):
+        config = to_config(values, hires=hires)
+        assert config.at(0.1) is None
+        assert config.at(end - 0.01).method == "corrected"
+        plain = {name: getattr(config, name) for name in FIELDS}
+        assert config.at(end + 0.01) == AgentConfig(**{**plain, **TOKEN_MERGING})
+    assert to_config(on(until=0.5)).at(0.7) is None
 
 
 @given(SWITCHED_ON, st.booleans())
@@ -293,11 +285,6 @@ def test_a_damaged_entry_is_refused_whole_and_named(entry, said):
     assert set(infotext.note([str(error.value)])) <= ALPHABET
 
 
-def test_infotext_without_us_switches_off_and_changes_nothing_else():
-    assert controls({"Steps": "4"}) == {**dict.fromkeys(NAMES), "enabled": False}
-    assert infotext.reader("ratio") is infotext.reader("ratio"), "both tabs share it"
-
-
 def test_a_dictionary_beside_an_infotext_changes_what_it_names():
     """The host puts the infotext's values into the arguments, and the dictionary into the first of them."""
     read = controls({infotext.KEY: "ratio=0.3; method=pool; until=0.9"})
@@ -380,3 +367,70 @@ def test_a_bad_value_is_refused_before_the_plot_starts(plot):
     for label, value in (("Ratio", 1.2), ("Agent source", "tokens"), ("Random partition", "no")):
         with pytest.raises(SettingError):
             plot[label].confirm(None, [value])
+
+
+# Presets
+
+OWN = {"enabled": True, "fp32": True, "min_tokens": 4096, "seed": 5, "how_close": "5%", "tune": 0.01}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_valid_told_from_the_others_and_leaves_the_users_own_affairs_alone(name):
+    values = {**DEFAULTS, **PRESETS[name], **OWN}
+    assert set(OWN) == set(KEPT) == DEFAULTS.keys() - PRESETS[name].keys()
+    assert preset_of(check(values)) == name
+    assert preset_of({**values, "k_scale2": 0.31}) == CUSTOM
+    for hires in (False, True):
+        assert to_config({**values, "passes": "both"}, hires=hires) is not None
+
+
+def test_the_papers_preset_is_the_papers_config():
+    values = check({**PRESETS["Paper"], "enabled": True, "min_tokens": 0})
+    assert to_config(values) == AgentConfig(stages=paper_stages(), max_downsample="auto")
+
+
+# The older extension's image, with its keys as the host's parser reads them
+OLDER = {"Steps": "30", "AgAt Active": "True", "AgAt Use Second Pass": "True", "AgAt Second Pass Step": "12"}
+OLDER |= {"AgAt First Pass sx": "3", "AgAt First Pass sy": "2", "AgAt First Pass Ratio": "0.35", "Fix Only": "False"}
+OLDER |= {"AgAt First Pass Agent Ratio": "0.9", "AgAt Use FP32 Precision": "True", "AgAt Max Downsample": "2"}
+OURS = {
+    "enabled": True,
+    "agent_source": "similarity",
+    "ratio": 0.35,
+    "agent_ratio": 0.9,
+    "sx": 3,
+    "sy": 2,
+    "fp32": True,
+}
+OURS |= {"max_downsample": "2", "until": 0.4, "after": "token merging", "passes": "first"}
+HIRES = {"passes": "hires", "hires_until": 0.8, "until": schema.IMPLIED["until"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, {}),
+        ({"Fix Only": "True", "Hires steps": "20", "Denoising strength": "0.5"}, HIRES),
+        # its second step may never come
+        ({"AgAt Second Pass Step": "40"}, {"until": 1.0}),
+        ({"AgAt Second Pass Step": "0"}, {"until": BY_NAME["until"].low}),
+        ({"AgAt Use Second Pass": "False"}, {"after": "nothing"}),
+        # what can't be read is at our default
+        ({"AgAt First Pass sx": "0"}, {"sx": schema.IMPLIED["sx"]}),
+        ({"AgAt First Pass Ratio": "1.0"}, {"ratio": schema.IMPLIED["ratio"]}),
+        ({"Steps": "many"}, {"until": schema.IMPLIED["until"]}),
+    ],
+    ids=str,
+)
+def test_an_image_of_the_older_extension_fills_our_controls(changes, found):
+    values = controls({**OLDER, **changes})
+    local = {row.name: None for row in SETTINGS if row.local}
+    assert values == {**schema.IMPLIED, **OURS, **found, **local}
+    assert to_config(check(values), hires=values["passes"] == "hires") is not None
+
+
+def test_our_own_entry_counts_more_and_other_images_are_not_its():
+    assert infotext.reader("ratio")({**OLDER, infotext.KEY: "ratio=0.2"}) == 0.2
+    for params in ({"Steps": "20", "Fix Only": "True"}, {**OLDER, "AgAt Active": "False"}):
+        assert controls(params) == {**dict.fromkeys(NAMES), "enabled": False}, "it changes nothing else"
+    assert infotext.reader("ratio") is infotext.reader("ratio"), "both tabs share it"

@@ -21,7 +21,7 @@ from ..config import AgentConfig
 from ..methods import selectable
 from ..patching.call import KVContext
 from ..settings import tunings
-from ..settings.presets import PRESETS, TUNED
+from ..settings.presets import PRESETS
 from ..settings.schema import DEFAULTS, to_config
 from ..tuning.record import RecordedCall, progress_of, spread
 from ..tuning.replay import Progress, compare, comparing_takes
@@ -220,7 +220,7 @@ def _preset_configs(of: str, precision: str | None) -> dict[str, AgentConfig]:
     """Make the config of each preset in a pass; those that leave it alone, or equal an earlier one, have none."""
     found: dict[AgentConfig, str] = {}
     for name, preset in PRESETS.items():
-        config = to_config({**DEFAULTS, **preset, "enabled": name != TUNED}, hires=of == tunings.HIRES)
+        config = to_config({**DEFAULTS, **preset, "enabled": True}, hires=of == tunings.HIRES)
         if config is not None:
             found.setdefault(replace(config, attn_precision=precision), name)
     return {name: config for config, name in found.items()}

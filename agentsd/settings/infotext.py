@@ -28,10 +28,7 @@ _REPLACED |= str.maketrans({",": ";", ":": " -", "×": "x", "→": "to"})
 
 
 def plain(text: str) -> str:
-    """Rewrite text in the alphabet of what we write into images, as shorter than `LONGEST`.
-
-    That is printable ASCII without , : " ' ( ) { } < >, with balanced brackets.
-    """
+    """Rewrite text in what we write into images: printable ASCII without , : " ' ( ) { } < >, brackets balanced."""
     text = unicodedata.normalize("NFKD", text).translate(_REPLACED).encode("ascii", "ignore").decode()
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[: LONGEST - 1]
     depths = list(accumulate((c == "[") - (c == "]") for c in text)) or [0]
@@ -86,10 +83,9 @@ def was_pasted(values: Mapping[str, Any]) -> bool:
 def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
     """Return a function from the host's parsed infotext to the control's value; None leaves the control as it is.
 
-    Images of the older extension are read too; one made with neither switches ours off and changes nothing else. A
-    damaged entry is refused as a whole: it switches the extension on and puts the reason in the place of the rules,
-    where preview and run find it and tell it. Each name has one function, by which the host matches the controls of two
-    tabs.
+    An image made with neither this extension nor the older one switches ours off and changes nothing else. A damaged
+    entry is refused as a whole: it switches the extension on and puts the reason in the place of the rules, where
+    preview and run tell it. Each name has one function, by which the host matches the controls of two tabs.
     """
 
     def value(params: Mapping[str, Any]) -> Any:

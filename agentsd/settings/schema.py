@@ -145,17 +145,15 @@ def is_left_out(values: Mapping[str, Any], hires: bool) -> bool:
 
 
 def to_config(values: Mapping[str, Any], *, hires: bool = False) -> AgentConfig | None:
-    """Make the core's config for the first or the hires pass, of every setting, in canonical form (from `check`).
-
-    None if the pass is to be left alone.
+    """Make the core's config for a pass of every setting, in canonical form; None if the pass is to be left alone.
 
     Raises:
         SettingError: settings contradict each other; the message names them.
     """
     if not values["enabled"] or is_left_out(values, hires):
         return None
-    end = "hires_until" if hires else "until"
-    since, until = values["since"], values[end]
+    since, end = values["since"], "hires_until" if hires else "until"
+    until = values[end]
     if since >= until:
         raise SettingError(f"{end} must be above since ({since}), got {until}")
     after = TOKEN_MERGING if values["after"] == MERGING else None
