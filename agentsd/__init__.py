@@ -29,25 +29,9 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 
-# Module that defines each public name
-_HOMES = {
-    "apply": ("apply_patch", "get_patch", "patch_unet", "patched", "remove_patch"),
-    "checks": ("SettingError",),
-    "config": ("TOKEN_MERGING", "AgentConfig", "early", "paper_stages"),
-    "hosts": ("UnsupportedModelError",),
-    "attention.agent": ("agent_attention",),
-    "methods.base": ("LayerPlan",),
-    "attention.module": ("AgentAttention", "AgentBias"),
-    "patching.layer": ("LayerReport",),
-    "patching.patch": ("Patch",),
-    "plan": ("plan_layer",),
-    "schedule": ("Rule", "Stage", "progress_of_sigma"),
-    "rules": ("format_rules", "parse_rules"),
-    "tuning.result": ("Tuning", "TuningCancelled", "TuningError"),
-    "tuning.record": ("record_calls",),
-    "tuning.tuner": ("tune",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# Modules that define the public names, those that load no torch first
+_HOMES = ["checks", "config", "methods.base", "plan", "rules", "schedule", "tuning.result", "hosts", "patching.layer"]
+_HOMES += ["patching.patch", "apply", "tuning.record", "tuning.tuner", "attention.agent", "attention.module"]
 
 __all__ = ["TOKEN_MERGING", "AgentAttention", "AgentBias", "AgentConfig", "LayerPlan", "LayerReport", "Patch"]
 __all__ += ["Rule", "SettingError", "Stage", "Tuning", "TuningCancelled", "TuningError", "UnsupportedModelError"]
@@ -56,10 +40,10 @@ __all__ += ["patch_unet", "patched", "plan_layer", "progress_of_sigma", "record_
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-        globals()[name] = value
-        return value
+    for home in _HOMES if name in __all__ else ():
+        if value := getattr(import_module(f"{__name__}.{home}"), name, None):
+            globals()[name] = value
+            return value
     if not name.startswith("_"):  # a submodule, as in agentsd.attention.merging
         try:
             return import_module(f"{__name__}.{name}")

@@ -53,8 +53,8 @@ def apply_patch(
     """
     check_names(settings, SETTINGS)
     names = SETTINGS[: SETTINGS.index("merge_mlp") + 1]
-    if len(reference) > len(names) or set(names[: len(reference)]) & settings.keys():
-        raise TypeError(f"settings without a name are {', '.join(names)} in this order, each once; got {reference}")
+    if len(reference) > len(names):
+        raise TypeError(f"settings without a name are {', '.join(names)} in this order, got {reference}")
     unet, config = find_model(model), AgentConfig(*reference, **settings)
     if tuning is not None:
         if given := [name for name in SETTINGS if getattr(config, name) != getattr(AgentConfig, name)]:

@@ -13,9 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import starmap
-from operator import itemgetter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,10 @@ PROMPT_TOKENS = 77
 
 
 @dataclass(frozen=True)
-class CountedBlock:
-    """A transformer block: its name, its level in the U-Net (1, 2, 4 or 8), and C, the width of a token."""
+class CountedBlock(Block):
+    """A transformer block, and C, the width of its tokens."""
 
-    name: str
-    downsample: int
-    channels: int
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,21 +43,16 @@ class Layout:
     rest: tuple[tuple[int, int], ...]
     constant: int  # FLOPs that do not depend on the image size: timestep embedding, keys and values of the prompt
 
-    @cached_property
-    def places(self) -> tuple[Block, ...]:
-        """Position of each block, for `agentsd.plan`."""
-        largest_level = min((block.downsample for block in self.blocks), default=1)
-        return tuple(Block(block.name, block.downsample, largest_level) for block in self.blocks)
-
 
 @cache
 def layouts() -> dict[str, Layout]:
     """Return the layouts that are known without a model: "SD 1", "SD 2" and "SDXL"."""
-    data = json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))
-    return {
-        name: Layout(name, tuple(starmap(CountedBlock, blocks)), tuple(map(tuple, rest)), constant)
-        for name, blocks, rest, constant in map(itemgetter("name", "blocks", "rest", "constant"), data["layouts"])
-    }
+    known = {}
+    for data in json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))["layouts"]:
+        largest = min(level for _, level, _ in data["blocks"])
+        blocks = tuple(CountedBlock(name, level, largest, channels) for name, level, channels in data["blocks"])
+        known[data["name"]] = Layout(data["name"], blocks, tuple(map(tuple, data["rest"])), data["constant"])
+    return known
 
 
 @dataclass(frozen=True)
@@ -127,8 +118,8 @@ def estimate(
     only where settings vary over the diffusion.
     """
     latent, kinds = Grid(height, width), Counter[Any]()
-    for block, place in zip(layout.blocks, layout.places, strict=True):
-        kinds[block.downsample, block.channels, config and plan_block(config, place, latent, progress)] += 1
+    for block in layout.blocks:
+        kinds[block.downsample, block.channels, config and plan_block(config, block, latent, progress)] += 1
     levels = []
     for (downsample, channels, planned), count in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
         size = latent.at(downsample)

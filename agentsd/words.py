@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_FIGURE = re.compile("[0-9.]*x?|–")
+_FIGURE = re.compile("[0-9.e+]*x?|–")
 
 
 def counted(count: int, plural: str) -> str:

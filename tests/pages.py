@@ -1,4 +1,4 @@
-"""Sections of the documentation that are read off the code: run this to write them; test_pages.py holds them."""
+"""Sections of the documentation that are read off the code: run this to write them; test_release.py holds them."""
 
 from __future__ import annotations
 

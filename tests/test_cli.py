@@ -266,14 +266,16 @@ def test_a_file_appears_whole_or_not_at_all(error, before, monkeypatch):
     path = Path("file.bin")
     if before:
         path.write_bytes(before)
-    monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(error):
-        pictures.write_whole(path, b"all of it")
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "write_bytes", write_half)
+        with pytest.raises(error):
+            pictures.write_whole(path, b"all of it")
     assert (path.read_bytes() if path.exists() else None) == before
     assert list(Path().glob(".*")) == []
-    monkeypatch.undo()
-    Path("usual").touch()
-    assert pictures.write_whole(path, b"x").stat().st_mode == Path("usual").stat().st_mode
+    path.touch()
+    was = path.stat()
+    now = pictures.write_whole(path, b"x").stat()
+    assert (now.st_mode, now.st_ino != was.st_ino) == (was.st_mode, True), "another file under its name"
 
 
 def flat(value: int) -> Image.Image:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from blocks import stable_diffusion_unet
 from PIL import Image
 
 pytest.importorskip("diffusers", reason="needs diffusers")
@@ -20,14 +19,12 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 from drawing import GRID, SMALL, pixels
 from safetensors.torch import save_file
-from test_costs import same_layout
 from tiny_pipelines import ldm_and_diffusers, tiny_sd, tiny_sdxl
 
 import agentsd
 from agentsd.cli import main, models, pictures
 from agentsd.cli.parser import parse
 from agentsd.costs import layouts
-from agentsd.hosts.layout import layout_of
 from agentsd.settings import to_config
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -180,25 +177,16 @@ def test_info_on_the_embedded_model_needs_no_weights(capsys):
     assert "4096" in capsys.readouterr().out
 
 
-def sdxl() -> dict[str, torch.Tensor]:
-    """What is asked of a checkpoint of Stable Diffusion XL."""
-    blocks = {f"{block.name}.attn2.to_k.weight": torch.empty(1, 2048) for block in layouts()["SDXL"].blocks}
-    return {**blocks, "input_blocks.0.0.weight": torch.empty(320, 4, 3, 3)}
-
-
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("SD 1", lambda: stable_diffusion_unet(False).state_dict()),
-        ("SD 2", lambda: stable_diffusion_unet(True).state_dict()),
-        ("SDXL", sdxl),
-    ],
-)
-def test_info_reads_the_layout_off_a_single_file(name, make, monkeypatch):
-    state = {f"model.diffusion_model.{key}": value for key, value in make().items()}
-    monkeypatch.setattr(models, "shapes_of", lambda path: state)
-    unet, side, factor = models.bare_unet("any.safetensors")
-    same_layout(layout_of(unet, name), layouts()[name])
+@pytest.mark.parametrize(("name", "width", "blocks"), [("SD 1", 768, 16), ("SD 2", 1024, 16), ("SDXL", 2048, 70)])
+def test_info_knows_a_single_file_by_its_shapes(name, width, blocks, monkeypatch):
+    """That these are the real U-Nets' is seen in test_costs.py."""
+    state = {f"{block.name}.attn2.to_k.weight": torch.empty(1, width) for block in layouts()[name].blocks}
+    state = {"input_blocks.0.0.weight": torch.empty(320, 9, 3, 3), **state}
+    monkeypatch.setattr(models, "shapes_of", lambda path: {f"model.diffusion_model.{k}": x for k, x in state.items()})
+    unet, side, factor = models.bare_unet("inpainting.safetensors")
+    assert (
+        unet.config.items() >= {"in_channels": 9, "cross_attention_dim": width, **models.UNETS[width, blocks]}.items()
+    )
     assert (side, factor) == (128 if name == "SDXL" else 64, 8)
 
 

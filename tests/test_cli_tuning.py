@@ -33,41 +33,29 @@ def plan(stand_in, every_gain_counts, capsys):
     return capsys.readouterr().out
 
 
-def test_a_tuning_is_written_with_its_table_and_chart(stand_in, plan):
+def test_a_tuning_is_written_with_its_chart_and_drawn_with(stand_in, plan, capsys):
     tuning = agentsd.Tuning.load("plan.json")
-    assert tuning.tolerance == 0.5
-    assert tuning.measured <= 0.5
+    assert (tuning.tolerance, len(tuning.plan.deviations)) == (0.5, 2)
     assert {candidate["method"] for candidate in tuning.candidates} == {"pool", "corrected"}
-    assert len(tuning.plan.deviations) == 2
     assert str(tuning) in plan
     assert "--tuning plan.json" in plan
     dots = [dot.get("class") for dot in ElementTree.parse("plan.svg").iter() if dot.tag.endswith("circle")]
     assert dots.count("agent-attention-chosen") == 1
     assert dots.count("agent-attention-preset") == 3  # Fast, Balanced, Faithful
-    assert agentsd.get_patch(stand_in.unet) is None
-
-
-def test_a_picture_is_drawn_with_it(stand_in, plan, capsys):
-    given = ["a rose", *SMALL, "--seed", "3"]
-    assert main(["generate", *given, "--tuning", "plan.json", "--out", "a.png"]) == 0
-    said = capsys.readouterr().out
-    assert "error of attention" in said
-    with agentsd.patched(stand_in.unet, tuning=agentsd.Tuning.load("plan.json")):
+    given = ["a rose", *SMALL, "--tuning", "plan.json"]
+    assert main(["generate", *given, "--seed", "3", "--out", "a.png"]) == 0
+    assert "error of attention" in capsys.readouterr().out
+    with agentsd.patched(stand_in.unet, tuning=tuning):
         expected = stand_in("a rose", seed=3, steps=2, height=16, width=16)[0]
     assert np.array_equal(pixels(Image.open("a.png")), pixels(pictures.enlarged(expected, 256)))
-    made = read_record("a.png")
-    again = agentsd.Tuning.from_text(made["agent_attention"]["tuning"])
-    assert again.text == agentsd.Tuning.load("plan.json").text
-
-
-def test_compare_and_a_sweep_over_its_frontier(stand_in, plan, capsys):
-    assert main(["compare", "a rose", *SMALL, "--tuning", "plan.json", "--out", "b.png"]) == 0
-    assert main(["sweep", "a rose", *SMALL, "--tuning", "plan.json", "--x", "tolerance=0,0.5", "--out", "swept"]) == 0
+    assert read_record("a.png")["agent_attention"]["tuning"] == tuning.text
+    # over its frontier
+    assert main(["sweep", *given, "--x", "tolerance=0,0.5", "--out", "swept"]) == 0
     with Path("swept/sweep.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["tolerance"]) for row in rows[1:]] == [0, 0.5]
-    assert float(rows[1]["rmse"]) == 0
-    assert float(rows[2]["rmse"]) > 0
+    assert float(rows[1]["rmse"]) == 0 < float(rows[2]["rmse"])
+    assert agentsd.get_patch(stand_in.unet) is None
 
 
 def test_another_size_is_told(stand_in, plan, capsys):

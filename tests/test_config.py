@@ -59,12 +59,7 @@ def test_a_bad_value_is_named_with_its_setting_and_its_range(name):
 @pytest.mark.parametrize("patched_before", [False, True])
 @pytest.mark.parametrize(
     ("name", "value", "said"),
-    [
-        ("ratio", 1, "ratio"),
-        ("rules", "full", "rules"),
-        ("ratoi", 0.4, "ratoi.*did you mean ratio"),
-        ("zzz", 1, "zzz=1.*k_shortcut"),
-    ],
+    [("rules", "full", "rules"), ("ratoi", 1, "ratoi.*did you mean ratio"), ("zzz", 1, "zzz=1")],
 )
 def test_a_bad_value_touches_nothing(unet, name, value, said, patched_before):
     example = inputs(1, 8, 8)
@@ -113,11 +108,9 @@ def test_limits_are_inclusive_and_numbers_of_any_type_are_taken():
     for name, field in FIELDS.items():
         for bound in (field.low, field.high) if field.numeric else ():
             assert getattr(AgentConfig(**{name: bound}), name) == bound
-    c = AgentConfig(
-        ratio=np.float32(0.5), agent_ratio=fractions.Fraction(1, 2), sx=np.int64(3), sy=2.0, max_downsample=np.int64(2)
-    )
-    assert c == AgentConfig(ratio=0.5, agent_ratio=0.5, sx=3, sy=2, max_downsample=2)
-    assert [type(v) for v in (c.ratio, c.agent_ratio, c.sx, c.sy, c.max_downsample)] == [float, float, int, int, int]
+    c = AgentConfig(np.float32(0.5), np.int64(2), np.int64(3), 2.0, fractions.Fraction(1, 2))
+    found = [(type(value), value) for value in (c.ratio, c.max_downsample, c.sx, c.sy, c.agent_ratio)]
+    assert found == [(float, 0.5), (int, 2), (int, 3), (int, 2), (float, 0.5)]
 
 
 @pytest.mark.parametrize("model", [None, 3, "abc", [], nn.Linear(2, 2), nn.Sequential(), as_model(nn.Linear(2, 2))])
@@ -126,14 +119,6 @@ def test_a_model_without_transformer_blocks_is_an_error(model):
         agentsd.apply_patch(model)
     assert agentsd.get_patch(model) is None
     assert agentsd.remove_patch(model) is model
-
-
-def test_a_config_is_frozen_and_hashable():
-    config = AgentConfig(stages=paper_stages())
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.ratio = 0.5
-    assert hash(config) == hash(AgentConfig(stages=paper_stages()))
-    assert config != AgentConfig()
 
 
 @pytest.mark.parametrize(
@@ -154,15 +139,8 @@ def test_stages_hold_from_where_to_where_they_say(stages, expected):
     assert all(config.at(progress) is None for progress in (None, -0.001, 1.001, nan, inf))
 
 
-def test_without_stages_one_config_holds_always():
-    config = AgentConfig()
-    assert all(config.at(progress) is config for progress in (None, nan, -1, 0, 0.5, 1, 2))
-
-
 def test_a_bad_end_or_beginning_is_an_error():
     for bad in (0, -1, 1.01, nan, "abc", None, True, [1]):
-        with pytest.raises(SettingError, match="until"):
-            Stage(bad)
         with pytest.raises(SettingError, match="until"):
             early(bad)
     for bad in (-1, 1.01, nan, "abc", None, [1], 0.5, 0.7):

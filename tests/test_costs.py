@@ -16,16 +16,10 @@ from agentsd.hosts.layout import layout_of
 
 diffusers = pytest.importorskip("diffusers", reason="the U-Nets to count are diffusers'")
 
-FULL = {
-    "SD 1": {"cross_attention_dim": 768},
-    "SD 2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
-    "SDXL": {"cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "use_linear_projection": True},
-}
-FULL["SDXL"] |= {"block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10]}
-FULL["SDXL"] |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")}
-FULL["SDXL"] |= {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
-FULL["SDXL"] |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-FULL["SDXL"] |= {"projection_class_embeddings_input_dim": 2816}
+from agentsd.cli.models import UNETS  # noqa: E402
+
+KNOWN = {"SD 1": (768, 16), "SD 2": (1024, 16), "SDXL": (2048, 70)}
+FULL = {name: {"cross_attention_dim": kind[0], **UNETS[kind]} for name, kind in KNOWN.items()}
 SMALL = {"cross_attention_dim": 24, "block_out_channels": (32, 32, 64, 64), "attention_head_dim": 2}
 
 
@@ -47,19 +41,15 @@ def small():
     return unet("cpu", **SMALL)
 
 
-def same_layout(found, stored) -> None:
-    """diffusers' blocks go by other names than LDM's, and its middle comes last."""
-    order = ("down_blocks", "mid_block", "up_blocks")
-    in_order = sorted(found.blocks, key=lambda block: order.index(block.name.split(".")[0]))
-    assert [(b.downsample, b.channels) for b in in_order] == [(b.downsample, b.channels) for b in stored.blocks]
-    assert (found.rest, found.constant) == (stored.rest, stored.constant)
-
-
 @pytest.mark.parametrize("name", FULL)
 def test_the_stored_layouts_are_those_of_the_real_unets(name):
     model = unet("meta", **FULL[name])
     layout, stored = layout_of(model, name), layouts()[name]
-    same_layout(layout, stored)
+    # diffusers' blocks go by other names than LDM's, and its middle comes last
+    order = ("down_blocks", "mid_block", "up_blocks")
+    in_order = sorted(layout.blocks, key=lambda block: order.index(block.name.split(".")[0]))
+    assert [(b.downsample, b.channels) for b in in_order] == [(b.downsample, b.channels) for b in stored.blocks]
+    assert (layout.rest, layout.constant) == (stored.rest, stored.constant)
     assert {estimate(known, None, 96, 64).flops for known in (layout, stored)} == {counted(model, 96, 64)}
     if name != "SDXL":
         assert layout_of(stable_diffusion_unet(name == "SD 2"), name) == stored

@@ -65,6 +65,8 @@ def test_seed_latents_size_and_callback(pipe):
     assert calls == [(1, 2), (2, 2)]
     again = pipe("rocket", seed=3, steps=2, **size, guidance=1)
     assert images[0].tobytes() == again[0].tobytes()
+    unguided, without = (pipe.sample(prompt, steps=2, **size, guidance=g) for prompt, g in (("rocket", 0), ("", 1)))
+    torch.testing.assert_close(unguided, without, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

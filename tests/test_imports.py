@@ -145,20 +145,16 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-METHODS = [name for name in MODULES if name.startswith("agentsd.methods.") and name != "agentsd.methods.base"]
-# Modules, whole packages among them, and those that alone may import them
+METHODS = tuple(name for name in MODULES if name.startswith("agentsd.methods.") and name != "agentsd.methods.base")
+WEBUIS = ("modules", "modules_forge", "ldm_patched", "backend", "ldm", "sgm", "launch")
+PAGES = ("agentsd.panel.", "agentsd.cli.playground", "agentsd.webui.compat.", "agentsd.webui.settings_page")
+# Modules, or whole packages, and the beginnings of the names of those that alone may import them
 USERS = {
-    "the WebUI": (
-        ["modules", "modules_forge", "ldm_patched", "backend", "ldm", "sgm", "launch"],
-        ("agentsd.webui",),
-    ),
-    "gradio": (
-        ["gradio"],
-        ("agentsd.panel.", "agentsd.cli.playground", "agentsd.webui.compat.", "agentsd.webui.settings_page"),
-    ),
-    "ComfyUI": (["comfy"], ("agentsd.comfy.model", "agentsd.comfy.tuned")),
-    "a host": (["agentsd.hosts.ldm", "agentsd.hosts.diffusers"], ("agentsd.hosts",)),
-    "a method": (METHODS, ("agentsd.methods",)),
+    WEBUIS: ("agentsd.webui",),
+    ("gradio",): PAGES,
+    ("comfy",): ("agentsd.comfy.model", "agentsd.comfy.tuned"),
+    ("agentsd.hosts.ldm", "agentsd.hosts.diffusers"): ("agentsd.hosts",),
+    METHODS: ("agentsd.methods",),
 }
 
 
@@ -172,17 +168,14 @@ class TestStructure:
         except CycleError as error:
             pytest.fail(f"a circle of imports: {' → '.join(reversed(error.args[1]))}")
 
-    @pytest.mark.parametrize("name", USERS)
-    def test_only_the_rooms_that_may_import_it(self, name):
-        theirs, allowed = USERS[name]
-        found = {
-            user
-            for user, file in MODULES.items()
-            for other in imports(file)
-            if {other, other.split(".")[0]} & {*theirs}
-        }
+    @pytest.mark.parametrize("theirs", USERS, ids=lambda theirs: theirs[0])
+    def test_only_the_rooms_that_may_import_it(self, theirs):
+        asked = {name: imports(file) for name, file in MODULES.items()}
+        found = [
+            name for name in asked if {part for each in asked[name] for part in (each, each.split(".")[0])} & {*theirs}
+        ]
         assert found or theirs is METHODS  # which their package lists
-        assert not [user for user in found if not user.startswith(allowed)]
+        assert not [name for name in found if not name.startswith(USERS[theirs])]
 
     def test_the_nodes_are_found_by_comfyui_alone(self):
         """The folder is a package for ComfyUI; the nodes load neither the host nor torch until a graph runs."""
@@ -201,9 +194,7 @@ class TestStructure:
         """What differs between methods is theirs to say: nobody compares their names or actions."""
         asked = []
         for name, file in MODULES.items():
-            if name.startswith("agentsd.methods"):
-                continue
-            for node in nodes(file):
+            for node in nodes(file) if not name.startswith("agentsd.methods") else ():
                 sides = (node.left, *node.comparators) if isinstance(node, ast.Compare) else ()
                 # whether it acts at all may be asked by anybody
                 if any(map(_is_method, sides)) and not any("UNTOUCHED" in ast.dump(side) for side in sides):
@@ -221,6 +212,8 @@ class TestStructure:
 
 # The rooms of the house, from the ground up; those of one line do not import each other
 FLOORS = (
+    ("version", "words"),
+    ("",),
     ("checks", "clock", "eager"),
     ("attention",),
     ("methods", "schedule"),
@@ -239,16 +232,10 @@ FLOORS = (
 )
 
 
-# What imports nothing of the house
-LEAVES = ("version", "words")
-
-
 def floor(name: str) -> tuple[int, str]:
-    """Return the floor and the room of a module; the package itself, which imports lazily, is below all but leaves."""
+    """Return the floor and the room of a module; the package itself, which imports lazily, has no name there."""
     room = name.split(".")[1] if "." in name else ""
-    if room in LEAVES:
-        return -2, room
-    return next(((number, room) for number, rooms in enumerate(FLOORS) if room in rooms), (-1, room))
+    return next((number, room) for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
 def _is_method(node: ast.expr) -> bool:

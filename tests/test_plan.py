@@ -83,7 +83,7 @@ VETOES = {
     "the method": ({"agent_ratio": 0.0, "agent_source": "grid", "ratio": 0.0}, ("agent_ratio",)),
 }
 ALL_VETOES = {name: value for settings, _ in VETOES.values() for name, value in settings.items()}
-LIFTED = {"max_downsample": 2, "min_tokens": 0, "merge_attn": True, "agent_ratio": 0.9}
+LIFTED = {"max_downsample": 2, "min_tokens": 1024, "merge_attn": True, "agent_ratio": 0.9}
 
 
 class TestVetoes:

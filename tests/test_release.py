@@ -12,9 +12,11 @@ import zipfile
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
+import pages
 import pytest
 
 import agentsd
+from agentsd.settings.presets import PRESETS
 
 ROOT = Path(agentsd.__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -74,21 +76,19 @@ class TestWheel:
         assert run(command, "--version", **given) == f"agentsd {agentsd.__version__}\n"
         assert "playground" in run(command, "--help", **given)
         without = subprocess.run((command, "info"), capture_output=True, text=True, **given)
-        assert (without.returncode, without.stderr.splitlines()[-1]) == (
-            1,
-            "agentsd: error: info needs PIL: pip install 'agentsd[diffusers]' brings it",
-        )
+        told = "agentsd: error: info needs PIL: pip install 'agentsd[diffusers]' brings it"
+        assert (without.returncode, without.stderr.splitlines()[-1]) == (1, told)
 
 
 def required(*names: str) -> list[Distribution]:
     """Installed packages, and those that they require."""
     found: dict[str, Distribution] = {}
     wanted = list(names)
-    while wanted:
-        name = re.match(r"[\w.-]+", wanted.pop())[0].lower()
+    for line in wanted:
+        name = re.match(r"[\w.-]+", line)[0].lower()
         if name not in found:
             found[name] = distribution(name)
-            wanted += [line for line in found[name].requires or () if ";" not in line]
+            wanted += [each for each in found[name].requires or () if ";" not in each]
     return list(found.values())
 
 
@@ -99,10 +99,8 @@ def pack() -> set[str]:
 
 
 class TestNodePack:
-    def test_it_is_small(self, pack):
+    def test_it_is_small_and_whole(self, pack):
         assert sum((ROOT / name).stat().st_size for name in pack if (ROOT / name).exists()) < 1_000_000
-
-    def test_its_nodes_are_whole(self, pack):
         code = {name for name in tracked("agentsd") if name.endswith((".py", ".json")) and "weights" not in name}
         assert code | {"__init__.py", "pyproject.toml", "README.md", "LICENSE"} <= pack
         assert not [name for name in pack if name.startswith(("docs/", "tests/", "benchmarks/"))]
@@ -126,6 +124,14 @@ def test_the_version_stands_in_one_place():
     assert first[1] == version
 
 
+def test_pages_say_of_settings_and_commands_what_the_code_says():
+    """`python tests/pages.py` writes them."""
+    for page in pages.PAGES:
+        assert (ROOT / page).read_text(encoding="utf-8") == pages.made(page)
+    text = (ROOT / "docs/user.md").read_text(encoding="utf-8")
+    assert not [name for name in PRESETS if f"| {name} |" not in text]
+
+
 def headings(page: Path) -> set[str]:
     """The anchors of a page."""
     found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
@@ -144,14 +150,10 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in headings(file), target
 
 
-def test_the_documentation_is_short():
+def test_the_documentation_and_a_checkout_are_small():
     """The README has a hundred lines, and docs/ fits into an hour's reading."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
-    words = sum(len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "docs").rglob("*.md"))
-    assert words <= 16_000
-
-
-def test_a_checkout_is_small():
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "docs").rglob("*.md")) <= 16_000
     large = ("agentsd/embedded/weights/", "tests/golden/")
     files = [ROOT / name for name in tracked() if not name.startswith(large)]
     assert sum(file.stat().st_size for file in files if file.exists()) < 4_000_000

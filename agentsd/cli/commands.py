@@ -112,7 +112,7 @@ def sweep(args: argparse.Namespace) -> None:
     for name, changes in {"without": {}, **cells}.items():
         values, config = settings(**changes) if changes else (None, None)
         texts = [AXES[axis].format(value) for axis, value in changes.items()] or [name] * len(axes)
-        run = draw(model, request, config, ", ".join(texts), args.quiet, *runs[:1])
+        run = draw(model, request, config, ", ".join(texts), args.quiet, runs[0] if runs else None)
         made = record(model, request, values, seconds=round(run.seconds, 3), distance=asdict(run.apart))
         save_picture(folder / f"{name}.png", enlarged(run.picture, SIDE), made)
         figures = [round(run.seconds, 4), round(run.unet_seconds, 4), round(run.speed, 3)]

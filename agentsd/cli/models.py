@@ -32,7 +32,7 @@ _XL = {**_LINEAR, "addition_embed_type": "text_time", "addition_time_embed_dim":
 _PLAIN, _DOWN, _UP = "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 # What diffusers' configuration of a single file's U-Net has beside that of Stable Diffusion 1, by the width of the
 # prompt's context and the number of transformer blocks: Stable Diffusion 1, 2, XL, and XL's refiner
-_UNETS: Mapping[tuple[int, int], dict[str, Any]] = {
+UNETS: Mapping[tuple[int, int], dict[str, Any]] = {
     (768, 16): {},
     (1024, 16): {**_LINEAR, "attention_head_dim": (5, 10, 20, 20)},
     (2048, 70): {
@@ -82,8 +82,8 @@ class Model:
         self.unet: Any = find_unet(pipe)
         self.embedded = isinstance(pipe, EmbeddedPipeline)
         self.factor = 1 if self.embedded else getattr(pipe, "vae_scale_factor", 8)  # pixels per position of the latent
-        side = SIZE if self.embedded else self.unet.config.sample_size * self.factor
-        self.defaults = {"steps": 20, "guidance": 3.0 if self.embedded else 7.0, "size": (side, side)}
+        side = SIZE if self.embedded else pipe.unet.config.sample_size * self.factor
+        self.defaults: dict[str, Any] = {"steps": 20, "guidance": 3.0 if self.embedded else 7.0, "size": (side, side)}
         scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
         self.sampler = SAMPLERS.get(scheduler, scheduler)  # as a WebUI calls it
 
@@ -100,7 +100,11 @@ class Model:
             return {}  # it changes no tensors
 
         if not self.embedded:
-            given = {"negative_prompt": request.negative_prompt or None, "num_inference_steps": request.steps, **size}
+            given: dict[str, Any] = {
+                "negative_prompt": request.negative_prompt or None,
+                "num_inference_steps": request.steps,
+                **size,
+            }
             given |= {"guidance_scale": request.guidance, "generator": torch.Generator().manual_seed(request.seed)}
             return self.pipe(request.prompt, **given, callback_on_step_end=on_step).images[0]
         if request.negative_prompt:
@@ -224,7 +228,7 @@ def config_of_checkpoint(name: str, state: Mapping[str, Tensor]) -> dict[str, An
     """Make diffusers' configuration of the U-Net of an LDM or sgm checkpoint, by the shapes of its tensors."""
     unet = {key: tensor.shape for key, tensor in state.items() if key.startswith("model.diffusion_model.")}
     context = next((shape[1] for key, shape in unet.items() if key.endswith("attn2.to_k.weight")), 0)
-    known = _UNETS.get((context, sum(key.endswith("attn2.to_k.weight") for key in unet)))
+    known = UNETS.get((context, sum(key.endswith("attn2.to_k.weight") for key in unet)))
     if known is None:
         raise CommandError(f"{name} has no U-Net of Stable Diffusion's layout")
     channels = unet["model.diffusion_model.input_blocks.0.0.weight"][1]

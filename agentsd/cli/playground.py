@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # set before gradio is imported, which reads this once
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -21,6 +21,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from PIL.Image import Image
 from torch import nn
 
 from ..app.decision import Decision, Program, SamplingPass, decide, evenly, is_left_out
@@ -38,9 +39,6 @@ from .models import EMBEDDED, Model, Request, open_model
 from .pictures import enlarged
 from .runs import COLUMNS, Run, draw
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 HOST = "127.0.0.1"
 TAB = "txt2img"  # the panel's script looks for the WebUI's elements
 ROWS = 2  # cond and uncond
@@ -54,6 +52,9 @@ POLICY = (
 )
 
 
+_PROGRESS = gr.Progress()  # as a default, it is replaced by gradio's own
+
+
 class Stopped(Exception):
     """The user has pressed Stop."""
 
@@ -65,24 +66,21 @@ class Playground(Program):
         self.model = model
         kept: dict[str, Any] = {}  # while the page is served
         self.tunings = Store(lambda section: kept)
-        self.in_use = threading.Lock()
         self.stop = threading.Event()  # set to stop drawing after the current step
 
-    def draw(
-        self, prompt: str, seed: float, steps: float, width: float, height: float, *values: Any, progress: Any = None
-    ) -> tuple[tuple[Image, Image] | None, str, str]:
-        """Draw a picture without and with the settings, whose values come in the table's order.
+    def draw(self, prompt: str, *inputs: Any, progress: Any = _PROGRESS) -> tuple[tuple[Image, Image] | None, str, str]:
+        """Draw a picture without and with the settings: seed, steps, width, height, and the values of the table's rows.
 
         Returns the pictures, or None if drawing failed; the table of timings, or the error message, as HTML; and the
         panel's status line.
         """
         self.stop.clear()
         try:
+            seed, steps, width, height, *values = inputs
             size = (int(height) // SCALE, int(width) // SCALE)
             request = self.model.complete(Request(prompt.strip(), int(seed or 0), int(steps), size=size))
             settings = schema.from_args([dict(zip(schema.NAMES, values, strict=True))])
-            with self.in_use:
-                return self._draw_both(request, settings, progress or (lambda *arguments, **options: None))
+            return self._draw_both(request, settings, progress)
         except (Stopped, TuningCancelled):
             told = "Stopped."
         except (CommandError, SettingError, TuningError) as error:
@@ -108,8 +106,8 @@ class Playground(Program):
                 if self.stop.is_set():
                     raise Stopped
 
-            since = None if made is None or made.tuning else values["since"]
-            return draw(self.model, request, made and made.config, label, True, step=step, since=since, **more)
+            config, since = (None, None) if made is None else (made.config, None if made.tuning else values["since"])
+            return draw(self.model, request, config, label, True, step=step, since=since, **more)
 
         tunes = wanted and values["tune"] > 0
         recorded: Any = record_calls(self.model.unet) if tunes else nullcontext([])
@@ -208,11 +206,11 @@ def build(playground: Playground) -> gr.Blocks:
                 pictures = gr.ImageSlider(type="pil", format="png", max_height=1024, **about)
                 timings = gr.HTML("", elem_id="playground_timings")
 
-        def drawn(*values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, str, str]:  # noqa: B008
-            return playground.draw(*values, progress=progress)
-
-        inputs = [prompt, seed, steps, width, height, *panel.controls.values()]
-        go.click(drawn, inputs, [pictures, timings, panel.status], show_progress_on=[pictures], concurrency_limit=1)
+        inputs, outputs = (
+            [prompt, seed, steps, width, height, *panel.controls.values()],
+            [pictures, timings, panel.status],
+        )
+        go.click(playground.draw, inputs, outputs, show_progress_on=[pictures], concurrency_limit=1)
         stop.click(playground.stop.set, queue=False, concurrency_limit=None)
     return page
 

@@ -71,7 +71,8 @@ class Run:
 @contextmanager
 def stopwatch(module: nn.Module) -> Iterator[list[float]]:
     """Time a module's calls in a `with` block; yields their seconds."""
-    seconds, device = [], next(module.parameters()).device
+    seconds: list[float] = []
+    device = next(module.parameters()).device
 
     def end(*_: Any) -> None:
         seconds[-1] += now(device)

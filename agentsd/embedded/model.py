@@ -97,8 +97,8 @@ class Position(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         h, w = features.shape[-2:]
-        k = torch.pi * torch.arange(1, self.waves + 1, device=features.device)
-        angles = ((torch.arange(n, device=k.device) + 0.5)[:, None] / n * k for n in (h, w))
+        k = torch.arange(1, self.waves + 1, device=features.device)
+        angles = (torch.pi * ((torch.arange(n, device=k.device) + 0.5) / n)[:, None] * k for n in (h, w))
         y, x = (torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.project.weight.dtype) for angle in angles)
         grid = torch.cat([y[:, None].expand(-1, w, -1), x[None].expand(h, -1, -1)], dim=-1)
         return features + self.project(grid).permute(2, 0, 1).to(features.dtype)
