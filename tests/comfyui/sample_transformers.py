@@ -48,7 +48,7 @@ def make(family: str):
     device = comfy.model_management.get_torch_device()
     model = config.get_model({}, "", device=device)
     generator = torch.Generator().manual_seed(0)
-    for name, p in sorted(model.diffusion_model.named_parameters()):
+    for name, p in sorted(model.diffusion_model.state_dict().items()):
         noise = torch.randn(p.shape, generator=generator)
         p.copy_(noise / math.sqrt(p[0].numel()) if p.dim() > 1 else 1 + noise / 10 if "norm" in name else noise / 10)
     text = [torch.randn(1, n, WIDTH, generator=generator) for n in (77, 77)]
