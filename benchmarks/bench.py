@@ -20,10 +20,9 @@ import torch
 from tqdm import tqdm
 
 from .machine import DATA, PAGE, ROOT
-from .measure import Case, make_parser, opened, positive
+from .measure import Case, make_parser, opened
 from .methods import methods
-from .pages import fill
-from .results import by_size, machine_line, measured, published, table, times
+from .results import by_size, fill, machine_line, measured, published, table, times
 
 MODULE, FRONT = "benchmarks.bench", ROOT / "README.md"
 # Rows of the README's table
@@ -57,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.publish:
         return publish(published(options.out / "bench.json", DATA / "speed.csv"))
-    if options.threads:
-        torch.set_num_threads(options.threads)
     bench = opened(parser, options)
     with torch.inference_mode():
         for case in tqdm(choose_cases(options), unit="case"):
@@ -99,8 +96,7 @@ def parser_of_bench() -> argparse.ArgumentParser:
     add("--preset", nargs="+", choices=list(PRESETS), help="sets of cases, with rounds of their own (default: all)")
     add("--quick", action="store_true", help="short for --preset quick; takes under two minutes")
     add("--methods", nargs="+", choices=sorted(methods()), metavar="METHOD", help="methods to compare; listed below")
-    add("--batch", type=positive, default=2, help="rows of the batch (default 2: cond and uncond)")
-    add("--threads", type=positive, help="CPU threads (default: PyTorch's)")
+    add("--batch", type=int, default=2, help="rows of the batch (default 2: cond and uncond)")
     return parser
 
 

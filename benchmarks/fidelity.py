@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,8 @@ from agentsd.hosts import find_sites
 
 from .machine import DATA as FOLDER
 from .machine import PAGE, ROOT, parser_for
-from .methods import CELL_4, CELL_8, Install, patched, todo, tomesd, unpatched
-from .pages import fill
-from .results import Rows, table
+from .methods import CELL_4, CELL_8, Install, check, patched, todo, tomesd
+from .results import Rows, fill, table
 
 MODULE = "benchmarks.fidelity"
 DATA = FOLDER / "fidelity.csv"
@@ -41,47 +40,36 @@ HEAD = ("method", "queries", "samples", "mean", "worst", *(f"t{t}" for t in TIME
 Row = dict[str, str]
 
 
-def methods() -> dict[str, Install]:
-    """All methods that are compared, the unpatched model first; only level 0 is patched unless the name says so."""
-
-    def ours(**settings: Any) -> Install:
-        return patched(AgentConfig(**{"ratio": 0.0, **settings}))
-
-    def grid(agent_ratio: float, **settings: Any) -> Install:
-        return ours(agent_source="grid", agent_ratio=agent_ratio, **settings)
-
-    def corrected(agent_ratio: float, **settings: Any) -> Install:
-        return ours(method="corrected", agent_ratio=agent_ratio, **settings)
-
-    def pool(side: int) -> Install:
-        return ours(method="pool", sx=side, sy=side, k_shortcut=0.0)
-
-    return {
-        "unpatched": unpatched,
-        "tomesd .5": tomesd(0.5, 1),
-        "ToDo 2×2": todo(2),
-        "AgentSD's settings, whole run": patched(AgentConfig()),
-        "AgentSD's settings, its schedule": patched(AgentConfig(stages=paper_stages())),
-        "similarity N/16": ours(agent_ratio=CELL_4),
-        "grid 8×8": grid(CELL_8),
-        "grid 4×4": grid(CELL_4),
-        "grid 4×4, first 60% (1.0's defaults)": grid(CELL_4, stages=early(0.6)),
-        "grid 4×4, k_scale2 1, k_shortcut 0": grid(CELL_4, k_scale2=1.0, k_shortcut=0.0),
-        "K/V pooled 2×2": pool(2),
-        "K/V pooled 4×4": pool(4),
-        "corrected 8×8": corrected(CELL_8),
-        "corrected 4×4": corrected(CELL_4),
-        "corrected 2×2": corrected(1 - 1 / 4),
-        "corrected 8×8, 4% exact": corrected(CELL_8, exact_ratio=0.04),
-        "corrected 4×4, 4% exact": corrected(CELL_4, exact_ratio=0.04),
-        "corrected 4×4, 14% exact": corrected(CELL_4, exact_ratio=0.14),
-        "corrected 4×4, 40% exact": corrected(CELL_4, exact_ratio=0.4),
-        "corrected 4×4, two levels": corrected(CELL_4, max_downsample=2),
-        "grid 4×4, all levels": grid(CELL_4, max_downsample=8),
-        "corrected 4×4, all levels": corrected(CELL_4, max_downsample=8),
-    }
-
-
+GRID, CORRECTED = {"agent_source": "grid"}, {"method": "corrected"}
+POOL = {"method": "pool", "k_shortcut": 0.0}
+# Settings of ours; only level 0 is patched unless the name says so
+_OURS: dict[str, dict[str, Any]] = {
+    "AgentSD's settings, whole run": {"ratio": 0.4, "agent_ratio": 0.95},
+    "AgentSD's settings, its schedule": {"ratio": 0.4, "agent_ratio": 0.95, "stages": paper_stages()},
+    "similarity N/16": {},
+    "grid 8×8": {**GRID, "agent_ratio": CELL_8},
+    "grid 4×4": GRID,
+    "grid 4×4, first 60% (1.0's defaults)": {**GRID, "stages": early(0.6)},
+    "grid 4×4, k_scale2 1, k_shortcut 0": {**GRID, "k_scale2": 1.0, "k_shortcut": 0.0},
+    "K/V pooled 2×2": {**POOL, "sx": 2, "sy": 2},
+    "K/V pooled 4×4": {**POOL, "sx": 4, "sy": 4},
+    "corrected 8×8": {**CORRECTED, "agent_ratio": CELL_8},
+    "corrected 4×4": CORRECTED,
+    "corrected 2×2": {**CORRECTED, "agent_ratio": 1 - 1 / 4},
+    "corrected 8×8, 4% exact": {**CORRECTED, "agent_ratio": CELL_8, "exact_ratio": 0.04},
+    "corrected 4×4, 4% exact": {**CORRECTED, "exact_ratio": 0.04},
+    "corrected 4×4, 14% exact": {**CORRECTED, "exact_ratio": 0.14},
+    "corrected 4×4, 40% exact": {**CORRECTED, "exact_ratio": 0.4},
+    "corrected 4×4, two levels": {**CORRECTED, "max_downsample": 2},
+    "grid 4×4, all levels": {**GRID, "max_downsample": 8},
+    "corrected 4×4, all levels": {**CORRECTED, "max_downsample": 8},
+}
+METHODS: dict[str, Install] = {
+    "unpatched": nullcontext,
+    "tomesd .5": tomesd(0.5, 1),
+    "ToDo 2×2": todo(2),
+    **{name: patched(AgentConfig(**{"ratio": 0.0, "agent_ratio": CELL_4, **own})) for name, own in _OURS.items()},
+}
 QUICK = ("unpatched", "tomesd .5", "grid 4×4", "K/V pooled 2×2", "corrected 8×8", "corrected 4×4")
 
 
@@ -127,7 +115,7 @@ def noised(pipe: Any, index: Sequence[int], size: tuple[int, int], t: int, draw:
     """Training pictures by their numbers, noised to a timestep, and what the model as it is makes of them."""
     clean = covering(pipe.latents_of(pipe.pictures[index]).float(), *size)
     alpha = pipe.scheduler.alphas_cumprod[t]
-    x = (alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=draw)).to(pipe.dtype)
+    x = (alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=draw).to(clean)).to(pipe.dtype)
     case = Case(x, t, [pipe.prompts[i] for i in index])
     case.unpatched = case.forward(pipe)
     return case
@@ -143,9 +131,9 @@ def cases(pipe: Any, side: int, samples: int, seed: int = 0) -> list[Case]:
 def deviations(pipe: Any, install: Install, noised: Sequence[Case]) -> list[Tensor]:
     """‖out − unpatched‖ / ‖unpatched‖ of each picture of each case."""
     torch.manual_seed(0)  # tomesd draws its partition from the global generator
-    with install(pipe.unet) as check:
+    with install(pipe.unet):
         outputs = [case.forward(pipe) for case in noised]
-        check()
+        check(pipe.unet)
     pairs = zip(outputs, (case.unpatched for case in noised), strict=True)
     return [(out - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1) for out, plain in pairs]
 
@@ -182,7 +170,7 @@ def summary(rows: Sequence[Row]) -> str:
     by_key = {(row["method"], row["queries"]): f"{float(row['mean']):.4f} ({float(row['worst']):.4f})" for row in rows}
     factors = [f"{factor:g}" for factor in FACTORS if any(row["queries"] == f"{factor:g}" for row in rows)]
     known = {row["method"] for row in rows}
-    names = dict.fromkeys([*(name for name in methods() if name in known), *sorted(known)])
+    names = dict.fromkeys([*(name for name in METHODS if name in known), *sorted(known)])
     lines = [[name, *(by_key.get((name, factor), "") for factor in factors)] for name in names]
     return "\n".join(table(["method", *(f"queries × {factor}" for factor in factors)], lines))
 
@@ -193,20 +181,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", type=Path, help=f"CSV file of the results ({DATA.relative_to(ROOT)}, or one in out/ with --quick)")
     add("--quick", action="store_true", help="few methods, as the model is")
-    add("--only", nargs="+", metavar="NAME", help="only methods with one of these in their names")
     add("--again", nargs="+", default=[], metavar="NAME", help="measure anew what has one of these in its name")
-    add("--samples", type=int, default=6, help="pictures at each timestep (6)")
     add("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
     args = parser.parse_args(arguments)
     from agentsd.embedded import load
 
     rows = Rows(args.out or (Path("out/fidelity.csv") if args.quick else DATA), HEAD)
-    chosen = {name: install for name, install in methods().items() if not args.quick or name in QUICK}
-    if args.only:
-        chosen = {name: chosen[name] for name in chosen if any(part in name for part in ("unpatched", *args.only))}
+    chosen = {name: install for name, install in METHODS.items() if not args.quick or name in QUICK}
     rows.drop(lambda name: any(part in name for part in args.again))
     end, factors = time.monotonic() + 60 * args.minutes, (1.0,) if args.quick else FACTORS
-    run(load(), rows, chosen, factors=factors, samples=args.samples, more=lambda: time.monotonic() < end)
+    run(load(), rows, chosen, factors=factors, more=lambda: time.monotonic() < end)
     print(summary(rows.rows))
     if rows.path == DATA:
         fill(PAGE, MODULE, {"fidelity": summary(rows.rows)})

@@ -13,6 +13,7 @@ tells most comes first, results are written after each round, and a later run ad
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -28,12 +29,12 @@ from tqdm import tqdm
 
 from agentsd.hosts import find_sites
 
+from .fidelity import deviations, noised
 from .machine import DATA, DTYPES, PAGE, ROOT, Machine
 from .measure import COMPILED, EAGER, GRAPH, RESERVE, Case, make_parser, opened
 from .methods import methods
 from .models import LAYOUTS
-from .pages import fill
-from .results import Results, by_size, machine_line, published
+from .results import Results, by_size, fill, machine_line, published
 
 MODULE = "benchmarks.gpu"
 FEW = ("sdpa", "limit", "grid4", "corrected4", "opened4", "pool2", "tomesd.5")
@@ -73,8 +74,7 @@ def sdpa_seconds(machine: Machine, results: Results, case: Case) -> None:
     found, place = results.out.setdefault("attention", []), (case.layout, case.size[0], case.dtype)
     if any((row["layout"], row["side"], row["dtype"]) == place for row in found):
         return
-    with torch.device("meta"):
-        sites = find_sites(LAYOUTS[case.layout].build())
+    sites = find_sites(LAYOUTS[case.layout].build())
     classes = Counter((site.downsample, site.channels, site.heads) for site in sites)
     for (downsample, channels, heads), count in sorted(classes.items()):
         tokens, width = case.size[0] * case.size[1] // (8 * downsample) ** 2, channels // heads
@@ -88,32 +88,22 @@ def sdpa_seconds(machine: Machine, results: Results, case: Case) -> None:
 
 
 def closeness(machine: Machine, results: Results) -> None:
-    """How far each method's forward passes of the embedded model are from unpatched ones, in each half precision.
-
-    Relative: ‖patched − unpatched‖ / ‖unpatched‖ of the prediction, both in that dtype.
-    """
+    """How far each method's forward passes of the embedded model are from unpatched ones, in each precision."""
     from agentsd import embedded
 
     if results.out.get("closeness"):
         return
     rows = []
-    for name, dtype in DTYPES.items():
+    for dtype in DTYPES:
         try:
-            pipe = embedded.load(device=machine.device, dtype=dtype)
-            latents, prompts = pipe.noise([0, 1], 64, 64), [pipe.prompts[0]] * 2
-            outputs = {}
-            for key, method in methods().items():
-                if key not in ("limit", "idle", "panel"):
-                    with torch.no_grad(), method.install(pipe.unet) as check:
-                        outputs[key] = pipe.predict(latents, 500, prompts).float().cpu()
-                        check()
+            pipe = embedded.load(device=machine.device, dtype=DTYPES[dtype])
+            case = noised(pipe, [0, 1], (64, 64), 500, torch.Generator().manual_seed(0))
+            for name, method in methods().items():
+                if name not in ("limit", "idle", "panel"):
+                    error = float(deviations(pipe, method.install, [case])[0].mean())
+                    rows.append({"dtype": dtype, "method": name, "error": error, "finite": math.isfinite(error)})
         except Exception as error:
-            machine.skip("the embedded model", name, f"{type(error).__name__}: {error}".splitlines()[0])
-            continue
-        plain = outputs["sdpa"]
-        for key, output in outputs.items():
-            error, finite = float((output - plain).norm() / plain.norm()), bool(output.isfinite().all())
-            rows.append({"dtype": name, "method": key, "error": error, "finite": finite})
+            machine.skip("the embedded model", dtype, f"{type(error).__name__}: {error}".splitlines()[0])
     results.out["closeness"] = rows
     results.write()
 
@@ -122,11 +112,10 @@ def tests(machine: Machine, results: Results) -> None:
     """Run the core's test suite on the device, as far as the time allows."""
     if results.out.get("tests", {}).get("finished") or machine.time_left() < 30:
         return
-    log, finished = results.stem.with_name("tests.log"), False
+    log, limit, finished = results.stem.with_name("tests.log"), machine.time_left() - RESERVE, False
     environment = {**os.environ, "AGENTSD_DEVICE": machine.device.type, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *core_tests()]
     with log.open("w", encoding="utf-8") as out, suppress(subprocess.TimeoutExpired):
-        limit = machine.time_left() - RESERVE
         subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, timeout=limit, check=False)
         finished = True
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -72,8 +72,6 @@ class Machine:
             "processor": processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "python": platform.python_version(),
-            "system": platform.system(),
             "code": _digest(),
         }
 

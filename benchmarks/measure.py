@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from .machine import DTYPES, Machine, choose_device, parser_for
-from .methods import Method, methods
+from .methods import Method, check, methods
 from .models import LAYOUTS, build, call, make_inputs
 from .results import Results, ResumeError
 
@@ -72,8 +72,18 @@ class Bench:
         if case.mode == GRAPH and self.machine.device.type != "cuda":
             return self.machine.skip(case.name, "all", "only CUDA replays graphs")
         inputs = self.build(case)
+        runs: dict[str, Callable[[], AbstractContextManager[Run]]] = {}
+        known = methods(LAYOUTS[case.layout].downsample)
         with ExitStack() as stack:
-            runs = dict(self._prepared(case, entry, inputs, stack))
+            for name in case.methods:
+                if self.machine.time_left() < RESERVE:
+                    break
+                try:
+                    runs[name], costs = self._prepare(known[name], case.mode, inputs, stack)
+                except Exception as error:  # a method that cannot run here is a result too
+                    self.machine.skip(case.name, name, f"{type(error).__name__}: {error}".splitlines()[0])
+                    continue
+                entry["results"][name] = {"label": known[name].label, **entry["results"].get(name, {}), **costs}
             while runs and len(entry["rounds"]) < case.rounds:
                 if 2 * _seconds_of_round(entry) > self.machine.time_left() - RESERVE:
                     self.machine.skip(case.name, "all", f"only {len(entry['rounds'])} rounds fitted into --minutes")
@@ -90,35 +100,19 @@ class Bench:
             self.unet, self._built = build(layout, device, dtype), (case.layout, case.dtype)
         return make_inputs(layout, case.size, case.batch, device, dtype)
 
-    def _prepared(
-        self, case: Case, entry: dict[str, Any], inputs: dict[str, Any], stack: ExitStack
-    ) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Run]]]]:
-        """Yield each method that works here, and a context with what to time; costs are measured on the way."""
-        known = methods(LAYOUTS[case.layout].downsample)
-        for name in case.methods:
-            if self.machine.time_left() < RESERVE:
-                return
-            try:
-                timed, costs = self._prepare(known[name], case.mode, inputs, stack)
-            except Exception as error:  # a method that cannot run here is a result too
-                self.machine.skip(case.name, name, f"{type(error).__name__}: {error}".splitlines()[0])
-                continue
-            entry["results"][name] = {"label": known[name].label, **entry["results"].get(name, {}), **costs}
-            yield name, timed
-
     def _prepare(
         self, method: Method, mode: str, inputs: dict[str, Any], stack: ExitStack
     ) -> tuple[Callable[[], AbstractContextManager[Run]], dict[str, Any]]:
         """Install a method, call it for the first time, and return what to time and what it costs besides time."""
         if mode == COMPILED:  # a patch that comes and goes would be compiled anew: each method has a U-Net of its own
             unet = copy.deepcopy(self.unet)
-            check = stack.enter_context(method.install(unet))
+            stack.enter_context(method.install(unet))
             run: Run = partial(call, torch.compile(unet), inputs, TIMESTEP)
-            costs = self._first_call(run, check)
+            costs = self._first_call(run, unet)
         else:
             run = partial(call, self.unet, inputs, TIMESTEP)
-            with method.install(self.unet) as check:
-                costs = self._first_call(run, check)
+            with method.install(self.unet):
+                costs = self._first_call(run, self.unet)
                 if mode == GRAPH:
                     run = _captured(run)
         costs["calls"] = 1 if costs["first"] > LONG else max(1, round(SHORTEST / self.machine.seconds(run)))
@@ -126,11 +120,11 @@ class Bench:
             return partial(_installed, method, self.unet, run, warm=costs["first"] < LONG), costs
         return partial(nullcontext, run), costs
 
-    def _first_call(self, run: Run, check: Callable[[], None]) -> dict[str, Any]:
+    def _first_call(self, run: Run, unet: nn.Module) -> dict[str, Any]:
         """Call it for the first time: seconds, and on CUDA kernels and the peak of memory beyond what was there."""
         begun = time.perf_counter()
         run()
-        check()
+        check(unet)
         costs = {"first": time.perf_counter() - begun, "kernels": None, "peak": None}
         if self.machine.device.type == "cuda":
             self.machine.sync()
@@ -162,11 +156,11 @@ def _seconds_of_round(entry: dict[str, Any]) -> float:
 @contextmanager
 def _installed(method: Method, unet: nn.Module, run: Run, warm: bool) -> Iterator[Run]:
     """Install a method while it is timed; a first call there plans, and is not timed."""
-    with method.install(unet) as check:
+    with method.install(unet):
         if warm:
             run()
         yield run
-        check()
+        check(unet)
 
 
 def _captured(run: Run) -> Run:
@@ -191,7 +185,7 @@ def make_parser(module: str, description: str | None, epilog: str = "", **defaul
     add("--layouts", "--only", nargs="+", choices=sorted(LAYOUTS), metavar="UNET", help="U-Nets (default %(default)s)")
     add("--sizes", nargs="+", type=_size, metavar="SIZE", help="only these sizes in pixels: 512, or WIDTHxHEIGHT")
     add("--dtype", choices=sorted(DTYPES), help="dtype of the U-Nets (default %(default)s)")
-    add("--rounds", type=positive, help="rounds of each case (default %(default)s)")
+    add("--rounds", type=int, help="rounds of each case (default %(default)s)")
     add("--minutes", type=float, help="begin no round that would end after so many minutes (default %(default)s)")
     add("--device", default="auto", help="a device, or auto for the first of CUDA, MPS and CPU (default auto)")
     add("--resume", action=argparse.BooleanOptionalAction, help="add what is missing to the results that are there")
@@ -208,13 +202,6 @@ def opened(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Benc
         return Bench(machine, Results(options.out / options.stem, machine.describe(), options.resume))
     except ResumeError as error:
         return parser.error(f"{error}; --no-resume begins anew")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text}")
-    return value
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,8 +20,8 @@ from agentsd.settings import DEFAULTS, to_config
 from .attentions import Attention
 from .peers import Attend, downsampled
 
-# A context manager; it yields a function that raises RuntimeError if the method did not do what it is measured for.
-Install = Callable[[nn.Module], Any]
+# A method is installed on a U-Net within a `with` block.
+Install = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -33,37 +33,30 @@ class Method:
     name: str = ""
 
 
-def _no_check() -> None:
-    pass
-
-
-@contextmanager
-def unpatched(unet: nn.Module) -> Iterator[Callable[[], None]]:
-    yield _no_check
-
-
 def patched(config: agentsd.AgentConfig) -> Install:
     @contextmanager
-    def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
+    def install(unet: nn.Module) -> Iterator[None]:
         patch = agentsd.patch_unet(unet, config)
-
-        def check() -> None:
-            if patch.notes:
-                raise RuntimeError(f"the patch stood down: {', '.join(patch.notes)}")
-
         try:
-            yield check
+            yield
         finally:
             patch.remove()
 
     return install
 
 
+def check(unet: nn.Module) -> None:
+    """A RuntimeError says that a patch on the U-Net stood down: it is not what was measured."""
+    patch = agentsd.get_patch(unet)
+    if patch is not None and patch.notes:
+        raise RuntimeError(f"the patch stood down: {', '.join(patch.notes)}")
+
+
 def _by_handler(answer: Callable[[nn.Module, Seam, Call], Tensor], deepest: int) -> Install:
     """Replace every self-attention down to a level by what `answer` makes of its call."""
 
     @contextmanager
-    def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
+    def install(unet: nn.Module) -> Iterator[None]:
         seams = []
         try:
             for site in find_sites(unet):
@@ -71,7 +64,7 @@ def _by_handler(answer: Callable[[nn.Module, Seam, Call], Tensor], deepest: int)
                     seam = site.seam()
                     seam.install(partial(answer, site.block.attn1, seam))
                     seams.append(seam)
-            yield _no_check
+            yield
         finally:
             for seam in seams:
                 seam.remove()
@@ -107,29 +100,19 @@ def _peer(attend: Attend, attn: nn.Module, seam: Seam, call: Call) -> Tensor:
     return seam.project_out(join_heads(attend(Attention(q, k, v, (side, side)))))
 
 
-class _LatentDiffusion(nn.Module):
-    """Where tomesd looks for an LDM model's U-Net."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        self.model.diffusion_model = unet
-
-
 def tomesd(ratio: float, deepest: int) -> Install:
     """The tomesd library; anything that it leaves behind is removed."""
 
     @contextmanager
-    def install(unet: nn.Module) -> Iterator[Callable[[], None]]:
+    def install(unet: nn.Module) -> Iterator[None]:
         import tomesd
 
         before = {module: (module.__class__, set(module.__dict__)) for module in unet.modules()}
-        model = unet if hasattr(unet, "down_blocks") else _LatentDiffusion(unet)
         try:
-            tomesd.apply_patch(model, ratio=ratio, max_downsample=deepest)
-            yield _no_check
+            tomesd.apply_patch(unet, ratio=ratio, max_downsample=deepest)
+            yield
         finally:
-            tomesd.remove_patch(model)
+            tomesd.remove_patch(unet)
             for module, (cls, names) in before.items():
                 module.__class__ = cls
                 for name in set(module.__dict__) - names:
@@ -159,7 +142,7 @@ def methods(deepest: int = 1) -> dict[str, Method]:
 
     cells_4 = {"method": "corrected", "agent_ratio": CELL_4}
     rows = {
-        "sdpa": Method("SDPA, unpatched", unpatched),
+        "sdpa": Method("SDPA, unpatched", nullcontext),
         "limit": Method("limit: nothing between the projections", _by_handler(_limit, deepest)),
         "idle": Method("patch installed, every layer left alone", whole(agent_source="grid", min_tokens=10**6)),
         "panel": Method("the panel's defaults", patched(to_config({**DEFAULTS, "enabled": True}))),
@@ -172,7 +155,6 @@ def methods(deepest: int = 1) -> dict[str, Method]:
         "similarity": Method("similarity agents, queries kept", ours(ratio=0.0)),
         "paper": Method("AgentSD's settings (similarity, .4, .95, 4×4)", ours()),
         "merge.5": Method("token merging .5 (ours)", ours(**{**agentsd.TOKEN_MERGING, "ratio": 0.5})),
-        "tomesd.3": Method("tomesd .3", tomesd(0.3, deepest)),
         "tomesd.4": Method("tomesd .4", tomesd(0.4, deepest)),
         "tomesd.5": Method("tomesd .5", tomesd(0.5, deepest)),
         "tiles": Method("tiles of at most 32×32 tokens", _by_handler(_tiles, deepest)),

@@ -1,4 +1,4 @@
-"""The file of results, to which one or several runs add their rounds, and its tables."""
+"""Files of results, to which one or several runs add their rounds, their tables, and sections of pages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,22 @@ from typing import Any
 
 # Differences below this share are noise. So is a limit that saves less, and the captured share of it.
 NOISE = 0.02
+
+
+def fill(page: Path, by: str, sections: Mapping[str, str]) -> None:
+    """Write each section into the page, which marks its place; `by` is the program that writes it."""
+    page.write_text(filled(page.read_text(encoding="utf-8"), by, sections), encoding="utf-8")
+
+
+def filled(page: str, by: str, sections: Mapping[str, str]) -> str:
+    """The page with each section between its two comments."""
+    for name, text in sections.items():
+        begin, end = f"<!-- {name}: written by {by} -->", f"<!-- end of {name} -->"
+        if not page.count(begin) == page.count(end) == 1:
+            raise ValueError(f"the page must hold {begin} and {end} once")
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return page
 
 
 class Rows:

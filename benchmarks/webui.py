@@ -30,8 +30,7 @@ from agentsd import __version__
 from agentsd.settings.presets import PRESETS
 
 from .machine import PAGE, parser_for, processor
-from .pages import fill
-from .results import table, times
+from .results import fill, table, times
 
 MODULE = "benchmarks.webui"
 SCRIPT = "Agent Attention"
@@ -49,12 +48,11 @@ class Way:
     merging: float = 0.0  # the ratio of the host's own token merging
 
 
-COMPARED = [name for name in PRESETS if name in ("Fast", "Balanced", "Faithful")]
 WAYS = {
     "off": Way("off"),
     "host": Way("the host's token merging, .5", merging=0.5),
     "defaults": Way("the panel's defaults", {}),
-    **{name.lower(): Way(f"preset {name}", dict(PRESETS[name])) for name in COMPARED},
+    **{name.lower(): Way(f"preset {name}", dict(PRESETS[name])) for name in ("Fast", "Balanced", "Faithful")},
     "grid": Way("grid agents, 4×4 cells", {"method": "agent", "agent_ratio": 0.9375}),
 }
 
@@ -89,12 +87,12 @@ def images(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     side = options.size
     body = {"prompt": "a cat", "seed": 1, "sampler_name": "Euler a", "cfg_scale": 7, "save_images": False}
     body |= {"width": side, "height": side}
-    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": options.denoising}
-    hires |= {"steps": options.hires_first, "hr_second_pass_steps": options.hires}
+    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+    hires |= {"steps": options.hires, "hr_second_pass_steps": options.hires}
     if options.steps:
         yield f"{side}×{side}, {options.steps} steps", {**body, "steps": options.steps}
     if options.hires:
-        name = f"{side}×{side}, {options.hires_first} steps, hires to {2 * side}×{2 * side}, {options.hires} steps"
+        name = f"{side}×{side}, {options.hires} steps, hires to {2 * side}×{2 * side}, {options.hires} steps"
         yield name, {**body, **hires}
 
 
@@ -138,9 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=int, default=3, help="rounds (default 3)")
     add("--size", type=int, default=512, help="side of the image in pixels; the hires pass doubles it (default 512)")
     add("--steps", type=int, default=5, help="steps of the image without a hires pass; 0 skips it (default 5)")
-    add("--hires-first", type=int, default=3, help="steps of the first pass of the hires image (default 3)")
-    add("--hires", type=int, default=3, help="steps of its second pass; 0 skips the image (default 3)")
-    add("--denoising", type=float, default=0.6, help="denoising strength of the second pass (default 0.6)")
+    add("--hires", type=int, default=3, help="steps of each pass of the hires image; 0 skips it (default 3)")
     listed = ", ".join(f"{name} ({way.label})" for name, way in WAYS.items())
     add("--ways", nargs="+", choices=list(WAYS), metavar="WAY", default=["host", "defaults"], help=f"some of {listed}")
     add("--publish", action="store_true", help="write the table into docs/measurements.md, too")

@@ -17,9 +17,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +36,7 @@ ERRORS = ("kind", "height", "width", "heads", "d", "method", "median", "worst", 
 SECONDS = ("height", "width", "heads", "d", "method", "relative", "seconds", "rounds", "threads")
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """A grid of height × width tokens, with `heads` heads of width `d`."""
 
     height: int
@@ -61,8 +59,7 @@ SHAPES += (Shape(97, 75, 4, 40), Shape(128, 128, 4, 40))
 QUICK = (Shape(48, 48, 4, 40), Shape(21, 45, 4, 40))
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One attention: its kind and its shape."""
 
     kind: str
@@ -70,7 +67,7 @@ class Case:
 
     @property
     def key(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self.shape)}
+        return {"kind": self.kind, **self.shape._asdict()}
 
     def make(self) -> Attention:
         return KINDS[self.kind](self.shape.heads, self.shape.d, self.shape.size, torch.Generator().manual_seed(0))
@@ -131,7 +128,7 @@ def measure_seconds(
     the ratios of a round's own seconds.
     """
     timed = [name for name, candidate in candidates.items() if candidate.timed]
-    missing = {shape: names for shape in shapes if (names := rows.missing(asdict(shape), timed))}
+    missing = {shape: names for shape in shapes if (names := rows.missing(shape._asdict(), timed))}
     for shape in (bar := tqdm(missing, desc="seconds")):
         if not more():
             return
@@ -145,7 +142,7 @@ def measure_seconds(
                 CANDIDATES.get(name, candidates.get(name)).attend(at)
                 if number:
                     times.append(time.perf_counter() - start)
-        about, found = {**asdict(shape), "rounds": rounds, "threads": torch.get_num_threads()}, []
+        about, found = {**shape._asdict(), "rounds": rounds, "threads": torch.get_num_threads()}, []
         for name in missing[shape]:
             found.append({**about, "method": name})
             if times := seconds.get(name):
@@ -161,7 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all of them)")
     add("--quick", action="store_true", help="two small shapes, two rounds, into out/zoo")
     add("--out", type=Path, help="folder of the results (docs/zoo; out/zoo with --quick)")
-    add("--rounds", type=int, help="timed rounds of each shape (5; 2 with --quick)")
     add("--threads", type=int, default=1, help="threads of the processor (1)")
     add("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
     add("--again", nargs="+", default=[], metavar="METHOD", help="measure these anew")
@@ -170,11 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     torch.set_num_threads(args.threads)
-    end, out, shapes, rounds = time.monotonic() + 60 * args.minutes, "docs/zoo", SHAPES, 5
-    if args.quick:
-        out, shapes, rounds = "out/zoo", QUICK, 2
+    end = time.monotonic() + 60 * args.minutes
+    out, *size = ("out/zoo", QUICK, 2) if args.quick else ("docs/zoo", SHAPES, 5)
     given = {"parts": args.parts or PARTS, "again": args.again, "more": lambda: time.monotonic() < end}
-    run(args.out or Path(out), shapes, args.rounds or rounds, **given)
+    run(args.out or Path(out), *size, **given)
 
 
 def run(

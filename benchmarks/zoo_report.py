@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from .candidates import CANDIDATES, FULL, Candidate
 from .machine import PAGE, ROOT
-from .pages import fill
-from .results import table
+from .results import fill, table
 from .zoo import MAIN, Case, Shape
 
 # Columns of the page's table.
@@ -183,13 +182,12 @@ def write(out: Path, errors: Sequence[Mapping[str, str]], seconds: Sequence[Mapp
 
 def draw(points: Points, concentration: Mapping[Case, tuple[str, str]], path: Path) -> None:
     """Error over price, one panel a kind: a family's methods are joined, a line above each mark ends at the worst."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, NullFormatter
 
-    shades = plt.get_cmap("tab20").colors
+    shades = colormaps["tab20"].colors
     styles: dict[str, dict[str, Any]] = {}
     for name, candidate in CANDIDATES.items():
         if name not in (FULL, "top") and candidate.family not in styles:
@@ -198,7 +196,8 @@ def draw(points: Points, concentration: Mapping[Case, tuple[str, str]], path: Pa
             colour = (shades[::2] + shades[1::2])[len(styles)]
             styles[candidate.family] = {"marker": marker, "ms": size, "lw": width, "color": colour}
     rows = -(-(len(points) + 1) // 4)
-    figure, panels = plt.subplots(rows, 4, figsize=(13, 2.75 * rows), sharex=True, sharey=True, squeeze=False)
+    figure = Figure((13, 2.75 * rows))
+    panels = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False)
     for panel, (case, found) in zip(panels.flat, points.items(), strict=False):
         for family, style in styles.items():
             of = sorted((p for p in found if p.of.family == family and p.price > 0), key=lambda point: point.price)
@@ -213,7 +212,7 @@ def draw(points: Points, concentration: Mapping[Case, tuple[str, str]], path: Pa
     panels[0, 0].xaxis.set_minor_formatter(NullFormatter())
     for panel in panels.flat[len(points) :]:
         panel.axis("off")
-    handles = [plt.Line2D([], [], label=family, **style) for family, style in styles.items()]
+    handles = [Line2D([], [], label=family, **style) for family, style in styles.items()]
     panels.flat[len(points)].legend(handles=handles, fontsize="small", loc="center", frameon=False, ncols=2)
     shape = next(iter(points)).shape
     figure.suptitle(f"{shape}; marks: median head, lines: up to the worst; stars are ours, diamonds have ideal prices")
@@ -221,7 +220,6 @@ def draw(points: Points, concentration: Mapping[Case, tuple[str, str]], path: Pa
     figure.supylabel("relative error, cut off at 0.001 and 10")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def _cut(error: float) -> float:

@@ -12,8 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from agentsd.cli.parser import make_parser  # noqa: E402
 from agentsd.settings.schema import SETTINGS  # noqa: E402
-from benchmarks.pages import filled  # noqa: E402
-from benchmarks.results import table  # noqa: E402
+from benchmarks.results import filled, table  # noqa: E402
 
 BY = "tests/pages.py"
 

@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("ldm", reason="needs stable-diffusion-sdkit (requirements/dev-no-deps.txt)")
+pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("tomesd", reason="needs tomesd (requirements/dev-no-deps.txt)")
 
-from benchmarks import bench, gpu, measure, pages, results
+from benchmarks import bench, gpu, measure, results
 from benchmarks.machine import DTYPES, PAGE, Machine
-from benchmarks.methods import methods
+from benchmarks.methods import check, methods
 from benchmarks.models import LAYOUTS, build, call, make_inputs
 
 CPU = torch.device("cpu")
@@ -111,9 +111,9 @@ def test_methods_change_the_u_net_and_leave_no_trace():
     with torch.inference_mode():
         before = call(unet, inputs, 500.0)
         for name, method in methods().items():
-            with method.install(unet) as check:
+            with method.install(unet):
                 within = call(unet, inputs, 500.0)
-                check()
+                check(unet)
             assert torch.equal(before, call(unet, inputs, 500.0)), name
             # the panel's defaults leave layers as small as these alone
             assert torch.allclose(before, within, atol=1e-4) == (name in ("sdpa", "idle", "panel")), name
@@ -140,10 +140,10 @@ def test_sizes_are_written_width_first(capsys):
 
 def test_sections_replace_what_was_there():
     page = "a\n<!-- table: written by me -->\nold\n<!-- end of table -->\nb\n"
-    assert pages.filled(page, "me", {"table": "new"}) == page.replace("old", "new")
+    assert results.filled(page, "me", {"table": "new"}) == page.replace("old", "new")
     for by, name in (("me", "figures"), ("somebody", "table")):
         with pytest.raises(ValueError, match=by):
-            pages.filled(page, by, {name: "new"})
+            results.filled(page, by, {name: "new"})
 
 
 def test_a_miniature_of_the_card_s_benchmark_on_a_cpu(tmp_path):
