@@ -69,11 +69,6 @@ def product(**settings: Any) -> Product:
     return Product(AgentConfig(**{"ratio": 0.0, **settings}))
 
 
-def _share(side: int) -> float:
-    """The agent ratio of square cells."""
-    return 1 - side**-2
-
-
 def _ideal(label: str, family: str, attend: Attend) -> Candidate:
     return Candidate(label, family, attend, timed=False)
 
@@ -85,13 +80,13 @@ CANDIDATES: dict[str, Candidate] = {
         f"corrected{s}-{exact:g}": Candidate(
             f"corrected {s}×{s}, {exact:.0%} exact",
             f"corrected {s}×{s}",
-            product(method="corrected", agent_ratio=_share(s), exact_ratio=exact),
+            product(method="corrected", agent_ratio=1 - s**-2, exact_ratio=exact),
             ours=True,
         )
         for s in (8, 4)
         for exact in (0.0, 0.04, 0.08, 0.14, 0.25, 0.4)
     },
-    "agents": Candidate("grid agents 4×4", "agents", product(agent_source="grid", agent_ratio=_share(4))),
+    "agents": Candidate("grid agents 4×4", "agents", product(agent_source="grid", agent_ratio=1 - 4**-2)),
     "agentsd": Candidate("AgentSD 0.4/0.95", "agents", product(ratio=0.4, agent_ratio=0.95)),
     **{f"tomesd{ratio:.2g}": Candidate(f"tomesd {ratio:.2g}", "tomesd", tomesd(ratio)) for ratio in (0.25, 0.5, 0.75)},
     **{

@@ -158,14 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all of them)")
     add("--quick", action="store_true", help="two small shapes, two rounds, into out/zoo")
     add("--out", type=Path, help="folder of the results (docs/zoo; out/zoo with --quick)")
-    add("--threads", type=int, default=1, help="threads of the processor (1)")
     add("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
     add("--again", nargs="+", default=[], metavar="METHOD", help="measure these anew")
     args = parser.parse_args(arguments)
     for given, known in ((args.parts, PARTS), (args.again, CANDIDATES)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     end = time.monotonic() + 60 * args.minutes
     out, *size = ("out/zoo", QUICK, 2) if args.quick else ("docs/zoo", SHAPES, 5)
     given = {"parts": args.parts or PARTS, "again": args.again, "more": lambda: time.monotonic() < end}

@@ -60,6 +60,11 @@ def join(errors: Iterable[Mapping[str, str]], seconds: Iterable[Mapping[str, str
     return {case: points[case] for case in dict.fromkeys(Case(row["kind"], _shape(row)) for row in known)}
 
 
+def spread(errors: Iterable[Mapping[str, str]]) -> dict[Case, tuple[str, str]]:
+    """How concentrated the attention of each case is: neff and near."""
+    return {Case(row["kind"], _shape(row)): (row["neff"], row["near"]) for row in errors}
+
+
 def _shape(row: Mapping[str, str]) -> Shape:
     return Shape(*(int(row[name]) for name in ("height", "width", "heads", "d")))
 
@@ -163,7 +168,7 @@ def short(value: float) -> str:
 def write(out: Path, errors: Sequence[Mapping[str, str]], seconds: Sequence[Mapping[str, str]]) -> None:
     """Write zoo.png into `out`, and what it says into the page if these are the page's results, else into table.md."""
     points = join(errors, seconds)
-    concentration = {Case(row["kind"], _shape(row)): (row["neff"], row["near"]) for row in errors}
+    concentration = spread(errors)
     shapes = list(dict.fromkeys(case.shape for case in points))
     main = MAIN if MAIN in shapes else shapes[0]
     draw({case: found for case, found in points.items() if case.shape == main}, concentration, out / PICTURE)

@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "diffusers, SDXL": (tiny.tiny_sdxl_unet, 1),
 }
 ACTIONS = ("again", "other first", "copy", "pickle", "off and on", "watched", "threads")
+ANY, DIFFUSERS = ("hook", "wrapped", "projection"), ("slicing", "fused", "tomesd")  # neighbours
 MADE: dict[Any, nn.Module] = {}
 FEW = 20  # cases, below which a run is not asked how much it has tested
 
@@ -90,8 +91,7 @@ def call_of(draw: random.Random, name: str, unet: nn.Module, dtype: torch.dtype)
 
 
 @contextlib.contextmanager
-def neighbour(draw: random.Random, unet: nn.Module) -> Iterator[str]:
-    kind = draw.choice(("none", "none", "hook", "wrapped", "projection", "slicing", "fused", "tomesd"))
+def neighbour(kind: str, unet: nn.Module) -> Iterator[None]:
     attentions = [module for name, module in unet.named_modules() if name.endswith("attn1")]
     with contextlib.ExitStack() as undo:
         if kind == "hook":
@@ -101,16 +101,16 @@ def neighbour(draw: random.Random, unet: nn.Module) -> Iterator[str]:
             for module in attentions if kind == "wrapped" else [attn.to_k for attn in attentions]:
                 module.forward = lambda *args, f=module.forward, **kwargs: f(*args, **kwargs)
                 undo.callback(module.__dict__.pop, "forward", None)
-        elif kind == "slicing" and hasattr(unet, "config"):
+        elif kind == "slicing":
             unet.set_attention_slice(1)
             undo.callback(unet.set_default_attn_processor)
-        elif kind == "fused" and hasattr(unet, "config"):
+        elif kind == "fused":
             unet.fuse_qkv_projections()
             undo.callback(unet.unfuse_qkv_projections)
-        elif kind == "tomesd" and hasattr(unet, "config"):
+        elif kind == "tomesd":
             tomesd.apply_patch(unet, ratio=0.4, use_rand=False)
             undo.callback(tomesd.remove_patch, unet)
-        yield kind
+        yield
 
 
 @torch.no_grad()
@@ -124,11 +124,11 @@ def case(number: int, said: list[Any]) -> str:
     unet = MADE[name, dtype]
     settings = settings_of(draw)
     call, other = (call_of(draw, name, unet, dtype) for _ in range(2))
+    kind = draw.choice(("none", "none", *ANY, *(DIFFUSERS if hasattr(unet, "config") else ())))
     # LDM embeds timesteps in float32, so that it knows halves by autocast alone, which other threads don't have
     cast = dtype != torch.float32 and name.startswith("LDM")
-    said += [name, dtype, {k: v for k, v in settings.items() if k not in FIELDS or v != FIELDS[k].default}]
-    with torch.autocast("cpu", dtype, enabled=cast), neighbour(draw, unet) as kind:
-        said.append(kind)
+    said += [name, dtype, {k: v for k, v in settings.items() if k not in FIELDS or v != FIELDS[k].default}, kind]
+    with torch.autocast("cpu", dtype, enabled=cast), neighbour(kind, unet):
         before = blocks.tree(unet)
         steady = False
         # too small for the host or for tomesd; and PyTorch's halves in tiny convolutions aren't the same twice
@@ -185,7 +185,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print("seed", args.seed, flush=True)
-    began, failed, done = time.monotonic(), 0, 0
+    began, done = time.monotonic(), 0
     ends: Counter[str] = Counter()
     while done < args.count and time.monotonic() - began < args.seconds:
         number, said = args.seed + done, []
@@ -193,18 +193,16 @@ def main() -> int:
         try:
             ends[case(number, said)] += 1
         except Exception as error:
-            failed += 1
-            where, what = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())
-            print(number, type(error).__name__, f"{Path(where.filename).name}:{where.lineno}", what, said, flush=True)
+            ends["failed"] += 1
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            print(number, type(error).__name__, f"{Path(at.filename).name}:{at.lineno}", error, said, flush=True)
             MADE.clear()
-    skipped, acted = ends["skipped"], ends["acted"]
-    seconds = time.monotonic() - began
-    print(f"{done} cases, {failed} failed, {skipped} skipped, {acted} acted without a note, {seconds:.0f} s")
+    print(f"{done} cases, {time.monotonic() - began:.0f} s:", ", ".join(f"{ends[end]} {end}" for end in sorted(ends)))
     # one case made again may be any; a run has to have tested something
-    idle = done == 0 or (done >= FEW and (2 * skipped > done or not acted))
+    idle = done == 0 or (done >= FEW and (2 * ends["skipped"] > done or not ends["acted"]))
     if idle:
         print("nothing is tested: too many cases are skipped, or none acts")
-    return bool(failed or idle)
+    return bool(ends["failed"] or idle)
 
 
 if __name__ == "__main__":

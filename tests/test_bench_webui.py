@@ -63,7 +63,7 @@ def test_each_way_is_made_in_each_round_and_reaches_the_page(monkeypatch, tmp_pa
         ("the host's token merging, .5", "0 |"),
         ("grid agents, 4×4 cells", "0.1 |"),
     ]
-    assert all(row[4].count(",") == 1 for row in rows)
+    assert all(row[4].count(",") == 1 for row in rows), "two rounds"
 
 
 @pytest.mark.parametrize(

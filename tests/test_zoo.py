@@ -17,6 +17,7 @@ from benchmarks.attentions import KINDS, Attention, positions
 from benchmarks.candidates import CANDIDATES
 from benchmarks.peers import full
 
+close = torch.testing.assert_close
 SIZE = (13, 14)  # fewer tokens than the oracle keeps
 MADE = [kind for kind in KINDS if not kind.startswith("model")]
 
@@ -41,33 +42,20 @@ def test_kinds_are_finite_and_the_same_each_time(kind):
         assert torch.equal(x, y)
 
 
-def test_a_gaussian_is_added_to_the_scores():
-    at, size = attention("Gaussian, σ 2–4", heads=1), SIZE
+def test_kinds_are_what_they_say():
+    at = attention("Gaussian, σ 2–4", heads=1)
     scores = at.q[..., -3:] @ at.k[..., -3:].mT * 40**-0.5
-    distance = torch.cdist(positions(size), positions(size)) ** 2
     added = (scores - scores.diagonal(dim1=-2, dim2=-1)[..., None])[0, 0]
-    torch.testing.assert_close(added, -distance / 8, rtol=1e-3, atol=1e-3)
-
-
-def test_attention_falls_off_with_the_distance_where_it_should():
-    near = {kind: attention(kind, (32, 32)).concentration()[1] for kind in MADE}
+    close(added, -(torch.cdist(positions(SIZE), positions(SIZE)) ** 2) / 8, rtol=1e-3, atol=1e-3)
+    near = {kind: attention(kind, (32, 32)).concentration()[1] for kind in ("Gaussian, σ 2–4", "inverse square")}
     assert near["Gaussian, σ 2–4"] > 0.8
     assert near["inverse square"] > 2 * (9 * 9 / 32**2)
-
-
-def test_sinks_take_much_of_the_attention():
-    at = attention("sinks, corners", (24, 24))
-    assert weights(at)[..., [0, 23, 24 * 23, 24 * 24 - 1]].sum(-1).median() > 0.25
-
-
-def test_a_hundredth_of_the_keys_takes_most_of_the_attention_where_norms_are_high():
+    sinks = weights(attention("sinks, corners", (24, 24)))
+    assert sinks[..., [0, 23, 24 * 23, 24 * 24 - 1]].sum(-1).median() > 0.25
     at = attention("high-norm keys", (40, 40), heads=1)
     norms = at.k[0, 0].norm(dim=-1)
     assert norms.topk(16).values.min() > 2 * norms.median()
     assert weights(at)[0, 0][:, norms > 2 * norms.median()].sum(-1).mean() > 0.5
-
-
-def test_mixed_heads_differ_in_kind():
     at = attention("mixed heads", (24, 24), heads=8)
     spread = [Attention(*(x[:, [i]] for x in (at.q, at.k, at.v)), at.size).concentration()[0] for i in range(8)]
     assert max(spread) > 10 * min(spread)
@@ -106,20 +94,15 @@ EXACT = {
 @pytest.mark.parametrize("exact", EXACT)
 def test_what_has_all_keys_is_exact(exact):
     at = attention("inverse square", (10, 11))
-    torch.testing.assert_close(EXACT[exact](at), full(at), rtol=1e-2, atol=1e-3)
-
-
-def alike(size=(16, 16)) -> Attention:
-    """Keys and values of a block of rows are the same: nothing is lost by a block's mean."""
-    at, block = attention("segments", size, heads=2, d=8), torch.arange(size[0] * size[1]) // 64 * 64
-    return Attention(at.q[:, :, block], at.k[:, :, block], at.v[:, :, block], size)
+    close(EXACT[exact](at), full(at), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("given", [{"tau": 1e9}, {"tau": 1e9, "salient": 5}, {"kept": 0.25, "rest": "first order"}])
 def test_a_pooled_rest_is_exact_where_blocks_are_alike(given):
-    at = alike()
+    at, block = attention("segments", (16, 16), heads=2, d=8), torch.arange(256) // 64 * 64
+    at = Attention(at.q[:, :, block], at.k[:, :, block], at.v[:, :, block], at.size)
     out, price = peers.block_sparse(**given, tiled=False)(at)
-    torch.testing.assert_close(out, full(at), rtol=1e-4, atol=1e-4)
+    close(out, full(at), rtol=1e-4, atol=1e-4)
     assert price < 1
 
 
@@ -127,17 +110,17 @@ def test_what_is_dropped_is_missed_and_what_is_first_order_helps():
     at = attention("texture", (16, 16), 2, 8)  # blocks whose keys and values covary alike
     at = Attention(0.2 * at.q, at.k, at.v, at.size)
 
-    def error(**given) -> float:
-        out, price = peers.block_sparse(**given, tiled=False)(at)
-        assert price == pytest.approx(given["kept"] + (1 - given["kept"]) / 64 * bool(given["rest"]))
+    def error(rest: str) -> float:
+        out, price = peers.block_sparse(kept=0.5, rest=rest, tiled=False)(at)
+        assert price == pytest.approx(0.5 + 0.5 / 64 * bool(rest))
         return float((out - full(at)).norm() / full(at).norm())
 
-    assert error(kept=0.5, rest="first order") < error(kept=0.5, rest="zeroth order") < error(kept=0.5, rest="")
+    assert error("first order") < error("zeroth order") < error("")
 
 
 def test_monarch_is_exact_for_one_row_and_alternates_towards_full_attention():
     line = attention("segments", (1, 40), heads=2)
-    torch.testing.assert_close(peers.monarch(1)(line)[0], full(line))
+    close(peers.monarch(1)(line)[0], full(line))
     at = attention("inverse square", (12, 10))
     errors = [float((peers.monarch(steps)(at)[0] - full(at)).norm()) for steps in (1, 2, 4)]
     assert max(errors[1:]) < errors[0]
@@ -147,29 +130,25 @@ def test_the_product_s_methods_run_as_the_product_runs_them():
     at = attention("segments", (32, 28))
     qkv = [split_heads(t, 3) for t in at.tokens]
     expected = corrected_attention(*qkv, size=(32, 28), cell=(4, 4), opened=8)
-    torch.testing.assert_close(CANDIDATES["corrected4-0.14"].attend(at), expected)
+    close(CANDIDATES["corrected4-0.14"].attend(at), expected)
     pooled = [split_heads(pool_tokens(t, 32, 28, (2, 2)), 3) for t in at.tokens[1:]]
-    expected = torch.nn.functional.scaled_dot_product_attention(at.q, *pooled)
-    torch.testing.assert_close(CANDIDATES["pool2"].attend(at), expected)
+    close(CANDIDATES["pool2"].attend(at), torch.nn.functional.scaled_dot_product_attention(at.q, *pooled))
+    price = CANDIDATES["corrected4-0.14"].attend.ideal((64, 64), 320)
+    assert 832 / 4096 + 256 / 4096 < price < 0.3  # the queries' keys, the agents' attention, and the fit
 
 
 def test_tiles_are_exact_where_nothing_leaves_its_tile():
     y, x = torch.meshgrid(torch.arange(9) // 5, torch.arange(8) // 4, indexing="ij")
     q = 100 * torch.nn.functional.one_hot((2 * y + x).flatten(), 4).float()[None, None]
     at = Attention(q, q, torch.randn(1, 1, 72, 4), (9, 8))
-    torch.testing.assert_close(peers.tiles(32)(at), full(at))
+    close(peers.tiles(32)(at), full(at))
 
 
-def test_saturation_keeps_pnp_nystra_finite_where_its_exponential_overflows():
+def test_pnp_nystra_saturates_and_its_inverse_converges():
     at = attention("inverse square")
-    sharp = Attention(200 * at.q, at.k, at.v, at.size)
-    assert peers.nystrom(4)(sharp).isfinite().all()
-
-
-def test_the_iterated_inverse_converges():
+    assert peers.nystrom(4)(Attention(200 * at.q, at.k, at.v, at.size)).isfinite().all()
     a = (3 * torch.eye(20) + torch.randn(2, 20, 20)).softmax(-1)
-    inverse = peers.iterated_inverse(a, 20)
-    torch.testing.assert_close(inverse @ a, torch.eye(20).expand(2, -1, -1), rtol=1e-3, atol=1e-3)
+    close(peers.iterated_inverse(a, 20) @ a, torch.eye(20).expand(2, -1, -1), rtol=1e-3, atol=1e-3)
 
 
 # Measuring
@@ -182,9 +161,7 @@ def test_errors_are_those_of_heads_and_tokens():
     assert zoo.errors(out * torch.nan, expected)["median"] == "inf"
 
 
-@pytest.fixture
-def few():
-    return {name: CANDIDATES[name] for name in ("full", "corrected4-0.4", "corrected4-0", "pool2", "sol1", "top")}
+FEW = {name: CANDIDATES[name] for name in ("full", "corrected4-0.4", "corrected4-0", "pool2", "sol1", "top")}
 
 
 def read(folder, name: str) -> list[dict[str, str]]:
@@ -192,54 +169,44 @@ def read(folder, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_miniature_is_kept_and_goes_on_where_it_stopped(tmp_path, few):
-    shapes, kinds = [zoo.Shape(*SIZE, 2, 40), zoo.Shape(16, 12, 1, 40)], ("segments", "texture")
+def test_a_miniature_is_kept_and_goes_on_where_it_stopped(tmp_path):
+    shapes, given = [zoo.Shape(*SIZE, 2, 40), zoo.Shape(16, 12, 1, 40)], {"kinds": ("segments", "texture")}
     budget = itertools.chain([True] * 3, itertools.repeat(False))
-    zoo.run(tmp_path, shapes, 1, parts=["errors"], candidates=few, kinds=kinds, more=lambda: next(budget))
+    zoo.run(tmp_path, shapes, 1, parts=["errors"], candidates=FEW, **given, more=lambda: next(budget))
     rows = read(tmp_path, "errors.csv")
-    assert len(rows) == 3 * len(few)
-    zoo.run(tmp_path, shapes, 1, candidates=few, kinds=kinds)
+    assert len(rows) == 3 * len(FEW)
+    zoo.run(tmp_path, shapes, 1, candidates=FEW, **given)
     whole = read(tmp_path, "errors.csv")
     assert whole[: len(rows)] == rows
-    assert len(whole) == 4 * len(few)
+    assert len(whole) == 4 * len(FEW)
     assert all(float(row["worst"]) == 0 for row in whole if row["method"] == "full")
     assert all(float(row["median"]) > 0 for row in whole if row["method"] == "corrected4-0.4")
     seconds = read(tmp_path, "seconds.csv")
-    assert {row["method"] for row in seconds} == set(few) - {"sol1", "top"}
+    assert {row["method"] for row in seconds} == set(FEW) - {"sol1", "top"}
     assert {row["relative"] for row in seconds if row["method"] == "full"} == {"1.0000"}
     assert all(float(row["seconds"]) > 0 for row in seconds if row["method"] == "pool2")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "## 14×13, heads of 40: 182 tokens" in table
     assert (tmp_path / "zoo.png").stat().st_size > 1000
+    changed = {"parts": ["errors"], "candidates": FEW | {"pool2": FEW["full"]}, **given}
+    zoo.run(tmp_path, shapes, 1, **changed)
+    assert read(tmp_path, "errors.csv") == whole
+    zoo.run(tmp_path, shapes, 1, **changed, again=["pool2"])
+    again = [row["median"] for row in read(tmp_path, "errors.csv") if row["method"] == "pool2"]
+    assert again == ["0.00000"] * 4, "measured anew on request only"
 
 
-def test_a_method_is_measured_anew_on_request_only(tmp_path, few):
-    shape, kinds = [zoo.Shape(*SIZE, 1, 40)], ("segments",)
-    zoo.run(tmp_path, shape, 1, parts=["errors"], candidates=few, kinds=kinds)
-    changed = few | {"pool2": few["full"]}
-    zoo.run(tmp_path, shape, 1, parts=["errors"], candidates=changed, kinds=kinds)
-    assert float(read(tmp_path, "errors.csv")[3]["median"]) > 0
-    zoo.run(tmp_path, shape, 1, parts=["errors"], candidates=changed, kinds=kinds, again=["pool2"])
-    again = {row["method"]: row["median"] for row in read(tmp_path, "errors.csv")}
-    assert len(again) == len(few)
-    assert float(again["pool2"]) == 0
-
-
-def test_the_models_heads_come_once_a_size():
+def test_the_models_heads_come_once_a_size_and_unknown_methods_are_named(capsys):
     narrow, wide = zoo.Shape(64, 64, 8, 40), zoo.Shape(64, 64, 8, 80)
     found = zoo.cases([narrow, wide])
     assert {case.kind for case in found if case.shape == narrow} == set(KINDS)
     assert {case.kind for case in found if case.shape == wide} == set(MADE)
-
-
-def test_unknown_methods_are_named(capsys):
     with pytest.raises(SystemExit):
         zoo.main(["--again", "nothing"])
     assert "unknown: nothing; known: full, " in capsys.readouterr().err
 
 
 # The report
-
 
 CHEAP, DEAR = "corrected4-0", "corrected4-0.4"
 
@@ -252,8 +219,7 @@ def points(found: dict[str, tuple[float, float]]) -> dict[zoo.Case, list[zoo_rep
 
 def test_another_counts_where_it_is_closer_at_a_price_that_ours_reach():
     others = {"pool4": (0.05, 0.1), "pool2": (0.15, 0.3), "agents": (0.3, 0.4)}
-    found = points({CHEAP: (0.2, 0.2), DEAR: (0.1, 0.5), **others})
-    rivals, losses = zoo_report.compare(found)
+    rivals, losses = zoo_report.compare(points({CHEAP: (0.2, 0.2), DEAR: (0.1, 0.5), **others}))
     assert len(rivals) == 2  # pool4 is cheaper than any of ours
     assert [(loss.other.method, loss.ours.method) for loss in losses] == [("pool2", CHEAP)]
     assert losses[0].factor == pytest.approx(0.2 / 0.15)
@@ -262,25 +228,8 @@ def test_another_counts_where_it_is_closer_at_a_price_that_ours_reach():
     assert zoo_report.compare(found)[1] == []
 
 
-def test_the_verdict_counts_what_the_comparison_found():
-    others = {"pool2": (0.15, 0.3), "agents": (0.3, 0.4), "sol1": (0.1, 0.25)}
-    text = zoo_report.verdict(points({CHEAP: (0.2, 0.2), **others}))
-    assert "all by their seconds: 2 comparisons, **ours is the closest in 1 by the median head" in text
-    assert "ours by seconds: 1 comparisons, **ours is the closest in 0 by the median head" in text
-    assert "| segments | 2: 1, 1 | 1: 1, 1 | 1: 1, 1 | K/V pooled, Sol-Attn |" in text
-    assert "The largest lead at ideal prices: Sol-Attn, 8×8, τ 1 has 0.100 at 0.25" in text
-
-
-def test_the_ideal_price_of_ours_is_that_of_its_products():
-    price = CANDIDATES["corrected4-0.14"].attend.ideal((64, 64), 320)
-    assert 832 / 4096 + 256 / 4096 < price < 0.3  # the queries' keys, the agents' attention, and the fit
-
-
 def test_the_page_says_what_the_results_say():
-    folder = zoo_report.DATA
-    found = zoo_report.join(read(folder, "errors.csv"), read(folder, "seconds.csv"))
-    assert zoo_report.verdict(found) in zoo_report.PAGE.read_text(encoding="utf-8")
-
-
-def test_figures_are_short():
-    assert [zoo_report.short(x) for x in (float("inf"), 12, 1.234, 0.12345)] == ["∞", ">10", "1.2", "0.123"]
+    errors, seconds = (read(zoo_report.DATA, name) for name in ("errors.csv", "seconds.csv"))
+    found, page = zoo_report.join(errors, seconds), zoo_report.PAGE.read_text(encoding="utf-8")
+    assert zoo_report.verdict(found) in page
+    assert zoo_report.closeness(found, zoo_report.spread(errors), zoo.MAIN, zoo_report.SHOWN) in page
