@@ -48,7 +48,7 @@ PLACES = [
     ("value is None or value is x or value is context", "value is None or value is context", "foreign_calls"),
     ("bisect_right(self._parts, progress) - 1", "bisect_right(self._parts, progress)", "patch_layers rules_on_models"),
     ("earlier + squares", "earlier - squares", "closeness"),
-    ("square / limit", "square * limit", "tuning_choose"),
+    ("moved / error", "moved * error", "tuning tuning_choose"),
     ("norm(out - full) / max(", "norm(out + full) / max(", "tuning_batches tuning"),
 ]
 
