@@ -49,7 +49,7 @@ PLACES = [
     ("bisect_right(self._parts, progress) - 1", "bisect_right(self._parts, progress)", "patch_layers rules_on_models"),
     ("earlier + squares", "earlier - squares", "closeness"),
     ("moved / error", "moved * error", "tuning tuning_choose"),
-    ("norm(out - full) / max(", "norm(out + full) / max(", "tuning_batches tuning"),
+    ("norm(out - self.full[number])", "norm(out + self.full[number])", "tuning_batches tuning"),
 ]
 
 
