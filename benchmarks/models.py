@@ -99,5 +99,6 @@ def make_inputs(
 
 def call(unet: nn.Module, inputs: dict[str, Any], timestep: float) -> Tensor:
     """One forward of the U-Net at a timestep, the same for each row of the batch."""
-    t = torch.full((len(inputs["sample"]),), timestep, device=inputs["sample"].device)
-    return unet(**inputs, timestep=t, return_dict=False)[0]
+    x, rest = inputs["sample"], {name: value for name, value in inputs.items() if name != "sample"}
+    t = torch.full((len(x),), timestep, device=x.device)
+    return unet(x, t, **rest, return_dict=False)[0]  # tomesd looks at the first argument
