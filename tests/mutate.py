@@ -48,7 +48,7 @@ PLACES = [
     ("value is not x and value is not context", "value is not context", "foreign_calls hosts"),
     ("bisect_right(self._parts, progress) - 1", "bisect_right(self._parts, progress)", "patch_layers rules_on_models"),
     ("earlier + squares", "earlier - squares", "closeness"),
-    ("moved / error", "moved * error", "tuning tuning_choose"),
+    ("[a / b if b else 0.0", "[a * b if b else 0.0", "tuning"),
     ("norm(out - self.full[number])", "norm(out + self.full[number])", "tuning_batches tuning"),
 ]
 
