@@ -38,7 +38,7 @@ PLACES = [
     ("24 * feed * C * C", "12 * feed * C * C", "costs"),
     ("config.min_tokens > N", "config.min_tokens >= N", "plan"),
     ("downsample > deepest", "downsample >= deepest", "plan"),
-    ("max_agents is not None and wanted", "max_agents is not None or wanted", "plan methods_agents"),
+    ("max_agents is not None and wanted", "max_agents is not None or wanted", "plan"),
     ("cells(height, settings.sy) * cells(width, settings.sx)", "cells(height, settings.sy)", "plan costs"),
     ("self.since <= progress", "self.since < progress", "config timestep rules"),
     ("progress < self.until or self.until == 1.0", "progress < self.until", "config timestep rules"),
