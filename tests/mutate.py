@@ -42,7 +42,7 @@ PLACES = [
     ("cells(height, settings.sy) * cells(width, settings.sx)", "cells(height, settings.sy)", "plan costs"),
     ("self.since <= progress", "self.since < progress", "config timestep rules"),
     ("progress < self.until or self.until == 1.0", "progress < self.until", "config timestep rules"),
-    ("(MAX_TIMESTEP - t) / MAX_TIMESTEP", "t / MAX_TIMESTEP", "timestep"),
+    ("(MAX_TIMESTEP - t) / MAX_TIMESTEP", "t / MAX_TIMESTEP", "moment rules_on_models"),
     ("rule.until < 1", "rule.until <= 1", "rules"),
     ("not isinstance(pattern, str) or not", "isinstance(pattern, str) and not", "rules config"),
     ("value is not x and value is not context", "value is not context", "foreign_calls hosts"),

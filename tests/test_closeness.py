@@ -65,9 +65,12 @@ def test_one_call_in_a_few_is_observed(unet):
         assert patch.closeness() is None
         patch.observe_closeness = True
         assert patch.closeness() is None
+        said = []
         for _ in range(2 * closeness.EVERY + 1):
             run(unet, inputs(1, 8, 8))
-        assert patch.closeness().calls == 3
+            said.append(patch.closeness())
+        assert said[-1].calls == 3
+        assert [one.mean for one in said] == pytest.approx([said[0].mean] * len(said)), "the same call, seen again"
         patch.observe_closeness = True
         assert patch.closeness() is None
         patch.observe_closeness = False
