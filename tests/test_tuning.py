@@ -16,6 +16,7 @@ from agentsd import SettingError, TuningCancelled, TuningError
 from agentsd.hosts import find_sites
 from agentsd.tuning import probe, replay
 from agentsd.tuning.fingerprint import agree, weights_of
+from agentsd.tuning.tuner import _Tuner
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,17 @@ def test_the_measured_deviation_is_within_the_tolerance_and_a_larger_one_does_mo
         changed.append(sum(c != "." for part in tuning.choices for c in part))
     assert changed == sorted(changed)
     assert changed[0] < changed[-1]
+
+
+def test_an_error_in_a_block_says_what_it_does_to_the_output(unet, every_gain_counts):
+    tuner = _Tuner(replay.Replay(unet, CALLS), TRY, 0.1)
+    with torch.no_grad():
+        tuner.observe()
+        tuner.measure_effects()
+        name = tuner.blocks[0].name
+        for k in (1, 2):
+            said = tuner.effects[name][0] * tuner.probe.trials[name].errors[0][k]
+            assert said == pytest.approx(*tuner.deviations({name: k}, [0], ""), rel=0.5)
 
 
 def test_what_is_no_faster_is_never_chosen(unet, monkeypatch, every_gain_counts):
