@@ -578,6 +578,7 @@ def test_pipelines_take_a_tuning_and_a_patch_and_give_it_back(name, every_gain_c
         plain = picture()
     tuning = agentsd.tune(pipe, calls, 0.5)
     assert tuning.size == (40, 36)
+    assert [each.progress for each in tuning.plan.deviations] == pytest.approx([0, 1 - pipe.scheduler.sigmas[3].item()])
     assert 0 < tuning.measured <= 0.5
     with agentsd.patched(pipe, tuning=tuning.text):
         assert not torch.equal(picture(), plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,11 +99,11 @@ class TransformerPatch(Patch):
     def sites(self, model: nn.Module) -> list[Site]:
         return sites_of(model, self.family)
 
-    def read_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    def read_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
         """Read (height, width) of the image's tokens off the transformer's arguments."""
         return self.family.read_grid(self._unet(), args, kwargs)
 
-    def find_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def find_timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the noise level in thousandths."""
         return self.family.read_time(self._unet(), args, kwargs)
 

@@ -85,7 +85,9 @@ class Replay:
         self.done += 1
         args, kwargs = copied(tuple(self.calls[number]))
         moment = self.moments[number]
-        patch = config and make_patch(self.model, config, self.kv_context, progress=lambda t: moment)
+        patch = None
+        if config is not None:
+            patch = make_patch(self.model, config, self.kv_context, progress=lambda t: moment)
         with nullcontext() if patch is None else alone(self.model, patch):
             out, seconds = self.clock.timed(lambda: self.model(*args, **kwargs), self.device)
         return output_tensor(out).detach().float(), seconds

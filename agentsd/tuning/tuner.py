@@ -128,7 +128,8 @@ class _Part:
 
     def __post_init__(self) -> None:
         self.full: Chosen = [options[0] for options in self.options]
-        self.best, self.measured = self.full, 0.0  # what was measured to keep the tolerance, and its deviation
+        self.best: Chosen = self.full  # what was measured to keep the tolerance
+        self.measured = 0.0  # its deviation
 
     def choose(self, tolerance: float) -> Chosen:
         limits = [tolerance / self.scale] * len(self.full[0].squares) if self.full else []
