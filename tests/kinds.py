@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from hypothesis import strategies as st
 
 import agentsd
 
@@ -30,3 +31,8 @@ def of(*names: str) -> Any:
 
 
 by_kind, self_attention_kinds = kinds(KINDS), kinds(SELF_ATTENTION)
+
+# AgentSD's settings, drawn at random
+DRAWN = dict.fromkeys(("ratio", "agent_ratio"), st.floats(0, 0.99))
+DRAWN |= dict.fromkeys(("merge_attn", "merge_crossattn", "merge_mlp"), st.booleans())
+DRAWN |= {"k_scale2": st.floats(0, 2), "k_shortcut": st.floats(0, 1)}

@@ -9,6 +9,7 @@ import torch
 from blocks import inputs, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from kinds import DRAWN
 from patching import FLAT, difference, patched_output
 from patching import GOLDEN as UNET
 
@@ -53,14 +54,11 @@ def test_agrees_with_the_oracle_at_two_levels(kw):
     assert difference(out, run(UNET, example)) > 1e-2
 
 
-DRAWN = dict.fromkeys(("h", "w"), st.integers(1, 13)) | dict.fromkeys(("sx", "sy"), st.integers(1, 5))
-DRAWN |= dict.fromkeys(("ratio", "agent_ratio"), st.floats(0, 0.99))
-DRAWN |= dict.fromkeys(("merge_attn", "merge_crossattn", "merge_mlp"), st.booleans())
-DRAWN |= {"k_scale2": st.floats(0, 2), "k_shortcut": st.floats(0, 1)}
+SIDES = dict.fromkeys(("h", "w"), st.integers(1, 13)) | dict.fromkeys(("sx", "sy"), st.integers(1, 5))
 
 
 @settings(max_examples=40)
-@given(B=st.integers(1, 3), seed=st.integers(0, 1000), **DRAWN)
+@given(B=st.integers(1, 3), seed=st.integers(0, 1000), **SIDES, **DRAWN)
 def test_agrees_with_the_oracle_at_any_size_and_setting(B, h, w, seed, **kw):
     assume(h * w > 1)  # GroupNorm of the unpatched U-Net needs two values
     example = inputs(B, h, w, seed)

@@ -8,7 +8,7 @@ import torch
 from blocks import inputs, run, tree
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kinds import EVERYWHERE, by_kind
+from kinds import DRAWN, EVERYWHERE, by_kind
 from patching import EXAMPLE, FLAT, changed, patched_output
 
 from agentsd import Rule, early, get_patch, paper_stages, patched
@@ -27,17 +27,11 @@ class TestAnySize:
         w=st.integers(1, 20),
         kw=st.fixed_dictionaries(
             {
-                "ratio": st.floats(0, 0.99),
-                "agent_ratio": st.floats(0, 0.99),
+                **DRAWN,
                 "sx": st.integers(1, 16),
                 "sy": st.integers(1, 16),
-                "k_scale2": st.floats(0, 2),
-                "k_shortcut": st.floats(0, 1),
                 "attn_precision": st.sampled_from([None, "fp32"]),
                 "use_rand": st.booleans(),
-                "merge_attn": st.booleans(),
-                "merge_crossattn": st.booleans(),
-                "merge_mlp": st.booleans(),
                 "agent_source": st.sampled_from(["similarity", "grid"]),
                 "method": st.sampled_from(["agent", "agent", "pool", "corrected", "merge"]),
                 "min_tokens": st.sampled_from([0, 0, 100]),

@@ -188,10 +188,7 @@ class Layer:
         self.traced = ""
 
     def stayed(self, call: ModelCall) -> bool:
-        """Whether this block was left alone as planned, where its self-attention did not come by in a U-Net call.
-
-        Notes who may have it where that was not planned.
-        """
+        """Whether this block, whose self-attention did not come by in a call, was to be left alone; if not, note it."""
         if not self.image.looks:
             return True
         planned = call.plans.get(self, UNPLANNED)

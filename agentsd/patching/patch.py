@@ -338,10 +338,8 @@ class Patch:
 
     def say_once(self, what: str, text: str = "") -> None:
         """Log `text`, or `what` without one, unless `what` was said before."""
-        with _COUNTING:
-            new = what not in self._said
+        if what not in self._said:
             self._said.add(what)
-        if new:
             log.warning("%s", text or what)
 
     def _note_idle_rules(self) -> None:
