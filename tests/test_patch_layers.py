@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from blocks import Recorder, actions, as_model, attention_calls, blocks_of, inputs, run, sdxl_like_unet
+from blocks import Recorder, actions, as_model, attention_calls, blocks_of, inputs, one_block_unet, run, sdxl_like_unet
 from kinds import AGENTS_ALONE, EVERYWHERE, GRID, MERGING, POOL, SIMILARITY, by_kind, kinds
 from patching import EXAMPLE, UNETS, answer, attention_steps, calls_of, changed, diffusers_unet
 
@@ -116,6 +116,21 @@ class TestWhatIsPatched:
         with patched(unet, method="merge", ratio=0.4, sx=2, sy=2):
             assert torch.equal(run(unet, EXAMPLE), expected)
             assert actions(get_patch(unet)) == ["merge", *["untouched"] * 4, "merge", "merge"]
+
+
+def test_an_image_may_be_seen_in_parts_of_several_sizes():
+    unet = one_block_unet()
+    image = unet.input_blocks[0]
+
+    def forward(x, timesteps, context):
+        parts = unet.conv_in(x).split([8, 16], dim=-1)
+        return unet.conv_out(torch.cat([image(part, context) for part in parts], dim=-1))
+
+    unet.forward = forward
+    with patched(unet, **GRID, max_downsample=8):
+        run(unet, inputs(1, 16, 24))
+        assert not get_patch(unet).notes
+        assert get_patch(unet).report()[0].calls == {"agents": 2}
 
 
 # (make the U-Net, the level of its largest self-attentions)

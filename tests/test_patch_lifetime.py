@@ -35,13 +35,15 @@ def test_a_dropped_model_is_freed_with_its_patch(kw):
 
 
 def test_no_tokens_are_kept_after_a_call(unet):
-    refs = []
-    blocks_of(unet)[0].attn1.register_forward_pre_hook(lambda m, args: refs.append(weakref.ref(args[0])))
+    refs, block = [], blocks_of(unet)[0]
+    for part in (block.attn1, block.attn2, block.ff):
+        part.register_forward_pre_hook(lambda m, args: refs.append(weakref.ref(args[0])))
     with patched(unet, **EVERYWHERE):
         run(unet, EXAMPLE)
         gc.collect()
-        assert refs
+        assert len(refs) == 3
         assert all(ref() is None for ref in refs)
+        assert not get_patch(unet).last_call.matchings
 
 
 @kinds({"similarity": SIMILARITY, "rules": {**GRID, "rules": (Rule(POOL, downsample=2),)}})
