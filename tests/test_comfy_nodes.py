@@ -423,6 +423,7 @@ class TestTuned:
             assert torch.equal(self.run(patched, host), plain)
         told = {"fails": "not tuned: ZeroDiv", "is interrupted": "not tuned: interrupted"}
         assert told.get(what, "An error of ours: ZeroDiv") in report_on(patched)
+        assert ("not tuned" in report_on(patched)) == (what in told)
         assert tree(model.model.diffusion_model).keys() == before.keys()
         assert all(record.getMessage().isascii() for record in caplog.records if record.name == "agentsd.comfy")
 

@@ -224,7 +224,7 @@ def kernel_of(options: Mapping[str, Any]) -> Kernel:
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[1]
-        return split_heads(_attention(*map(join_heads, (q, k, v)), heads, options), heads)
+        return split_heads(_attention(join_heads(q), join_heads(k), join_heads(v), heads, options), heads)
 
     return kernel
 

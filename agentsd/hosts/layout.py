@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import astuple
 
 from torch import nn
 
@@ -19,7 +18,7 @@ _RESAMPLED = {"Downsample": 1.0, "Upsample": 0.5, "Downsample2D": 2.0, "Upsample
 def layout_of(unet: nn.Module, name: str = "") -> Layout:
     """Read a U-Net's layout, but for blocks of unknown level. Only shapes are read, so any device will do."""
     sites = [site for site in find_sites(unet) if site.downsample is not None]
-    blocks = tuple(CountedBlock(*astuple(site.place), site.channels) for site in sites)
+    blocks = tuple(CountedBlock(**vars(site.place), channels=site.channels) for site in sites)
     prompted = [site.block.attn2 for site in sites if getattr(site.block, "attn2", None) is not None]
     constant = PROMPT_TOKENS * sum(_flops_per_position(to) for attn in prompted for to in (attn.to_k, attn.to_v))
     inside = {id(module) for site in sites for module in site.block.modules()}
