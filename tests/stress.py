@@ -133,8 +133,8 @@ def case(number: int, said: list[Any]) -> str:
         steady = False
         # too small for the host or for tomesd; and PyTorch's halves in tiny convolutions aren't the same twice
         with contextlib.suppress(ValueError, RuntimeError, IndexError, ZeroDivisionError):
-            plain, _, again = call(unet), other(unet), call(unet)
-            steady = bool(plain.isfinite().all()) and torch.equal(plain, again)
+            plain, _, *again = call(unet), other(unet), *(call(unet) for _ in range(4))
+            steady = bool(plain.isfinite().all()) and all(torch.equal(plain, one) for one in again)
         if not steady:
             return "skipped"
         agentsd.apply_patch(unet, **settings)
