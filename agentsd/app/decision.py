@@ -78,7 +78,7 @@ class Schedule:
 class Program:
     """What `decide` asks of the program that samples. Its subclasses say what is different there."""
 
-    timings = Timings(defaultdict(dict).__getitem__)  # what was measured here
+    timings = Timings(defaultdict[str, dict[str, Any]](dict).__getitem__)  # what was measured here
 
     def unet(self) -> nn.Module | None:
         """Return the U-Net of the current model; None if no model is loaded. Never loads one."""
@@ -297,7 +297,8 @@ def _planned(made: Decision, values: Mapping[str, Any], layout: Layout) -> Decis
         late = Hint(f"{done}, and agents end at {fraction(end)}", (sampling.end,))
         return replace(made, config=None, reason=late if own is None else last_veto(level.plan for level in own.levels))
     since = next(filter(steps.__getitem__, acting), next(iter(acting)))
-    shown, calls, total = acting[since], Counter(), steps.total()
+    calls: Counter[str] = Counter()
+    shown, total = acting[since], steps.total()
     for at, cost in costs.items():
         for level in cost.levels:
             calls[level.plan.action] += steps[at] * level.count

@@ -73,7 +73,7 @@ class PassReport:
 
     def see(self, latent: tuple[int, int] | None) -> None:
         if latent is not None and tuple(latent) not in self.sizes:
-            self.sizes.append(tuple(latent))
+            self.sizes.append((latent[0], latent[1]))
 
     def add(self, patch: Patch, progress: float | None) -> None:
         """Collect the report of a patch, whose agents begin at `progress`; None if there is no one plan to tell."""

@@ -63,7 +63,8 @@ class StepClock:
     """Timer of U-Net calls, from one to the next by the clock `now`, without waiting for a device that lags behind."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now, self._begun, self._count = now, None, 0
+        self._now, self._count = now, 0
+        self._begun: float | None = None
         self._laps: dict[bool, list[float]] = {True: [], False: []}
 
     def lap(self, count: int = 0) -> None:
@@ -75,7 +76,8 @@ class StepClock:
 
     def pace(self, skip: int = 0) -> Timing:
         """Return the seconds so far, without the first `skip` calls of each kind, which load what they need."""
-        return Timing(*(median(laps[skip:]) if laps[skip:] else None for laps in self._laps.values()))
+        patched, untouched = (median(laps[skip:]) if laps[skip:] else None for laps in self._laps.values())
+        return Timing(patched, untouched)
 
 
 def case_of(unet: nn.Module, checkpoint: str, latent: tuple[int, int], rows: int) -> str:
@@ -101,7 +103,7 @@ class Timings:
         """Return what was measured of passes with this case and settings; None if not both are known."""
         layers, ours, full = self._read(*key, "layers"), self._read(*key), self._read(key[0])
         if len(layers) == 2:
-            return Timing(*layers, layers=True)
+            return Timing(layers[0], layers[1], layers=True)
         return Timing(median(ours), median(full)) if ours and full else None
 
     def put_layers(self, key: tuple[str, str], patched: float, untouched: float) -> None:

@@ -105,8 +105,8 @@ def match(x: Tensor, part: Partition, r: int, agent_r: int) -> Matching:
     order = similarity.argsort(dim=-1, descending=True, stable=True)
     steps = torch.arange(B * N, device=x.device)
     rank = torch.empty_like(order).scatter_(1, order, steps[: order.shape[1]].expand_as(order))
-    clusters = [_cluster(part, rank, nearest, number, steps) if number else None for number in (r, agent_r)]
-    return Matching((B, N), *clusters, part.dst)
+    merged, agents = (_cluster(part, rank, nearest, number, steps) if number else None for number in (r, agent_r))
+    return Matching((B, N), merged, agents, part.dst)
 
 
 def _nearest(x: Tensor, part: Partition) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,8 @@ class Agents(Method):
         else:
             qkv = attention.project(attention.x)
             a = pooled(qkv[0])
-            qkv = qkv if merged is None else tuple(map(merged.merge, qkv))
+            if merged is not None:
+                qkv = (merged.merge(qkv[0]), merged.merge(qkv[1]), merged.merge(qkv[2]))
         out = attention.project_out(attention.by_heads(step, *qkv, a))
         return out if merged is None else merged.unmerge(out)
 

@@ -54,8 +54,10 @@ class Corrected(Method):
         plan = attention.plan
 
         def step(q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> Tensor:
-            grid = {"size": attention.size, "cell": plan.cell, "opened": plan.opened}
-            return corrected_attention(q, k, v, **grid, text=text or None, chosen=attention.chosen)
+            size, cell, opened = attention.size, plan.cell, plan.opened
+            return corrected_attention(
+                q, k, v, size=size, cell=cell, opened=opened, text=text or None, chosen=attention.chosen
+            )
 
         projected = attention.project(attention.x)
         return attention.project_out(attention.by_heads(step, *projected, *(attention.text or ())))

@@ -321,7 +321,8 @@ class Patch:
 
     def _put_back(self) -> None:
         while self._aside:
-            block, block._compiled_call_impl = self._aside.popitem()
+            block, compiled = self._aside.popitem()
+            block._compiled_call_impl = compiled
 
     # What is said of it
 

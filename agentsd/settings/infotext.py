@@ -23,8 +23,8 @@ _END = " &"  # ends a text, so that one that was cut off is noticed
 _ROWS = {row.name: row for row in SETTINGS if row.name != "enabled" and not row.local}
 _PASTED: set[str] = set()  # the entries that were pasted since the program began, as `write` writes them
 # What readers of infotexts take for the end of a value, a quotation, a network or a weight
-_REPLACED = str.maketrans("(){}–−", "[][]--", "<>\"'“”‘’")
-_REPLACED |= str.maketrans({",": ";", ":": " -", "×": "x", "→": "to"})
+_REPLACED: dict[int, Any] = str.maketrans("(){}–−", "[][]--", "<>\"'“”‘’")
+_REPLACED |= {ord(","): ";", ord(":"): " -", ord("×"): "x", ord("→"): "to"}
 
 
 def plain(text: str) -> str:
