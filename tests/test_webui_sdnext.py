@@ -234,8 +234,9 @@ def test_a_batch_that_a_thread_has_lost(host, unet):
     assert state(unet) == before
 
 
-def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch):
-    monkeypatch.setattr(type(host.ours), "obstacle", lambda *args: 1 / 0)
+@pytest.mark.parametrize("where", ["obstacle", "sampling"])
+def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch, where):
+    monkeypatch.setattr(type(host.ours), where, lambda *args: 1 / 0)
     made, _ = generate(host, p=(p := Processing()))
     assert torch.equal(made, call(unet))
     assert "ZeroDivisionError" in host.said()

@@ -186,6 +186,7 @@ def test_leftovers_of_another_thread_are_cleaned(host, unet, leaves_no_trace):
     thread.join()
     assert get_patch(unet) is not None
     host.session.before_process(Processing())
+    assert get_patch(unet) is None, "while the lost thread's frame is still held"
 
 
 OBSTACLES = {
