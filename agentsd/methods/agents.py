@@ -66,13 +66,14 @@ class Agents(Method):
         # A mean and a projection commute: pool first where that leaves fewer tokens to project, unless another
         # extension wraps the projections and may rely on seeing all tokens.
         if merged is not None and not attention.wrapped():
-            qkv, a = attention.project(merged.merge(attention.x)), attention.project_q(pooled(attention.x))
+            q, k, v = attention.project(merged.merge(attention.x))
+            a = attention.project_q(pooled(attention.x))
         else:
-            qkv = attention.project(attention.x)
-            a = pooled(qkv[0])
+            q, k, v = attention.project(attention.x)
+            a = pooled(q)
             if merged is not None:
-                qkv = (merged.merge(qkv[0]), merged.merge(qkv[1]), merged.merge(qkv[2]))
-        out = attention.project_out(attention.by_heads(step, *qkv, a))
+                q, k, v = (merged.merge(t) for t in (q, k, v))
+        out = attention.project_out(attention.by_heads(step, q, k, v, a))
         return out if merged is None else merged.unmerge(out)
 
     def flops(self, plan: LayerPlan, channels: int) -> int:

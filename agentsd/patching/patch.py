@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import hosts
 from ..attention.grid import Grid
 from ..clock import WALL, Clock
 from ..config import AgentConfig
 from ..eager import compiler_loaded, compiling, followed, keep_out, not_compiled
-from ..hosts import UnsupportedModelError, find_sites, find_timestep, read_size
 from ..methods import UNTOUCHED, LayerPlan
 from ..plan import may_match, plan_block
 from ..schedule import MAX_TIMESTEP, Moment, Timesteps
@@ -55,10 +55,12 @@ class Patch:
 
     answerer_class: type[Answerer] = Answerer
     sized_outside = False  # whether sizes are read off values, which no graph can
-    sites = staticmethod(find_sites)  # lists what can be patched, in order
+    # lists what can be patched, in order
+    sites: Callable[..., list[hosts.Site]] = staticmethod(hosts.find_sites)
     # (height, width) off the arguments (args, kwargs) of the model, or of a part that sees tokens as an image
-    read_size = staticmethod(read_size)
-    find_timestep = staticmethod(find_timestep)  # the timesteps among the model's arguments, unread; None if not there
+    read_size: Callable[..., tuple[int, int] | None] = staticmethod(hosts.read_size)
+    # the timesteps among the model's arguments, unread; None if there are none
+    find_timestep: Callable[..., Any] = staticmethod(hosts.find_timestep)
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Patch:
         self._layers = [Layer(self, answerer, site, images[id(site.parent)]) for site in sites]
         self._acting = [layer for layer in self._layers if layer.acts]
         if not self._layers:
-            raise UnsupportedModelError(f"{type(unet).__name__} has no transformer blocks to patch")
+            raise hosts.UnsupportedModelError(f"{type(unet).__name__} has no transformer blocks to patch")
         for image in self._images:
             # the first one always: it shows that a call has come that far
             image.looks = image is self._images[0] or any(layer.acts for layer in image.layers)
