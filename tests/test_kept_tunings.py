@@ -86,6 +86,8 @@ def test_what_does_not_fit_is_not_imported_and_says_why(program, panel, tmp_path
 def test_what_is_damaged_in_the_cache_counts_as_absent(program, panel):
     program.cache["a checkpoint|first|64x64"] = {"of": "first"}
     assert panel.titles() == ["Hires pass, 1024×768"]
+    assert panel.forget() == "2 tunings of a checkpoint forgotten."
+    assert all(key.startswith("another|") for key in program.cache)
 
 
 # The table and the chart

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 import threading
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -74,8 +77,9 @@ def test_bad_value_is_told_and_the_image_made_without_us(host, leaves_no_trace, 
     assert p.extra_generation_params == OTHERS
 
 
-def test_an_error_of_ours_costs_no_image(host, leaves_no_trace, monkeypatch):
-    monkeypatch.setattr(host.session, "patch_unet", lambda *a: 1 / 0)
+@pytest.mark.parametrize("where", ["patch_unet", "sampling"])
+def test_an_error_of_ours_costs_no_image(host, leaves_no_trace, monkeypatch, where):
+    monkeypatch.setattr(host.session if where == "patch_unet" else host.session.compat.HOST, where, lambda *a: 1 / 0)
     (made,) = generate(host, p=(p := Processing()))
     assert torch.equal(made, leaves_no_trace)
     assert "ZeroDivisionError" in host.session.STATUS.text()
@@ -278,3 +282,28 @@ def test_both_passes_of_the_first_of_several_images(host):
 def test_tiles_have_no_map(host):
     generate(host, steps=lambda: step(host, inputs(height=8)), record=True)
     assert "parts of the image" in host.session.token_map("", 1, 1).text
+
+
+SCRIPT = str(Path(__file__).parents[1] / "scripts" / "agent_attention.py")
+
+
+def test_another_extensions_package_of_the_same_name_is_told_and_nothing_is_loaded(monkeypatch, tmp_path, host):
+    theirs = ModuleType("agentsd")
+    theirs.__file__ = str(tmp_path / "other" / "agentsd" / "__init__.py")
+    monkeypatch.setitem(sys.modules, "agentsd", theirs)
+    with pytest.raises(ImportError, match="Disable that extension") as raised:
+        runpy.run_path(SCRIPT)
+    assert theirs.__file__ in str(raised.value)
+
+
+@pytest.mark.parametrize("announces", [True, False])
+def test_the_script_listens_to_the_end_of_a_generation_where_passes_are_not_announced(monkeypatch, host, announces):
+    listening = {}
+    for name in ("cfg_denoiser", "before_ui", "ui_settings", "app_started", "after_process"):
+        listen = partial(listening.__setitem__, name)
+        monkeypatch.setattr(sys.modules["modules.script_callbacks"], f"on_{name}", listen, raising=False)
+    monkeypatch.setattr(sys.modules["modules.scripts"], "Script", object, raising=False)
+    monkeypatch.setattr(type(host.session.compat.HOST), "announces_passes", announces)
+    runpy.run_path(SCRIPT)
+    ends = listening.get("after_process")
+    assert (ends is None) if announces else (ends.__name__ == "end_all")

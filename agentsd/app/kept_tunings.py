@@ -96,11 +96,15 @@ class Store:
 
     def of_checkpoint(self, checkpoint: str) -> list[Kept]:
         """List a checkpoint's tunings, the newest first."""
-        keys = [key for key in self._cache() if str(key).startswith(f"{checkpoint}|")]
-        return sorted(filter(None, map(self._read, keys)), key=lambda kept: -kept.made)
+        return sorted(filter(None, map(self._read, self.keys(checkpoint))), key=lambda kept: -kept.made)
 
-    def forget(self, kept: Kept) -> None:
-        del self._cache()[kept.key]
+    def keys(self, checkpoint: str) -> list[str]:
+        """List the keys of a checkpoint's tunings, those that can't be read any more included."""
+        # a copy: a generation may keep one meanwhile
+        return [key for key in list(self._cache()) if str(key).startswith(f"{checkpoint}|")]
+
+    def forget(self, key: str) -> None:
+        self._cache().pop(key, None)
 
     def _read(self, key: str) -> Kept | None:
         try:
@@ -135,12 +139,13 @@ class PanelTunings:
 
     def forget(self, which: str = "") -> str:
         """Forget one of them, or all of the checkpoint, and say so."""
-        gone = [kept for title, kept in self._kept().items() if which in ("", title)]
-        if which and not gone:
+        store, checkpoint, kept = self._program.tunings, self._program.checkpoint(), self._kept()
+        if which and which not in kept:
             return "There is no such tuning any more."
-        for kept in gone:
-            self._program.tunings.forget(kept)
-        return f"{counted(len(gone), 'tunings')} of {self._program.checkpoint() or 'no checkpoint'} forgotten."
+        gone = [kept[which].key] if which else store.keys(checkpoint) if checkpoint else []
+        for key in gone:
+            store.forget(key)
+        return f"{counted(len(gone), 'tunings')} of {checkpoint or 'no checkpoint'} forgotten."
 
     def export(self, which: str) -> str | None:
         """Write one by `Tuning.save` to a file such as "6ce0161689-first-512x512.tuning.json"; None if it is gone."""

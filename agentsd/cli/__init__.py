@@ -14,6 +14,20 @@ from .errors import CommandError, first_line
 __all__ = ["CommandError", "main"]
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+# What the extras of the package bring, and the package alone does not
+_EXTRAS = (
+    "PIL",
+    "accelerate",
+    "diffusers",
+    "fastapi",
+    "gradio",
+    "numpy",
+    "safetensors",
+    "starlette",
+    "tqdm",
+    "transformers",
+    "uvicorn",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         told = str(error)  # a sentence, if it is of ours
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in _EXTRAS:
             extra = "playground" if args.command == "playground" else "diffusers"
             told = f"{args.command} needs {error.name}: pip install 'agentsd[{extra}]' brings it"
         elif not type(error).__module__.startswith("agentsd."):

@@ -230,6 +230,6 @@ def config_of_checkpoint(name: str, state: Mapping[str, Tensor]) -> dict[str, An
     context = next((shape[1] for key, shape in unet.items() if key.endswith("attn2.to_k.weight")), 0)
     known = UNETS.get((context, sum(key.endswith("attn2.to_k.weight") for key in unet)))
     if known is None:
-        raise CommandError(f"{name} has no U-Net of Stable Diffusion's layout")
+        raise CommandError(f"{name} has no U-Net of Stable Diffusion 1, 2, XL or XL's refiner: give a diffusers folder")
     channels = unet["model.diffusion_model.input_blocks.0.0.weight"][1]
     return {"in_channels": channels, "cross_attention_dim": context, "sample_size": 64, **known}

@@ -183,7 +183,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add(subs: Any, name: str, text: str, options: _Options, settings: bool = True) -> None:
     """Add a command with its options, and those of the settings."""
-    arguments = [option.upper() for option in options if not option.startswith("-")]
+    arguments = [
+        f"[{option.upper()}]" if given.get("nargs") == "?" else option.upper()
+        for option, given in options.items()
+        if not option.startswith("-")
+    ]
     usage = " ".join(["python -m agentsd", name, *arguments, "[options]"])
     sub = subs.add_parser(name, help=text, usage=usage, description=f"{text[0].upper()}{text[1:]}.")
     sub.set_defaults(parser=sub, download=False)

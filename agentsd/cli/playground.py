@@ -52,7 +52,7 @@ POLICY = (
 )
 
 
-_PROGRESS = gr.Progress()  # as a default, it is replaced by gradio's own
+_PROGRESS = gr.Progress()  # it finds the event under way
 
 
 class Stopped(Exception):

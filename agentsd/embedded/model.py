@@ -183,6 +183,7 @@ class EmbeddedPipeline:
         """
         prompts, side = [prompt] if isinstance(prompt, str) else list(prompt), "a multiple of 8, at least 16"
         for good, said, allowed in (
+            (prompts, "no prompt", "at least one"),
             (1 <= steps <= 1000, f"steps {steps}", "1 to 1000"),
             (guidance >= 0, f"guidance {guidance}", "0 or more"),
             (height >= 16 and height % 8 == 0, f"height {height}", side),

@@ -27,9 +27,8 @@ class Batch:
         self._pass: session.Pass | None = None  # the one under way
         self._end_pass, self._unwatch = ExitStack(), ExitStack()
         self._watched: set[nn.Module] = set()
-        self._watch()
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
         """Watch the loaded U-Nets."""
         for unet in set(compat.HOST.unets()) - self._watched:
             self._watched.add(unet)
@@ -59,7 +58,7 @@ class Batch:
         hires = compat.HOST.is_hires(self.p)
         if self._pass is None or hires is not self._pass.hires:
             self._end_pass.close()
-            self._watch()  # a refiner may have been loaded since
+            self.watch()  # a refiner may have been loaded since
             self._pass = self._end_pass.enter_context(session.around_pass(self.p, hires, size))
         self._pass.next_call(unet)
 
@@ -73,7 +72,8 @@ def begin(p: Any) -> None:
     if not compat.HOST.announces_passes:
         end(p)
         if session.generation_of(p) is not None or _batches:
-            _batches.append(Batch(p))
+            _batches.append(batch := Batch(p))  # before it watches: what is listed is closed, whatever happens
+            batch.watch()
 
 
 def end(p: Any) -> None:

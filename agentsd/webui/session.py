@@ -282,12 +282,17 @@ class Pass:
         if is_left_out(generation.values, hires) or (generation.tunes and later):
             self.generation = None
             return
-        self.sampling = compat.HOST.sampling(p, hires, size)
+        try:
+            self.sampling = compat.HOST.sampling(p, hires, size)
+            if generation.recording is not None and not (generation.tunes or later):  # the map is of the first image
+                self._observer = generation.recording.observer(hires, size)
+        except Exception as error:  # a bug of ours must never cost the user an image
+            STATUS.fail(error_of_ours(error))
+            self.generation = None
+            return
         generation.reports.append(self.report)
         if generation.tunes:
             self.report.name = str(self.sampling)
-        elif generation.recording is not None and not later:  # the map is that of the first image
-            self._observer = generation.recording.observer(hires, size)
 
     def follow(self, unet: nn.Module | None) -> None:
         """Patch `unet`, and only that. Never raises: the image is generated unpatched instead."""
@@ -390,8 +395,11 @@ def _begin_without(p: Any, hires: bool, size: tuple[int, int] | None) -> None:
     """Time a pass, unless its seconds would not be those of full attention."""
     global _without
     _end_without()
-    unet, sampling = compat.HOST.unet(), compat.HOST.sampling(p, hires, size)
-    if unet is not None and _is_cpu(unet) and compat.HOST.program(p).obstacle(sampling) is None:
+    unet = compat.HOST.unet()
+    if unet is None or not _is_cpu(unet):
+        return
+    sampling = compat.HOST.sampling(p, hires, size)
+    if compat.HOST.program(p).obstacle(sampling) is None:
         case = case_of(unet, compat.HOST.checkpoint(), sampling.latent, compat.HOST.rows(p))
         _without = StepClock(compat.HOST.now), case
 
