@@ -6,9 +6,9 @@
     python -m benchmarks.gpu --publish      # write what is in --out into docs/measurements.md
 
 U-Nets with random weights; each method on the largest self-attention layers, in interleaved rounds in random order:
-called as usual, replayed from a CUDA graph, and compiled. Then SDPA by class of layers, the closeness of each method in
-half precision, and the core's tests on the device. What self-attention takes of a call is what the limit saves. What
-tells most comes first, results are written after each round, and a later run adds to them. Nothing is downloaded.
+called as usual, replayed from a CUDA graph, and compiled. Then the share of self-attention in a call by the profiler,
+SDPA by class of layers, the closeness of each method in half precision, and the core's tests on the device. What tells
+most comes first, results are written after each round, and a later run adds to them. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from statistics import median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler import record_function
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from agentsd.hosts import find_sites
 
 from .fidelity import deviations, noised
 from .machine import DATA, DTYPES, PAGE, ROOT, Machine
-from .measure import COMPILED, EAGER, GRAPH, RESERVE, Case, make_parser, opened
+from .measure import COMPILED, EAGER, GRAPH, RESERVE, TIMESTEP, Bench, Case, make_parser, opened
 from .methods import methods
-from .models import LAYOUTS
+from .models import LAYOUTS, call
 from .results import Results, by_size, fill, machine_line, published
 
-MODULE = "benchmarks.gpu"
+MODULE, LAYERS = "benchmarks.gpu", "self-attention"
 FEW = ("sdpa", "limit", "grid4", "corrected4", "opened4", "pool2", "tomesd.5")
 MAIN = (*FEW, "corrected8", "paper", "merge.5", "tiles")
 ALL = (*MAIN, "grid8", "similarity", "idle")
@@ -85,6 +88,37 @@ def sdpa_seconds(machine: Machine, results: Results, case: Case) -> None:
         row |= {"layers": count, "tokens": tokens, "heads": heads, "width": width, "seconds": median(times)}
         found.append({**row, "flops": 4 * 2 * tokens**2 * channels})
     results.write()
+
+
+def self_attention_share(bench: Bench, case: Case) -> None:
+    """Shares of an unpatched call's time by the profiler, of self-attention and of SDPA within it, unless known."""
+    machine, shares = bench.machine, bench.results.out.setdefault("shares", {})
+    name = f"{LAYOUTS[case.layout].label}, {case.size[0]}×{case.size[1]}, {case.dtype}"
+    if name in shares:
+        return
+    inputs, cuda = bench.build(case), machine.device.type == "cuda"
+    open_ranges: list[Any] = []
+    with ExitStack() as stack:
+        for site in find_sites(bench.unet):
+            begin, end = site.block.attn1.register_forward_pre_hook, site.block.attn1.register_forward_hook
+            stack.callback(begin(lambda *_: open_ranges.append(record_function(LAYERS).__enter__())).remove)
+            stack.callback(end(lambda *_: open_ranges.pop().__exit__(None, None, None)).remove)
+        call(bench.unet, inputs, TIMESTEP)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with profile(activities=activities) as profiler, record_function("call"):
+            call(bench.unet, inputs, TIMESTEP)
+            machine.sync()
+
+    def inside(event: Any) -> bool:
+        return event is not None and (event.name == LAYERS or inside(event.cpu_parent))
+
+    taken: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.device_type == DeviceType.CPU and (event.name in ("call", LAYERS) or inside(event)):
+            taken[event.name] += event.device_time_total if cuda else event.cpu_time_total
+    sdpa = taken["aten::scaled_dot_product_attention"]
+    shares[name] = {"layers": taken[LAYERS] / taken["call"], "sdpa": sdpa / taken["call"]}
+    bench.results.write()
 
 
 def closeness(machine: Machine, results: Results) -> None:
@@ -143,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             bench.measure(case)
             if case.mode == EAGER and case.batch == 2 and bench.machine.time_left() > RESERVE:
                 sdpa_seconds(*given, case)
+                self_attention_share(bench, case)
             if i == 3 and not options.sizes:  # after the first four, which are the main table
                 closeness(*given)
     if not options.sizes:
@@ -153,12 +188,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def publish(out: dict[str, Any]) -> None:
-    """Write the section "gpu" of the page: the methods of every case by size."""
-    fill(
-        PAGE,
-        MODULE,
-        {"gpu": "\n".join([machine_line(out), "", *by_size(c for c in out["cases"] if c["rounds"])]).rstrip()},
-    )
+    """Write the section "gpu" of the page: the methods of every case by size, and the shares."""
+    text = [machine_line(out), "", *by_size(case for case in out["cases"] if case["rounds"])]
+    shares = [f"{name}: {s['layers']:.1%} (SDPA {s['sdpa']:.1%})" for name, s in out.get("shares", {}).items()]
+    if shares:
+        text += ["Self-attention's share of an unpatched U-Net call, by the profiler: " + "; ".join(shares) + "."]
+    fill(PAGE, MODULE, {"gpu": "\n".join(text).rstrip()})
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def markdown(out: dict[str, Any]) -> str:
     lines = [machine_line(out), "U-Nets with random weights; medians of interleaved rounds.", ""]
     for case in cases:
         lines += [f"**{case['case']}**", "", *_case(case), ""]
-    for section in (_attention(out.get("attention", [])), _closeness(out.get("closeness", []))):
+    known = (out.get(name) or {} for name in ("shares", "attention", "closeness"))
+    for section in (show(found) for show, found in zip((_shares, _attention, _closeness), known, strict=True)):
         lines += [*section, ""] if len(section) > 2 else []
     if tests := out.get("tests"):
         state = "" if tests["finished"] else " (stopped by --minutes)"
@@ -194,6 +195,11 @@ def _attention(found: list[dict[str, Any]]) -> list[str]:
         rows.append((f"{r['layout']}, {r['side']}², {r['dtype']}", *(str(r[name]) for name in counts)))
         rows[-1] += (f"{1e3 * r['seconds']:.4g}", f"{r['flops'] / r['seconds'] / 1e12:.3g}")
     return table(("SDPA of one layer, batch 2", *counts, "ms", "TFLOP/s"), rows)
+
+
+def _shares(shares: dict[str, dict[str, float]]) -> list[str]:
+    rows = [(name, f"{s['layers']:.1%}", f"{s['sdpa']:.1%}") for name, s in shares.items()]
+    return table(("share of a U-Net call, by the profiler", "self-attention layers", "SDPA in them"), rows)
 
 
 def _closeness(found: list[dict[str, Any]]) -> list[str]:

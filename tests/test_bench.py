@@ -158,6 +158,9 @@ def test_a_miniature_of_the_card_s_benchmark_on_a_cpu(tmp_path):
     assert "only CUDA" in text
     rows = [(row["tokens"], row["layers"]) for row in found["attention"]]
     assert rows == [(256, 5), (64, 5), (16, 5), (4, 1)]
+    (share,) = found["shares"].values()
+    assert 0 < share["sdpa"] < share["layers"] < 1
+    assert f"| {share['layers']:.1%} |" in text
     assert "| mini, float32, batch 2, eager | 128×128, s | speed-up |" in text
 
 

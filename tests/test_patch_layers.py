@@ -18,6 +18,12 @@ class TestWhatIsPatched:
         assert [layer.size for layer in patch.report()] == [(12, 12), *[(6, 6)] * 4, (12, 12), (12, 12)]
         assert [layer.calls for layer in patch.report()] == [{action: 1} for action in actions(patch)]
 
+    def test_a_call_that_reaches_no_block_counts_none(self, unet, monkeypatch):
+        apply_patch(unet)
+        monkeypatch.setattr(unet, "forward", lambda x, *args, **kwargs: x)
+        run(unet, EXAMPLE)
+        assert not any(layer.calls for layer in get_patch(unet).report())
+
     @by_kind
     def test_explains_beforehand_what_it_then_does(self, any_unet, kw):
         apply_patch(any_unet, **kw)

@@ -79,6 +79,9 @@ def test_a_patched_model_can_be_pickled(any_unet, kw):
     assert get_patch(twin) is not get_patch(unet)
     assert torch.equal(answer(twin), out)
     assert not get_patch(twin).notes
+    with patched(twin, **SIMILARITY):
+        pass
+    assert torch.equal(answer(twin), out)
     remove_patch(twin)
     assert torch.equal(answer(twin), plain)
     assert torch.equal(answer(unet), plain)

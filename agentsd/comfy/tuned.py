@@ -68,9 +68,14 @@ class TunedSlot(Slot):
         return output
 
     def decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
-        unet, size, options = self._unet, read_size(args, kwargs), args[5] if len(args) > 5 else kwargs[OPTIONS]
+        unet, size, options = (
+            self._unet,
+            read_size(args, kwargs),
+            args[5] if len(args) > 5 else kwargs.get(OPTIONS) or {},
+        )
         model = structure_of(ordered_sites(unet)), weights_of(unet), adapters_of(unet), _lora_of(self._patcher)
-        others = *options.get("patches", ()), *(kind for kind, each in _theirs(options).items() if each)
+        replaced = (kind for kind, each in _theirs(options).items() if each)
+        others = tuple(sorted({*options.get("patches", ()), *replaced}))
         # most calls may be of another size than the first one: which, follows from the latent's and that
         self._key = *model, others, sampling.latent, size, self.tolerance
         kept, self._tries = _TUNINGS.get(self._key, (None, 0))
@@ -81,20 +86,24 @@ class TunedSlot(Slot):
         self.tuning = self.given or kept
         self._recording.close()
         called = size if self.given else self.tuning.size
-        return replace(super().decide(replace(sampling, latent=called), args, kwargs), sampling=sampling)
+        made = replace(super().decide(replace(sampling, latent=called), args, kwargs), sampling=sampling)
+        # without its plan nothing keeps the tolerance
+        return made if made.tuning else replace(made, config=None, refused=True)
 
     def _tune(self, calls: list[RecordedCall]) -> str:
         """Tune on the calls of the sampling that has ended: its image is made, and nothing here may cost it."""
-        from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
-        from comfy.utils import ProgressBar
-
-        bar = ProgressBar(1)
-
-        def progress(done: int, total: int, text: str) -> None:
-            throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total)
+        from comfy import model_management
+        from comfy.model_management import InterruptProcessingException
 
         try:
+            from comfy.utils import ProgressBar
+
+            bar = ProgressBar(1)
+
+            def progress(done: int, total: int, text: str) -> None:
+                model_management.throw_exception_if_processing_interrupted()
+                bar.update_absolute(done, total)
+
             bare = [_bare(call) for call in calls]
             with attention_by(kernel_of(bare[0][1][OPTIONS])):
                 self.tuning = tuning = tune(self._unet, bare, self.tolerance, progress=progress)

@@ -35,7 +35,8 @@ def attention_call(
     if len(args) == 1 and all(value is None for value in kwargs.values()):  # nearly every call
         return Call(args[0], None, None, {}, lambda x=args[0]: original(x, **kwargs), wanted)
     arguments = named(names, args, kwargs)
-    x, mask = arguments.pop(names[0]), arguments.pop("mask", arguments.pop("attention_mask", None))
+    x, masks = arguments.pop(names[0]), [arguments.pop(name, None) for name in ("mask", "attention_mask")]
+    mask = next((each for each in masks if each is not None), None)
     sources = {name: arguments.pop(name) for name in _SOURCES if arguments.get(name) is not None}
     context, value = sources.get("context", sources.get("encoder_hidden_states")), sources.get("value")
 

@@ -189,10 +189,12 @@ class Layer:
 
     def stayed(self, call: ModelCall) -> bool:
         """Whether this block, whose self-attention did not come by in a call, was to be left alone; if not, note it."""
-        if not self.image.looks:
-            return True
+        if getattr(self.site.block, "_compiled_call_impl", None) is not None:
+            return False
+        if not self.image.looks:  # not looked at; the first image tells whether the call came that far
+            return bool(call.plans)
         planned = call.plans.get(self, UNPLANNED)
-        if planned.size is None or getattr(self.site.block, "_compiled_call_impl", None) is not None:
+        if planned.size is None:
             return False
         if planned.name:
             self._vetoed += 1

@@ -22,6 +22,11 @@ class Measured:
     without_seconds: float  # with the host's own attention and layers
     layers: int  # number of layers
 
+    @property
+    def slower(self) -> bool:
+        """Whether the patch takes longer than what it replaces."""
+        return self.with_seconds > self.without_seconds
+
 
 class Measurement:
     """Times what a patch does beside what it replaces: a first time to warm up, and a second time that counts."""

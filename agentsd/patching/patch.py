@@ -322,9 +322,10 @@ class Patch:
                 self.say_once("compiled blocks run uncompiled while their tokens are matched or watched")
 
     def _put_back(self) -> None:
-        while self._aside:
-            block, compiled = self._aside.popitem()
-            block._compiled_call_impl = compiled
+        for block in list(self._aside):  # another thread may put them back meanwhile
+            compiled = self._aside.pop(block, None)
+            if compiled is not None:
+                block._compiled_call_impl = compiled
 
     # What is said of it
 

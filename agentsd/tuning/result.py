@@ -331,6 +331,7 @@ class Tuning:
         choices = [part for plan in plans for part in plan.choices]
         sound = (
             all(plan.tolerance > 0 or not plan.acts for plan in plans)
+            and all(isinstance(side, int) for side in self.size)
             and self.since[:1] == (0.0,)
             and all(a < b for a, b in zip(self.since, (*self.since[1:], 1.0), strict=True))
             and all(len(plan.choices) == len(self.since) for plan in plans)
