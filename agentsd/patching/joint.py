@@ -1,4 +1,4 @@
-"""The patch on a transformer: attention over text and image together, answered from its queries, keys and values."""
+"""The patch by a model's family, and a transformer's: attention over text and image, answered from q, k and v."""
 
 from __future__ import annotations
 
