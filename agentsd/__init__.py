@@ -41,7 +41,7 @@ __all__ += ["patch_unet", "patched", "plan_layer", "progress_of_sigma", "record_
 
 def __getattr__(name: str) -> Any:
     for home in _HOMES if name in __all__ else ():
-        if value := getattr(import_module(f"{__name__}.{home}"), name, None):
+        if (value := getattr(import_module(f"{__name__}.{home}"), name, None)) is not None:
             globals()[name] = value
             return value
     if not name.startswith("_"):  # a submodule, as in agentsd.attention.merging
