@@ -84,6 +84,7 @@ def test_sdxl(forge: Host):
         assert forge.txt2img(**body).pixels == off.pixels != on.pixels
     finally:
         forge.use("tinysd1")
+        forge.txt2img()  # Forge loads a model when it is asked for an image
 
 
 def test_panel(forge: Host, leaves_no_trace):
