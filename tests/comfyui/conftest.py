@@ -36,8 +36,9 @@ def running(*given) -> Iterator[ComfyUI]:
 
 @pytest.fixture(scope="session")
 def comfyui(root, tmp_path_factory) -> Iterator[ComfyUI]:
-    """ComfyUI with our nodes."""
-    with running(root, tmp_path_factory.mktemp("comfyui"), (REPOSITORY, PACK)) as host:
+    """ComfyUI with our nodes, and with the packs that AGENTSD_COMFYUI_PACKS names."""
+    packs = [Path(folder) for folder in os.environ.get("AGENTSD_COMFYUI_PACKS", "").split(os.pathsep) if folder]
+    with running(root, tmp_path_factory.mktemp("comfyui"), (REPOSITORY, PACK, *packs)) as host:
         yield host
 
 

@@ -89,19 +89,33 @@ def test_lora(comfyui, lora, plain, step):
     assert np.array_equal(comfyui.ran()[0], plain())
 
 
+DEEP = {"cache_interval": 2, "cache_depth": 3, "start_step": 0, "end_step": 1000}
+TILED = {"method": "MultiDiffusion", "tile_width": 256, "tile_height": 128, "tile_overlap": 0, "tile_batch_size": 4}
+
+
+def required(comfyui, node) -> None:
+    """Skip the test of a node that no pack gives."""
+    if node not in comfyui.ask("/object_info"):
+        pytest.skip(f"no pack in AGENTSD_COMFYUI_PACKS has the node {node}")
+
+
 @both_orders
-def test_a_node_that_calls_the_blocks_itself_is_told(comfyui, plain, step):
-    theirs = ("Blocks", {})
+@pytest.mark.parametrize("theirs", [("Blocks", {}), ("DeepCache", DEEP)], **by_kind)
+def test_a_node_that_calls_the_blocks_itself_is_told(comfyui, plain, theirs, step):
+    required(comfyui, theirs[0])
     alone, _ = comfyui.ran(theirs)
-    assert difference(alone, plain()) < 1e-5
+    assert (difference(alone, plain()) < 1e-5) == (theirs[0] == "Blocks")
     both, said = comfyui.ran(*(theirs, OURS)[::step])
     assert np.array_equal(both, alone)
     assert said.startswith("Sampling: nothing happened. Left to the host: another node calls the U-Net's blocks itself")
 
 
-def test_tiles(comfyui):
-    alone, _ = comfyui.ran(("Tiles", {}), size=(512, 256))
-    both, said = comfyui.ran(("Tiles", {}), ours(rules="min_tokens=0"), size=(512, 256))
+@both_orders
+@pytest.mark.parametrize("theirs", [("Tiles", {}), ("TiledDiffusion", TILED)], **by_kind)
+def test_tiles(comfyui, theirs, step):
+    required(comfyui, theirs[0])
+    alone, _ = comfyui.ran(theirs, size=(512, 256))
+    both, said = comfyui.ran(*(theirs, ours(rules="min_tokens=0"))[::step], size=(512, 256))
     assert difference(both, alone) > CHANGED
     assert said.startswith("Sampling 512×256, in parts of 256×128: 512 tokens → 32 agents in 5 layers, in all")
 
