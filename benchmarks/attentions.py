@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class Attention:
     @cached_property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (1, N, H · d), as projections lay them out."""
-        return join_heads(self.q).contiguous(), join_heads(self.k).contiguous(), join_heads(self.v).contiguous()
+        return tuple(join_heads(x).contiguous() for x in (self.q, self.k, self.v))
 
     @cached_property
     def x(self) -> Tensor:
@@ -67,26 +68,26 @@ def fields(heads: int, channels: int, size: tuple[int, int], draw: Generator, ro
     return (total / total.std()).flatten(2).transpose(1, 2)[None].contiguous()
 
 
-def content(
-    heads: int, d: int, size: tuple[int, int], draw: Generator, sharpness: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values; queries and keys are alike, as in real models, and scores spread by `sharpness`."""
+def plain(heads: int, d: int, size: tuple[int, int], draw: Generator, sharpness: float) -> Attention:
+    """Scores of content alone, which spread by `sharpness`; queries and keys are alike, as in real models."""
     base = fields(heads, d, size, draw)
     q, k = (base + 0.5 * fields(heads, d, size, draw) for _ in range(2))
     spread = (q[:, :, ::7] @ k[:, :, ::7].mT * d**-0.5).std()
-    return q * sharpness / spread, k, fields(heads, d, size, draw)
+    return Attention(q * sharpness / spread, k, fields(heads, d, size, draw), size)
 
 
-def added(given: tuple[Tensor, Tensor, Tensor], wanted: Tensor, offered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def added(at: Attention, wanted: Tensor, offered: Tensor) -> Attention:
     """Put positions into the last channels of queries and keys, so that wanted · offered is added to the scores."""
-    q, k, v = given
-    p = wanted.shape[-1]
-    scale = q.shape[-1] ** 0.5
-    return (
-        torch.cat([q[..., :-p], (wanted * scale).expand(*q.shape[:-1], p)], dim=-1),
-        torch.cat([k[..., :-p], offered.expand(*k.shape[:-1], p)], dim=-1),
-        v,
-    )
+    (*rows, d), p = at.q.shape, wanted.shape[-1]
+    q = torch.cat([at.q[..., :-p], (wanted * d**0.5).expand(*rows, p)], dim=-1)
+    return replace(at, q=q, k=torch.cat([at.k[..., :-p], offered.expand(*rows, p)], dim=-1))
+
+
+def noised_latents(pipe: Any, index: Sequence[int], size: tuple[int, int], t: int, draw: Generator) -> Tensor:
+    """Training pictures of the embedded model by their numbers, enlarged to `size` and noised to a timestep."""
+    clean = F.interpolate(pipe.latents_of(pipe.pictures[index]).float(), size, mode="bilinear", antialias=True)
+    alpha, noise = pipe.scheduler.alphas_cumprod[t], torch.randn(clean.shape, generator=draw).to(clean)
+    return (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(pipe.dtype)
 
 
 @cache
@@ -103,10 +104,7 @@ def _of_the_model(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
 
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     for number, t in enumerate((900, 500, 100)):
-        clean = F.interpolate(pipe.latents_of(pipe.pictures[[number]]).float(), size, mode="bilinear", antialias=True)
-        alpha = pipe.scheduler.alphas_cumprod[t]
-        noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=draw)
-        pipe.predict(noised, t, [pipe.prompts[number]])
+        pipe.predict(noised_latents(pipe, [number], size, t, draw), t, [pipe.prompts[number]])
     for hook in hooks:
         hook.remove()
     return tuple(torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
@@ -118,11 +116,6 @@ def model(heads: int, d: int, size: tuple[int, int], draw: Generator, sharpness:
     return Attention(sharpness * q[:, :heads], k[:, :heads], v[:, :heads], size)
 
 
-def plain(heads: int, d: int, size: tuple[int, int], draw: Generator, sharpness: float) -> Attention:
-    """Scores of content alone."""
-    return Attention(*content(heads, d, size, draw, sharpness), size)
-
-
 def gaussian(
     heads: int, d: int, size: tuple[int, int], draw: Generator, sigmas: tuple[float, ...], base: Kind | None = None
 ) -> Attention:
@@ -131,7 +124,7 @@ def gaussian(
     sigma = torch.tensor([sigmas[h % len(sigmas)] for h in range(under.heads)])[None, :, None, None]
     wanted = torch.cat([at, torch.ones(len(at), 1)], dim=-1) / sigma**2
     offered = torch.cat([at, -at.square().sum(-1, keepdim=True) / 2], dim=-1)
-    return Attention(*added((under.q, under.k, under.v), wanted, offered), size)
+    return added(under, wanted, offered)
 
 
 def inverse_square(heads: int, d: int, size: tuple[int, int], draw: Generator, rho: float = 2.0) -> Attention:
@@ -148,46 +141,46 @@ def inverse_square(heads: int, d: int, size: tuple[int, int], draw: Generator, r
     frequency = torch.stack([most // torus[1] / torus[0], most % torus[1] / torus[1]], dim=-1)
     phase = 2 * math.pi * positions(size) @ frequency.T
     waves = torch.cat([phase.cos(), phase.sin()], dim=-1)
-    return Attention(*added(content(heads, d, size, draw, 1.0), waves * torch.cat([weight, weight]), waves), size)
+    return added(plain(heads, d, size, draw, 1.0), waves * torch.cat([weight, weight]), waves)
 
 
 def segments(heads: int, d: int, size: tuple[int, int], draw: Generator) -> Attention:
     """Regions of any shape whose tokens attend to their own region, with values that differ between regions."""
     seeds = torch.rand(12, 2, generator=draw) - 0.5
     label = torch.cdist(positions(size) / max(size), seeds).argmin(dim=-1)
-    q, k, v = content(heads, d, size, draw, 0.5)
+    at = plain(heads, d, size, draw, 0.5)
     code = torch.randn(heads, 12, d, generator=draw)[None, :, label]
     values = torch.randn(heads, 12, d, generator=draw)[None, :, label]
-    return Attention(q + 2 * code, k + 2 * code, v + 2 * values, size)
+    return Attention(at.q + 2 * code, at.k + 2 * code, at.v + 2 * values, size)
 
 
 def sinks(heads: int, d: int, size: tuple[int, int], draw: Generator, where: str) -> Attention:
     """A few keys of high norm that most queries attend to, whose values stand out."""
-    (height, width), (q, k, v) = size, content(heads, d, size, draw, 1.0)
+    (height, width), at = size, plain(heads, d, size, draw, 1.0)
     corners = torch.tensor([0, width - 1, (height - 1) * width, height * width - 1])
     axis = F.normalize(torch.randn(heads, 1, d, generator=draw), dim=-1)[None]
     for head in range(heads):
         moving = torch.randint(height * width, (4,), generator=draw)
-        at = corners if where == "corners" else moving
+        few = corners if where == "corners" else moving
         # a query gives them about half of its attention
-        k[0, head, at] += axis[0, head] * (math.log(height * width / 4) + 0.5) * d**0.5 / 2.0
-        v[0, head, at] *= 3
-    return Attention(q + 2.0 * axis, k, v, size)
+        at.k[0, head, few] += axis[0, head] * (math.log(height * width / 4) + 0.5) * d**0.5 / 2.0
+        at.v[0, head, few] *= 3
+    return replace(at, q=at.q + 2.0 * axis)
 
 
 def texture(heads: int, d: int, size: tuple[int, int], draw: Generator) -> Attention:
     """Keys and values that repeat every four tokens: the tokens at the same place of each cell are alike."""
-    q, k, v = content(heads, d, size, draw, 1.0)
+    at = plain(heads, d, size, draw, 1.0)
     phase = (torch.arange(size[0])[:, None] % 4 * 4 + torch.arange(size[1]) % 4).flatten()
     code, values = torch.randn(2, heads, 16, d, generator=draw)[:, None, :, phase]
-    return Attention(q + code, k + code, v + values, size)
+    return Attention(at.q + code, at.k + code, at.v + values, size)
 
 
 def strong_keys(heads: int, d: int, size: tuple[int, int], draw: Generator) -> Attention:
     """One token in a hundred, anywhere, has a key of four times the norm and a value of twice."""
-    q, k, v = content(heads, d, size, draw, 1.0)
+    at = plain(heads, d, size, draw, 1.0)
     strong = torch.rand(1, heads, math.prod(size), 1, generator=draw) < 0.01
-    return Attention(q, torch.where(strong, 4 * k, k), torch.where(strong, 2 * v, v), size)
+    return replace(at, k=torch.where(strong, 4 * at.k, at.k), v=torch.where(strong, 2 * at.v, at.v))
 
 
 def mixed(heads: int, d: int, size: tuple[int, int], draw: Generator, kinds: Sequence[Kind]) -> Attention:

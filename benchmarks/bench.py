@@ -89,7 +89,7 @@ def publish(out: dict[str, Any]) -> None:
 
 def parser_of_bench() -> argparse.ArgumentParser:
     """The command line's parser."""
-    listed = "\n".join(f"  {m.name:<12} {m.label}" for m in methods().values())
+    listed = "\n".join(f"  {name:<12} {method.label}" for name, method in methods().items())
     defaults = {"layouts": ["sd15"], "dtype": "bfloat16", "rounds": 10, "minutes": 1e6, "resume": False}
     parser = make_parser(MODULE, __doc__, f"methods:\n{listed}", **defaults)
     add = parser.add_argument

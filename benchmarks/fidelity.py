@@ -10,8 +10,6 @@ as the model is, and with its self-attention queries multiplied, which sharpens 
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from agentsd import AgentConfig, early, paper_stages
 from agentsd.hosts import find_sites
 
+from .attentions import noised_latents
 from .machine import DATA as FOLDER
-from .machine import PAGE, ROOT, parser_for
+from .machine import PAGE, ROOT, parser_of_rows
 from .methods import CELL_4, CELL_8, Install, check, patched, todo, tomesd
 from .results import Rows, fill, table
 
@@ -89,14 +87,6 @@ def sharpened(unet: torch.nn.Module, factor: float) -> Iterator[None]:
                 weight.copy_(value)
 
 
-def covering(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Enlarge latents of the trained size to cover `height` rows and `width` columns, and crop them at the middle."""
-    side = max(height, width)
-    x = F.interpolate(pictures, size=(side, side), mode="bilinear", antialias=True)
-    top, left = (side - height) // 2, (side - width) // 2
-    return x[..., top : top + height, left : left + width]
-
-
 @dataclass
 class Case:
     """Noised pictures x at one timestep t, their prompts, and the unpatched model's output for them."""
@@ -113,10 +103,7 @@ class Case:
 
 def noised(pipe: Any, index: Sequence[int], size: tuple[int, int], t: int, draw: torch.Generator) -> Case:
     """Training pictures by their numbers, noised to a timestep, and what the model as it is makes of them."""
-    clean = covering(pipe.latents_of(pipe.pictures[index]).float(), *size)
-    alpha = pipe.scheduler.alphas_cumprod[t]
-    x = (alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=draw).to(clean)).to(pipe.dtype)
-    case = Case(x, t, [pipe.prompts[i] for i in index])
+    case = Case(noised_latents(pipe, index, size, t, draw), t, [pipe.prompts[i] for i in index])
     case.unpatched = case.forward(pipe)
     return case
 
@@ -177,20 +164,13 @@ def summary(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = parser_for(MODULE, __doc__)
-    add = parser.add_argument
-    add("--out", type=Path, help=f"CSV file of the results ({DATA.relative_to(ROOT)}, or one in out/ with --quick)")
-    add("--quick", action="store_true", help="few methods, as the model is")
-    add("--again", nargs="+", default=[], metavar="NAME", help="measure anew what has one of these in its name")
-    add("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
-    args = parser.parse_args(arguments)
+    args = parser_of_rows(MODULE, __doc__, str(DATA.relative_to(ROOT))).parse_args(arguments)
     from agentsd.embedded import load
 
     rows = Rows(args.out or (Path("out/fidelity.csv") if args.quick else DATA), HEAD)
     chosen = {name: install for name, install in METHODS.items() if not args.quick or name in QUICK}
     rows.drop(lambda name: any(part in name for part in args.again))
-    end, factors = time.monotonic() + 60 * args.minutes, (1.0,) if args.quick else FACTORS
-    run(load(), rows, chosen, factors=factors, more=lambda: time.monotonic() < end)
+    run(load(), rows, chosen, factors=(1.0,) if args.quick else FACTORS, more=args.more)
     print(summary(rows.rows))
     if rows.path == DATA:
         fill(PAGE, MODULE, {"fidelity": summary(rows.rows)})

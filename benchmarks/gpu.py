@@ -30,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from agentsd.clock import now
 from agentsd.hosts import find_sites
 
 from .fidelity import deviations, noised
@@ -107,7 +108,7 @@ def self_attention_share(bench: Bench, case: Case) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities) as profiler, record_function("call"):
             call(bench.unet, inputs, TIMESTEP)
-            machine.sync()
+            now(machine.device)
 
     def inside(event: Any) -> bool:
         return event is not None and (event.name == LAYERS or inside(event.cpu_parent))

@@ -6,14 +6,18 @@ import argparse
 import hashlib
 import math
 import platform
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from agentsd.clock import now
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, DATA = ROOT / "docs/measurements.md", ROOT / "docs/measurements"
@@ -43,27 +47,20 @@ class Machine:
         self.skipped.append({"case": case, "method": method, "reason": reason})
         tqdm.write(f"skipped: {method} at {case}: {reason}")
 
-    def sync(self) -> None:
-        """Wait for the device."""
-        if self.device.type in ("cuda", "mps"):
-            getattr(torch, self.device.type).synchronize()
-
     def seconds(self, run: Callable[[], Any], calls: int = 1) -> float:
         """Seconds per call of `run`: by CUDA's events, or by the wall clock elsewhere."""
-        self.sync()
+        start = now(self.device)
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(calls):
                 run()
             end.record()
-            self.sync()
+            end.synchronize()
             return begin.elapsed_time(end) / 1e3 / calls
-        start = time.perf_counter()
         for _ in range(calls):
             run()
-        self.sync()
-        return (time.perf_counter() - start) / calls
+        return (now(self.device) - start) / calls
 
     def describe(self) -> dict[str, Any]:
         """All that must be the same in two runs for their rounds to count together."""
@@ -76,12 +73,50 @@ class Machine:
         }
 
 
+def in_words(about: Mapping[str, Any]) -> str:
+    """What `Machine.describe` tells, as text."""
+    where = about["device"] if about["device"] != "cpu" else f"{about['processor']}, {about['threads']} threads"
+    return f"{where}; PyTorch {about['torch']}; code {about['code']}"
+
+
+def in_turn(runs: Mapping[Any, Callable[[], Any]], rounds: int, machine: Machine) -> dict[Any, list[float]]:
+    """Seconds of each of `runs` in interleaved rounds of random order, after a first call of each."""
+    taken: dict[Any, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for number in range(rounds):
+        for name in random.Random(number).sample(list(runs), len(runs)):
+            taken[name].append(machine.seconds(runs[name]))
+    return taken
+
+
+def relative(taken: Mapping[Any, list[float]], base: Any) -> dict[Any, float]:
+    """Medians of the seconds over those of `base` in the same round."""
+    return {name: median(a / b for a, b in zip(each, taken[base], strict=True)) for name, each in taken.items()}
+
+
 def parser_for(module: str, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
     """A parser of the command line of `python -m module`."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, epilog=epilog, formatter_class=formatter
     )
+
+
+def parser_of_rows(module: str, description: str | None, out: str) -> argparse.ArgumentParser:
+    """That of a program which adds what is missing in `out`; `more()` of its options tells whether there is time."""
+    parser = parser_for(module, description)
+    add = parser.add_argument
+    add("--out", type=Path, help=f"place of the results ({out}, or one in out/ with --quick)")
+    add("--quick", action="store_true", help="a small part, into out/")
+    add("--again", nargs="+", default=[], metavar="NAME", help="measure these anew")
+    add("--minutes", type=_until, dest="more", default="inf", help="begin nothing new after so many minutes")
+    return parser
+
+
+def _until(minutes: str) -> Callable[[], bool]:
+    end = time.monotonic() + 60 * float(minutes)
+    return lambda: time.monotonic() < end
 
 
 def choose_device(name: str) -> torch.device:

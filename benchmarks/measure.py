@@ -127,12 +127,12 @@ class Bench:
         check(unet)
         costs = {"first": time.perf_counter() - begun, "kernels": None, "peak": None}
         if self.machine.device.type == "cuda":
-            self.machine.sync()
+            torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 run()
-                self.machine.sync()
+                torch.cuda.synchronize()
             costs["peak"] = torch.cuda.max_memory_allocated() - before
             costs["kernels"] = sum(event.device_type == DeviceType.CUDA for event in profiler.events())
         return costs

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -26,11 +27,10 @@ Install = Callable[[nn.Module], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table, by its label; the name is that on the command line."""
+    """One row of the table, by its label."""
 
     label: str
     install: Install
-    name: str = ""
 
 
 def patched(config: agentsd.AgentConfig) -> Install:
@@ -81,16 +81,13 @@ def _limit(attn: nn.Module, seam: Seam, call: Call) -> Tensor:
 
 def _tiles(attn: nn.Module, seam: Seam, call: Call) -> Tensor:
     """Full attention within tiles of a square image (HyperTile): two or more along each axis, of at most 32 tokens."""
-    B, N, C = call.x.shape
-    side = math.isqrt(N)
+    side = math.isqrt(call.x.shape[1])
     count = max(2, -(-side // 32))
-    tile = side // count
-    if count * tile != side or side * side != N:
-        raise ValueError(f"{N} tokens are no square that {count}×{count} tiles cover")
-    x = call.x.view(B, count, tile, count, tile, C).transpose(2, 3).reshape(B * count * count, tile * tile, C)
+    sides = {"rows": count, "columns": count, "y": side // count, "x": side // count}  # einops raises where they differ
+    x = rearrange(call.x, "b (rows y columns x) c -> (b rows columns) (y x) c", **sides)
     q, k, v = (split_heads(to(x), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
     out = seam.project_out(join_heads(scaled_dot_product_attention(q, k, v)))
-    return out.view(B, count, count, tile, tile, C).transpose(2, 3).reshape(B, N, C)
+    return rearrange(out, "(b rows columns) (y x) c -> b (rows y columns x) c", **sides)
 
 
 def _peer(attend: Attend, attn: nn.Module, seam: Seam, call: Call) -> Tensor:
@@ -141,7 +138,7 @@ def methods(deepest: int = 1) -> dict[str, Method]:
         return ours(ratio=0.0, use_rand=False, **settings)
 
     cells_4 = {"method": "corrected", "agent_ratio": CELL_4}
-    rows = {
+    return {
         "sdpa": Method("SDPA, unpatched", nullcontext),
         "limit": Method("limit: nothing between the projections", _by_handler(_limit, deepest)),
         "idle": Method("patch installed, every layer left alone", whole(agent_source="grid", min_tokens=10**6)),
@@ -159,4 +156,3 @@ def methods(deepest: int = 1) -> dict[str, Method]:
         "tomesd.5": Method("tomesd .5", tomesd(0.5, deepest)),
         "tiles": Method("tiles of at most 32×32 tokens", _by_handler(_tiles, deepest)),
     }
-    return {name: replace(row, name=name) for name, row in rows.items()}

@@ -69,11 +69,9 @@ def fill(unet: nn.Module) -> None:
         if p.dim() < 2:
             p.fill_(0.0 if p.numel() == 1 else 0.02)
             continue
-        fan_in = p[0].numel()
-        flat = p.view(-1)
-        pool = (noise / fan_in**0.5).to(p.device, p.dtype)
-        for i in range(0, flat.numel(), pool.numel()):
-            flat[i : i + pool.numel()] = pool[: flat.numel() - i]
+        pool = (noise / p[0].numel() ** 0.5).to(p.device, p.dtype)
+        for part in p.view(-1).split(len(pool)):
+            part.copy_(pool[: len(part)])
     for module in unet.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
             module.weight.fill_(1.0)

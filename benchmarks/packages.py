@@ -7,61 +7,52 @@ rounds, over a pipeline without anything.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from tqdm import tqdm
 
 import agentsd
 from agentsd.embedded.model import load
 
-from .machine import processor
+from .machine import Machine, in_turn, in_words, parser_for, relative
 from .results import table, times
 
 
-def _deepcache(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
+def DeepCache(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
     helper = package.DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=2, cache_branch_id=0)
     helper.enable()
     return pipe
 
 
-def _tgate(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
+def tgate(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
     package.TgateSDLoader(pipe)
     return lambda **given: pipe.tgate(gate_step=steps // 2, **given)
 
 
-def _ca_tome(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
+def ca_tome(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
     return package.apply_CA_ToMe(pipe, package.CacheConf.CONFIG_2, r=0.5).call
 
 
-def _tomesd(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
+def tomesd(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
     return package.apply_patch(pipe, ratio=0.5)
 
 
-def _hidiffusion(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
+def hidiffusion(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:
     pipe.register_to_config(_name_or_path="runwayml/stable-diffusion-v1-5")
     package.apply_hidiffusion(pipe, apply_raunet=False)
     return pipe
 
 
-PACKAGES = {
-    "DeepCache": _deepcache,
-    "tgate": _tgate,
-    "ca_tome": _ca_tome,
-    "tomesd": _tomesd,
-    "hidiffusion": _hidiffusion,
-}
+PACKAGES = {f.__name__: f for f in (DeepCache, tgate, ca_tome, tomesd, hidiffusion)}
 
 
 def pipeline(unet: torch.nn.Module, scheduler: Any) -> StableDiffusionPipeline:
@@ -76,10 +67,9 @@ def pipeline(unet: torch.nn.Module, scheduler: Any) -> StableDiffusionPipeline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = parser_for("benchmarks.packages", __doc__)
+    for name, default in (("--rounds", 5), ("--steps", 6), ("--threads", 1)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load()
@@ -97,31 +87,20 @@ def main() -> None:
         if ours:
             agentsd.apply_patch(pipe, method="corrected", ratio=0.0, agent_ratio=1 - 1 / 16)
         calls[name, ours] = call
-    given = {
-        "prompt_embeds": model.encode(["red apple"]),
-        "negative_prompt_embeds": model.encode([""]),
-        "num_inference_steps": args.steps,
-        "height": 512,
-        "width": 512,
-        "output_type": "latent",
-    }
-    taken = defaultdict(list)
-    for _ in tqdm(range(args.rounds), desc="rounds"):
-        for key, call in calls.items():
-            start = time.perf_counter()
-            call(**given, generator=torch.manual_seed(1))
-            taken[key].append(time.perf_counter() - start)
-    plain = taken["none", False]
-    gains = {key: times(median(a / b for a, b in zip(plain, spent, strict=True))) for key, spent in taken.items()}
-    print(
-        f"{processor()}, threads: {args.threads}, PyTorch {torch.__version__}, diffusers {diffusers.__version__};",
-        end=" ",
-    )
-    print(f"{args.rounds} rounds of {args.steps} steps, {median(plain):.2f} s without anything\n")
-    print(
-        *table(["package", "alone", "with ours"], [[n, gains[n, False], gains[n, True]] for n, o in calls if o]),
-        sep="\n",
-    )
+    given = {"prompt_embeds": model.encode(["red apple"]), "negative_prompt_embeds": model.encode([""])}
+    given |= {"num_inference_steps": args.steps, "height": 512, "width": 512, "output_type": "latent"}
+    machine, none = Machine(torch.device("cpu")), ("none", False)
+    runs = {key: partial(_run, call, given) for key, call in calls.items()}
+    taken = in_turn(runs, args.rounds, machine)
+    gains = {key: times(1 / ratio) for key, ratio in relative(taken, none).items()}
+    print(f"{in_words(machine.describe())}; diffusers {diffusers.__version__};", end=" ")
+    print(f"{args.rounds} rounds of {args.steps} steps, {median(taken[none]):.2f} s without anything\n")
+    rows = [[name, gains[name, False], gains[name, True]] for name, ours in calls if ours]
+    print(*table(["package", "alone", "with ours"], rows), sep="\n")
+
+
+def _run(call: Callable[..., Any], given: dict[str, Any]) -> None:
+    call(**given, generator=torch.manual_seed(1))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,8 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from .machine import in_words
 
 # Differences below this share are noise. So is a limit that saves less, and the captured share of it.
 NOISE = 0.02
@@ -48,28 +51,31 @@ class Rows:
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self.rows += [dict.fromkeys(self.fields, "") | {k: str(v) for k, v in row.items()} for row in rows]
-        self._write()
+        write_csv(self.path, self.fields, self.rows)
 
     def drop(self, wanted: Callable[[str], bool]) -> None:
         """Drop the methods that are to be measured anew."""
         self.rows = [row for row in self.rows if not wanted(row["method"])]
-        self._write()
+        write_csv(self.path, self.fields, self.rows)
 
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".tmp")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.fields, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        partial.replace(self.path)
+
+def write_csv(file: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(file, lines.getvalue())
 
 
 def write_json(file: Path, data: Any) -> None:
+    _write(file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
     """Write a file that is whole at any moment."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", newline="")
     partial.replace(file)
 
 
@@ -109,20 +115,17 @@ class Results:
 
 def published(file: Path, csv_file: Path) -> dict[str, Any]:
     """Read the results of a run, and write a line for each case and method into the documentation's folder."""
-    out = json.loads(file.read_text(encoding="utf-8"))
+    out, rows = json.loads(file.read_text(encoding="utf-8")), []
     about = out["machine"]
     head = ("layout", "width", "height", "dtype", "batch", "mode", "method", "seconds", "speedup", "captured")
     head += ("kernels", "peak", "rounds", "processor", "threads", "torch", "code", "date")
-    csv_file.parent.mkdir(exist_ok=True)
-    with csv_file.open("w", newline="", encoding="utf-8") as lines:
-        writer = csv.DictWriter(lines, head, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for case in out["cases"]:
-            place = {**case, "height": case["size"][0], "width": case["size"][1], "date": out["dates"][-1]}
-            place["processor"] = about["processor"] if about["device"] == "cpu" else about["device"]
-            for result in measured(case).values():
-                figures = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items()}
-                writer.writerow({**about, **place, **figures, "method": result["label"]})
+    for case in out["cases"]:
+        place = {**case, "height": case["size"][0], "width": case["size"][1], "date": out["dates"][-1]}
+        place["processor"] = about["processor"] if about["device"] == "cpu" else about["device"]
+        for result in measured(case).values():
+            figures = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items()}
+            rows.append({**about, **place, **figures, "method": result["label"]})
+    write_csv(csv_file, head, rows)
     return out
 
 
@@ -146,10 +149,7 @@ def measured(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def machine_line(out: dict[str, Any]) -> str:
     """The machine, the code and the dates in one sentence."""
-    machine, dates = out["machine"], out["dates"]
-    where = machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} threads"
-    span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    return f"{where}; PyTorch {machine['torch']}; code {machine['code']}; {span}."
+    return f"{in_words(out['machine'])}; {' to '.join(dict.fromkeys((out['dates'][0], out['dates'][-1])))}."
 
 
 def markdown(out: dict[str, Any]) -> str:

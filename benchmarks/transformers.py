@@ -14,9 +14,7 @@ thousand tokens are too few for any gain in seconds.
 from __future__ import annotations
 
 import argparse
-import random
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +38,7 @@ from agentsd.patching.call import Planned
 from agentsd.patching.joint import JointAnswerer, share_left
 from agentsd.tuning.replay import Replay
 
-from .machine import DTYPES, choose_device, processor
+from .machine import DTYPES, Machine, choose_device, in_turn, in_words, parser_for, relative
 from .results import table
 
 # family, head size, tokens of text, whether tokens stand before heads in memory
@@ -72,30 +70,17 @@ def answer(call: JointCall, grid: Grid, config: AgentConfig) -> tuple[Callable[[
     return lambda: JointAnswerer().answer(None, call, planned, None), plan
 
 
-def seconds(run: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    out = run()
-    if out.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
-def measure(name: str, side: int, dtype: str, heads: int, rounds: int, device: torch.device) -> list[str]:
+def measure(name: str, side: int, dtype: str, heads: int, rounds: int, machine: Machine) -> list[str]:
     """A row of the table for one shape at one size."""
     grid = Grid(side, side)
-    call = attention_call(name, grid.tokens, heads, DTYPES[dtype], device)
+    call = attention_call(name, grid.tokens, heads, DTYPES[dtype], machine.device)
     runs, shares = {"sdpa": call.proceed}, {}
     for key, config in SETTINGS.items():
         runs[key], plan = answer(call, grid, config)
         shares[key] = share_left(plan, SHAPES[name][2])
-    for run in runs.values():
-        seconds(run)
-    taken: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for key in random.sample(list(runs), len(runs)):
-            taken[key].append(seconds(runs[key]))
-    ratios = {key: median(a / b for a, b in zip(taken[key], taken["sdpa"], strict=True)) for key in SETTINGS}
+    taken = in_turn(runs, rounds, machine)
+    ratios = relative(taken, "sdpa")
     whole = median(taken["sdpa"]) * HEADS / heads
     cells = [f"{ratios[key]:.2f} ({shares[key]:.2f})" for key in SETTINGS]
     return [name, f"{grid.tokens:,}", dtype, f"{whole:.2f}", *cells]
@@ -175,10 +160,6 @@ class Flops:
         return result, counter.get_total_flops() / 1e9
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 def unseen(model: nn.Module, pipe: EmbeddedPipeline) -> list[Replay]:
     """Calls with full attention of other pictures, seeds and noise levels than are tuned on."""
     replays = []
@@ -227,33 +208,29 @@ def tolerance(path: Path) -> None:
 
 def speed(args: argparse.Namespace) -> None:
     """Time one attention of each shape at each size."""
-    device = choose_device(args.device)
-    where = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
-    )
-    print("Seconds over SDPA's (FLOPs over its), by exact_ratio and cells;", end=" ")
-    print(f"{where}, PyTorch {torch.__version__}, {args.heads} of {HEADS} heads, {args.rounds} rounds\n")
+    machine, rows = Machine(choose_device(args.device)), []
     head = ["shape", "image tokens", "dtype", "SDPA, s", *SETTINGS]
-    rows = []
+    print("Seconds over SDPA's (FLOPs over its), by exact_ratio and cells;", in_words(machine.describe()), end="; ")
+    print(f"{args.heads} of {HEADS} heads, {args.rounds} rounds\n")
     for name in SHAPES:
         for dtype in args.dtypes:
-            rows += [measure(name, side, dtype, args.heads, args.rounds, device) for side in args.sides]
+            rows += [measure(name, side, dtype, args.heads, args.rounds, machine) for side in args.sides]
             print(*rows[-len(args.sides) :], sep="\n", flush=True)
     print(*table(head, rows), sep="\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="speed", choices=("speed", "train", "tolerance"))
-    parser.add_argument("--heads", type=int, default=4, help="heads to compute, of 24")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="sides of the image in tokens")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, default=21, help="of training")
-    parser.add_argument("--weights", type=Path, default=Path("out/witness.pt"))
+    parser = parser_for("benchmarks.transformers", __doc__)
+    add = parser.add_argument
+    add("what", nargs="?", default="speed", choices=("speed", "train", "tolerance"))
+    add("--heads", type=int, default=4, help="heads to compute, of 24")
+    add("--rounds", type=int, default=5)
+    add("--sides", type=int, nargs="+", default=SIDES, help="sides of the image in tokens")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    add("--device", default="cpu")
+    add("--minutes", type=float, default=21, help="of training")
+    add("--weights", type=Path, default=Path("out/witness.pt"))
     args = parser.parse_args()
-    random.seed(0)
     if args.what == "speed":
         speed(args)
     elif args.what == "train":

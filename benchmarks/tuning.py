@@ -17,12 +17,11 @@ turn. A tolerance is kept if the mean deviation is at most the tolerance, and th
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -40,7 +39,7 @@ from .fidelity import Case as Noised
 from .fidelity import deviations, noised, sharpened
 from .machine import DATA, PAGE, Machine, parser_for
 from .methods import patched
-from .results import fill, table, write_json
+from .results import fill, table, write_csv, write_json
 
 MODULE, CPU = "benchmarks.tuning", torch.device("cpu")
 SHARPNESS = (1, 4, 8)
@@ -128,17 +127,25 @@ class Bench:
         tunings = {name: Tuning.from_dict(data) for name, data in found.items() if data}
         return {**FIXED, **{name: tuning.config_for(self.pipe.unet) for name, tuning in tunings.items()}}
 
-    def sharp(self, part: str) -> Iterator[Case]:
-        """Yield each case with the model made so sharp."""
+    def run(self, part: str) -> None:
+        """Compute what is missing of a part, with the model made as sharp as each case has it."""
         for case in (bar := tqdm(self.cases, desc=part)):
             bar.set_postfix_str(case.name)
             with sharpened(self.pipe.unet, case.sharpness), torch.no_grad():
-                yield case
+                for key, compute in self._jobs(part, case):
+                    self.store.get(key, compute)
 
-    def tune(self) -> None:
-        for case in self.sharp("tune"):
-            for t in TOLERANCES:
-                self.store.get(f"tuning {case.name}, {t}", lambda case=case, t=t: self._tune(case, t))
+    def _jobs(self, part: str, case: Case) -> Iterator[tuple[str, Callable[[], Any]]]:
+        if part == "tune":
+            yield from ((f"tuning {case.name}, {t}", partial(self._tune, case, t)) for t in TOLERANCES)
+        elif part == "rounds":
+            yield f"seconds {case.name}", partial(self._rounds, case)
+        else:
+            configs = self.configs(case)
+            for i in range(len(CHECKED_ON)):
+                yield f"deviations {case.name}, {i}", partial(self._deviations, case, configs, i)
+                if case.size == SIZES[0] and i < PICTURES:
+                    yield f"pictures {case.name}, {i}", partial(self._pictures, case, configs, i)
 
     def _tune(self, case: Case, tolerance: float) -> dict[str, Any]:
         calls = []
@@ -147,15 +154,6 @@ class Bench:
                 self.sample(prompt, seed, case.size)
             calls += recorded
         return agentsd.tune(self.pipe.unet, calls, tolerance).to_dict()
-
-    def check(self) -> None:
-        for case in self.sharp("check"):
-            configs = self.configs(case)
-            for i in range(len(CHECKED_ON)):
-                given = (case, configs, i)
-                self.store.get(f"deviations {case.name}, {i}", lambda given=given: self._deviations(*given))
-                if case.size == SIZES[0] and i < PICTURES:
-                    self.store.get(f"pictures {case.name}, {i}", lambda given=given: self._pictures(*given))
 
     def _deviations(self, case: Case, configs: Mapping[str, AgentConfig], i: int) -> dict[str, list[float]]:
         """The deviation of each call of one picture, for each config."""
@@ -175,10 +173,6 @@ class Bench:
             found[name] = ((out - full).norm() / full.norm()).item()
         return found
 
-    def rounds(self) -> None:
-        for case in self.sharp("rounds"):
-            self.store.get(f"seconds {case.name}", lambda case=case: self._rounds(case))
-
     def _rounds(self, case: Case) -> dict[str, list[float]]:
         """Seconds relative to full attention: medians over rounds at each of three moments."""
         configs = self.configs(case)
@@ -197,10 +191,6 @@ class Bench:
             call.forward(self.pipe)  # a first call plans, and is not timed
             return Machine(CPU).seconds(lambda: call.forward(self.pipe))
 
-    def cost(self) -> None:
-        """Time of tuning SD 1.5's U-Net at 512×512, and of observing closeness there."""
-        self.store.get("cost", _cost)
-
     # What was found
 
     def deviations(self, case: Case, name: str) -> list[float]:
@@ -216,10 +206,8 @@ class Bench:
         """Write a line for each case and tolerance, and the section "tuning" of the page."""
         done = [case for case in CASES if self.deviations(case, f"tuned {TOLERANCES[0]}")]
         rows = [self._row(case, t) for case in done for t in TOLERANCES]
-        with data.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
-        text = "\n".join([self._verdict(done), "", *table(HEAD, rows)])
-        fill(page, MODULE, {"tuning": text})
+        write_csv(data, HEAD, (dict(zip(HEAD, row, strict=True)) for row in rows))
+        fill(page, MODULE, {"tuning": "\n".join([self._verdict(done), "", *table(HEAD, rows)])})
 
     def _verdict(self, cases: Sequence[Case]) -> str:
         """Count the tunings that keep their tolerance, and those that fixed settings beat; say what tuning costs."""
@@ -261,6 +249,7 @@ class Bench:
 
 
 def _cost() -> dict[str, float]:
+    """Time of tuning SD 1.5's U-Net at 512×512, and of observing closeness there."""
     unet = models.build(models.LAYOUTS["sd15"], CPU, torch.bfloat16)
     inputs = models.make_inputs(models.LAYOUTS["sd15"], (512, 512), 1, CPU, torch.bfloat16)
     calls = [((), {**inputs, "timestep": torch.full((1,), t)}) for t in (950.0, 770.0, 590.0, 410.0, 230.0, 50.0)]
@@ -294,8 +283,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in PARTS if args.part == "all" else (args.part,):
         if part == "report":
             bench.report(DATA / "tuning.csv", PAGE)
+        elif part == "cost":
+            bench.store.get("cost", _cost)
         else:
-            getattr(bench, part)()
+            bench.run(part)
 
 
 if __name__ == "__main__":

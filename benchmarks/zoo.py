@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .attentions import KINDS, Attention
 from .candidates import CANDIDATES, FULL, Candidate
-from .machine import parser_for
+from .machine import Machine, in_turn, parser_of_rows, relative
 from .peers import asked
 from .results import Rows
 
@@ -124,51 +124,38 @@ def measure_seconds(
 ) -> None:
     """Add the seconds that are missing, shape by shape, while there is `more` time.
 
-    In each round every method is called once, SDPA first; the first round is a warm-up. `relative` is the median of
-    the ratios of a round's own seconds.
+    SDPA is measured again in each of their rounds. `relative` is the median of the ratios of a round's own seconds.
     """
     timed = [name for name, candidate in candidates.items() if candidate.timed]
     missing = {shape: names for shape in shapes if (names := rows.missing(shape._asdict(), timed))}
     for shape in (bar := tqdm(missing, desc="seconds")):
         if not more():
             return
+        bar.set_postfix_str(f"{shape}")
         at = Case("segments", shape).make()
-        acting = [name for name in missing[shape] if candidates[name].attend(at) is not None]
-        seconds: dict[str, list[float]] = {name: [] for name in (FULL, *acting)}
-        for number in range(rounds + 1):
-            bar.set_postfix_str(f"{shape}, round {number} of {rounds}")
-            for name, times in seconds.items():
-                start = time.perf_counter()
-                CANDIDATES.get(name, candidates.get(name)).attend(at)
-                if number:
-                    times.append(time.perf_counter() - start)
+        runs = {name: partial(candidates[name].attend, at) for name in missing[shape]}
+        acting = {name: run for name, run in runs.items() if run() is not None}
+        seconds = in_turn({FULL: partial(CANDIDATES[FULL].attend, at), **acting}, rounds, Machine(torch.device("cpu")))
+        ratios = relative(seconds, FULL)
         about, found = {**shape._asdict(), "rounds": rounds, "threads": torch.get_num_threads()}, []
         for name in missing[shape]:
             found.append({**about, "method": name})
-            if times := seconds.get(name):
-                ratio = statistics.median(a / b for a, b in zip(times, seconds[FULL], strict=True))
-                found[-1] |= {"relative": f"{ratio:.4f}", "seconds": f"{statistics.median(times):.5f}"}
+            if name in acting:
+                found[-1] |= {"relative": f"{ratios[name]:.4f}", "seconds": f"{statistics.median(seconds[name]):.5f}"}
         rows.add(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = parser_for("benchmarks.zoo", __doc__)
-    add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all of them)")
-    add("--quick", action="store_true", help="two small shapes, two rounds, into out/zoo")
-    add("--out", type=Path, help="folder of the results (docs/zoo; out/zoo with --quick)")
-    add("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
-    add("--again", nargs="+", default=[], metavar="METHOD", help="measure these anew")
+    parser = parser_of_rows("benchmarks.zoo", __doc__, "docs/zoo")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all of them)")
     args = parser.parse_args(arguments)
     for given, known in ((args.parts, PARTS), (args.again, CANDIDATES)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     torch.set_num_threads(1)
-    end = time.monotonic() + 60 * args.minutes
     out, *size = ("out/zoo", QUICK, 2) if args.quick else ("docs/zoo", SHAPES, 5)
-    given = {"parts": args.parts or PARTS, "again": args.again, "more": lambda: time.monotonic() < end}
-    run(args.out or Path(out), *size, **given)
+    run(args.out or Path(out), *size, parts=args.parts or PARTS, again=args.again, more=args.more)
 
 
 def run(

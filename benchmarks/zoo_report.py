@@ -28,7 +28,7 @@ DATA, PICTURE = ROOT / "docs/zoo", "zoo.png"
 class Point:
     """A method in one case: its errors, and its price relative to SDPA's, which is NaN where it means nothing.
 
-    `price` is in seconds if the method is timed, `ideal` in products alone.
+    `price` is in seconds if the method is timed, `ideal` in products alone; `neff` and `near` are of the case.
     """
 
     method: str
@@ -36,6 +36,8 @@ class Point:
     worst: float
     price: float
     ideal: float
+    neff: str = ""
+    near: str = ""
 
     @property
     def of(self) -> Candidate:
@@ -56,13 +58,8 @@ def join(errors: Iterable[Mapping[str, str]], seconds: Iterable[Mapping[str, str
         price = float(row["price"] or relative.get((shape, method)) or math.nan)
         attend, figures = CANDIDATES[method].attend, (float(row[name]) for name in ("median", "worst"))
         ideal = attend.ideal(shape.size, shape.heads * shape.d) if CANDIDATES[method].ours else price
-        points[Case(row["kind"], shape)].append(Point(method, *figures, price, ideal))
+        points[Case(row["kind"], shape)].append(Point(method, *figures, price, ideal, row["neff"], row["near"]))
     return {case: points[case] for case in dict.fromkeys(Case(row["kind"], _shape(row)) for row in known)}
-
-
-def spread(errors: Iterable[Mapping[str, str]]) -> dict[Case, tuple[str, str]]:
-    """How concentrated the attention of each case is: neff and near."""
-    return {Case(row["kind"], _shape(row)): (row["neff"], row["near"]) for row in errors}
 
 
 def _shape(row: Mapping[str, str]) -> Shape:
@@ -145,14 +142,15 @@ def _span(prices: Sequence[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def closeness(points: Points, concentration: Mapping[Case, tuple[str, str]], shape: Shape, shown: Sequence[str]) -> str:
+def closeness(points: Points, shape: Shape, shown: Sequence[str]) -> str:
     """Median, and in brackets the worst, of one shape: kinds down, methods across."""
     here = {case: {p.method: p for p in found} for case, found in points.items() if case.shape == shape}
     ways = [name for name in shown if any(name in found for found in here.values())]
     rows = []
     for case, found in here.items():
         marks = [f"{short(found[n].median)} ({short(found[n].worst)})" if n in found else "" for n in ways]
-        rows.append((case.kind, *concentration[case], *marks))
+        first = points[case][0]
+        rows.append((case.kind, first.neff, first.near, *marks))
     prices = [[found[name].price for found in here.values() if name in found] for name in ways]
     cells = ["" if math.isnan(price[0]) else _span(price) for price in prices]
     rows.append(("**price, SDPA = 1**", "", "", *cells))
@@ -168,24 +166,23 @@ def short(value: float) -> str:
 def write(out: Path, errors: Sequence[Mapping[str, str]], seconds: Sequence[Mapping[str, str]]) -> None:
     """Write zoo.png into `out`, and what it says into the page if these are the page's results, else into table.md."""
     points = join(errors, seconds)
-    concentration = spread(errors)
     shapes = list(dict.fromkeys(case.shape for case in points))
     main = MAIN if MAIN in shapes else shapes[0]
-    draw({case: found for case, found in points.items() if case.shape == main}, concentration, out / PICTURE)
+    draw({case: found for case, found in points.items() if case.shape == main}, out / PICTURE)
     if out.resolve() == DATA:
         picture = f"![Error over price, one panel a kind](zoo/{PICTURE})"
-        shown = closeness(points, concentration, main, SHOWN)
+        shown = closeness(points, main, SHOWN)
         fill(PAGE, "benchmarks.zoo", {"verdict": f"{verdict(points)}\n\n{picture}", "closeness": shown})
         return
     ways = [name for name in CANDIDATES if name != FULL]
     text = ["Median error of the heads, and the worst head's in brackets; ∞: not finite.", ""]
     for shape in shapes:
-        text += [f"## {shape}: {math.prod(shape.size)} tokens", "", closeness(points, concentration, shape, ways), ""]
+        text += [f"## {shape}: {math.prod(shape.size)} tokens", "", closeness(points, shape, ways), ""]
     text += ["## Where another method is closer", "", verdict(points), ""]
     (out / "table.md").write_text("\n".join(text), encoding="utf-8")
 
 
-def draw(points: Points, concentration: Mapping[Case, tuple[str, str]], path: Path) -> None:
+def draw(points: Points, path: Path) -> None:
     """Error over price, one panel a kind: a family's methods are joined, a line above each mark ends at the worst."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -210,7 +207,7 @@ def draw(points: Points, concentration: Mapping[Case, tuple[str, str]], path: Pa
             panel.plot(prices, median, **style)
             panel.vlines(prices, median, worst, color=style["color"], lw=0.7, alpha=0.5)
         panel.set(xscale="log", yscale="log", ylim=(8e-4, 13))
-        panel.set_title(f"{case.kind} (neff {concentration[case][0]})", fontsize=9)
+        panel.set_title(f"{case.kind} (neff {found[0].neff})", fontsize=9)
         panel.grid(True, alpha=0.3)
     panels[0, 0].xaxis.set_major_locator(FixedLocator((0.05, 0.1, 0.2, 0.5, 1)))  # the axes are shared
     panels[0, 0].xaxis.set_major_formatter("{x:g}")
