@@ -15,7 +15,7 @@ from .config import SETTINGS, AgentConfig
 from .hosts import UnsupportedModelError, find_model, progress_by
 from .patching.call import KVContext
 from .patching.joint import make_patch
-from .patching.patch import Patch, patch_of
+from .patching.patch import Patch, alone, patch_of
 from .schedule import Moment
 from .tuning.fingerprint import adapters_of
 from .tuning.result import Tuning, as_tuning
@@ -51,6 +51,13 @@ def apply_patch(
         TuningError: the tuning is damaged, or for another model.
         UnsupportedModelError: the model has no transformer blocks, or is a transformer that is not known.
     """
+    _make(model, *reference, tuning=tuning, progress=progress, **settings)[1].install()
+    return model
+
+
+def _make(
+    model: Any, *reference: Any, tuning: Any = None, progress: Moment | None = None, **settings: Any
+) -> tuple[nn.Module, Patch]:
     check_names(settings, SETTINGS)
     names = SETTINGS[: SETTINGS.index("merge_mlp") + 1]
     if len(reference) > len(names):
@@ -63,8 +70,7 @@ def apply_patch(
         config = made.config_for(unet)
         if doubts := made.doubts(adapters=adapters_of(unet)):
             log.warning("a tuning is used for what it was not made on: %s", doubts)
-    patch_unet(unet, config, progress=progress or progress_by(model, unet))
-    return model
+    return unet, make_patch(unet, config, progress=progress or progress_by(model, unet))
 
 
 def patch_unet(
@@ -97,13 +103,5 @@ def patched(model: Model, *args: Any, **settings: Any) -> Iterator[Model]:
 
     An earlier patch on the model is restored afterwards.
     """
-    outer = get_patch(model)
-    apply_patch(model, *args, **settings)
-    inner = get_patch(model)
-    try:
+    with alone(*_make(model, *args, **settings)):
         yield model
-    finally:
-        if inner is not None:
-            inner.remove()
-        if outer is not None and get_patch(model) is None:  # another patch may have replaced the inner one meanwhile
-            outer.install()

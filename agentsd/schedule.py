@@ -31,11 +31,6 @@ def progress_of(t: float) -> float:
     return (MAX_TIMESTEP - t) / MAX_TIMESTEP
 
 
-def timestep_at(progress: float) -> float:
-    """Return the timestep, 0–1000, at which the fraction `progress` of the diffusion is done."""
-    return MAX_TIMESTEP * (1 - progress)
-
-
 @cache
 def _log_sigmas() -> list[float]:
     """ln σ of Stable Diffusion at its training steps: β is a square, linear in its root."""

@@ -43,19 +43,9 @@ class Product:
             return None
         clustered = bool(plan.r or plan.agent_r)
         cells = partition(*at.size, config.sx, config.sy, seed=0) if clustered else None
-        call = SelfAttention(
-            x=at.x,
-            plan=plan,
-            settings=config,
-            size=at.size,
-            heads=at.heads,
-            matching=match(at.tokens[1], cells, plan.r, plan.agent_r) if clustered else None,
-            wrapped=lambda: False,
-            project=lambda x: at.tokens if x is at.x else x.chunk(3, dim=-1),
-            project_q=lambda x: x.chunk(3, dim=-1)[0],
-            project_out=lambda x: x,
-            proceed=lambda x: join_heads(full(at)),
-        )
+        matching = match(at.tokens[1], cells, plan.r, plan.agent_r) if clustered else None
+        what = plan, config, at.size, at.heads, matching
+        call = SelfAttention.projected(at.tokens, *what, proceed=lambda: join_heads(full(at)))
         return split_heads(plan.method.attend(call), at.heads)
 
     def ideal(self, size: tuple[int, int], channels: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import agentsd
 from agentsd.attention.tensors import join_heads, split_heads
 from agentsd.hosts import Call, Seam, find_sites
+from agentsd.patching.joint import make_patch
+from agentsd.patching.patch import alone
 from agentsd.settings import DEFAULTS, to_config
 
 from .attentions import Attention
@@ -34,15 +36,7 @@ class Method:
 
 
 def patched(config: agentsd.AgentConfig) -> Install:
-    @contextmanager
-    def install(unet: nn.Module) -> Iterator[None]:
-        patch = agentsd.patch_unet(unet, config)
-        try:
-            yield
-        finally:
-            patch.remove()
-
-    return install
+    return lambda unet: alone(unet, make_patch(unet, config))
 
 
 def check(unet: nn.Module) -> None:
@@ -57,17 +51,13 @@ def _by_handler(answer: Callable[[nn.Module, Seam, Call], Tensor], deepest: int)
 
     @contextmanager
     def install(unet: nn.Module) -> Iterator[None]:
-        seams = []
-        try:
+        with ExitStack() as stack:
             for site in find_sites(unet):
                 if site.downsample is not None and site.downsample <= deepest:
                     seam = site.seam()
+                    stack.callback(seam.remove)
                     seam.install(partial(answer, site.block.attn1, seam))
-                    seams.append(seam)
             yield
-        finally:
-            for seam in seams:
-                seam.remove()
 
     return install
 

@@ -53,28 +53,21 @@ LAYOUTS = {
 }
 
 
-def build(layout: Layout, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The U-Net of a layout with random weights, ready for inference."""
-    unet = layout.build().to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    fill(unet)
-    return unet
-
-
 @torch.no_grad()
-def fill(unet: nn.Module) -> None:
-    """Fill in weights that keep activations in range: norms of 1, matrices with variance 1 / fan-in."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2**20, generator=generator)
+def build(layout: Layout, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The U-Net of a layout; weights keep activations in range: norms of 1, matrices of variance 1 / fan-in."""
+    unet = layout.build().to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device)
     for p in unet.parameters():
         if p.dim() < 2:
             p.fill_(0.0 if p.numel() == 1 else 0.02)
             continue
-        pool = (noise / p[0].numel() ** 0.5).to(p.device, p.dtype)
-        for part in p.view(-1).split(len(pool)):
-            part.copy_(pool[: len(part)])
+        for part in p.view(-1).split(len(noise)):
+            part.copy_(noise[: len(part)]).div_(p[0].numel() ** 0.5)
     for module in unet.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
             module.weight.fill_(1.0)
+    return unet
 
 
 def make_inputs(

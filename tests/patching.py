@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from agentsd import get_patch, patched
 from agentsd.hosts import output_tensor, weight_of
-from agentsd.schedule import timestep_at
+from agentsd.schedule import MAX_TIMESTEP
 
 EXAMPLE = inputs(2, 12, 12)
 CHANGED = 1e-2  # what patching changes at least, in an output of about 1
@@ -48,7 +48,7 @@ def example_call(unet: Any, height: int, width: int, progress: float, rows: int 
         pooled = unet.add_embedding.linear_1.in_features - ids * unet.config.addition_time_embed_dim
         more["added_cond_kwargs"] = {"text_embeds": noise(pooled), "time_ids": noise(ids)}
     channels = next(m for m in unet.modules() if isinstance(m, nn.Conv2d)).in_channels
-    t = torch.full((rows,), timestep_at(progress), device=weight.device)
+    t = torch.full((rows,), MAX_TIMESTEP * (1 - progress), device=weight.device)
     return (noise(channels, height, width), t, prompt), more
 
 

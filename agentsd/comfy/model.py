@@ -37,6 +37,7 @@ from ..words import ascii_of, error_of_ours
 
 log = logging.getLogger("agentsd.comfy")
 
+KEY = "agent_attention"
 NOT_CALLED = "another node calls the U-Net's blocks itself, or skips the U-Net"
 OFF = "Agent Attention is off: this model has not passed through its node, or other nodes answer everywhere."
 MERGED = " Of merged models, only the first keeps its nodes: put ours behind the merge."
@@ -149,11 +150,18 @@ def attach(model: Any, make: Callable[[nn.Module], Slot]) -> Any:
         # what another node has put there stays; a report says so
         if block not in replaced or is_ours(replaced[block]):
             clone.set_model_attn1_replace(slot.answer, *block)
-    # In the options rather than by add_wrapper_with_key: a clone with other wrappers counts as one with other weights,
-    # and the host would load the model again whenever it changes from one branch of the graph to the other.
+    return wrapped(clone, diffusion_model=slot.call, sampler_sample=slot.sample)
+
+
+def wrapped(clone: Any, **by_kind: Callable[..., Any]) -> Any:
+    """Wrap parts of a clone, by the names in the host's WrappersMP; return it.
+
+    In the options rather than by add_wrapper_with_key: a clone with other wrappers counts as one with other weights,
+    and the host would load the model again whenever it changes from one branch of the graph to the other.
+    """
     wrappers = clone.model_options["transformer_options"].setdefault("wrappers", {})
-    for kind, wrapper in (("diffusion_model", slot.call), ("sampler_sample", slot.sample)):  # WrappersMP
-        wrappers.setdefault(kind, {})["agent_attention"] = [wrapper]
+    for kind, wrapper in by_kind.items():
+        wrappers.setdefault(kind, {})[KEY] = [wrapper]
     return clone
 
 
@@ -246,6 +254,5 @@ class _CloneAnswerer(Answerer):
             return super().answer(layer, host, planned, *given)
 
     def attention(self, layer: Layer, host: Any, planned: Planned, matching: Matching | None) -> SelfAttention:
-        what, q = (host.x, planned.plan, planned.config, planned.size, host.heads, matching), host.projected[0]
-        # all tokens are projected already, and the output is afterwards, by the host
-        return SelfAttention(*what, lambda: True, lambda x: host.projected, lambda x: q, lambda x: x, host.proceed)
+        what = planned.plan, planned.config, planned.size, host.heads, matching
+        return SelfAttention.projected(host.projected, *what, proceed=host.proceed)

@@ -7,7 +7,6 @@ step are neither lost nor in our way, and no module is touched.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,30 +17,15 @@ from ..attention.grid import Grid
 from ..attention.tensors import join_heads, split_heads
 from ..config import AgentConfig
 from ..eager import not_compiled
-from ..hosts import Handler, JointCall, Seam, Transformer, UnsupportedModelError
+from ..hosts import JointCall, Seam, Transformer, UnsupportedModelError
 from ..patching.joint import TransformerPatch
 from ..words import ascii_of
-
-log = logging.getLogger("agentsd.comfy")
+from .model import KEY, log, wrapped
 
 SKIPS = "another node skips blocks"
-KEY, SLOT = "agent_attention", "optimized_attention_override"
-_WRAPPERS = ("apply_model", "sampler_sample")  # comfy.patcher_extension.WrappersMP
+SLOT = "optimized_attention_override"
 # Place of the options among the arguments of `apply_model`
 _OPTIONS = 5
-
-
-class _NoSeam(Seam):
-    """Stands for a seam where the host calls us by itself."""
-
-    def install(self, handler: Handler, wants: Callable[[], Any] = bool) -> None:
-        pass
-
-    def remove(self) -> None:
-        pass
-
-    def project_out(self, x: Tensor) -> Tensor:
-        return x
 
 
 class ComfyTransformer(Transformer):
@@ -51,7 +35,7 @@ class ComfyTransformer(Transformer):
     """
 
     def seam(self, attn: nn.Module) -> Seam:
-        return _NoSeam(attn)
+        return Seam(attn)  # the host calls us by itself
 
     def names(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for part in self.attentions:
@@ -88,11 +72,14 @@ class CloneTransformerPatch(TransformerPatch):
         neighbour: who else computes attention in the last call; empty if nobody does.
     """
 
-    def __init__(self, model: nn.Module, config: AgentConfig, family: ComfyTransformer) -> None:
+    def __init__(
+        self, model: nn.Module, family: ComfyTransformer, config: AgentConfig, hints: Sequence[str] = ()
+    ) -> None:
         super().__init__(model, config, family)
-        self.active = True
-        self.neighbour = ""
-        self._asked = 0
+        self.hints, self.active, self.neighbour, self._asked = hints, True, "", 0
+
+    def __deepcopy__(self, memo: Any) -> CloneTransformerPatch:
+        return self  # a clone of the clone has a copy of its options, and so of our methods
 
     def read_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
         """Read the grid of patches of the latent, which the host pads to whole ones."""
@@ -103,7 +90,15 @@ class CloneTransformerPatch(TransformerPatch):
     def find_timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return 1000 * args[1]  # σ of the flow
 
-    def answer_in(self, executor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a sampling of the host."""
+        self.restart_report()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            log.info(ascii_of(self.describe()))
+
+    def answer_in(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Make a call of the model, answering its attention."""
         if SKIPS in self.notes and any(rule.blocks for rule in self.config.rules):
             return executor(*args, **kwargs)  # the host does not say which block asks
@@ -200,7 +195,8 @@ class CloneTransformerPatch(TransformerPatch):
         size = None if self.last_call is None else self.last_call.latent
         lines = [f"Agent Attention, {size or 'no'} tokens of the image: {done}."]
         lines += [f"{reason} ({n} calls)" for reason, n in self.notes.items()]
-        return "\n".join([*lines, *([f"attention is computed by {self.neighbour}"] if self.neighbour else [])])
+        lines += [f"attention is computed by {self.neighbour}"] if self.neighbour else []
+        return "\n".join([*lines, *self.hints])
 
 
 def _by_rows(mask: Tensor, q: Tensor) -> Tensor:
@@ -229,27 +225,11 @@ def attach_transformer(model: Any, config: AgentConfig, hints: Sequence[str] = (
     found = transformer_of(clone)
     if found is None:
         raise UnsupportedModelError(f"{type(clone.model.diffusion_model).__name__} is no known transformer")
-    patch = CloneTransformerPatch(found[0], config, found[1])
-
-    # closures, because clone() copies the options deeply
-    def model_call(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return patch.answer_in(executor, args, kwargs)
-
-    def sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        patch.restart_report()
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            log.info(ascii_of(patch.describe()))
-
-    model_call.describe = lambda: "\n".join([patch.describe(), *hints])  # type: ignore[attr-defined]
-    wrappers = clone.model_options["transformer_options"].setdefault("wrappers", {})
-    for kind, wrapper in zip(_WRAPPERS, (model_call, sampling), strict=True):
-        wrappers.setdefault(kind, {})[KEY] = [wrapper]
-    return clone
+    patch = CloneTransformerPatch(*found, config, hints)
+    return wrapped(clone, apply_model=patch.answer_in, sampler_sample=patch.sample)
 
 
 def report_on_transformer(model: Any) -> str:
     """Describe what was done in the last sampling with a transformer; empty if ours has no part in it."""
-    wrappers = model.model_options["transformer_options"].get("wrappers", {}).get(_WRAPPERS[0], {}).get(KEY, ())
-    return next((wrapper.describe() for wrapper in wrappers if hasattr(wrapper, "describe")), "")
+    wrappers = model.model_options["transformer_options"].get("wrappers", {}).get("apply_model", {}).get(KEY, ())
+    return next((wrapper.__self__.describe() for wrapper in wrappers), "")

@@ -1,12 +1,11 @@
 """Interface of a host: a call of self-attention, and the seam through which it is answered.
 
-A family of U-Nets is one file in this folder, with a `Seam` and `stages`; one of transformers is a row in one of them.
+A family of U-Nets is one file in this folder, with a `Seam`; one of transformers is a row in one of them.
 No file outside knows class names, call signatures or dtypes of hosts.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,28 +52,29 @@ def always() -> bool:
     return True
 
 
-class Seam(ABC):
-    """Replacement point in one attention module, through which a handler answers its calls."""
+class Seam:
+    """Replacement point in one attention module, through which a handler answers its calls.
+
+    This one replaces nothing: it is for hosts that call the handler by themselves, and project the output.
+    """
 
     obstacle = ""  # why its calls can't be answered; empty if they can
 
     def __init__(self, attn: Any) -> None:
         self.attn = attn
 
-    @abstractmethod
     def install(self, handler: Handler, wants: Callable[[], Any] = always) -> None:
         """Send calls to `handler` while `wants()` returns something, the others on unread; at most once per seam."""
 
-    def refresh(self) -> None:  # noqa: B027
+    def refresh(self) -> None:
         """See whether the host computes the attention in another way since, and go on answering if that can be."""
 
-    @abstractmethod
     def remove(self) -> None:
         """Restore the module."""
 
-    @abstractmethod
     def project_out(self, x: Tensor) -> Tensor:
         """Apply the attention's output projection."""
+        return x
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -20,21 +20,6 @@ _PLAIN_PROCESSORS = {
 }
 # Attributes by which diffusers chooses how processors compute
 _SETTINGS = ("_attention_backend", "_parallel_config")
-
-
-def stages(unet: Any) -> Iterator[tuple[str, int]]:
-    """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is another family's."""
-    if not hasattr(unet, "down_blocks"):
-        return
-    d = 1
-    for i, stage in enumerate(unet.down_blocks):
-        yield f"down_blocks.{i}", d
-        # ControlNet-XS has a second name for it
-        d *= 2 if getattr(stage, "downsamplers", None) or getattr(stage, "base_downsamplers", None) else 1
-    yield "mid_block", d
-    for i, stage in enumerate(getattr(unet, "up_blocks", ())):  # a ControlNet has none
-        yield f"up_blocks.{i}", d
-        d //= 2 if getattr(stage, "upsamplers", None) else 1
 
 
 def unet_progress(model: Any, unet: nn.Module) -> Moment | None:

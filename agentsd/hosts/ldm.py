@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import attention_call
 from .base import Handler, Seam, always
-
-
-def stages(unet: Any) -> Iterator[tuple[str, int]]:
-    """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is another family's."""
-
-    def factor(stage: nn.Module, resampler: str) -> int:
-        return 2 if any(type(module).__name__ == resampler for module in stage.modules()) else 1
-
-    if not hasattr(unet, "input_blocks"):
-        return
-    d = 1
-    for i, stage in enumerate(unet.input_blocks):
-        d *= factor(stage, "Downsample")
-        yield f"input_blocks.{i}", d
-    yield "middle_block", d
-    for i, stage in enumerate(getattr(unet, "output_blocks", ())):  # a ControlNet has none
-        yield f"output_blocks.{i}", d
-        d //= factor(stage, "Upsample")
 
 
 class ForwardSeam(Seam):

@@ -15,6 +15,13 @@ from .transformers import FAMILIES, Transformer, family_of
 
 # Dotted attributes under which models hold their U-Net or transformer
 _PATHS = ("forge_objects.unet.model.diffusion_model", "model.diffusion_model", "diffusion_model", "unet", "transformer")
+# By family of U-Nets, LDM's and diffusers': its stages on the way down, in the middle and on the way up, what halves the
+# grid and what doubles it again in a stage, and whether it is halved before a stage's blocks or behind them
+_STAGES = (
+    ("input_blocks", "middle_block", "output_blocks", {"Downsample"}, {"Upsample"}, True),
+    # ControlNet-XS has a second name for it
+    ("down_blocks", "mid_block", "up_blocks", {"downsamplers", "base_downsamplers"}, {"upsamplers"}, False),
+)
 # Names of modules whose transformer blocks attend over frames
 _TEMPORAL = {"time_stack", "motion_modules", "temp_attentions", "transformer_in"}
 
@@ -90,8 +97,22 @@ def find_model(model: Any) -> nn.Module:
 
 def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is unknown."""
-    yield from ldm.stages(unet)
-    yield from diffusers.stages(unet)
+    for down, middle, up, halving, doubling, at_once in _STAGES:
+        d = 1
+        for i, stage in enumerate(getattr(unet, down, ())):
+            halved = 2 * d if _has(stage, halving) else d
+            yield f"{down}.{i}", halved if at_once else d
+            d = halved
+        if hasattr(unet, down):
+            yield middle, d
+        for i, stage in enumerate(getattr(unet, up, ())):  # a ControlNet has none
+            yield f"{up}.{i}", d
+            d //= 2 if _has(stage, doubling) else 1
+
+
+def _has(stage: nn.Module, names: set[str]) -> bool:
+    """Whether a stage has an attribute or a module of a class with one of these names."""
+    return any(getattr(stage, name, None) for name in names) or any(type(m).__name__ in names for m in stage.modules())
 
 
 def is_block(module: nn.Module) -> bool:

@@ -45,20 +45,8 @@ class JointAnswerer(Answerer):
         tokens = planned.plan.tokens
         parts = [tuple(map(join_heads, host.split(x, tokens))) for x in host.opened(tokens)]
         image, text = (parts[0][0], parts[1][0], parts[2][0]), (parts[1][1], parts[2][1])
-        return SelfAttention(
-            x=image[0],
-            plan=planned.plan,
-            settings=planned.config,
-            size=planned.size,
-            heads=host.q.shape[1],
-            matching=matching,
-            wrapped=lambda: True,
-            project=lambda x: image,
-            project_q=lambda x: image[0],
-            project_out=lambda x: x,
-            proceed=host.proceed,
-            text=text if text[0].shape[1] else None,
-        )
+        what = planned.plan, planned.config, planned.size, host.q.shape[1], matching
+        return SelfAttention.projected(image, *what, proceed=host.proceed, text=text if text[0].shape[1] else None)
 
 
 class TransformerPatch(Patch):

@@ -7,7 +7,8 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -361,3 +362,20 @@ def patch_of(unet: nn.Module) -> Patch | None:
     """Find the patch on a U-Net, which owns it through a hook: both are freed together and deep-copied together."""
     owners = (getattr(hook, "__self__", None) for hook in unet._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, Patch)), None)
+
+
+@contextmanager
+def alone(unet: nn.Module, patch: Patch | None = None) -> Iterator[None]:
+    """Have a patch, or none, on a U-Net for the length of a `with` block, in place of the one that is on it."""
+    outer = patch_of(unet)
+    if outer is not None:
+        outer.remove()
+    try:
+        if patch is not None:
+            patch.install()
+        yield
+    finally:
+        if patch is not None:
+            patch.remove()
+        if outer is not None and patch_of(unet) is None:  # another may have come meanwhile
+            outer.install()

@@ -23,7 +23,6 @@ from ..methods import LayerPlan
 from ..patching.call import ModelCall, Planned, current_call
 from ..patching.closeness import Watch
 from ..patching.layer import Answerer, Layer
-from ..patching.patch import Patch, patch_of
 from ..plan import merged_tokens, plan_block
 from ..words import error_of_ours
 
@@ -132,20 +131,3 @@ class Probe(Answerer):
 def norm(x: Tensor) -> float:
     """‖x‖; waits for the device."""
     return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32))
-
-
-@contextmanager
-def alone(model: nn.Module, patch: Patch | None = None) -> Iterator[None]:
-    """Have a patch, or none, on a model for the length of a `with` block, in place of the one that is on it."""
-    outer = patch_of(model)
-    if outer is not None:
-        outer.remove()
-    try:
-        if patch is not None:
-            patch.install()
-        yield
-    finally:
-        if patch is not None:
-            patch.remove()
-        if outer is not None:
-            outer.install()

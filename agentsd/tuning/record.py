@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import SettingError
+from ..checks import Setting
 from ..eager import not_compiled
 from ..hosts import find_model, find_timestep, output_tensor, progress_by, read_call, read_timestep
 from ..schedule import Moment, Timesteps
@@ -49,8 +49,7 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
     Yields:
         The list of (args, kwargs), in the order of the diffusion; filled when the block ends, even by an error.
     """
-    if isinstance(moments, bool) or not isinstance(moments, int) or not 1 <= moments <= 100:
-        raise SettingError(f"moments must be a whole number from 1 to 100, got {moments!r}")
+    moments = Setting("moments", "whole", 6, low=1, high=100).check(moments)
     calls: list[RecordedCall] = []
     module = find_model(model)
     recorder = _Recorder(moments, Timesteps(progress or progress_by(model, module)))

@@ -20,8 +20,9 @@ from ..config import AgentConfig
 from ..hosts import find_model, output_tensor, progress_by, read_call, read_timestep, weight_of
 from ..patching.call import KVContext
 from ..patching.joint import make_patch
+from ..patching.patch import alone
 from ..schedule import Timesteps
-from .probe import alone, norm
+from .probe import norm
 from .record import RecordedCall, copied
 from .result import TuningCancelled
 

@@ -19,12 +19,13 @@ from ..hosts import Site, weight_of
 from ..methods import METHODS, method_named, selectable
 from ..patching.call import KVContext
 from ..patching.joint import make_patch
+from ..patching.patch import alone
 from ..schedule import Rule
 from ..version import VERSION
 from ..words import percent
 from .choose import Option, choose, deviation
 from .fingerprint import adapters_of, ordered_sites, structure_of, weights_of
-from .probe import FULL, Probe, alone
+from .probe import FULL, Probe
 from .record import RecordedCall
 from .replay import MAX_ROUNDS, Progress, Replay, TimeRatio, timed_in_turn
 from .result import BASE, FULL_LETTER, LETTERS, Candidate, Deviation, TunedPlan, Tuning, tuned_blocks
