@@ -15,8 +15,8 @@ from .transformers import FAMILIES, Transformer, family_of
 
 # Dotted attributes under which models hold their U-Net or transformer
 _PATHS = ("forge_objects.unet.model.diffusion_model", "model.diffusion_model", "diffusion_model", "unet", "transformer")
-# By family of U-Nets, LDM's and diffusers': its stages on the way down, in the middle and on the way up, what halves the
-# grid and what doubles it again in a stage, and whether it is halved before a stage's blocks or behind them
+# Of LDM's and of diffusers' U-Nets: stages on the way down, in the middle and on the way up, what halves the grid and
+# what doubles it again in a stage, and whether it is halved before a stage's blocks or behind
 _STAGES = (
     ("input_blocks", "middle_block", "output_blocks", {"Downsample"}, {"Upsample"}, True),
     # ControlNet-XS has a second name for it
