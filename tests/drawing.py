@@ -31,10 +31,9 @@ def stand_in() -> Any:
     from diffusers import DDIMScheduler
     from tiny_pipelines import tiny_unet
 
-    from agentsd.embedded.model import EmbeddedPipeline, TextEncoder, words_of
+    from agentsd.embedded.model import EmbeddedPipeline, TextEncoder, vocabulary_of
 
     torch.manual_seed(0)
-    text = TextEncoder(sorted({word for each in PROMPTS for word in words_of(each)}), 8, 32)
-    norm = {"mean": [0.5] * 4, "std": [0.3] * 4}
+    text, norm = TextEncoder(vocabulary_of(PROMPTS), 8, 32), {"mean": [0.5] * 4, "std": [0.3] * 4}
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
     return EmbeddedPipeline(tiny_unet(), scheduler, text, PROMPTS, norm)

@@ -38,6 +38,11 @@ def words_of(prompt: str) -> list[str]:
     return [word for word in re.findall(r"[a-z0-9]+", prompt.lower()) if word not in IGNORED]
 
 
+def vocabulary_of(prompts: Sequence[str]) -> list[str]:
+    """List the words of all prompts in alphabetical order."""
+    return sorted({word for prompt in prompts for word in words_of(prompt)})
+
+
 def read_pictures() -> Tensor:
     """Read the training pictures over white, with alpha as the fourth channel: (K, 4, 64, 64) in [0, 1]."""
     import numpy as np
