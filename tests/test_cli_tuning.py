@@ -41,7 +41,7 @@ def test_a_tuning_is_written_with_its_chart_and_drawn_with(stand_in, plan, capsy
     assert "--tuning plan.json" in plan
     dots = [dot.get("class") for dot in ElementTree.parse("plan.svg").iter() if dot.tag.endswith("circle")]
     assert dots.count("agent-attention-chosen") == 1
-    assert dots.count("agent-attention-preset") == 3  # Fast, Balanced, Faithful
+    assert dots.count("agent-attention-preset") == 5  # Fast, Balanced, Faithful, Paper, SDXL
     given = ["a rose", *SMALL, "--tuning", "plan.json"]
     assert main(["generate", *given, "--seed", "3", "--out", "a.png"]) == 0
     assert "error of attention" in capsys.readouterr().out

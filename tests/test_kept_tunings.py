@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -34,7 +35,8 @@ def program():
     large = replace(KEPT, of="hires", tuning=replace(tuning, size=(96, 128)), made=2.0)
     for one in (small, large, replace(small, checkpoint="another")):
         store.put(one)
-    told = {"checkpoint": lambda: "a checkpoint", "checkpoint_hash": lambda: "6ce0161689", "unet": lambda: UNET}
+    names = {"name": "a checkpoint", "shorthash": "6ce0161689"}
+    told = {"checkpoint": lambda what="name": names[what], "unet": lambda: UNET}
     return SimpleNamespace(tunings=store, small=small, large=large, cache=kept, **told)
 
 
@@ -115,26 +117,27 @@ def test_the_chart_shows_what_was_found():
     (chosen,), (plan,), (fast, paper) = place.values()
     assert plan[0] < chosen[0] < paper[0] < fast[0], "the further right, the less close"
     assert chosen[1] < fast[1] < plan[1] < paper[1], "the higher, the faster"
-    assert all(0 <= x <= 460 and 0 <= y <= 250 for x, y in [chosen, plan, fast, paper])
+    assert all(0 <= x <= 500 and 0 <= y <= 250 for x, y in [chosen, plan, fast, paper])
     texts = {text.text: text for text in drawn().iter("text")}
     assert {"Fast", "Paper", "0.5%: 1.14× expected", "2%: 1.60× measured", "speed, without = 1×"} <= texts.keys()
-    assert float(texts["2%: 1.60× measured"].get("y")) > chosen[1] + 6, "below the line"
 
 
-def test_no_label_covers_another():
-    """As where presets are about as fast: letters are about 6 wide and 11 high."""
-    near = [PresetPoint(name, 0.2 + 0.01 * i, 1.2 + 0.01 * i) for i, name in enumerate(("Fast", "Balanced", "SDXL"))]
-    near += [PresetPoint("Faithful", 0.018, 1.6), PresetPoint("Paper", 0.3, 1.21)]
-    labels = [
-        t for t in drawn(replace(KEPT, presets=near)).iter("text") if t.text in {p.name for p in near} or ":" in t.text
-    ]
+def test_each_label_has_a_line_from_its_dot_and_none_covers_another():
+    """As where presets are equally close: letters are about 6 wide and 11 high."""
+    near = [PresetPoint(name, 0.2, 1.2 + 0.01 * i) for i, name in enumerate(("SDXL", "Balanced", "Fast"))]
+    near += [PresetPoint("Faithful", 0.018, 1.6), PresetPoint("Paper", 0.3, 0.9)]
+    svg = drawn(replace(KEPT, presets=near))
+    labels = [text for text in svg.iter("text") if text.text in {p.name for p in near} or ":" in text.text]
     assert len(labels) == 7
-    boxes = []
-    for label in labels:
-        x, y, width = float(label.get("x")), float(label.get("y")), 6 * len(label.text)
-        left = x - width if label.get("text-anchor") == "end" else x
-        boxes.append((left, y - 9, left + width, y + 2))
-    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if chart._overlap(a, b)]
+    ys = [float(label.get("y")) for label in labels]
+    assert all(0 <= a <= b - 11 <= 239 for a, b in pairwise(ys))
+    assert all(float(label.get("x")) + 6 * len(label.text) < 500 for label in labels)
+    leaders = [line.get("points").split() for line in svg.iter("polyline") if line.get("class").endswith("leader")]
+    circles = zip(near, svg.iter("circle"), strict=False)  # those of plans come behind
+    dots = {preset.name: f"{dot.get('cx')},{dot.get('cy')}" for preset, dot in circles}
+    for label, (begin, *_, end) in zip(labels, leaders, strict=True):
+        assert abs(float(end.split(",")[1]) - float(label.get("y"))) < 6
+        assert begin == dots.get(label.text, begin)
 
 
 def test_each_size_has_its_chart_the_newest_is_unfolded_and_names_are_escaped():

@@ -84,7 +84,8 @@ class Program:
         """Return the U-Net of the current model; None if no model is loaded. Never loads one."""
         return None
 
-    def checkpoint(self) -> str:
+    def checkpoint(self, what: str = "name") -> str:
+        """Return the "name" or "shorthash" of the current checkpoint; empty if none is loaded or it is not known."""
         return ""
 
     def obstacle(self, sampling: SamplingPass) -> Hint | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..settings.presets import PRESETS
 from ..settings.schema import DEFAULTS, to_config
 from ..tuning.record import RecordedCall, progress_of, spread
 from ..tuning.replay import Progress, compare, comparing_takes
-from ..tuning.result import Tuning, TuningError, reading
+from ..tuning.result import Candidate, Tuning, TuningError, reading
 from ..tuning.tuner import tune
 from ..words import counted, duration
 from .tuning_chart import html, title
@@ -117,7 +117,7 @@ class PanelTunings:
     """The tunings of the current checkpoint, as the panel shows them.
 
     Args:
-        program: has `tunings` (a `Store`), `checkpoint()` (a name, empty if none is loaded), `checkpoint_hash()` and
+        program: has `tunings` (a `Store`), `checkpoint(what)` (its "name" or "shorthash", empty if there is none) and
             `unet()`.
         refusal: why this program can't make any; empty if it can.
     """
@@ -153,7 +153,7 @@ class PanelTunings:
         if kept is None:
             return None
         height, width = Grid(*kept.tuning.size).pixels
-        name = self._program.checkpoint_hash() or re.sub(r"\W+", "-", kept.checkpoint)
+        name = self._program.checkpoint("shorthash") or re.sub(r"\W+", "-", kept.checkpoint)
         path = Path(tempfile.mkdtemp()) / f"{name}-{kept.of}-{width}x{height}.tuning.json"
         kept.tuning.save(path)
         return str(path)
@@ -181,6 +181,7 @@ def make(
     *,
     checkpoint: str,
     of: str,
+    methods: Iterable[str | Candidate] | None = None,
     precision: str | None = None,
     progress: Progress | None = None,
     kv_context: KVContext | None = None,
@@ -189,10 +190,11 @@ def make(
     """Tune a U-Net on the calls of a pass, as `agentsd.tune` does, and place the presets beside the result.
 
     Args:
-        unet, calls, tolerance, progress, kv_context, conditions: as in `agentsd.tune`; texts end with the time left.
+        unet, calls, tolerance, methods, progress, kv_context, conditions: as in `agentsd.tune`; texts end with the time
+            left.
         checkpoint: the checkpoint's name.
         of: the pass.
-        precision: `attn_precision` of all settings that are tried.
+        precision: `attn_precision` of all settings that are tried, unless `methods` says which these are.
 
     Raises:
         TuningCancelled: `progress` returned False.
@@ -213,8 +215,10 @@ def make(
     def presets_done(done: int, total: int, text: str) -> Any:
         return tell(tuned + done, tuned + takes, "Trying the presets")
 
-    common, told = {"attn_precision": precision} if precision else {}, {"pass": of, **(conditions or {})}
-    methods = [{"method": each.name, **more, **common} for each in selectable() for more in each.candidates]
+    if precision and methods is None:
+        named = {"attn_precision": precision}
+        methods = [{"method": each.name, **more, **named} for each in selectable() for more in each.candidates]
+    told = {"pass": of, **(conditions or {})}
     tuning = tune(unet, calls, tolerance, methods=methods, progress=tuning_done, kv_context=kv_context, conditions=told)
     found = compare(unet, moments, configs, progress=presets_done, kv_context=kv_context)
     presets = tuple(PresetPoint(name, each.deviation, 1 / each.time) for name, each in found.items())

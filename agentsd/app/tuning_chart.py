@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 
 HEAD = ("Pass", "Size", "Made with", "U-Net call", "Speed", "Peak memory", "Asked", "Deviation")
 NAMES = {tunings.FIRST: "First pass", tunings.HIRES: "Hires pass", tunings.IMG2IMG: "img2img"}
-_WIDTH, _HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 444, 26, 210  # of the area between the axes
+_WIDTH, _HEIGHT, _LINE = 500, 250, 13
+_LEFT, _RIGHT, _TOP, _BOTTOM, _LABELS = 52, 340, 26, 210, 362  # of the area between the axes, and left of the labels
 _TICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, math.inf)
-_LINE, _LETTER = 13, 6.2  # height of a label, and width of its letters
 _STYLE = (
     "text{font:11px sans-serif}.agent-attention-grid{stroke:#ddd}.agent-attention-frontier{fill:none;stroke:#2563eb;"
-    "stroke-width:2}.agent-attention-plan{fill:#2563eb}.agent-attention-chosen{fill:#dc2626}.agent-attention-preset"
-    "{fill:#78716c}"
+    "stroke-width:2}.agent-attention-leader{fill:none;stroke:#999;stroke-width:.7}.agent-attention-plan{fill:#2563eb}"
+    ".agent-attention-chosen{fill:#dc2626}.agent-attention-preset{fill:#78716c}"
 )
 
 
@@ -56,10 +55,14 @@ def title(kept: Kept) -> str:
 
 def table(kept: Iterable[Kept]) -> str:
     """Make the table of tunings; times are those of a U-Net call."""
-    head = "".join(f"<th>{name}</th>" for name in HEAD)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row(one)) + "</tr>" for one in kept)
-    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<div class="agent-attention-scroll">{whole}</div>'
+    return f'<div class="agent-attention-scroll">{tabled(HEAD, map(row, kept))}</div>'
+
+
+def tabled(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Make a table of texts."""
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in each)}</tr>" for each in rows)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>"
 
 
 def row(kept: Kept) -> list[str]:
@@ -99,7 +102,7 @@ def chart(tuning: Tuning, presets: Sequence[PresetPoint] = ()) -> str:
     line = " ".join(f"{x:.1f},{y:.1f}" for m, x, y in points if m.kind != "preset")
     dots = (_tag("circle", m.kind, cx=x, cy=y, r=6 if m.kind == "chosen" else 4) for m, x, y in points)
     told = ", ".join(f"{m.label} at {percent(m.deviation)}" for m in marks)
-    drawn = "".join([*axes.drawn(), _tag("polyline", "frontier", points=line), *dots, *_labels(points)])
+    drawn = "".join([*axes.drawn(), *_labels(points), _tag("polyline", "frontier", points=line), *dots])
     about = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img", "aria-label": f"Speed-up over deviation. {told}"}
     return _tag("svg", "chart", drawn, **about)
 
@@ -153,20 +156,10 @@ class _Axes:
         yield _text((_LEFT + _RIGHT) / 2, _HEIGHT - 8, "deviation of the U-Net's output", "middle")
 
 
-def _labels(points: Sequence[tuple[_Mark, float, float]]) -> Iterator[str]:
-    """Write each label beside its point where it covers no other, a plan's below it, since the line rises from it."""
-    taken = [(x - 6, y - 6, x + 6, y + 6) for _, x, y in points]
-    for mark, x, y in sorted(points, key=lambda point: point[0].kind == "preset"):
-        width, first = _LETTER * len(mark.label), 4 if mark.kind == "preset" else _LINE
-        fits = x + 9 + width < _WIDTH
-        left = x + 9 if fits else x - 9 - width
-        boxes = [(left, y + down - 9, left + width, y + down + 2) for down in range(first, 60, 9)]
-        box = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), boxes[0])
-        taken.append(box)
-        anchored = (left, "start") if fits else (x - 9, "end")
-        yield _text(anchored[0], box[3] - 2, mark.label, anchored[1], mark.kind == "chosen")
-
-
-def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two boxes (left, top, right, bottom) have a point in common."""
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _labels(points: Iterable[tuple[_Mark, float, float]]) -> Iterator[str]:
+    """Write the labels as a column, in the order of their dots from the top, each with a line from its dot."""
+    at, lowest = -math.inf, sorted(points, key=lambda point: (point[2], -point[1]))
+    for left, (mark, x, y) in zip(range(len(lowest) - 1, -1, -1), lowest, strict=True):
+        at = max(at + _LINE, min(y, _BOTTOM - _LINE * left))  # beside the dot, if those before and after have room
+        yield _tag("polyline", "leader", points=f"{x:.1f},{y:.1f} {_RIGHT},{at:.1f} {_LABELS - 4},{at:.1f}")
+        yield _text(_LABELS, at + 4, mark.label, "start", mark.kind == "chosen")

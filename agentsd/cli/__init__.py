@@ -15,19 +15,8 @@ __all__ = ["CommandError", "main"]
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # What the extras of the package bring, and the package alone does not
-_EXTRAS = (
-    "PIL",
-    "accelerate",
-    "diffusers",
-    "fastapi",
-    "gradio",
-    "numpy",
-    "safetensors",
-    "starlette",
-    "tqdm",
-    "transformers",
-    "uvicorn",
-)
+_EXTRAS = {"PIL", "accelerate", "diffusers", "numpy", "safetensors", "tqdm", "transformers"}
+_EXTRAS |= {"fastapi", "gradio", "starlette", "uvicorn"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

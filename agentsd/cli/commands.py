@@ -18,7 +18,7 @@ from PIL.Image import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..app.kept_tunings import PresetPoint
+from ..app.kept_tunings import make
 from ..app.tuning_chart import chart, standalone
 from ..config import AgentConfig
 from ..costs import LevelEstimate, estimate, share_of_run
@@ -26,10 +26,9 @@ from ..hosts import find_unet
 from ..hosts.layout import layout_of
 from ..methods import LayerPlan
 from ..patching.patch import Patch
-from ..settings import check, to_config
-from ..settings.presets import PRESETS
+from ..settings import to_config
+from ..settings.tunings import FIRST
 from ..tuning.record import RecordedCall, record_calls
-from ..tuning.replay import compare as compare_configs
 from ..tuning.result import Tuning
 from ..tuning.tuner import tune as tune_model
 from ..words import percent
@@ -44,8 +43,6 @@ SIDE = 256  # longer side, in pixels, to which small pictures are enlarged
 FAVOURITES = ("red apple", "avocado", "sunglasses face", "panda", "rose", "american football", "frog", "rainbow")
 # What the demo's tuned pictures are tuned to, and on how many timesteps of the first picture
 DEMO_TOLERANCE, DEMO_MOMENTS = 0.01, 4
-# Presets that are compared with the tuning; those for a hires pass or another model say nothing here.
-_COMPARED = ("Fast", "Balanced", "Faithful")
 _PROMPTS = {EMBEDDED: ("red apple", "panda")}
 _OTHERS = ("a photo of a cat",)
 _DISTANCES = ("rmse", "psnr", "ssim")
@@ -146,7 +143,9 @@ def demo(args: argparse.Namespace) -> None:
     known = model.pipe.prompts
     prompts = [*dict.fromkeys([*(prompt for prompt in FAVOURITES if prompt in known), *known])][: args.prompts]
     requests = [model.complete(Request(prompt, args.seed, args.steps)) for prompt in prompts]
-    tuning = tuned(model, recorded(model, requests[0], DEMO_MOMENTS, args.quiet), DEMO_TOLERANCE, quiet=args.quiet)
+    calls = recorded(model, requests[0], DEMO_MOMENTS, args.quiet)
+    with _progress("tuning", args.quiet) as progress:
+        tuning = tune_model(model.unet, calls, DEMO_TOLERANCE, progress=progress)
     ways = {"without": None, "with": to_config(args.settings), "tuned": tuning.config_for(model.unet)}
     warm_up(model, requests[0], ways.values(), args.quiet)
 
@@ -201,13 +200,11 @@ def tune(args: argparse.Namespace) -> None:
     model, *requests = opened(args, *prompts)
     path = target(args.out, "tuning", ".json")
     calls = [call for request in requests for call in recorded(model, request, args.moments, args.quiet)]
-    tuning = tuned(model, calls, args.tolerance, args.methods, args.quiet)
-    configs = {name: to_config(check({"enabled": True, **PRESETS[name]})) for name in _COMPARED}
-    with _progress("comparing presets", args.quiet) as progress:
-        found = compare_configs(model.unet, calls[:: len(prompts)], configs, progress=progress)
-    points = [PresetPoint(name, one.deviation, 1 / one.time) for name, one in found.items()]
-    drawn = path.with_suffix(".svg")
-    for file, text in ((path, tuning.to_json()), (drawn, standalone(chart(tuning, points)))):
+    with _progress("tuning", args.quiet) as progress:
+        given = {"checkpoint": model.name, "of": FIRST, "methods": args.methods, "progress": progress}
+        kept = make(model.unet, calls, args.tolerance, **given)
+    tuning, drawn = kept.tuning, path.with_suffix(".svg")
+    for file, text in ((path, tuning.to_json()), (drawn, standalone(chart(tuning, kept.presets)))):
         write_whole(file, text.encode())
     print(f"{tuning}\n\nThe tuning: {path}\nThe chart:  {drawn}")
     print(f'Use it:     python -m agentsd generate "{prompts[0]}" --model {args.model} --tuning {path}')
@@ -218,14 +215,6 @@ def recorded(model: Model, request: Request, moments: int, quiet: bool) -> list[
     with record_calls(model.unet, moments) as calls:
         draw(model, request, None, f"recording {request.prompt}", quiet)
     return calls
-
-
-def tuned(
-    model: Model, calls: list[RecordedCall], tolerance: float, methods: Any = None, quiet: bool = False
-) -> Tuning:
-    """Tune a model under a progress bar."""
-    with _progress("tuning", quiet) as progress:
-        return tune_model(model.unet, calls, tolerance, methods=methods, progress=progress)
 
 
 @contextmanager

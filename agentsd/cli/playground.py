@@ -27,6 +27,7 @@ from torch import nn
 from ..app.decision import Decision, Program, SamplingPass, decide, evenly, is_left_out
 from ..app.kept_tunings import Kept, PanelTunings, Store, make
 from ..app.last_run import STATUS, PassReport
+from ..app.tuning_chart import tabled
 from ..checks import SettingError
 from ..panel import controls
 from ..panel.routes import Routes
@@ -137,15 +138,11 @@ class Playground(Program):
         self.tunings.put(kept)
         return headline(kept.tuning)
 
-    def checkpoint_hash(self) -> str:
-        """No file has one here."""
-        return ""
-
     def unet(self) -> nn.Module:
         return self.model.unet
 
-    def checkpoint(self) -> str:
-        return self.model.name
+    def checkpoint(self, what: str = "name") -> str:
+        return self.model.name if what == "name" else ""
 
     def kept(self, sampling: SamplingPass) -> Kept | None:
         return self.tunings.find(self.model.name, sampling.of, sampling.latent)
@@ -162,10 +159,8 @@ def _shown(picture: Image) -> Image:
 def _timings(plain: Run, ours: Run) -> str:
     """Format seconds and distance as a table."""
     rows = [["without", *plain.row]] + ([["with", *ours.row]] if ours.plain else [])
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
-    head = "".join(f"<th>{text}</th>" for text in ("", *COLUMNS))
     off = "" if ours.plain else "<p>With these settings agent attention is off: both pictures are the same.</p>"
-    return f"<table><tr>{head}</tr>{lines}</table>{off}"
+    return tabled(("", *COLUMNS), rows) + off
 
 
 @contextmanager

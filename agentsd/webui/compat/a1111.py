@@ -80,10 +80,6 @@ class WebUI(Program):
     def checkpoint(self, what: str = "name") -> str:
         return str(getattr(getattr(self.model(), "sd_checkpoint_info", None), what, None) or "")
 
-    def checkpoint_hash(self) -> str:
-        """Return the short hash of the current checkpoint; empty if none is loaded or it is not known."""
-        return self.checkpoint("shorthash")
-
     def conditions(self) -> Mapping[str, str]:
         """Name the networks that the images are made with, with their weights."""
         networks = getattr(self.p, "extra_network_data", None)
