@@ -23,7 +23,7 @@ def in_a_process_of_its_own(code: str) -> None:
 
 
 LIGHT = ["config", "costs", "attention.grid", "methods", "plan", "rules", "schedule"]
-LIGHT += [f"settings.{name}" for name in ("infotext", "legacy", "presets", "schema", "idle")]
+LIGHT += [f"settings.{name}" for name in ("infotext", "presets", "schema", "idle")]
 
 
 class TestWhatIsLoaded:

@@ -14,8 +14,9 @@ from tuned_models import KEPT
 
 from agentsd import Tuning
 from agentsd.app import tuning_chart as chart
-from agentsd.app.kept_tunings import PanelTunings, PresetPoint, Store
+from agentsd.app.kept_tunings import PanelTunings, Store
 from agentsd.tuning.fingerprint import ordered_sites, structure_of, weights_of
+from agentsd.tuning.replay import Compared
 
 UNET = golden_unet()
 SITES = ordered_sites(UNET)
@@ -124,17 +125,17 @@ def test_the_chart_shows_what_was_found():
 
 def test_each_label_has_a_line_from_its_dot_and_none_covers_another():
     """As where presets are equally close: letters are about 6 wide and 11 high."""
-    near = [PresetPoint(name, 0.2, 1.2 + 0.01 * i) for i, name in enumerate(("SDXL", "Balanced", "Fast"))]
-    near += [PresetPoint("Faithful", 0.018, 1.6), PresetPoint("Paper", 0.3, 0.9)]
+    near = {name: Compared(0.2, 0.8 - 0.01 * i) for i, name in enumerate(("SDXL", "Balanced", "Fast"))}
+    near |= {"Faithful": Compared(0.018, 0.6), "Paper": Compared(0.3, 1.1)}
     svg = drawn(replace(KEPT, presets=near))
-    labels = [text for text in svg.iter("text") if text.text in {p.name for p in near} or ":" in text.text]
+    labels = [text for text in svg.iter("text") if text.text in near or ":" in text.text]
     assert len(labels) == 7
     ys = [float(label.get("y")) for label in labels]
     assert all(0 <= a <= b - 11 <= 239 for a, b in pairwise(ys))
     assert all(float(label.get("x")) + 6 * len(label.text) < 500 for label in labels)
     leaders = [line.get("points").split() for line in svg.iter("polyline") if line.get("class").endswith("leader")]
     circles = zip(near, svg.iter("circle"), strict=False)  # those of plans come behind
-    dots = {preset.name: f"{dot.get('cx')},{dot.get('cy')}" for preset, dot in circles}
+    dots = {preset: f"{dot.get('cx')},{dot.get('cy')}" for preset, dot in circles}
     for label, (begin, *_, end) in zip(labels, leaders, strict=True):
         assert abs(float(end.split(",")[1]) - float(label.get("y"))) < 6
         assert begin == dots.get(label.text, begin)
@@ -142,7 +143,7 @@ def test_each_label_has_a_line_from_its_dot_and_none_covers_another():
 
 def test_each_size_has_its_chart_the_newest_is_unfolded_and_names_are_escaped():
     hires = replace(KEPT, of="hires", tuning=replace(KEPT.tuning, size=(128, 96), notes=("<busy>",)))
-    hires = replace(hires, checkpoint="<b>&", presets=(PresetPoint("<i>", 0.0, 1.0),))
+    hires = replace(hires, checkpoint="<b>&", presets={"<i>": Compared(0.0, 1.0)})
     shown = chart.html([hires, KEPT])
     assert 'data-pass="hires" data-size="768×1024" open><summary>Hires pass, 768×1024' in shown
     assert 'data-pass="first" data-size="512×512"><summary>' in shown

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from agentsd import Tuning, TuningCancelled
-from agentsd.app.kept_tunings import Kept, PresetPoint
+from agentsd.app.kept_tunings import Kept
 from agentsd.tuning import probe, replay, tuner
 from agentsd.tuning.fingerprint import ordered_sites, structure_of, weights_of
 from agentsd.tuning.record import progress_of
@@ -25,7 +25,9 @@ TUNING = replace(
     frontier=(TunedPlan(0.005, ("a...", "...."), (Deviation(0.1, 0.004),), 0.875), PLAN),
     conditions={"pass": "first", "lora": "detail 0.8"},
 )
-KEPT = Kept("a checkpoint", "first", TUNING, (PresetPoint("Fast", 0.2, 1.4), PresetPoint("Paper", 0.05, 0.9)), 1.0)
+KEPT = Kept(
+    "a checkpoint", "first", TUNING, {"Fast": replay.Compared(0.2, 0.7), "Paper": replay.Compared(0.05, 1.1)}, 1.0
+)
 
 
 def quick_tune(unet, calls, tolerance, *, methods=None, progress=None, kv_context=None, conditions=None):

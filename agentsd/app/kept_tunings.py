@@ -9,7 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..settings import tunings
 from ..settings.presets import PRESETS
 from ..settings.schema import DEFAULTS, to_config
 from ..tuning.record import RecordedCall, progress_of, spread
-from ..tuning.replay import Progress, compare, comparing_takes
+from ..tuning.replay import Compared, Progress, compare, comparing_takes
 from ..tuning.result import Candidate, Tuning, TuningError, reading
 from ..tuning.tuner import tune
 from ..words import counted, duration
@@ -35,22 +35,13 @@ _MOMENTS = 3  # timesteps at which the presets are tried, for the chart
 
 
 @dataclass(frozen=True)
-class PresetPoint:
-    """Where a preset lies in the chart."""
-
-    name: str
-    deviation: float  # of the U-Net's output, the largest over the moments tried
-    speed_up: float  # seconds without / seconds with, measured in turn
-
-
-@dataclass(frozen=True)
 class Kept:
     """A tuning as it is kept."""
 
     checkpoint: str  # its name
     of: str  # the pass: one of `tunings.PASSES`
     tuning: Tuning
-    presets: tuple[PresetPoint, ...] = ()  # beside it; none where a pass has none
+    presets: Mapping[str, Compared] = field(default_factory=dict)  # beside it in the chart, by name
     made: float = 0.0  # when, in seconds since 1970
 
     @property
@@ -59,7 +50,7 @@ class Kept:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
-        return {**vars(self), "tuning": self.tuning.to_dict(), "presets": [asdict(point) for point in self.presets]}
+        return {**asdict(replace(self, tuning=None)), "tuning": self.tuning.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Kept:
@@ -69,7 +60,7 @@ class Kept:
             TuningError: it is damaged.
         """
         with reading():
-            presets = tuple(PresetPoint(**point) for point in data["presets"])
+            presets = {name: Compared(**each) for name, each in data["presets"].items()}
             return cls(**{**data, "tuning": Tuning.from_dict(data["tuning"]), "presets": presets})
 
 
@@ -169,7 +160,7 @@ class PanelTunings:
         except (TuningError, OSError) as error:
             return f"Not imported: {error}."
         of = tuning.conditions.get("pass", tunings.FIRST)
-        kept = Kept(checkpoint, of if of in tunings.PASSES else tunings.FIRST, tuning, (), time.time())
+        kept = Kept(checkpoint, of if of in tunings.PASSES else tunings.FIRST, tuning, made=time.time())
         self._program.tunings.put(kept)
         return f"Imported for {checkpoint}: {title(kept)}."
 
@@ -220,8 +211,7 @@ def make(
         methods = [{"method": each.name, **more, **named} for each in selectable() for more in each.candidates]
     told = {"pass": of, **(conditions or {})}
     tuning = tune(unet, calls, tolerance, methods=methods, progress=tuning_done, kv_context=kv_context, conditions=told)
-    found = compare(unet, moments, configs, progress=presets_done, kv_context=kv_context)
-    presets = tuple(PresetPoint(name, each.deviation, 1 / each.time) for name, each in found.items())
+    presets = compare(unet, moments, configs, progress=presets_done, kv_context=kv_context)
     return Kept(checkpoint, of, tuning, presets, time.time())
 
 

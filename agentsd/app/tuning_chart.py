@@ -7,8 +7,9 @@ nor a WebUI.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..attention.grid import Grid
@@ -17,7 +18,8 @@ from ..tuning.result import Tuning
 from ..words import mebibytes, percent
 
 if TYPE_CHECKING:
-    from .kept_tunings import Kept, PresetPoint
+    from ..tuning.replay import Compared
+    from .kept_tunings import Kept
 
 HEAD = ("Pass", "Size", "Made with", "U-Net call", "Speed", "Peak memory", "Asked", "Deviation")
 NAMES = {tunings.FIRST: "First pass", tunings.HIRES: "Hires pass", tunings.IMG2IMG: "img2img"}
@@ -85,12 +87,12 @@ class _Mark(NamedTuple):
     kind: str = "preset"
 
 
-def chart(tuning: Tuning, presets: Sequence[PresetPoint] = ()) -> str:
+def chart(tuning: Tuning, presets: Mapping[str, Compared] = MappingProxyType({})) -> str:
     """Draw speed over deviation: the plans of a tuning as a line, presets beside them.
 
     The deviation of a preset is that of the U-Net's output at a few timesteps of the picture that was tuned on.
     """
-    marks = [_Mark(each.deviation, each.speed_up, each.name) for each in presets]
+    marks = [_Mark(each.deviation, 1 / each.time, name) for name, each in presets.items()]
     for plan in tuning.frontier:
         if plan.acts and plan.deviation is not None and plan.speed_up:
             label = f"{percent(plan.tolerance)}: {plan.gain}"

@@ -136,7 +136,7 @@ class Playground(Program):
 
         kept = make(self.model.unet, calls, tolerance, checkpoint=self.model.name, of=FIRST, progress=show)
         self.tunings.put(kept)
-        return headline(kept.tuning)
+        return "; ".join([headline(kept.tuning), *kept.tuning.notes])
 
     def unet(self) -> nn.Module:
         return self.model.unet

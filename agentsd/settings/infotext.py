@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from itertools import accumulate
 from typing import Any
 
 from ..checks import SettingError
-from . import legacy
-from .schema import BY_NAME, DAMAGED, IMPLIED, SETTINGS
+from .schema import BY_NAME, DAMAGED, FIRST, HIRES, IMPLIED, MERGING, NOTHING, SETTINGS
 
 # The last is what a generation that tuned has found: not of its own images, which were made without us
 KEY, NOTE, TUNED = ENTRIES = "Agent Attention", "Agent Attention note", "Agent Attention tuning"
@@ -74,6 +74,39 @@ def read(entry: str) -> dict[str, Any]:
     return values
 
 
+# Settings that the older extension has as well
+_SAME = {"ratio": "First Pass Ratio", "agent_ratio": "First Pass Agent Ratio", "sx": "First Pass sx"}
+_SAME |= {"sy": "First Pass sy", "max_downsample": "Max Downsample", "fp32": "Use FP32 Precision"}
+
+
+def read_older(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read our settings from an image of sd-webui-agentattention ("AgAt …" keys); None for any other image.
+
+    It patches either the first pass or the hires pass. What it does from "Second Pass Step" on becomes our token
+    merging, whatever its settings. What cannot be read gets our defaults.
+    """
+
+    def entry(key: str) -> str:
+        return str(params.get(f"AgAt {key}"))
+
+    if entry("Active") != "True":
+        return None
+    # the host's parser can't see past the full stop
+    hires_only = "True" in (entry("Apply to Hires. Fix Only"), str(params.get("Fix Only")))
+    values = {**IMPLIED, "enabled": True, "agent_source": "similarity", "passes": HIRES if hires_only else FIRST}
+    values["after"] = MERGING if entry("Use Second Pass") == "True" else NOTHING
+    for name, key in _SAME.items():
+        with suppress(SettingError):
+            values[name] = BY_NAME[name].parse(entry(key))
+    with suppress(KeyError, ValueError, ZeroDivisionError):
+        steps = float((hires_only and params.get("Hires steps")) or params["Steps"])
+        part = min(1.0, float(entry("Second Pass Step")) / steps)
+        start = 1.0 - float(params.get("Denoising strength", 1.0)) if hires_only else 0.0
+        end = BY_NAME["hires_until" if hires_only else "until"]
+        values[end.name] = end.check(max(end.low, round(start + (1.0 - start) * part, 2)))
+    return values
+
+
 def was_pasted(values: Mapping[str, Any]) -> bool:
     """Whether settings are those of an infotext that was read: they are to make its image again."""
     return write(values) in _PASTED
@@ -90,7 +123,7 @@ def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
 
     def value(params: Mapping[str, Any]) -> Any:
         try:
-            values = read(str(params[KEY])) if params.get(KEY) is not None else legacy.read(params)
+            values = read(str(params[KEY])) if params.get(KEY) is not None else read_older(params)
         except SettingError as error:
             values = {"enabled": True, "rules": plain(f"{DAMAGED} {error}")}
         else:

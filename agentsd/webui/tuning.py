@@ -14,8 +14,8 @@ from ..app.kept_tunings import PanelTunings, make
 from ..app.last_run import STATUS, PassReport
 from ..settings.tunings import PassTuning
 from ..tuning.record import record_calls
-from ..tuning.result import Tuning, TuningCancelled
-from ..words import error_of_ours, percent
+from ..tuning.result import Tuning, TuningCancelled, headline
+from ..words import error_of_ours
 from . import compat
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def tuned_on(p: Any, generation: Generation, sampling: SamplingPass, report: Pas
         else:
             tuning = _tuned(p, generation, sampling, calls)
             generation.found.append(PassTuning(sampling.of, tuning))
-            STATUS.tuned, report.tuned = True, _sentence(tuning)
+            STATUS.tuned, report.tuned = True, "; ".join([headline(tuning), *tuning.notes])
     except TuningCancelled:
         why_not = "cancelled"
     except Exception as error:
@@ -89,14 +89,6 @@ def _tuned(p: Any, generation: Generation, sampling: SamplingPass, calls: list[A
         )
     compat.HOST.tunings.put(found)
     return found.tuning
-
-
-def _sentence(tuning: Tuning) -> str:
-    """Describe a new tuning in one clause."""
-    plan, notes = tuning.plan, "".join(f"; {note}" for note in tuning.notes)
-    if not plan.acts:
-        return f"tuned, {plan.gain}{notes}"
-    return f"tuned to within {percent(plan.tolerance)}: {plan.gain}, deviation {plan.reached}{notes}"
 
 
 def panel_tunings() -> PanelTunings:
