@@ -1,7 +1,4 @@
-"""What happens in a sampling pass: decided here, and nowhere else.
-
-The preview, the run, an API's answer, the playground and the ComfyUI nodes ask `decide`.
-"""
+"""What happens in a sampling pass: preview, run, API, playground and ComfyUI's nodes all ask `decide`."""
 
 from __future__ import annotations
 
@@ -11,22 +8,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from ..attention.grid import Grid
 from ..checks import SettingError
 from ..config import SMALL, AgentConfig
 from ..costs import Estimate, Layout, estimate, layouts
+from ..hosts.layout import layout_of
 from ..methods import LayerPlan
 from ..settings import schema, tunings
 from ..settings.schema import is_left_out
 from ..tuning.result import Tuning, TuningError
 from .kept_tunings import Kept
 from .timings import Timing, Timings, case_of
-
-if TYPE_CHECKING:
-    from torch import nn
 
 USUAL = "SD 1"  # layout while no model is loaded
 _EVENLY = tuple(i / 50 for i in range(50))  # in place of the steps of a pass where they are not known
@@ -162,18 +159,13 @@ class Decision:
     steps: int = 0  # in which something is changed
     share: float = 1.0  # of the FLOPs that is left over the pass; 1 if nothing changes
     least: float = 1.0  # the share that would be left if attention cost nothing in the changed layers
-    timing: Timing | None = None  # what was measured here of passes like it
+    timing: Timing | None = None  # what was measured here of passes like it; if it is not patched, it was slower
     key: tuple[str, str] | None = None  # under which seconds of this pass are kept; None if they can't be told
     refused: bool = False  # whether it is left alone although wanted: something is in the way, or a setting is wrong
 
     @property
     def patches(self) -> bool:
         return self.config is not None
-
-    @property
-    def left_as_slower(self) -> bool:
-        """Whether it is left alone because it was measured to be slower here."""
-        return not self.patches and self.timing is not None
 
 
 def decide(values: Mapping[str, Any], sampling: SamplingPass, rows: int, program: Program) -> Decision:
@@ -201,7 +193,9 @@ def decide(values: Mapping[str, Any], sampling: SamplingPass, rows: int, program
     key = None
     if unet is not None:
         key = case_of(unet, program.checkpoint(), sampling.latent, rows), repr(made.config)
-    made = _planned(made, values, layouts()[USUAL] if unet is None else layout_of_unet(unet))
+        if unet not in _LAYOUTS:
+            _LAYOUTS[unet] = layout_of(unet)
+    made = _planned(made, values, layouts()[USUAL] if unet is None else _LAYOUTS[unet])
     if not made.patches or key is None:
         return made
     made = replace(made, key=key, timing=program.timings.find(key))
@@ -229,11 +223,7 @@ def _tunings(values: Mapping[str, Any], sampling: SamplingPass, program: Program
 
 
 def _with_tuning(made: Decision, values: Mapping[str, Any], unet: nn.Module | None, program: Program) -> Decision:
-    """Choose between the settings and a tuning.
-
-    Raises:
-        TuningError: a tuning was given as text, and is for another model.
-    """
+    """Choose between the settings and a tuning; raises TuningError where one was given as text, for another model."""
     sampling, refusal = made.sampling, None
     for tuning in _tunings(values, sampling, program):
         try:
@@ -256,24 +246,11 @@ def _with_tuning(made: Decision, values: Mapping[str, Any], unet: nn.Module | No
     return replace(made, instead=str(refusal or "not tuned on this checkpoint at this size"))
 
 
-# Layouts read so far: reading one walks over every module of the U-Net.
-_LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
-
-
-def layout_of_unet(unet: nn.Module) -> Layout:
-    from ..hosts.layout import layout_of
-
-    if unet not in _LAYOUTS:
-        _LAYOUTS[unet] = layout_of(unet)
-    return _LAYOUTS[unet]
-
-
 # What is done in each part of the diffusion
 
-
-@lru_cache(maxsize=1024)
-def _cost(layout: Layout, config: AgentConfig, latent: tuple[int, int], progress: float) -> Estimate:
-    return estimate(layout, config, *latent, progress)
+# Layouts read so far: reading one walks over every module of the U-Net.
+_LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+_cost = lru_cache(maxsize=1024)(estimate)
 
 
 def _least(cost: Estimate) -> float:
@@ -289,7 +266,7 @@ def _planned(made: Decision, values: Mapping[str, Any], layout: Layout) -> Decis
     known, moments = sampling.moments is not None, _EVENLY if sampling.moments is None else sampling.moments
     first, edges = min(moments, default=1.0), [since for since, _ in config.parts()]
     steps = Counter(edges[bisect_right(edges, moment) - 1] for moment in moments)  # by the part that they are in
-    costs = {since: _cost(layout, config, sampling.latent, since) for since, until in config.parts() if until > first}
+    costs = {since: _cost(layout, config, *sampling.latent, since) for since, until in config.parts() if until > first}
     begin, end = (0.0, 1.0) if tuned else (values["since"], values[sampling.end])
     own = next((cost for since, cost in costs.items() if begin <= since < end), None)  # of the user's own settings
     acting = {since: cost for since, cost in costs.items() if cost.changed or cost.share != 1}

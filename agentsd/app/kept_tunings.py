@@ -1,7 +1,4 @@
-"""Tunings of checkpoints: made on the calls of a pass, kept, and found again for a pass like it.
-
-Imports neither gradio nor a WebUI: the host's cache is passed in.
-"""
+"""Tunings of checkpoints: made on the calls of a pass, kept, and found again for a pass like it."""
 
 from __future__ import annotations
 
@@ -54,11 +51,7 @@ class Kept:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Kept:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            TuningError: it is damaged.
-        """
+        """Read what `to_dict` wrote; raises TuningError if it is damaged."""
         with reading():
             presets = {name: Compared(**each) for name, each in data["presets"].items()}
             return cls(**{**data, "tuning": Tuning.from_dict(data["tuning"]), "presets": presets})
@@ -69,11 +62,7 @@ def _key(checkpoint: str, of: str, size: tuple[int, int]) -> str:
 
 
 class Store:
-    """Tunings kept in a host's cache. What is damaged there counts as absent.
-
-    Args:
-        open_section: opens a section of it by its name, a mapping of texts to JSON types.
-    """
+    """Tunings in a host's cache, of which `open_section` opens a section. What is damaged there counts as absent."""
 
     def __init__(self, open_section: Callable[[str], MutableMapping[str, Any]]) -> None:
         self._cache = partial(open_section, SECTION)
@@ -105,12 +94,9 @@ class Store:
 
 
 class PanelTunings:
-    """The tunings of the current checkpoint, as the panel shows them.
+    """The tunings of a program's checkpoint, as the panel shows them; `refusal` says why it can't make any.
 
-    Args:
-        program: has `tunings` (a `Store`), `checkpoint(what)` (its "name" or "shorthash", empty if there is none) and
-            `unet()`.
-        refusal: why this program can't make any; empty if it can.
+    The `program` is a `Program` with `tunings`, a `Store`.
     """
 
     def __init__(self, program: Any, refusal: str = "") -> None:
@@ -178,17 +164,10 @@ def make(
     kv_context: KVContext | None = None,
     conditions: Mapping[str, str] | None = None,
 ) -> Kept:
-    """Tune a U-Net on the calls of a pass, as `agentsd.tune` does, and place the presets beside the result.
+    """Tune a U-Net on the calls of the pass `of` of a checkpoint, and measure the presets beside the result.
 
-    Args:
-        unet, calls, tolerance, methods, progress, kv_context, conditions: as in `agentsd.tune`; texts end with the time
-            left.
-        checkpoint: the checkpoint's name.
-        of: the pass.
-        precision: `attn_precision` of all settings that are tried, unless `methods` says which these are.
-
-    Raises:
-        TuningCancelled: `progress` returned False.
+    All is as in `agentsd.tune`, but texts of `progress` end with the time left. `precision` is the `attn_precision` of
+    what is tried, unless `methods` names it.
     """
     by_moment = {progress_of(call): call for call in calls}
     moments, configs = [by_moment[at] for at in spread(by_moment, _MOMENTS)], _preset_configs(of, precision)

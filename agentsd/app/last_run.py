@@ -1,8 +1,4 @@
-"""The last run, for the panel's status lines, the console and the status route.
-
-It is everything that one request of the host has made: each image of a plot, each pass, and what other extensions make
-in between.
-"""
+"""The last run, for panel, console and status route: all that one request has made, such as all images of a plot."""
 
 from __future__ import annotations
 
@@ -83,12 +79,8 @@ class PassReport:
         self.steps += max(map(changed, counts.values()), default=0)
         self.of_steps += max((sum(count.values()) for count in counts.values()), default=0)
         self.see(None if patch.last_call is None else patch.last_call.latent)
-        if progress is not None:
-            self._add_plans(patch, counts, progress)
         self.closeness = patch.closeness() or self.closeness
-
-    def _add_plans(self, patch: Patch, counts: Mapping[str, Counter[str]], progress: float) -> None:
-        for size in self.sizes:
+        for size in self.sizes if progress is not None else ():
             planned = _explained(patch, size, progress)
             acting = {name: plan for name, plan in planned.items() if plan.acts}
             self.skipped = bool(acting) and not any(counts[name].total() for name in acting)
@@ -206,11 +198,6 @@ class Status:
         if error:
             self.fail(error)
 
-    @property
-    def order_done(self) -> bool:
-        """Whether an earlier image of the request was tuned on, or was to be."""
-        return any(report.tuned for report in self.passes)
-
     def fail(self, error: str) -> None:
         """State why nothing of this generation was patched."""
         if error not in self.errors:
@@ -258,12 +245,8 @@ class Status:
         """Return the status of the last run in JSON types; `state` is the preview's word for the line that counts."""
         lines = self.lines()
         states = {line.state for line in lines}
-        return {
-            "run": self.run,
-            "task": self.task,
-            "at": self.at,
+        return {name: getattr(self, name) for name in ("run", "task", "at", "enabled")} | {
             "state": next((state for state in (WRONG, SLOWER, ACTS, NOTHING) if state in states), ""),
-            "enabled": self.enabled,
             "text": self.text(),
             "lines": [line.to_dict() for line in lines],
             "error": "; ".join(self.errors),

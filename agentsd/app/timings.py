@@ -89,12 +89,7 @@ def case_of(unet: nn.Module, checkpoint: str, latent: tuple[int, int], rows: int
 
 
 class Timings:
-    """Seconds kept in a host's cache, by (case, settings); full attention has no settings, "".
-
-    Args:
-        open_section: opens a section of it by its name, a mapping of texts to JSON types. What is damaged there counts
-            as absent.
-    """
+    """Seconds in a host's cache, by (case, settings); full attention has no settings, "". See `kept_tunings.Store`."""
 
     def __init__(self, open_section: Callable[[str], MutableMapping[str, Any]]) -> None:
         self._open = open_section

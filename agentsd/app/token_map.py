@@ -213,19 +213,16 @@ def caption(call: Call, number: int, place: Sequence[float] | None = None) -> st
     progress = "" if call.progress is None else f", {fraction(call.progress)} of the diffusion done"
     which = "Click on a window to see which." if place is None else "Tinted: those of the outlined window."
     told = [
-        (True, f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}:"),
-        (True, f"{place_of(call, number)}, {Grid(*layer.size)} tokens."),
-        (
-            merged,
-            f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left grey",
-        ),
-        (merged, "stayed by themselves."),
-        (True, plan.method.caption(plan)),
-        (layer.opened is not None, which),
-        (averaged, "Tokens of one colour were averaged into one agent; a token left grey is one itself."),
-        (not merged, "No token was merged."),
+        f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}:",
+        f"{place_of(call, number)}, {Grid(*layer.size)} tokens.",
+        merged and f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left",
+        merged and "grey stayed by themselves.",
+        plan.method.caption(plan),
+        layer.opened is not None and which,
+        averaged and "Tokens of one colour were averaged into one agent; a token left grey is one itself.",
+        not merged and "No token was merged.",
     ]
-    return " ".join(text for holds, text in told if holds and text)
+    return " ".join(filter(None, told))
 
 
 def place_of(call: Call, number: int) -> str:

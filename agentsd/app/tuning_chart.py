@@ -1,7 +1,6 @@
 """Tunings as HTML: a table of what was asked for and reached, and a chart of speed over deviation.
 
-The chart is an SVG in the page's own colours; `standalone` gives it colours of its own. Imports neither torch, gradio
-nor a WebUI.
+The chart is an SVG in the page's own colours; `standalone` gives it colours of its own.
 """
 
 from __future__ import annotations

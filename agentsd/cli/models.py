@@ -102,11 +102,10 @@ class Model:
         if not self.embedded:
             given: dict[str, Any] = {
                 "negative_prompt": request.negative_prompt or None,
-                "num_inference_steps": request.steps,
-                **size,
+                "guidance_scale": request.guidance,
             }
-            given |= {"guidance_scale": request.guidance, "generator": torch.Generator().manual_seed(request.seed)}
-            return self.pipe(request.prompt, **given, callback_on_step_end=on_step).images[0]
+            given |= {"num_inference_steps": request.steps, "generator": torch.Generator().manual_seed(request.seed)}
+            return self.pipe(request.prompt, **given, **size, callback_on_step_end=on_step).images[0]
         if request.negative_prompt:
             raise CommandError("the embedded model takes no negative prompt")
         given = {"seed": request.seed, "steps": request.steps, "guidance": request.guidance, **size}
@@ -117,10 +116,7 @@ class Model:
 def open_model(
     name: str, *, download: bool = False, config: str | None = None, device: str = "auto", dtype: str = "auto"
 ) -> Model:
-    """Load the embedded model, a diffusers folder, a single file, which `config` tells how to read, or a hub id.
-
-    A CommandError says why it cannot be loaded.
-    """
+    """Load the embedded model, a diffusers folder, a single file, which `config` tells how to read, or a hub id."""
     if device == "auto":
         device = next((kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()), "cpu")
     with told(f"device {device!r} cannot be used", RuntimeError, AssertionError):
@@ -201,10 +197,7 @@ def shapes_of(path: Path) -> dict[str, Tensor]:
 
 
 def bare_unet(name: str, download: bool = False) -> tuple[nn.Module, int, int]:
-    """Build a model's U-Net on the meta device; return it, its default latent size, and the pixels per latent position.
-
-    A CommandError says why it cannot be built.
-    """
+    """Build a U-Net on the meta device; return it, its default latent size, and the pixels per latent position."""
     from diffusers import UNet2DConditionModel
 
     if name == EMBEDDED:

@@ -207,11 +207,7 @@ def _add(subs: Any, name: str, text: str, options: _Options, settings: bool = Tr
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line.
-
-    Raises:
-        SystemExit: it was invalid (code 2), or only asked for help. The message has been printed.
-    """
+    """Parse a command line; SystemExit means that it was invalid (code 2), or only asked for help, and is told."""
     args = make_parser().parse_args(argv)
     chosen = {name: value for name in ROWS if (value := getattr(args, f"setting_{name}", None)) is not None}
     axes = dict(given for given in (getattr(args, name, None) for name in "xy") if given)

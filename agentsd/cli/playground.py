@@ -1,7 +1,4 @@
-"""A local page with the WebUI's panel, the embedded model, and a slider between before and after.
-
-It is served to this machine only, and a content security policy keeps it from loading anything from elsewhere.
-"""
+"""A local page with the WebUI's panel, the embedded model, and a slider between before and after."""
 
 from __future__ import annotations
 

@@ -70,14 +70,10 @@ def build(
     token_map: Callable[..., View] | None = None,
     tunings: PanelTunings | None = None,
 ) -> Panel:
-    """Build the panel inside the current gradio blocks.
+    """Build the panel of a tab, "txt2img" or "img2img", inside the current gradio blocks.
 
-    Args:
-        tab: prefix of the elements' ids: "txt2img" or "img2img".
-        accordion: makes an accordion with a checkbox as its value, such as the WebUI's InputAccordion.
-        token_map: makes the token map of the last run from (task, call, layer), and a place that is clicked; without it
-            the panel has none.
-        tunings: the tunings of the current checkpoint; without it nothing can be tuned.
+    `accordion` makes one with a checkbox as its value, such as the WebUI's InputAccordion; `token_map` makes the map of
+    the last run from (task, call, layer) and a place that is clicked, and without it the panel has none.
     """
     make, control, enabled = partial(_made, tab), partial(_control, tab), BY_NAME["enabled"]
     with accordion(enabled.default, label=enabled.label, elem_id=element_id(tab)) as switch:

@@ -57,11 +57,7 @@ def entries(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read(entry: str) -> dict[str, Any]:
-    """Read all settings from an entry.
-
-    Raises:
-        SettingError: the entry is damaged, or of a later version; nothing of it is to be used then.
-    """
+    """Read all settings from an entry; raises SettingError for one that is damaged, or of a later version."""
     values = {**IMPLIED, "enabled": True}
     for pair in entry.split(";"):
         name, _, text = pair.strip().partition("=")

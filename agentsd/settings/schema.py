@@ -147,8 +147,7 @@ def is_left_out(values: Mapping[str, Any], hires: bool) -> bool:
 def to_config(values: Mapping[str, Any], *, hires: bool = False) -> AgentConfig | None:
     """Make the core's config for a pass of every setting, in canonical form; None if the pass is to be left alone.
 
-    Raises:
-        SettingError: settings contradict each other; the message names them.
+    Raises SettingError for settings that contradict each other.
     """
     if not values["enabled"] or is_left_out(values, hires):
         return None

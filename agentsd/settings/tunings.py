@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from ..checks import SettingError
@@ -20,43 +19,30 @@ _AND = " & "
 LONGEST = 60  # characters of a value to repeat in an error message
 
 
-@dataclass(frozen=True)
-class PassTuning:
-    """A tuning, and the pass that it is for: one of `PASSES`."""
-
-    of: str
-    tuning: Tuning
-
-    @property
-    def text(self) -> str:
-        return f"{self.of} {self.tuning.text}"
+# A tuning, behind the pass that it is for: one of `PASSES`
+PassTuning = tuple[str, Tuning]
 
 
 def write(plans: Iterable[PassTuning]) -> str:
     """Write plans as text, without repetition. It has no comma, colon, semicolon, quote or line break."""
-    return _AND.join(dict.fromkeys(plan.text for plan in plans))
+    return _AND.join(dict.fromkeys(f"{of} {tuning.text}" for of, tuning in plans))
 
 
 def read(text: str) -> tuple[PassTuning, ...]:
-    """Read plans from text; blank text and AUTO have none.
-
-    Raises:
-        SettingError: the text is damaged, or of a later version.
-    """
+    """Read plans from text; blank text and AUTO have none. Raises SettingError for text that is damaged."""
     found = []
     for part in () if text.strip() in ("", AUTO) else text.split(_AND.strip()):
         first, _, rest = part.strip().removeprefix("plan:").strip().partition(" ")
         of, plan = (first, rest) if first in PASSES else (FIRST, part)
         with _refusing(part):
-            found.append(PassTuning(of, Tuning.from_text(plan)))
+            found.append((of, Tuning.from_text(plan)))
     return tuple(found)
 
 
 def canonical(value: Any) -> str:
     """Return the text of what the API may send: text, a tuning as a dictionary or an object, or a list of these.
 
-    Raises:
-        SettingError: it is none of these, or is damaged.
+    Raises SettingError for anything else.
     """
     if isinstance(value, str):
         return AUTO if value.strip() == AUTO else write(read(value))
@@ -65,7 +51,7 @@ def canonical(value: Any) -> str:
     with _refusing(value):
         if not isinstance(value, (Tuning, Mapping)):
             raise TuningError("it is none")
-        return PassTuning(FIRST, value if isinstance(value, Tuning) else Tuning.from_dict(value)).text
+        return write([(FIRST, value if isinstance(value, Tuning) else Tuning.from_dict(value))])
 
 
 @contextmanager
@@ -82,5 +68,5 @@ def matching(plans: Sequence[PassTuning], of: str, size: tuple[int, int]) -> lis
 
     A tuning of the first pass was measured over the whole diffusion, so it does for the others, too.
     """
-    found = [(kind, plan) for kind in dict.fromkeys((of, FIRST)) for plan in plans]
-    return [plan.tuning for kind, plan in found if (plan.of, plan.tuning.size) == (kind, size)]
+    kinds = dict.fromkeys((of, FIRST))
+    return [tuning for kind in kinds for own, tuning in plans if (own, tuning.size) == (kind, size)]

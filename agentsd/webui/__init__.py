@@ -1,4 +1,1 @@
-"""The extension in a WebUI: the session, compatibility between WebUIs, the settings page, X/Y/Z axes.
-
-Only `compat` imports the WebUI.
-"""
+"""The extension in a WebUI: session, settings page, X/Y/Z axes; only `compat` imports the WebUI."""

@@ -67,10 +67,14 @@ class Generation:
         patched = [made for made in decisions if made.patches]
         if not patched:
             return {}
-        used = [tunings.PassTuning(made.sampling.of, made.tuning) for made in patched if made.tuning is not None]
+        used = [(made.sampling.of, made.tuning) for made in patched if made.tuning is not None]
         values = {**self.values, "tuning": tunings.write(used)}
         # a pass that is left alone because it was measured to be slower here would be patched elsewhere
-        if any(made.left_as_slower for made in decisions) and len({made.sampling.hires for made in patched}) == 1:
+        slower, passes = (
+            any(made.timing and not made.patches for made in decisions),
+            {m.sampling.hires for m in patched},
+        )
+        if slower and len(passes) == 1:
             values["passes"] = schema.HIRES if patched[0].sampling.hires else schema.FIRST
         return infotext.entries(values)
 
@@ -94,7 +98,9 @@ def _distinct(reasons: Iterable[str]) -> list[str]:
 
 def before_process(p: Any) -> None:
     """Undo what an earlier generation left behind, and drop what an X/Y/Z cell shares with the one before."""
-    close_leftovers()
+    # of other threads: the host makes one image at a time
+    for leftover in [running for running in _running if running.thread != threading.get_ident()]:
+        leftover.close()
     setattr(p, _GENERATION, None)
     setattr(p, _ERROR, "")
     _write_infotext(p, {})
@@ -112,7 +118,7 @@ def process(p: Any, args: Sequence[Any]) -> None:
         p.comment(f"Agent Attention was not applied: {message}")
         return
     STATUS.begin(values["enabled"], task=compat.HOST.task())
-    if STATUS.order_done:
+    if any(report.tuned for report in STATUS.passes):
         values = {**values, "tune": 0.0}  # a plot or another script makes many images from one order
     if values["enabled"]:
         generation = Generation(values, STATUS.run, tokenmap.Recording() if schema.wants_record(args) else None)
@@ -375,12 +381,6 @@ class Pass:
 
 # Passes under way, nested if a script generates an image in the middle of another one
 _running: list[Pass] = []
-
-
-def close_leftovers() -> None:
-    """Close passes that other threads left behind: the host makes one image at a time."""
-    for leftover in [running for running in _running if running.thread != threading.get_ident()]:
-        leftover.close()
 
 
 def _is_cpu(unet: nn.Module) -> bool:

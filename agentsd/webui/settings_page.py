@@ -1,7 +1,4 @@
-"""Our section of the host's settings page, and the log level that it sets.
-
-Imports no WebUI: the host's options are passed in.
-"""
+"""Our section of the host's settings page, and the log level that it sets. Imports no WebUI."""
 
 from __future__ import annotations
 
@@ -26,11 +23,7 @@ _ABOUT = (
 
 
 def register(opts: Any, option: Callable[..., Any], text: Any = None, category: Any = None) -> None:
-    """Add our section to the host's options.
-
-    `option` is the host's `OptionInfo`; `text` its `OptionHTML`, and `category` what registers one by its id and label,
-    where it has them.
-    """
+    """Add our section to the host's options, by its `OptionInfo`, and its `OptionHTML` and categories if there are any."""
     import gradio as gr
 
     if category is not None:

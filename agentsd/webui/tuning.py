@@ -12,7 +12,6 @@ from torch import nn
 from ..app.decision import SamplingPass
 from ..app.kept_tunings import PanelTunings, make
 from ..app.last_run import STATUS, PassReport
-from ..settings.tunings import PassTuning
 from ..tuning.record import record_calls
 from ..tuning.result import Tuning, TuningCancelled, headline
 from ..words import error_of_ours
@@ -49,7 +48,7 @@ def tuned_on(p: Any, generation: Generation, sampling: SamplingPass, report: Pas
             why_not = "the U-Net was not called"
         else:
             tuning = _tuned(p, generation, sampling, calls)
-            generation.found.append(PassTuning(sampling.of, tuning))
+            generation.found.append((sampling.of, tuning))
             STATUS.tuned, report.tuned = True, "; ".join([headline(tuning), *tuning.notes])
     except TuningCancelled:
         why_not = "cancelled"
