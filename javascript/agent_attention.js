@@ -94,17 +94,16 @@
 
     // ---- What is shown ----
 
-    const made = (name, text) => Object.assign(document.createElement(name), {textContent: text});
+    const made = (name, textContent, className) => Object.assign(document.createElement(name), {textContent, className});
 
     // The host's translation of a whole text, where it has one
     const translated = (text) => (typeof getTranslation === "function" && getTranslation(text)) || text;
 
     // A line, marked by its `state` for the style sheet. Hints name controls by their labels, which are shown translated.
     const lineOf = ({text, hint, state}) => {
-        const line = made("div", text && hint ? `${text} ` : text);
+        const line = made("div", text && hint ? `${text} ` : text, state ? `agent-attention-${state}` : "");
         const words = hint?.replace(/“([^”]+)”/g, (all, label) => `“${translated(label)}”`);
-        if (hint) line.append(Object.assign(made("span", words), {className: "agent-attention-hint"}));
-        if (state) line.className = `agent-attention-${state}`;
+        if (hint) line.append(made("span", words, "agent-attention-hint"));
         return line;
     };
 

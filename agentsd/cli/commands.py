@@ -144,7 +144,7 @@ def demo(args: argparse.Namespace) -> None:
     prompts = [*dict.fromkeys([*(prompt for prompt in FAVOURITES if prompt in known), *known])][: args.prompts]
     requests = [model.complete(Request(prompt, args.seed, args.steps)) for prompt in prompts]
     calls = recorded(model, requests[0], DEMO_MOMENTS, args.quiet)
-    with _progress("tuning", args.quiet) as progress:
+    with _progress(args.quiet) as progress:
         tuning = tune_model(model.unet, calls, DEMO_TOLERANCE, progress=progress)
     ways = {"without": None, "with": to_config(args.settings), "tuned": tuning.config_for(model.unet)}
     warm_up(model, requests[0], ways.values(), args.quiet)
@@ -200,7 +200,7 @@ def tune(args: argparse.Namespace) -> None:
     model, *requests = opened(args, *prompts)
     path = target(args.out, "tuning", ".json")
     calls = [call for request in requests for call in recorded(model, request, args.moments, args.quiet)]
-    with _progress("tuning", args.quiet) as progress:
+    with _progress(args.quiet) as progress:
         given = {"checkpoint": model.name, "of": FIRST, "methods": args.methods, "progress": progress}
         kept = make(model.unet, calls, args.tolerance, **given)
     tuning, drawn = kept.tuning, path.with_suffix(".svg")
@@ -218,9 +218,9 @@ def recorded(model: Model, request: Request, moments: int, quiet: bool) -> list[
 
 
 @contextmanager
-def _progress(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     """Show a progress bar; yields what `agentsd.tune` calls."""
-    with tqdm(desc=label, unit="call", leave=False, disable=quiet) as bar:
+    with tqdm(desc="tuning", unit="call", leave=False, disable=quiet) as bar:
 
         def show(done: int, total: int, text: str) -> None:
             bar.total, bar.n = total, done

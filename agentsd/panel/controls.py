@@ -140,8 +140,8 @@ def _token_map(tab: str, make: Callable[..., Any], show: Callable[..., View]) ->
 
 def _order(make: Callable[..., Any], control: Callable[..., Any], tunes: bool) -> tuple[dict[str, Any], Any]:
     """Make the controls of an order to tune, by the names of their settings, and its button; hidden without `tunes`."""
-    how_close = control(BY_NAME["how_close"], **({} if tunes else HIDDEN))
-    button = make(gr.Button, "tune_next", TUNE, **({} if tunes else HIDDEN))
+    shown = {} if tunes else HIDDEN
+    how_close, button = control(BY_NAME["how_close"], **shown), make(gr.Button, "tune_next", TUNE, **shown)
     value = control(BY_NAME["tune"], **HIDDEN)  # the page's script reads it, so it has to be drawn
     value.do_not_save_to_config = True
 
@@ -149,11 +149,8 @@ def _order(make: Callable[..., Any], control: Callable[..., Any], tunes: bool) -
         """Order a tuning with the next image, or take the order back."""
         return (0.0, gr.update(value=TUNE)) if value else (fraction_of(how_close), gr.update(value=DONT_TUNE))
 
-    def changed(how_close: str, value: float) -> float:
-        return fraction_of(how_close) if value else 0.0
-
     button.click(ordered, [how_close, value], [value, button], **QUIET)
-    how_close.input(changed, [how_close, value], value, **QUIET)
+    how_close.input(lambda close, value: fraction_of(close) if value else 0.0, [how_close, value], value, **QUIET)
     return {"how_close": how_close, "tune": value}, button
 
 
@@ -175,8 +172,7 @@ def _results(make: Callable[..., Any], tunings: PanelTunings, value: Any, button
     done = make(gr.Button, "tune_done", "", **HIDDEN)  # the page's script presses it when an image is there
 
     def listed() -> Any:
-        titles = tunings.titles()
-        return gr.update(choices=titles, value=next(iter(titles), None))
+        return gr.update(choices=(titles := tunings.titles()), value=next(iter(titles), None))
 
     def shown(said: str = "") -> str:
         """Show the tunings anew, below what was done."""
@@ -188,8 +184,7 @@ def _results(make: Callable[..., Any], tunings: PanelTunings, value: Any, button
         return shown(tunings.forget() if sure else ""), gr.update(value=FORGET_ALL if sure else SURE)
 
     def exported(title: str) -> Any:
-        path = tunings.export(title or "")
-        return gr.update(value=path, visible=path is not None)
+        return gr.update(value=(path := tunings.export(title or "")), visible=path is not None)
 
     found.change(listed, None, which, **QUIET)
     forget.click(lambda title: shown(tunings.forget(title) if title else ""), which, found, **QUIET)

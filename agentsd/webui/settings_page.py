@@ -23,7 +23,7 @@ _ABOUT = (
 
 
 def register(opts: Any, option: Callable[..., Any], text: Any = None, category: Any = None) -> None:
-    """Add our section to the host's options, by its `OptionInfo`, and its `OptionHTML` and categories if there are any."""
+    """Add our section to the host's options, by its `OptionInfo`, and its `OptionHTML` and categories if it has any."""
     import gradio as gr
 
     if category is not None:
