@@ -18,7 +18,7 @@ from agentsd.panel import controls
 from agentsd.panel.routes import Routes
 from agentsd.settings import infotext
 from agentsd.settings.schema import NAMES
-from agentsd.webui import batch, compat, session, settings_page, tuning, xyz
+from agentsd.webui import batch, compat, session, settings_page, xyz
 
 _panels: list[controls.Panel] = []
 
@@ -31,7 +31,7 @@ class AgentAttentionScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        tab, tunings = "img2img" if is_img2img else "txt2img", tuning.panel_tunings()
+        tab, tunings = "img2img" if is_img2img else "txt2img", session.panel_tunings()
         panel = controls.build(tab, compat.InputAccordion, session.token_map, tunings)
         _panels.append(panel)
         self.infotext_fields = [(panel.controls[name], compat.HOST.pasted(infotext.reader(name))) for name in NAMES]

@@ -244,7 +244,7 @@ def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch, where):
 
 
 def test_it_is_not_tuned_on_and_says_so(host, unet):
-    tuning, comments = importlib.import_module("agentsd.webui.tuning"), []
+    tuning, comments = importlib.import_module("agentsd.webui.session"), []
     before, p = state(unet), Processing(comments.append)
     made, _ = generate(host, {**ON, "tune": 0.02}, p)
     assert torch.equal(made, call(unet))

@@ -271,7 +271,7 @@ def test_upcasting_is_tuned_for(host):
 def test_the_panel_has_the_tunings_of_this_checkpoint(host, plan, kept):
     other = tuned.Kept("other.safetensors", "first", tunings.read(plan)[0].tuning)
     kept[other.key] = other.to_dict()
-    panel = import_module("agentsd.webui.tuning").panel_tunings()
+    panel = import_module("agentsd.webui.session").panel_tunings()
     assert "128×128" in panel.results()
     assert "other" not in panel.results()
     assert "1 tuning of small.safetensors forgotten" in panel.forget()

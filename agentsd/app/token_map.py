@@ -215,12 +215,12 @@ def caption(call: Call, number: int, place: Sequence[float] | None = None) -> st
     told = [
         f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}:",
         f"{place_of(call, number)}, {Grid(*layer.size)} tokens.",
-        merged and f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left",
-        merged and "grey stayed by themselves.",
+        f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left" * merged,
+        "grey stayed by themselves." * merged,
         plan.method.caption(plan),
-        layer.opened is not None and which,
-        averaged and "Tokens of one colour were averaged into one agent; a token left grey is one itself.",
-        not merged and "No token was merged.",
+        which * (layer.opened is not None),
+        "Tokens of one colour were averaged into one agent; a token left grey is one itself." * averaged,
+        "No token was merged." * (not merged),
     ]
     return " ".join(filter(None, told))
 

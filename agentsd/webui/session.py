@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..app import token_map as tokenmap
 from ..app.decision import Decision, SamplingPass, decide, is_left_out
+from ..app.kept_tunings import PanelTunings, make
 from ..app.last_run import STATUS, PassReport
 from ..app.timings import StepClock, case_of, changed
 from ..apply import patch_unet
@@ -19,12 +21,16 @@ from ..checks import SettingError
 from ..hosts.base import weight_of
 from ..patching.patch import Patch
 from ..settings import infotext, schema, tunings
+from ..tuning.record import record_calls
+from ..tuning.result import TuningCancelled, headline
 from ..words import error_of_ours
 from . import compat
 from .settings_page import CLOSENESS
-from .tuning import tuned_on
 from .xyz import XYZ
 
+log = logging.getLogger("agentsd.panel")
+
+NO_END = "this WebUI does not tell where a pass ends"
 NO_PASS = "the host announced no sampling pass"
 NOT_CHOSEN = "Passes leaves out what was sampled"
 NO_UNET = "the model has no U-Net with self-attention that can be patched"
@@ -252,7 +258,7 @@ def around_pass(p: Any, hires: bool, size: tuple[int, int] | None = None) -> Ite
     try:
         current.follow(compat.HOST.unet())
         tunes = generation is not None and generation.tunes
-        with tuned_on(p, generation, current.sampling, report) if tunes else nullcontext():
+        with _tuned_on(p, generation, current.sampling, report) if tunes else nullcontext():
             if generation is not None and not tunes:
                 # some hosts make an interrupted image's infotext before the pass ends
                 _write_infotext(p, generation.entries(report))
@@ -385,6 +391,74 @@ _running: list[Pass] = []
 
 def _is_cpu(unet: nn.Module) -> bool:
     return weight_of(unet).device.type == "cpu"
+
+
+# A pass to tune on
+
+
+@contextmanager
+def _tuned_on(p: Any, generation: Generation, sampling: SamplingPass, report: PassReport) -> Iterator[None]:
+    """Record the pass that is made in a `with` block, and tune on it at its end. Never raises for its own sake."""
+    unet, checkpoint = compat.HOST.unet(), compat.HOST.checkpoint()
+    calls, why_not, values = [], "", generation.values
+    with ExitStack() as stack:
+        try:
+            why_not = _untunable(p, unet, sampling)
+            calls = [] if why_not else stack.enter_context(record_calls(unet))
+        except Exception as error:
+            why_not = error_of_ours(error)
+        yield
+    try:
+        if why_not:
+            pass
+        elif compat.HOST.was_stopped():
+            why_not = "the image was interrupted"
+        elif (unet, checkpoint) != (compat.HOST.unet(), compat.HOST.checkpoint()):
+            why_not = "another checkpoint took over: tune each without a refiner"
+        elif not calls:
+            why_not = "the U-Net was not called"
+        else:
+            cfg = getattr(p, "cfg_scale", None)
+            with compat.HOST.progress_bar() as progress:
+                kept = make(
+                    unet,
+                    calls,
+                    values["tune"],
+                    checkpoint=checkpoint,
+                    of=sampling.of,
+                    precision="fp32" if values["fp32"] or compat.HOST.upcasts() else None,
+                    progress=lambda done, total, text: progress(done, total, f"Tuning Agent Attention: {text}"),
+                    kv_context=compat.HOST.kv_context(),
+                    conditions={**compat.HOST.program(p).conditions(), "cfg": "" if cfg is None else f"{cfg:g}"},
+                )
+            compat.HOST.tunings.put(kept)
+            generation.found.append((sampling.of, kept.tuning))
+            STATUS.tuned, report.tuned = True, "; ".join([headline(kept.tuning), *kept.tuning.notes])
+    except TuningCancelled:
+        why_not = "cancelled"
+    except Exception as error:
+        log.debug("tuning failed", exc_info=True)
+        why_not = error_of_ours(error)
+    if why_not:
+        report.tuned = f"not tuned, {why_not}"
+        p.comment(f"Agent Attention: {report.tuned}")
+
+
+def _untunable(p: Any, unet: nn.Module | None, sampling: SamplingPass) -> str:
+    """Say what keeps a pass from being recorded; empty if nothing does."""
+    in_the_way = compat.HOST.program(p).obstacle(sampling)
+    if not compat.HOST.announces_passes:
+        return NO_END
+    if in_the_way is not None:
+        return in_the_way.text
+    if unet is None:
+        return "this model has no self-attention to patch"
+    return "another extension replaces transformer blocks" if compat.HOST.replaced_blocks(unet) else ""
+
+
+def panel_tunings() -> PanelTunings:
+    """Make what the panel shows of the current checkpoint's tunings."""
+    return PanelTunings(compat.HOST, "" if compat.HOST.announces_passes else NO_END)
 
 
 # Seconds of a pass that is made without us, by the calls of the host alone: nothing of it is wrapped
