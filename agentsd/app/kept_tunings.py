@@ -185,10 +185,8 @@ def make(
     def presets_done(done: int, total: int, text: str) -> Any:
         return tell(tuned + done, tuned + takes, "Trying the presets")
 
-    if precision and methods is None:
-        named = {"attn_precision": precision}
-        methods = [{"method": each.name, **more, **named} for each in selectable() for more in each.candidates]
-    told = {"pass": of, **(conditions or {})}
+    common, told = {"attn_precision": precision} if precision else {}, {"pass": of, **(conditions or {})}
+    methods = methods or [{"method": each.name, **more, **common} for each in selectable() for more in each.candidates]
     tuning = tune(unet, calls, tolerance, methods=methods, progress=tuning_done, kv_context=kv_context, conditions=told)
     presets = compare(unet, moments, configs, progress=presets_done, kv_context=kv_context)
     return Kept(checkpoint, of, tuning, presets, time.time())

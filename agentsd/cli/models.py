@@ -27,32 +27,25 @@ SAMPLERS = {"PNDM": "PLMS", "EulerDiscrete": "Euler", "EulerAncestralDiscrete": 
 SAMPLERS |= {"DPMSolverMultistep": "DPM++ 2M", "LMSDiscrete": "LMS", "UniPCMultistep": "UniPC"}
 NOT_CACHED = "{} is no folder and not in the local cache of the hub; --download fetches it"
 NO_CONFIG = " (a single file needs a configuration: --config names a diffusers folder of its kind, --download gets one)"
-_LINEAR = {"use_linear_projection": True}
-_XL = {**_LINEAR, "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "sample_size": 128}
-_PLAIN, _DOWN, _UP = "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+
+
+def _xl(channels: tuple[int, ...], layers: Any, crossing: str, embedding: int) -> dict[str, Any]:
+    """Configure a U-Net of XL's kind; `crossing` has an "x" for each level with cross-attention."""
+    down = ["CrossAttnDownBlock2D" if each == "x" else "DownBlock2D" for each in crossing]
+    made = {"use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+    made |= {"block_out_channels": channels, "attention_head_dim": tuple(each // 64 for each in channels)}
+    made |= {"down_block_types": tuple(down), "up_block_types": tuple(k.replace("Down", "Up") for k in reversed(down))}
+    made |= {"transformer_layers_per_block": layers, "projection_class_embeddings_input_dim": embedding}
+    return {**made, "sample_size": 128}
+
+
 # What diffusers' configuration of a single file's U-Net has beside that of Stable Diffusion 1, by the width of the
 # prompt's context and the number of transformer blocks: Stable Diffusion 1, 2, XL, and XL's refiner
 UNETS: Mapping[tuple[int, int], dict[str, Any]] = {
     (768, 16): {},
-    (1024, 16): {**_LINEAR, "attention_head_dim": (5, 10, 20, 20)},
-    (2048, 70): {
-        **_XL,
-        "block_out_channels": (320, 640, 1280),
-        "attention_head_dim": (5, 10, 20),
-        "transformer_layers_per_block": (1, 2, 10),
-        "down_block_types": (_PLAIN, _DOWN, _DOWN),
-        "up_block_types": (_UP, _UP, "UpBlock2D"),
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    (1280, 44): {
-        **_XL,
-        "block_out_channels": (384, 768, 1536, 1536),
-        "attention_head_dim": (6, 12, 24, 24),
-        "transformer_layers_per_block": 4,
-        "down_block_types": (_PLAIN, _DOWN, _DOWN, _PLAIN),
-        "up_block_types": ("UpBlock2D", _UP, _UP, "UpBlock2D"),
-        "projection_class_embeddings_input_dim": 2560,
-    },
+    (1024, 16): {"use_linear_projection": True, "attention_head_dim": (5, 10, 20, 20)},
+    (2048, 70): _xl((320, 640, 1280), (1, 2, 10), ".xx", 2816),
+    (1280, 44): _xl((384, 768, 1536, 1536), 4, ".xx.", 2560),
 }
 
 

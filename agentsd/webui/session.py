@@ -418,19 +418,13 @@ def _tuned_on(p: Any, generation: Generation, sampling: SamplingPass, report: Pa
         elif not calls:
             why_not = "the U-Net was not called"
         else:
-            cfg = getattr(p, "cfg_scale", None)
-            with compat.HOST.progress_bar() as progress:
-                kept = make(
-                    unet,
-                    calls,
-                    values["tune"],
-                    checkpoint=checkpoint,
-                    of=sampling.of,
-                    precision="fp32" if values["fp32"] or compat.HOST.upcasts() else None,
-                    progress=lambda done, total, text: progress(done, total, f"Tuning Agent Attention: {text}"),
-                    kv_context=compat.HOST.kv_context(),
-                    conditions={**compat.HOST.program(p).conditions(), "cfg": "" if cfg is None else f"{cfg:g}"},
-                )
+            cfg, host = getattr(p, "cfg_scale", None), compat.HOST
+            given: dict[str, Any] = {"checkpoint": checkpoint, "of": sampling.of, "kv_context": host.kv_context()}
+            given["conditions"] = {**host.program(p).conditions(), "cfg": "" if cfg is None else f"{cfg:g}"}
+            given["precision"] = "fp32" if values["fp32"] or host.upcasts() else None
+            with host.progress_bar() as tell:
+                given["progress"] = lambda done, total, text: tell(done, total, f"Tuning Agent Attention: {text}")
+                kept = make(unet, calls, values["tune"], **given)
             compat.HOST.tunings.put(kept)
             generation.found.append((sampling.of, kept.tuning))
             STATUS.tuned, report.tuned = True, "; ".join([headline(kept.tuning), *kept.tuning.notes])
