@@ -88,7 +88,7 @@ def test_the_picture_is_made_without_us_and_tuned_on(host, leaves_no_trace, kept
     assert host.session.STATUS.as_dict()["preset"] == "Tuned"
     assert "128×128: tuned to 30%" in text()
     assert tuned.Kept.from_dict(kept[FIRST]).to_dict() == kept[FIRST]
-    assert [point["name"] for point in kept[FIRST]["presets"]] == ["Fast"]
+    assert [*kept[FIRST]["presets"]] == ["Fast"]
 
 
 def test_its_plan_is_used_and_the_infotext_makes_the_same_picture_anywhere(host, leaves_no_trace, plan, kept, text):

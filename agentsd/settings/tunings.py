@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checks import SettingError
 from ..tuning.result import Tuning, TuningError
@@ -19,11 +19,14 @@ _AND = " & "
 LONGEST = 60  # characters of a value to repeat in an error message
 
 
-# A tuning, behind the pass that it is for: one of `PASSES`
-PassTuning = tuple[str, Tuning]
+class PassTuning(NamedTuple):
+    """A tuning, and the pass that it is for: one of `PASSES`."""
+
+    of: str
+    tuning: Tuning
 
 
-def write(plans: Iterable[PassTuning]) -> str:
+def write(plans: Iterable[tuple[str, Tuning]]) -> str:
     """Write plans as text, without repetition. It has no comma, colon, semicolon, quote or line break."""
     return _AND.join(dict.fromkeys(f"{of} {tuning.text}" for of, tuning in plans))
 
@@ -35,7 +38,7 @@ def read(text: str) -> tuple[PassTuning, ...]:
         first, _, rest = part.strip().removeprefix("plan:").strip().partition(" ")
         of, plan = (first, rest) if first in PASSES else (FIRST, part)
         with _refusing(part):
-            found.append((of, Tuning.from_text(plan)))
+            found.append(PassTuning(of, Tuning.from_text(plan)))
     return tuple(found)
 
 

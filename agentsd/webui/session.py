@@ -22,7 +22,7 @@ from ..hosts.base import weight_of
 from ..patching.patch import Patch
 from ..settings import infotext, schema, tunings
 from ..tuning.record import record_calls
-from ..tuning.result import TuningCancelled, headline
+from ..tuning.result import Tuning, TuningCancelled, headline
 from ..words import error_of_ours
 from . import compat
 from .settings_page import CLOSENESS
@@ -48,7 +48,7 @@ class Generation:
     recording: tokenmap.Recording | None = None  # for its token map
     reports: list[PassReport] = field(default_factory=list)  # of its passes
     batch: int = 0  # the number of them that are of earlier batches, whose images have their infotext
-    found: list[tunings.PassTuning] = field(default_factory=list)  # the tunings that it has made, if it tunes
+    found: list[tuple[str, Tuning]] = field(default_factory=list)  # the tunings that it has made, if it tunes
     announced: bool = False  # whether the host has announced a pass
 
     @property
