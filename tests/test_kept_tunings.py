@@ -152,5 +152,5 @@ def test_each_size_has_its_chart_the_newest_is_unfolded_and_names_are_escaped():
 
 
 def test_a_file_of_its_own_and_a_tuning_without_measurements():
-    ElementTree.fromstring(chart.standalone(chart.chart(KEPT.tuning)))
-    assert chart.chart(replace(KEPT.tuning, frontier=())) == ""
+    ElementTree.fromstring(chart.standalone(chart.chart(KEPT.tuning, {})))
+    assert chart.chart(replace(KEPT.tuning, frontier=()), {}) == ""

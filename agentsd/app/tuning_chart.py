@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..attention.grid import Grid
@@ -86,7 +85,7 @@ class _Mark(NamedTuple):
     kind: str = "preset"
 
 
-def chart(tuning: Tuning, presets: Mapping[str, Compared] = MappingProxyType({})) -> str:
+def chart(tuning: Tuning, presets: Mapping[str, Compared]) -> str:
     """Draw speed over deviation: the plans of a tuning as a line, presets beside them.
 
     The deviation of a preset is that of the U-Net's output at a few timesteps of the picture that was tuned on.
@@ -159,8 +158,9 @@ class _Axes:
 
 def _labels(points: Iterable[tuple[_Mark, float, float]]) -> Iterator[str]:
     """Write the labels as a column, in the order of their dots from the top, each with a line from its dot."""
-    at, lowest = -math.inf, sorted(points, key=lambda point: (point[2], -point[1]))
-    for left, (mark, x, y) in zip(range(len(lowest) - 1, -1, -1), lowest, strict=True):
-        at = max(at + _LINE, min(y, _BOTTOM - _LINE * left))  # beside the dot, if those before and after have room
+    at, ordered = -math.inf, sorted(points, key=lambda point: (point[2], -point[1]))
+    for i, (mark, x, y) in enumerate(ordered, 1):
+        # beside the dot, unless those above or below need the room
+        at = max(at + _LINE, min(y, _BOTTOM - _LINE * (len(ordered) - i)))
         yield _tag("polyline", "leader", points=f"{x:.1f},{y:.1f} {_RIGHT},{at:.1f} {_LABELS - 4},{at:.1f}")
         yield _text(_LABELS, at + 4, mark.label, "start", mark.kind == "chosen")
