@@ -158,7 +158,7 @@
                 if (value !== undefined) tab.values[row.name] = value;
             }
             const passes = readPasses(tab.name);
-            return passes && {tab: tab.name, values: {...data.defaults, ...tab.values}, ...passes};
+            return passes && {tab: tab.name, values: {...tab.values}, ...passes};
         };
 
         // Ask for the newest body. A question that is overtaken is dropped, whenever its answer comes.

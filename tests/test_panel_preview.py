@@ -176,7 +176,6 @@ def test_the_preset_is_named_and_the_page_is_told_of_every_control():
     data = page_data()
     assert [row["name"] for row in data["rows"]] == list(schema.NAMES)
     assert set(data["presets"]) == set(PRESETS)
-    assert data["defaults"] == schema.DEFAULTS
     assert all(data["help"][name] == schema.BY_NAME[name].tooltip for name in schema.NAMES)
 
 

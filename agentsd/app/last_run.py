@@ -48,10 +48,6 @@ class PassReport:
     times: int = 1  # number of passes that it tells of
 
     @property
-    def hires(self) -> bool:
-        return self.made is not None and self.made.sampling.hires
-
-    @property
     def patched(self) -> bool:
         """Whether anything was changed: self-attention, or tokens merged elsewhere."""
         return changed(self.calls) > 0 or (self.of_steps > 0 and any(plan.r for plan in self.idle))
@@ -112,8 +108,9 @@ class PassReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
-        told = {name: getattr(self, name) for name in ("hires", "models", "tuned")}
+        told = {name: getattr(self, name) for name in ("models", "tuned")}
         return told | {
+            "hires": self.made is not None and self.made.sampling.hires,
             "latent": self.sizes[-1] if self.sizes else None,
             "calls": dict(self.calls),
             "steps": [self.steps, self.of_steps],

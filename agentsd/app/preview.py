@@ -13,7 +13,7 @@ from ..checks import SettingError
 from ..methods import LayerPlan
 from ..settings.idle import idle
 from ..settings.presets import CUSTOM, PRESETS, preset_of
-from ..settings.schema import BY_NAME, DEFAULTS, SETTINGS, check, is_left_out, labelled
+from ..settings.schema import BY_NAME, SETTINGS, check, is_left_out, labelled
 from ..words import counted, percent
 from .decision import USUAL, Decision, Hint, Program, SamplingPass, decide
 
@@ -32,7 +32,6 @@ def page_data() -> dict[str, Any]:
     """Collect what the page's script needs to know about the settings, in JSON types."""
     return {
         "rows": [{"name": row.name, "kind": row.kind, "choices": list(row.choices)} for row in SETTINGS],
-        "defaults": dict(DEFAULTS),
         "presets": {name: dict(values) for name, values in PRESETS.items()},
         "help": {**{row.name: row.tooltip for row in SETTINGS}, **_HELP},
     }
