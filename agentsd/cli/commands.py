@@ -81,13 +81,10 @@ def compare(args: argparse.Namespace) -> None:
     warm_up(model, request, [None, config], args.quiet)
     plain = draw(model, request, None, "without", args.quiet)
     ours = draw(model, request, config, "with", args.quiet, plain)
-    pictures = [plain.picture, ours.picture, difference(plain.picture, ours.picture)]
-    page = sheet(
-        [[enlarged(picture, SIDE) for picture in pictures]],
-        ["without", "with agent attention", _DIFFERENCE],
-        [[plain.caption, *ours.caption.split("\n")]],
-        f"{request.prompt}, seed {request.seed}, {request.steps} steps",
-    )
+    shown = (plain.picture, ours.picture, difference(plain.picture, ours.picture))
+    columns, captions = ["without", "with agent attention", _DIFFERENCE], [plain.caption, *ours.caption.split("\n")]
+    title = f"{request.prompt}, seed {request.seed}, {request.steps} steps"
+    page = sheet([[enlarged(picture, SIDE) for picture in shown]], columns, [captions], title)
     seconds = {"without": round(plain.seconds, 3), "with": round(ours.seconds, 3)}
     made = record(model, request, values, seconds=seconds, distance=asdict(ours.apart))
     path = save_picture(target(args.out, f"compare-{request.stem}"), page, made)
@@ -169,13 +166,9 @@ def demo(args: argparse.Namespace) -> None:
         said.append([prompt, f"{plain.seconds:.2f}", f"{ours.seconds:.2f}", speeds[0], str(ours.apart)])
     means = [mean(row[column] for row in rows) for column in (1, 2)]
     said.append(["mean", *(f"{s:.2f}" for s in means), f"{means[0] / means[1]:.2f}x", ""])
+    title = f"Agent attention on the embedded model: {requests[0].steps} steps, seed {args.seed}"
     headings = ["without", "with agent attention", _DIFFERENCE, f"tuned to {percent(DEMO_TOLERANCE)}"]
-    page = sheet(
-        pictures,
-        headings * min(2, len(requests)),
-        captions,
-        f"Agent attention on the embedded model: {requests[0].steps} steps, seed {args.seed}",
-    )
+    page = sheet(pictures, headings * min(2, len(requests)), captions, title)
     made = record(model, requests[0], args.settings, prompts=prompts, tuning=tuning.text)
     image = save_picture(Path(args.out, "demo.png"), page, made)
     head = ["prompt", *(f"seconds {way}" for way in ways), "speed", "speed tuned", *_DISTANCES]

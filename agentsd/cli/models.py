@@ -86,19 +86,16 @@ class Model:
 
     def draw(self, request: Request, step: Callable[[], None]) -> Image:
         """Draw a complete request; `step` is called after each sampling step."""
-        size = {"height": request.size[0], "width": request.size[1]}
+        size: dict[str, Any] = {"height": request.size[0], "width": request.size[1]}
 
         def on_step(*_: Any) -> dict[str, Any]:
             step()
             return {}  # it changes no tensors
 
         if not self.embedded:
-            given: dict[str, Any] = {
-                "negative_prompt": request.negative_prompt or None,
-                "guidance_scale": request.guidance,
-            }
-            given |= {"num_inference_steps": request.steps, "generator": torch.Generator().manual_seed(request.seed)}
-            return self.pipe(request.prompt, **given, **size, callback_on_step_end=on_step).images[0]
+            given = {"negative_prompt": request.negative_prompt or None, "num_inference_steps": request.steps, **size}
+            given |= {"guidance_scale": request.guidance, "generator": torch.Generator().manual_seed(request.seed)}
+            return self.pipe(request.prompt, **given, callback_on_step_end=on_step).images[0]
         if request.negative_prompt:
             raise CommandError("the embedded model takes no negative prompt")
         given = {"seed": request.seed, "steps": request.steps, "guidance": request.guidance, **size}

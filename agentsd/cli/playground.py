@@ -198,11 +198,9 @@ def build(playground: Playground) -> gr.Blocks:
                 pictures = gr.ImageSlider(type="pil", format="png", max_height=1024, **about)
                 timings = gr.HTML("", elem_id="playground_timings")
 
-        inputs, outputs = (
-            [prompt, seed, steps, width, height, *panel.controls.values()],
-            [pictures, timings, panel.status],
-        )
-        go.click(playground.draw, inputs, outputs, show_progress_on=[pictures], concurrency_limit=1)
+        inputs = [prompt, seed, steps, width, height, *panel.controls.values()]
+        shown = [pictures, timings, panel.status]
+        go.click(playground.draw, inputs, shown, show_progress_on=[pictures], concurrency_limit=1)
         stop.click(playground.stop.set, queue=False, concurrency_limit=None)
     return page
 

@@ -76,11 +76,8 @@ class Generation:
         used = [(made.sampling.of, made.tuning) for made in patched if made.tuning is not None]
         values = {**self.values, "tuning": tunings.write(used)}
         # a pass that is left alone because it was measured to be slower here would be patched elsewhere
-        slower, passes = (
-            any(made.timing and not made.patches for made in decisions),
-            {m.sampling.hires for m in patched},
-        )
-        if slower and len(passes) == 1:
+        slower = any(made.timing and not made.patches for made in decisions)
+        if slower and len({made.sampling.hires for made in patched}) == 1:
             values["passes"] = schema.HIRES if patched[0].sampling.hires else schema.FIRST
         return infotext.entries(values)
 
