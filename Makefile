@@ -15,6 +15,10 @@ STRESS_SECONDS ?= 3600
 GPU_PYTHON ?= 3.12
 GPU_PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 
+# The tests of other parts than the core say nothing of a device.
+OTHERS := bench cli comfy decision fidelity hosts imports javascript kept panel playground release settings tuning_bench webui zoo
+CORE_TESTS = $(filter-out $(foreach name,$(OTHERS),tests/test_$(name)%),$(wildcard tests/test_*.py))
+
 .PHONY: help demo test stress test-webui lint types format bench bench-quick gpu gpu-wheels playground release clean
 
 help: ## list the targets
@@ -61,10 +65,11 @@ bench: $(READY) ## the speed table (hours on two cores; stop and go on at will)
 	$(PY) -m benchmarks.bench --resume
 
 bench-quick: $(READY) ## the same in under two minutes
-	$(PY) -m benchmarks.bench --quick
+	$(PY) -m benchmarks.bench --preset quick
 
-gpu: $(READY) ## everything that can be measured on a card, in eight minutes; stop and go on at will
+gpu: $(READY) ## everything that can be measured on a card, in eight minutes (stop and go on at will); then the core's tests
 	$(PY) -m benchmarks.gpu
+	AGENTSD_DEVICE=cuda $(PY) -m pytest $(CORE_TESTS)
 
 gpu-wheels: $(READY) ## what the card's benchmark needs on a machine without a network, into wheels/ (docs/measurements.md)
 	rm -rf wheels

@@ -86,11 +86,6 @@ class Estimate:
         """The kinds of blocks with changed self-attention."""
         return tuple(level for level in self.levels if level.plan.acts)
 
-    @property
-    def layers(self) -> int:
-        """Number of blocks with changed self-attention."""
-        return sum(level.count for level in self.changed)
-
 
 def _block_flops(channels: int, size: tuple[int, int], plan: LayerPlan, config: AgentConfig | None) -> int:
     """Count the FLOPs of one transformer block of `size` = (height, width) tokens of width C = `channels`.
@@ -131,15 +126,3 @@ def estimate(
     flops = rest + sum(level.count * level.flops for level in levels)
     left = rest + sum(level.count * level.flops_left for level in levels)
     return Estimate(tuple(levels), flops, left)
-
-
-def share_of_run(layout: Layout, config: AgentConfig, height: int, width: int, start: float = 0.0) -> float:
-    """Return the share of FLOPs left over a whole pass, averaged over timesteps, which is close to that over steps.
-
-    The latent has `height` × `width` positions; the pass begins at progress `start`: 1 − denoising strength.
-    """
-    if not config.timed:
-        return estimate(layout, config, height, width).share
-    parts = [(until - max(since, start), since) for since, until in config.parts() if until > start]
-    shares = [part * estimate(layout, config, height, width, since).share for part, since in parts]
-    return sum(shares) / (1.0 - start) if parts else 1.0

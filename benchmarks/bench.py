@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def choose_cases(options: argparse.Namespace) -> list[Case]:
     """The cases of the presets, or the ones described by the options."""
     if not options.sizes and not options.methods:
-        names = ["quick"] if options.quick else options.preset or README
-        return [case for name in names for case in PRESETS[name]]
+        return [case for name in options.preset or README for case in PRESETS[name]]
     shared = {"dtype": options.dtype, "batch": options.batch, "rounds": options.rounds}
     names = tuple(dict.fromkeys(("sdpa", *(options.methods or MAIN))))
     return [Case(layout, size, names, **shared) for layout in options.layouts for size in options.sizes or [(512, 512)]]
@@ -94,7 +93,6 @@ def parser_of_bench() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, f"methods:\n{listed}", **defaults)
     add = parser.add_argument
     add("--preset", nargs="+", choices=list(PRESETS), help="sets of cases, with rounds of their own (default: all)")
-    add("--quick", action="store_true", help="short for --preset quick; takes under two minutes")
     add("--methods", nargs="+", choices=sorted(methods()), metavar="METHOD", help="methods to compare; listed below")
     add("--batch", type=int, default=2, help="rows of the batch (default 2: cond and uncond)")
     return parser

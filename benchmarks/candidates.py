@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -59,10 +60,7 @@ def product(**settings: Any) -> Product:
     return Product(AgentConfig(**{"ratio": 0.0, **settings}))
 
 
-def _ideal(label: str, family: str, attend: Attend) -> Candidate:
-    return Candidate(label, family, attend, timed=False)
-
-
+_ideal = partial(Candidate, timed=False)
 FULL = "full"
 CANDIDATES: dict[str, Candidate] = {
     FULL: Candidate("SDPA", "full attention", full),

@@ -37,7 +37,6 @@ SIDE = 64
 HEAD = ("method", "queries", "samples", "mean", "worst", *(f"t{t}" for t in TIMESTEPS))
 Row = dict[str, str]
 
-
 GRID, CORRECTED = {"agent_source": "grid"}, {"method": "corrected"}
 POOL = {"method": "pool", "k_shortcut": 0.0}
 # Settings of ours; only level 0 is patched unless the name says so
@@ -73,17 +72,15 @@ QUICK = ("unpatched", "tomesd .5", "grid 4×4", "K/V pooled 2×2", "corrected 8�
 
 @contextmanager
 def sharpened(unet: torch.nn.Module, factor: float) -> Iterator[None]:
-    """Multiply the queries of all self-attention in a `with` block: its maps get sharper, or softer below 1."""
-    weights = [site.block.attn1.to_q.weight for site in find_sites(unet)]
-    before = [weight.detach().clone() for weight in weights]
+    """Multiply the queries of all self-attention in a `with` block, without gradients: its maps get sharper."""
+    before = {weight: weight.detach().clone() for weight in (site.block.attn1.to_q.weight for site in find_sites(unet))}
     with torch.no_grad():
-        for weight in weights:
-            weight.mul_(factor)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, value in zip(weights, before, strict=True):
+        try:
+            for weight in before:
+                weight.mul_(factor)
+            yield
+        finally:
+            for weight, value in before.items():
                 weight.copy_(value)
 
 
@@ -140,7 +137,7 @@ def run(
         names = rows.missing({"queries": f"{factor:g}"}, chosen)
         if not names or not more():
             continue
-        with sharpened(pipe.unet, factor), torch.no_grad():
+        with sharpened(pipe.unet, factor):
             noised = cases(pipe, side, samples)
             for name in tqdm(names, desc=f"queries × {factor:g}"):
                 if not more():

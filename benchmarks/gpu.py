@@ -2,24 +2,21 @@
 
     python -m benchmarks.gpu                # out/gpu/gpu.md after eight minutes at most
     python -m benchmarks.gpu --minutes 30   # go on where it ended, and add what was missing
-    python -m benchmarks.gpu --only sd15    # one part; --sizes: few methods, no tests
+    python -m benchmarks.gpu --only sd15    # one part; --sizes: few methods
     python -m benchmarks.gpu --publish      # write what is in --out into docs/measurements.md
 
 U-Nets with random weights; each method on the largest self-attention layers, in interleaved rounds in random order:
 called as usual, replayed from a CUDA graph, and compiled. Then the share of self-attention in a call by the profiler,
-SDPA by class of layers, the closeness of each method in half precision, and the core's tests on the device. What tells
-most comes first, results are written after each round, and a later run adds to them. Nothing is downloaded.
+SDPA by class of layers, and the closeness of each method in half precision. What tells most comes first, results are
+written after each round, and a later run adds to them. Nothing is downloaded. `make gpu` runs the core's tests as well.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
@@ -34,19 +31,16 @@ from agentsd.clock import now
 from agentsd.hosts import find_sites
 
 from .fidelity import deviations, noised
-from .machine import DATA, DTYPES, PAGE, ROOT, Machine
+from .machine import DATA, DTYPES, PAGE, Machine
 from .measure import COMPILED, EAGER, GRAPH, RESERVE, TIMESTEP, Bench, Case, make_parser, opened
 from .methods import methods
-from .models import LAYOUTS, call
+from .models import LAYOUTS, build, call
 from .results import Results, by_size, fill, machine_line, published
 
 MODULE, LAYERS = "benchmarks.gpu", "self-attention"
 FEW = ("sdpa", "limit", "grid4", "corrected4", "opened4", "pool2", "tomesd.5")
 MAIN = (*FEW, "corrected8", "paper", "merge.5", "tiles")
 ALL = (*MAIN, "grid8", "similarity", "idle")
-# The tests of other parts than the core say nothing of a device.
-OTHERS = ("app", "bench", "cli", "comfy", "fidelity", "hosts", "imports", "javascript", "pages", "panel", "playground")
-OTHERS += ("release", "settings", "tuning_bench", "webui", "zoo")
 
 
 def plan(
@@ -78,7 +72,7 @@ def sdpa_seconds(machine: Machine, results: Results, case: Case) -> None:
     found, place = results.out.setdefault("attention", []), (case.layout, case.size[0], case.dtype)
     if any((row["layout"], row["side"], row["dtype"]) == place for row in found):
         return
-    sites = find_sites(LAYOUTS[case.layout].build())
+    sites = find_sites(build(LAYOUTS[case.layout], torch.device("meta"), torch.float32))
     classes = Counter((site.downsample, site.channels, site.heads) for site in sites)
     for (downsample, channels, heads), count in sorted(classes.items()):
         tokens, width = case.size[0] * case.size[1] // (8 * downsample) ** 2, channels // heads
@@ -143,28 +137,6 @@ def closeness(machine: Machine, results: Results) -> None:
     results.write()
 
 
-def tests(machine: Machine, results: Results) -> None:
-    """Run the core's test suite on the device, as far as the time allows."""
-    if results.out.get("tests", {}).get("finished") or machine.time_left() < 30:
-        return
-    log, limit, finished = results.stem.with_name("tests.log"), machine.time_left() - RESERVE, False
-    environment = {**os.environ, "AGENTSD_DEVICE": machine.device.type, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *core_tests()]
-    with log.open("w", encoding="utf-8") as out, suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, timeout=limit, check=False)
-        finished = True
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    results.out["tests"] = {"finished": finished, "lines": [*lines[-1:], *failed[:50]]}
-    results.write()
-
-
-def core_tests() -> list[str]:
-    """The tests of the core."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(f.relative_to(ROOT)) for f in files if not f.stem.removeprefix("test_").startswith(OTHERS)]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser(MODULE, __doc__, layouts=["sd15", "sdxl"], rounds=7, minutes=8.0, resume=True)
@@ -181,9 +153,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 self_attention_share(bench, case)
             if i == 3 and not options.sizes:  # after the first four, which are the main table
                 closeness(*given)
-    if not options.sizes:
-        bench.unet = None
-        tests(*given)
     bench.results.write()
     return print((options.out / "gpu.md").read_text(encoding="utf-8"))
 

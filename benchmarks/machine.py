@@ -7,6 +7,7 @@ import hashlib
 import math
 import platform
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -73,12 +74,6 @@ class Machine:
         }
 
 
-def in_words(about: Mapping[str, Any]) -> str:
-    """What `Machine.describe` tells, as text."""
-    where = about["device"] if about["device"] != "cpu" else f"{about['processor']}, {about['threads']} threads"
-    return f"{where}; PyTorch {about['torch']}; code {about['code']}"
-
-
 def in_turn(runs: Mapping[Any, Callable[[], Any]], rounds: int, machine: Machine) -> dict[Any, list[float]]:
     """Seconds of each of `runs` in interleaved rounds of random order, after a first call of each."""
     taken: dict[Any, list[float]] = {name: [] for name in runs}
@@ -136,8 +131,6 @@ def _digest() -> str:
 
 def processor() -> str:
     """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    info = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor()

@@ -85,7 +85,9 @@ class Bench:
                     continue
                 entry["results"][name] = {"label": known[name].label, **entry["results"].get(name, {}), **costs}
             while runs and len(entry["rounds"]) < case.rounds:
-                if 2 * _seconds_of_round(entry) > self.machine.time_left() - RESERVE:
+                last = entry["rounds"][-1] if entry["rounds"] else {}
+                took = sum(seconds * entry["results"][name]["calls"] for name, seconds in last.items())
+                if 2 * took > self.machine.time_left() - RESERVE:
                     self.machine.skip(case.name, "all", f"only {len(entry['rounds'])} rounds fitted into --minutes")
                     break
                 self._measure_round(entry, runs)
@@ -146,11 +148,6 @@ class Bench:
                 times[name] = self.machine.seconds(run, entry["results"][name]["calls"])
         entry["rounds"].append(times)
         self.results.write()
-
-
-def _seconds_of_round(entry: dict[str, Any]) -> float:
-    last = entry["rounds"][-1] if entry["rounds"] else {}
-    return sum(seconds * entry["results"][name]["calls"] for name, seconds in last.items())
 
 
 @contextmanager

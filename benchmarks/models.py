@@ -20,13 +20,6 @@ class Layout:
     settings: dict[str, Any]  # of diffusers' U-Net
     downsample: int = 1  # level of the largest self-attention layers
 
-    def build(self) -> nn.Module:
-        """The U-Net on the meta device, without weights."""
-        from diffusers import UNet2DConditionModel
-
-        with torch.device("meta"):
-            return UNet2DConditionModel(**self.settings)
-
 
 _MINI = {"cross_attention_dim": 768, "attention_head_dim": 1, "block_out_channels": (32, 64, 128, 128)}
 _SDXL = {
@@ -56,7 +49,11 @@ LAYOUTS = {
 @torch.no_grad()
 def build(layout: Layout, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The U-Net of a layout; weights keep activations in range: norms of 1, matrices of variance 1 / fan-in."""
-    unet = layout.build().to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**layout.settings).to(dtype).eval().requires_grad_(False)
+    unet.to_empty(device=device)
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device)
     for p in unet.parameters():
         if p.dim() < 2:

@@ -22,8 +22,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 import agentsd
 from agentsd.embedded.model import load
 
-from .machine import Machine, in_turn, in_words, parser_for, relative
-from .results import table, times
+from .machine import Machine, in_turn, parser_for, relative
+from .results import in_words, table, times
 
 
 def DeepCache(pipe: Any, package: Any, steps: int) -> Callable[..., Any]:

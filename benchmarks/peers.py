@@ -43,8 +43,7 @@ def tomesd(ratio: float) -> Attend:
     def attend(at: Attention) -> Tensor:
         from tomesd.merge import bipartite_soft_matching_random2d
 
-        height, width = at.size
-        draw = torch.Generator().manual_seed(0)
+        (height, width), draw = at.size, torch.Generator().manual_seed(0)
         r = int(ratio * height * width)
         merge, unmerge = bipartite_soft_matching_random2d(at.tokens[1], width, height, 2, 2, r, generator=draw)
         merged = heads_of(at, *merge(at.x).chunk(3, dim=-1))

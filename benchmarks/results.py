@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .machine import in_words
-
 # Differences below this share are noise. So is a limit that saves less, and the captured share of it.
 NOISE = 0.02
 
@@ -99,11 +97,10 @@ class Results:
 
     def entry(self, case: Any) -> dict[str, Any]:
         """The entry of a case; cases that differ in methods or rounds alone share one."""
-        for entry in self.out["cases"]:
-            if entry["case"] == case.name:
-                return entry
-        self.out["cases"].append({"case": case.name, **vars(case), "results": {}, "rounds": []})
-        return self.out["cases"][-1]
+        new = {"case": case.name, **vars(case), "results": {}, "rounds": []}
+        if all(entry["case"] != case.name for entry in self.out["cases"]):
+            self.out["cases"].append(new)
+        return next(entry for entry in self.out["cases"] if entry["case"] == case.name)
 
     def write(self) -> None:
         """Write the JSON and the tables."""
@@ -147,6 +144,12 @@ def measured(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: result for name, result in case["results"].items() if result.get("rounds")}
 
 
+def in_words(about: Mapping[str, Any]) -> str:
+    """What `Machine.describe` tells, as text."""
+    where = about["device"] if about["device"] != "cpu" else f"{about['processor']}, {about['threads']} threads"
+    return f"{where}; PyTorch {about['torch']}; code {about['code']}"
+
+
 def machine_line(out: dict[str, Any]) -> str:
     """The machine, the code and the dates in one sentence."""
     return f"{in_words(out['machine'])}; {' to '.join(dict.fromkeys((out['dates'][0], out['dates'][-1])))}."
@@ -161,9 +164,6 @@ def markdown(out: dict[str, Any]) -> str:
     known = (out.get(name) or {} for name in ("shares", "attention", "closeness"))
     for section in (show(found) for show, found in zip((_shares, _attention, _closeness), known, strict=True)):
         lines += [*section, ""] if len(section) > 2 else []
-    if tests := out.get("tests"):
-        state = "" if tests["finished"] else " (stopped by --minutes)"
-        lines += [f"**The core's tests on this device**{state}:", "", *tests["lines"], ""]
     if out["skipped"]:
         lines += ["Skipped:", "", *(f"- {s['method']} at {s['case']}: {s['reason']}" for s in out["skipped"]), ""]
     return "\n".join([*lines, *by_size(cases)])
@@ -192,8 +192,8 @@ def _case(case: dict[str, Any]) -> list[str]:
 def _attention(found: list[dict[str, Any]]) -> list[str]:
     counts, rows = ("layers", "tokens", "heads", "width"), []
     for r in found:
-        rows.append((f"{r['layout']}, {r['side']}², {r['dtype']}", *(str(r[name]) for name in counts)))
-        rows[-1] += (f"{1e3 * r['seconds']:.4g}", f"{r['flops'] / r['seconds'] / 1e12:.3g}")
+        figures = f"{1e3 * r['seconds']:.4g}", f"{r['flops'] / r['seconds'] / 1e12:.3g}"
+        rows.append((f"{r['layout']}, {r['side']}², {r['dtype']}", *(str(r[name]) for name in counts), *figures))
     return table(("SDPA of one layer, batch 2", *counts, "ms", "TFLOP/s"), rows)
 
 

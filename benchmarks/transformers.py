@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -33,13 +34,13 @@ from agentsd import AgentConfig
 from agentsd.attention.grid import Grid
 from agentsd.embedded import EmbeddedPipeline, load
 from agentsd.hosts import FAMILIES, JointCall
-from agentsd.methods import LayerPlan, method_named
+from agentsd.methods import method_named
 from agentsd.patching.call import Planned
 from agentsd.patching.joint import JointAnswerer, share_left
 from agentsd.tuning.replay import Replay
 
-from .machine import DTYPES, Machine, choose_device, in_turn, in_words, parser_for, relative
-from .results import table
+from .machine import DTYPES, Machine, choose_device, in_turn, parser_for, relative
+from .results import in_words, table
 
 # family, head size, tokens of text, whether tokens stand before heads in memory
 SHAPES = {
@@ -63,13 +64,6 @@ def attention_call(name: str, tokens: int, heads: int, dtype: torch.dtype, devic
     return JointCall(FAMILIES[family], F.scaled_dot_product_attention, q, k, v, {})
 
 
-def answer(call: JointCall, grid: Grid, config: AgentConfig) -> tuple[Callable[[], Tensor], LayerPlan]:
-    """What the patch does in place of a call, and its plan."""
-    plan = method_named(config.method).plan(config, *grid, 0)
-    planned = Planned(config, plan, grid)
-    return lambda: JointAnswerer().answer(None, call, planned, None), plan
-
-
 @torch.inference_mode()
 def measure(name: str, side: int, dtype: str, heads: int, rounds: int, machine: Machine) -> list[str]:
     """A row of the table for one shape at one size."""
@@ -77,7 +71,8 @@ def measure(name: str, side: int, dtype: str, heads: int, rounds: int, machine: 
     call = attention_call(name, grid.tokens, heads, DTYPES[dtype], machine.device)
     runs, shares = {"sdpa": call.proceed}, {}
     for key, config in SETTINGS.items():
-        runs[key], plan = answer(call, grid, config)
+        plan = method_named(config.method).plan(config, *grid, 0)
+        runs[key] = partial(JointAnswerer().answer, None, call, Planned(config, plan, grid), None)
         shares[key] = share_left(plan, SHAPES[name][2])
     taken = in_turn(runs, rounds, machine)
     ratios = relative(taken, "sdpa")
@@ -96,7 +91,7 @@ BATCH, RATE, SMALL = 8, 2e-3, 0.55  # pictures a step, learning rate, share of t
 TUNED_ON, CHECKED_ON, GUIDANCE = (0, 30), range(1, 100, 13), 3.0  # pictures, by number
 
 
-def train(path: Path, minutes: float) -> None:
+def train(args: argparse.Namespace) -> None:
     """Train the witness, first on pictures of half the size, and keep the average of its weights."""
     torch.manual_seed(0)
     pipe, model = load(), SD3Transformer2DModel(**WITNESS)
@@ -105,7 +100,7 @@ def train(path: Path, minutes: float) -> None:
     average = {name: value.clone() for name, value in model.state_dict().items()}
     positions, whole = model.pos_embed.pos_embed.unflatten(1, (SIDE // 2,) * 2), model.pos_embed.cropped_pos_embed
     start, step, done = time.perf_counter(), 0, 0.0
-    while (done := (time.perf_counter() - start) / (60 * minutes)) < 1:
+    while (done := (time.perf_counter() - start) / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 50) * min(1, 2 * (1 - done) + 0.02)
         rows, sigma = torch.randint(len(latents), (BATCH,)), torch.randn(BATCH).sigmoid()
@@ -123,12 +118,11 @@ def train(path: Path, minutes: float) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        torch._foreach_lerp_(
-            list(average.values()), list(model.state_dict().values()), 1 - min(0.995, step / (9 + step))
-        )
+        kept, now = min(0.995, step / (9 + step)), model.state_dict()
+        torch._foreach_lerp_([*average.values()], [*now.values()], 1 - kept)
         if step % 100 == 0:
             print(f"step {step}, {done:.0%}, loss {loss.item():.3f}", flush=True)
-    torch.save(average, path)
+    torch.save(average, args.weights)
 
 
 def witness(path: Path | None) -> nn.Module:
@@ -179,9 +173,9 @@ def deviations(replays: list[Replay], config: AgentConfig) -> str:
     return f"{fmean(found):.2%} ({max(found):.2%})"
 
 
-def tolerance(path: Path) -> None:
+def tolerance(args: argparse.Namespace) -> None:
     """Tune the witness to several tolerances, and say by how much other pictures deviate."""
-    pipe, model = load(), witness(path)
+    pipe, model = load(), witness(args.weights)
     made = [sample(model, pipe, picture, 7, 16) for picture in CHECKED_ON]
     found, distance = pipe.nearest(torch.cat(made))
     own = sum(a == b for a, b in zip(found.tolist(), CHECKED_ON, strict=True))
@@ -231,12 +225,7 @@ def main() -> None:
     add("--minutes", type=float, default=21, help="of training")
     add("--weights", type=Path, default=Path("out/witness.pt"))
     args = parser.parse_args()
-    if args.what == "speed":
-        speed(args)
-    elif args.what == "train":
-        train(args.weights, args.minutes)
-    else:
-        tolerance(args.weights)
+    {"speed": speed, "train": train, "tolerance": tolerance}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,6 @@ ROUNDS, CLOSENESS_ROUNDS = 5, 6
 AS_FAST = 0.03
 CALLS = "calls' time of tuning, for each recorded one"
 
-
 # Settings that stay the same, whatever the model: the presets, and what a user might choose by hand.
 CORRECTED = AgentConfig(ratio=0.0, agent_source="grid", method="corrected")
 FIXED: Mapping[str, AgentConfig] = {
@@ -131,7 +130,7 @@ class Bench:
         """Compute what is missing of a part, with the model made as sharp as each case has it."""
         for case in (bar := tqdm(self.cases, desc=part)):
             bar.set_postfix_str(case.name)
-            with sharpened(self.pipe.unet, case.sharpness), torch.no_grad():
+            with sharpened(self.pipe.unet, case.sharpness):
                 for key, compute in self._jobs(part, case):
                     self.store.get(key, compute)
 
@@ -206,18 +205,29 @@ class Bench:
         """Write a line for each case and tolerance, and the section "tuning" of the page."""
         done = [case for case in CASES if self.deviations(case, f"tuned {TOLERANCES[0]}")]
         rows = [self._row(case, t) for case in done for t in TOLERANCES]
-        write_csv(data, HEAD, (dict(zip(HEAD, row, strict=True)) for row in rows))
-        fill(page, MODULE, {"tuning": "\n".join([self._verdict(done), "", *table(HEAD, rows)])})
+        texts = [{name: _text(name, row.get(name, "")) for name in HEAD} for row in rows]
+        write_csv(data, HEAD, texts)
+        fill(page, MODULE, {"tuning": "\n".join([self._verdict(rows), "", *table(HEAD, (t.values() for t in texts))])})
 
-    def _verdict(self, cases: Sequence[Case]) -> str:
+    def _row(self, case: Case, t: float) -> dict[str, Any]:
+        name, found = f"tuned {t}", self.deviations(case, f"tuned {t}")
+        entries = (self.store.data.get(f"pictures {case.name}, {i}", {}) for i in range(PICTURES))
+        latents = [entry[name] for entry in entries if name in entry]
+        row = {"model": case.name, "tolerance": str(t), "mean": fmean(found), "worst": max(found)}
+        row |= {"kept": self.keeps(case, name, t), **({"picture": fmean(latents)} if latents else {})}
+        if seconds := {n: fmean(each) for n, each in self.store.data.get(f"seconds {case.name}", {}).items()}:
+            times = {each: seconds[each] for each in FIXED if each in seconds and self.keeps(case, each, t)}
+            rival = min(times, key=times.__getitem__, default="none")
+            row |= {"time": seconds[name], HEAD[-2]: rival, HEAD[-1]: times.get(rival, 1.0)}
+        return row
+
+    def _verdict(self, rows: Sequence[Mapping[str, Any]]) -> str:
         """Count the tunings that keep their tolerance, and those that fixed settings beat; say what tuning costs."""
-        tunings = [(case, t) for case in cases for t in TOLERANCES]
-        kept = [pair for pair in tunings if self.keeps(pair[0], f"tuned {pair[1]}", pair[1])]
-        timed = [(case, t, self._seconds(case)) for case, t in tunings if self._seconds(case)]
-        beaten = [case for case, t, s in timed if self._rival(case, t)[1] < (1 - AS_FAST) * s[f"tuned {t}"]]
+        kept, timed = sum(row["kept"] for row in rows), [row for row in rows if "time" in row]
+        beaten = sum(row[HEAD[-1]] < (1 - AS_FAST) * row["time"] for row in timed)
         text = (
-            f"Of {len(tunings)} tunings, {len(kept)} keep their tolerance on what they were not tuned on. Of "
-            f"{len(timed)} that were timed, fixed settings that keep the same tolerance beat {len(beaten)}."
+            f"Of {len(rows)} tunings, {kept} keep their tolerance on what they were not tuned on. Of "
+            f"{len(timed)} that were timed, fixed settings that keep the same tolerance beat {beaten}."
         )
         if cost := self.store.data.get("cost"):
             text += (
@@ -226,26 +236,11 @@ class Bench:
             )
         return text
 
-    def _seconds(self, case: Case) -> dict[str, float]:
-        return {name: fmean(each) for name, each in self.store.data.get(f"seconds {case.name}", {}).items()}
 
-    def _rival(self, case: Case, t: float) -> tuple[str, float]:
-        """Return the fastest fixed settings that keep a tolerance, and their time."""
-        seconds = self._seconds(case)
-        times = {name: seconds[name] for name in FIXED if name in seconds and self.keeps(case, name, t)}
-        return min(times.items(), key=lambda item: item[1], default=("none", 1.0))
-
-    def _row(self, case: Case, t: float) -> tuple[str, ...]:
-        name = f"tuned {t}"
-        found, kept = self.deviations(case, name), "yes" if self.keeps(case, name, t) else "**no**"
-        times = ("", "", "")
-        if seconds := self._seconds(case):
-            rival, time_of = self._rival(case, t)
-            times = (f"{seconds[name]:.2f}", rival, f"{time_of:.2f}")
-        entries = (self.store.data.get(f"pictures {case.name}, {i}", {}) for i in range(PICTURES))
-        latents = [entry[name] for entry in entries if name in entry]
-        figures = (f"{fmean(found):.4f}", f"{max(found):.4f}", kept, f"{fmean(latents):.4f}" if latents else "")
-        return (case.name, str(t), *figures, *times)
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if "time" in name else f"{value:.4f}"
+    return {True: "yes", False: "**no**"}.get(value, value)
 
 
 def _cost() -> dict[str, float]:

@@ -144,20 +144,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     webui, wanted = WebUI(options.url), dict(images(options))
     if options.checkpoint:
         webui.call("/sdapi/v1/options", {"sd_model_checkpoint": options.checkpoint})
-    checkpoint, ways = (
-        webui.call("/sdapi/v1/options")["sd_model_checkpoint"],
-        list(dict.fromkeys(("off", *options.ways))),
-    )
+    checkpoint = webui.call("/sdapi/v1/options")["sd_model_checkpoint"]
+    ways = list(dict.fromkeys(("off", *options.ways)))
     with webui.options(**{OPTIMIZATION: FUSED}):
         first = next(iter(wanted.values()))
         for _ in range(2):  # warm up
             one_step = make(webui, {**first, "steps": 1, "enable_hr": False}, WAYS["off"])[0]
         rows = [row for name, body in wanted.items() for row in measure(webui, name, body, ways, options.rounds)]
     head = ("image", "way", "s", "speed-up", "each round", "deviation of the pixels")
-    about = (
-        f"{processor()}; agentsd {__version__}; checkpoint {checkpoint}. An image of one step takes {one_step:.3g} s."
-    )
-    text = "\n".join([about, "", *table(head, rows)])
+    about = f"{processor()}; agentsd {__version__}; checkpoint {checkpoint}."
+    text = "\n".join([f"{about} An image of one step takes {one_step:.3g} s.", "", *table(head, rows)])
     print(text)
     if options.publish:
         fill(PAGE, MODULE, {"webui": text})

@@ -137,11 +137,6 @@ def verdict(points: Points) -> str:
     return "\n".join(lines)
 
 
-def _span(prices: Sequence[float]) -> str:
-    low, high = (f"{price:.2f}" for price in (min(prices), max(prices)))
-    return low if low == high else f"{low}–{high}"
-
-
 def closeness(points: Points, shape: Shape, shown: Sequence[str]) -> str:
     """Median, and in brackets the worst, of one shape: kinds down, methods across."""
     here = {case: {p.method: p for p in found} for case, found in points.items() if case.shape == shape}
@@ -152,7 +147,8 @@ def closeness(points: Points, shape: Shape, shown: Sequence[str]) -> str:
         first = points[case][0]
         rows.append((case.kind, first.neff, first.near, *marks))
     prices = [[found[name].price for found in here.values() if name in found] for name in ways]
-    cells = ["" if math.isnan(price[0]) else _span(price) for price in prices]
+    spans = (dict.fromkeys((f"{min(price):.2f}", f"{max(price):.2f}")) for price in prices)
+    cells = ["" if "nan" in span else "–".join(span) for span in spans]
     rows.append(("**price, SDPA = 1**", "", "", *cells))
     return "\n".join(table(["", "neff", "near", *(CANDIDATES[name].label for name in ways)], rows))
 
@@ -203,7 +199,8 @@ def draw(points: Points, path: Path) -> None:
     for panel, (case, found) in zip(panels.flat, points.items(), strict=False):
         for family, style in styles.items():
             of = sorted((p for p in found if p.of.family == family and p.price > 0), key=lambda point: point.price)
-            prices, median, worst = [p.price for p in of], [_cut(p.median) for p in of], [_cut(p.worst) for p in of]
+            prices = [p.price for p in of]
+            median, worst = ([min(max(getattr(p, name), LEAST), 10) for p in of] for name in ("median", "worst"))
             panel.plot(prices, median, **style)
             panel.vlines(prices, median, worst, color=style["color"], lw=0.7, alpha=0.5)
         panel.set(xscale="log", yscale="log", ylim=(8e-4, 13))
@@ -222,7 +219,3 @@ def draw(points: Points, path: Path) -> None:
     figure.supylabel("relative error, cut off at 0.001 and 10")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
-
-
-def _cut(error: float) -> float:
-    return min(max(error, LEAST), 10)

@@ -162,9 +162,3 @@ def test_a_miniature_of_the_card_s_benchmark_on_a_cpu(tmp_path):
     assert 0 < share["sdpa"] < share["layers"] < 1
     assert f"| {share['layers']:.1%} |" in text
     assert "| mini, float32, batch 2, eager | 128×128, s | speed-up |" in text
-
-
-def test_the_core_s_tests_are_those_of_the_core():
-    files = gpu.core_tests()
-    assert {"tests/test_compile.py", "tests/test_corrected.py"} <= set(files)
-    assert not [file for file in files if "panel" in file or "cli" in file or "webui" in file]

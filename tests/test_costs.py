@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
 from agentsd import AgentConfig, Rule, Stage
-from agentsd.costs import estimate, layouts, share_of_run
+from agentsd.costs import estimate, layouts
 from agentsd.hosts.layout import layout_of
 
 diffusers = pytest.importorskip("diffusers", reason="the U-Nets to count are diffusers'")
@@ -103,26 +103,23 @@ def test_a_patched_layer_of_the_full_unet_costs_what_the_model_says():
     settings = {"agent_source": "grid", "ratio": 0.0, "agent_ratio": 0.9375, "use_rand": False}
     model = unet("meta", **FULL["SD 1"])
     expected = estimate(layouts()["SD 1"], AgentConfig(**settings), 64, 64)
-    assert (expected.layers, expected.changed[0].plan.agents) == (5, 256)
+    assert [(level.count, level.plan.agents) for level in expected.changed] == [(5, 256)]
     with agentsd.patched(model, **settings):
         assert counted(model, 64, 64) == expected.flops_left
 
 
-def test_a_run_is_the_average_of_its_parts_from_where_it_starts():
+def test_each_part_of_a_run_has_a_cost_of_its_own():
     layout = layouts()["SD 1"]
     assert estimate(layouts()["SDXL"], None, 128, 128).share == 1
-    assert estimate(layouts()["SDXL"], AgentConfig(max_downsample=1), 128, 128).layers == 0
+    assert estimate(layouts()["SDXL"], AgentConfig(max_downsample=1), 128, 128).changed == ()
     config = AgentConfig(stages=(Stage(0.6), Stage(1.0, None)))
     inside = estimate(layout, config, 64, 64, 0.3).share
     assert inside == estimate(layout, AgentConfig(), 64, 64).share < 1
     assert estimate(layout, config, 64, 64, 0.7).share == 1
     assert estimate(layout, config, 64, 64).share == 1  # nobody says when
-    for start, share in ((0.0, 0.6 * inside + 0.4), (0.5, 0.2 * inside + 0.8), (0.7, 1), (1.0, 1)):
-        assert share_of_run(layout, config, 64, 64, start=start) == pytest.approx(share)
     config = AgentConfig(rules=[Rule(None, since=0.6), Rule({"method": "pool"}, downsample=1, until=0.2)])
-    pooled, inside = (estimate(layout, config, 64, 64, progress).share for progress in (0.1, 0.5))
-    assert pooled != inside < 1
-    assert share_of_run(layout, config, 64, 64) == pytest.approx(0.2 * pooled + 0.4 * inside + 0.4)
+    pooled, inside, outside = (estimate(layout, config, 64, 64, progress).share for progress in (0.1, 0.5, 0.7))
+    assert pooled != inside < outside == 1
 
 
 def test_blocks_that_are_alike_but_treated_otherwise_are_told_apart():

@@ -63,7 +63,7 @@ def said(values=None, *passes, host=None):
 def test_the_defaults_at_512():
     [(text, hint)] = said()
     layout, config = costs.layouts()["SD 1"], schema.to_config(schema.check({"enabled": True}))
-    gain = 1 / costs.share_of_run(layout, config, 64, 64)
+    gain = 1 / costs.estimate(layout, config, 64, 64).share
     expected = rf"Expected: about {gain:.2f}× faster by FLOPs, at most (1\.\d\d)×\."
     told = re.fullmatch(rf"512×512: 4096 tokens → 256 agents in 5 layers, in all 20 steps\. {expected}", text)
     assert float(told[1]) > gain > 1

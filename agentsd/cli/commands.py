@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..app.kept_tunings import make
 from ..app.tuning_chart import chart, standalone
 from ..config import AgentConfig
-from ..costs import LevelEstimate, estimate, share_of_run
+from ..costs import LevelEstimate, estimate
 from ..hosts import find_unet
 from ..hosts.layout import layout_of
 from ..methods import LayerPlan
@@ -263,7 +263,7 @@ def info(args: argparse.Namespace) -> None:
     for size in args.size or [(side * factor, side * factor)]:
         height, width = latent = [side // factor for side in size]
         costs = {part: estimate(layout, config, height, width, part[0]) for part in config.parts()}
-        share = share_of_run(layout, config, height, width)
+        share = sum((until - since) * cost.share for (since, until), cost in costs.items())
         if args.json:
             parts = [
                 {"since": since, "until": until, "flops": cost.flops, "flops_left": cost.flops_left}
@@ -274,7 +274,7 @@ def info(args: argparse.Namespace) -> None:
             continue
         print(f"\n{size[1]}×{size[0]} pixels, a latent of {width}×{height}")
         for (since, until), cost in costs.items():
-            changed = cost.flops_left != cost.flops or cost.layers
+            changed = cost.flops_left != cost.flops or cost.changed
             print(f"\n  {since:.0%} to {until:.0%} of the diffusion:", "" if changed else "nothing is changed")
             print_table(HEAD, [_row(level) for level in cost.levels])
             print(f"  U-Net: {cost.flops / GIGA:.4g} GFLOPs, {cost.flops_left / GIGA:.4g} are left ({cost.share:.1%})")

@@ -149,44 +149,33 @@ class CloneTransformerPatch(TransformerPatch):
     ) -> Tensor:
         """Answer a call of the host's attention function `func`, or of what overrides it."""
         inner = func if before is None else partial(before, func)
+        host = partial(inner, q, k, v, heads, mask=mask, **kwargs)
         if q.shape != k.shape or self._asked >= len(self._layers):
-            return inner(q, k, v, heads, mask=mask, **kwargs)
+            return host()
         layer = self._layers[self._asked]
         self._asked += 1
         try:
-            call = self._joint(inner, q, k, v, heads, mask, kwargs)
+            # by heads, whatever shapes the host asks for
+            shapes = {**kwargs, "skip_reshape": True, "skip_output_reshape": True}
+            if not kwargs.get("skip_reshape"):
+                # SD 3's values come by heads, its queries and keys do not
+                q, k, v = (split_heads(x.flatten(2), heads) for x in (q, k, v))
+            given = {} if mask is None else {"attn_mask": _by_rows(mask, q)}
+
+            def compute(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+                return inner(q, k, v, heads, mask=attn_mask, **shapes)
+
+            call = JointCall(self.family, compute, q, k, v, given)
         except Exception as error:
             self.note_error(error)
-            return inner(q, k, v, heads, mask=mask, **kwargs)
+            return host()
         single = layer.site.name.partition(".")[0].endswith("refiner")
         out = call.proceed() if single else layer.answer(call)
         try:
             return out if kwargs.get("skip_output_reshape") else join_heads(out)
         except Exception as error:  # who overrides attention has given it another shape
             self.note_error(error)
-            return inner(q, k, v, heads, mask=mask, **kwargs)
-
-    def _joint(
-        self,
-        inner: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> JointCall:
-        """A call of `inner` by heads, whatever shapes the host asks for."""
-        shapes = {**kwargs, "skip_reshape": True, "skip_output_reshape": True}
-
-        def compute(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-            return inner(q, k, v, heads, mask=attn_mask, **shapes)
-
-        if not kwargs.get("skip_reshape"):
-            # SD 3's values come by heads, its queries and keys do not
-            q, k, v = (split_heads(x.flatten(2), heads) for x in (q, k, v))
-        given = {} if mask is None else {"attn_mask": _by_rows(mask, q)}
-        return JointCall(self.family, compute, q, k, v, given)
+            return host()
 
     def describe(self) -> str:
         """Describe the last sampling."""
