@@ -71,7 +71,7 @@ def test_an_error_in_a_block_says_what_it_does_to_the_output(unet, every_gain_co
         tuner.measure_effects()
         name = tuner.blocks[0].name
         for k in (1, 2):
-            said = tuner.effects[name][0] * tuner.probe.trials[name].errors[0][k]
+            said = tuner.effects[name][0] * tuner.probe.errors[name][0][k]
             assert said == pytest.approx(*tuner.deviations({name: k}, [0], ""), rel=0.5)
 
 

@@ -62,7 +62,7 @@ def make_every_gain_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def seconds(self, name):
         """The more is left out, the less it takes."""
-        return {0: 0.1, **{k: 0.05 - 0.001 * k for of, k in self.ratios if of == self.trials[name].kind}}
+        return {0: 0.1, **{k: 0.05 - 0.001 * k for of, k in self.ratios if of == self.kinds.get(name)}}
 
     def call(self, number, text, config=None, original=replay.Replay.call):
         return original(self, number, text, config)[0], 1.0 if config is None else 0.8

@@ -37,7 +37,7 @@ from ..words import ascii_of, error_of_ours
 
 log = logging.getLogger("agentsd.comfy")
 
-KEY = "agent_attention"
+KEY, OPTIONS = "agent_attention", "transformer_options"
 NOT_CALLED = "another node calls the U-Net's blocks itself, or skips the U-Net"
 OFF = "Agent Attention is off: this model has not passed through its node, or other nodes answer everywhere."
 MERGED = " Of merged models, only the first keeps its nodes: put ours behind the merge."
@@ -127,6 +127,11 @@ class Slot(Program):
         if self._sampling is None:
             return "Agent Attention is on. Nothing was sampled with this model yet."
         return "\n".join([word(self.last.line()), *self.hints])
+
+
+def options_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's options in a call of a model."""
+    return args[5] if len(args) > 5 else kwargs.get(OPTIONS) or {}
 
 
 def _sampling(args: tuple[Any, ...]) -> tuple[tuple[int, int] | None, tuple[float, ...] | None]:

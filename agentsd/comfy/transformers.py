@@ -20,12 +20,10 @@ from ..eager import not_compiled
 from ..hosts import JointCall, Seam, Transformer, UnsupportedModelError
 from ..patching.joint import TransformerPatch
 from ..words import ascii_of
-from .model import KEY, log, wrapped
+from .model import KEY, log, options_of, wrapped
 
 SKIPS = "another node skips blocks"
 SLOT = "optimized_attention_override"
-# Place of the options among the arguments of `apply_model`
-_OPTIONS = 5
 
 
 class ComfyTransformer(Transformer):
@@ -126,7 +124,7 @@ class CloneTransformerPatch(TransformerPatch):
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Begin a call of the model and fill the slot; return the host's options and what was in the slot."""
-        options = args[_OPTIONS] if len(args) > _OPTIONS else kwargs["transformer_options"]
+        options = options_of(args, kwargs)
         before, self._asked = options.get(SLOT), 0
         self.neighbour = "" if before is None else f"{before.__module__}.{getattr(before, '__qualname__', before)}"
         self.begin_call(self._unet(), args, kwargs)

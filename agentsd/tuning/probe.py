@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -31,16 +31,6 @@ FULL = 0
 MAX_TIME_TRIED = 1.1
 
 
-@dataclass
-class Trials:
-    """What was measured in one block."""
-
-    kind: Any = None  # blocks of the same kind take the same time: (height, width) of the tokens, and their shape
-    # by the number of the call in which the block ran, the error of each candidate, ‖candidate − full‖ / ‖h‖, h: the
-    # tokens that the block was given, to which attention is added
-    errors: defaultdict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
-
-
 class Probe(Answerer):
     """Answers every call with the host's attention, and tries candidates, numbered from 1, beside it."""
 
@@ -50,7 +40,11 @@ class Probe(Answerer):
     def __init__(self, candidates: Sequence[AgentConfig], clock: Clock) -> None:
         self.candidates, self.clock = dict(enumerate(candidates, 1)), clock
         self.number = 0  # of the call that is going on
-        self.trials: defaultdict[str, Trials] = defaultdict(Trials)  # by the block's name
+        # by the block's name; blocks of one kind take the same time: (height, width) of the tokens, and their shape
+        self.kinds: dict[str, Any] = {}
+        # by the block's name and the number of the call in which it ran, the error of each candidate,
+        # ‖candidate − full‖ / ‖h‖, h: the tokens that the block was given, to which attention is added
+        self.errors: defaultdict[str, defaultdict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         self.full: defaultdict[Any, list[float]] = defaultdict(list)  # seconds of full attention, by the kind of block
         # time of each candidate, full attention in the same call = 1, by the kind of block and its number
         self.ratios: defaultdict[tuple[Any, int], list[float]] = defaultdict(list)
@@ -74,7 +68,7 @@ class Probe(Answerer):
 
     def seconds(self, name: str) -> Mapping[int, float]:
         """Return the seconds of each candidate, and of full attention (0), in blocks of this one's kind: medians."""
-        kind = self.trials[name].kind
+        kind = self.kinds.get(name)
         full = median(self.full[kind]) if kind in self.full else 0.0
         return {FULL: full} | {k: full * median(each) for (of, k), each in self.ratios.items() if of == kind}
 
@@ -100,9 +94,9 @@ class Probe(Answerer):
     def answer(
         self, layer: Layer, host: Call, planned: Planned, matching: Matching | None, watch: Watch | None = None
     ) -> Tensor:
-        call, size, trials, device = current_call(), planned.size, self.trials[layer.site.name], host.x.device
-        trials.kind = kind = size, tuple(host.x.shape), layer.site.heads
-        errors = trials.errors[self.number]
+        call, size, name, device = current_call(), planned.size, layer.site.name, host.x.device
+        self.kinds[name] = kind = size, tuple(host.x.shape), layer.site.heads
+        errors = self.errors[name][self.number]
         full, seconds = self.clock.timed(host.proceed, device)
         self.full[kind].append(seconds)
         for k, (config, plan) in self._plans(layer, call, size):
@@ -117,7 +111,7 @@ class Probe(Answerer):
                 layer.patch.note(error_of_ours(failure))
                 continue
             self.ratios[kind, k].append(spent / max(seconds, 1e-12))
-            errors[k] = norm(out.float() - full.float()) / max(self._streams[layer.site.name], 1e-12)
+            errors[k] = norm(out.float() - full.float()) / max(self._streams[name], 1e-12)
         return full
 
     def _try(self, layer: Layer, host: Call, call: ModelCall, planned: Planned) -> Tensor:

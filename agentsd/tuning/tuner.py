@@ -240,7 +240,7 @@ class _Tuner:
         again, self.seconds = replay.call(0, "Making a call again")
         self.noise = max(self.noise, replay.deviation(0, again))
         self.times = {site.name: self.useful(site.name) for site in self.sites}
-        skipped = sum(0 < len(probe.trials[site.name].errors) < len(replay) for site in self.sites)
+        skipped = sum(0 < len(probe.errors[site.name]) < len(replay) for site in self.sites)
         said = f"{skipped} of {len(self.sites)} blocks did not run in every recorded call"
         return [*patch.notes, *[said] * (skipped > 0)]
 
@@ -250,7 +250,7 @@ class _Tuner:
 
     def useful(self, name: str) -> dict[int, float]:
         """Return the seconds of full attention in a block, and of candidates that were always tried and are faster."""
-        errors, seconds = self.probe.trials[name].errors, self.probe.seconds(name)
+        errors, seconds = self.probe.errors[name], self.probe.seconds(name)
         calls = [errors.get(number, {}) for number in range(len(self.replay))]
         always = [k for k in seconds if all(math.isfinite(tried.get(k, math.nan)) for tried in calls)]
         return {FULL: seconds[FULL]} | {k: seconds[k] for k in always if seconds[k] <= MAX_TIME * seconds[FULL]}
@@ -270,20 +270,20 @@ class _Tuner:
         for group in self.groups():
             tried, calls = {site.name: self.typical(site.name) for site in group}, range(len(self.replay))
             moved = self.deviations(tried, calls, "Measuring what each block does to the image")
-            errors = [math.hypot(*(self.probe.trials[name].errors[i][k] for name, k in tried.items())) for i in calls]
+            errors = [math.hypot(*(self.probe.errors[name][i][k] for name, k in tried.items())) for i in calls]
             ratios = [a / b if b else 0.0 for a, b in zip(moved, errors, strict=True)]
             self.effects.update(dict.fromkeys(tried, ratios))
 
     def typical(self, name: str) -> int:
         """Return the candidate of the middle error."""
-        errors, useful = self.probe.trials[name].errors.values(), self.times[name].keys() - {FULL}
+        errors, useful = self.probe.errors[name].values(), self.times[name].keys() - {FULL}
         return sorted(useful, key=lambda k: fmean(e[k] for e in errors))[len(useful) // 2]
 
     def groups(self) -> list[list[Site]]:
         """Group neighbouring blocks of the same kind; the groups with the most to save are split first."""
         # a transformer's second attentions stand between the others
         blocks = sorted(self.blocks, key=lambda site: site.name.endswith("attn2"))
-        groups = [list(run) for _, run in groupby(blocks, lambda site: self.probe.trials[site.name].kind)]
+        groups = [list(run) for _, run in groupby(blocks, lambda site: self.probe.kinds.get(site.name))]
         while len(groups) < MAX_GROUPS and any(len(group) > 1 for group in groups):
             largest = max((g for g in groups if len(g) > 1), key=lambda g: sum(map(self.saving, g)))
             at, middle = groups.index(largest), len(largest) // 2
@@ -317,7 +317,7 @@ class _Tuner:
 
         `constraints` are numbers of calls whose squared deviations are averaged.
         """
-        errors, effects, options = self.probe.trials[name].errors, self.effects[name], []
+        errors, effects, options = self.probe.errors[name], self.effects[name], []
         for k, seconds in self.times[name].items():
             squares = [(effect * errors[i].get(k, 0.0)) ** 2 for i, effect in enumerate(effects)]
             options.append(Option(k, seconds, tuple(fmean(squares[i] for i in of) for of in constraints)))

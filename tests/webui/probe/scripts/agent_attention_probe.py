@@ -133,7 +133,7 @@ def on_app_started(demo, app):
         from agentsd.tuning import probe, replay, tuner
 
         def seconds(self, name):
-            return {0: 0.1, **{k: 0.05 - 0.001 * k for of, k in self.ratios if of == self.trials[name].kind}}
+            return {0: 0.1, **{k: 0.05 - 0.001 * k for of, k in self.ratios if of == self.kinds.get(name)}}
 
         def call(self, number, text, config=None, original=replay.Replay.call):
             return original(self, number, text, config)[0], 1.0 if config is None else 0.8
