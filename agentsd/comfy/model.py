@@ -129,11 +129,6 @@ class Slot(Program):
         return "\n".join([word(self.last.line()), *self.hints])
 
 
-def options_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The host's options in a call of a model."""
-    return args[5] if len(args) > 5 else kwargs.get(OPTIONS) or {}
-
-
 def _sampling(args: tuple[Any, ...]) -> tuple[tuple[int, int] | None, tuple[float, ...] | None]:
     """Return (height, width) of the latent that is sampled, and the progress at each step; None where not known."""
     try:

@@ -20,7 +20,7 @@ from ..eager import not_compiled
 from ..hosts import JointCall, Seam, Transformer, UnsupportedModelError
 from ..patching.joint import TransformerPatch
 from ..words import ascii_of
-from .model import KEY, log, options_of, wrapped
+from .model import KEY, OPTIONS, log, wrapped
 
 SKIPS = "another node skips blocks"
 SLOT = "optimized_attention_override"
@@ -124,7 +124,7 @@ class CloneTransformerPatch(TransformerPatch):
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Begin a call of the model and fill the slot; return the host's options and what was in the slot."""
-        options = options_of(args, kwargs)
+        options = args[5] if len(args) > 5 else kwargs[OPTIONS]
         before, self._asked = options.get(SLOT), 0
         self.neighbour = "" if before is None else f"{before.__module__}.{getattr(before, '__qualname__', before)}"
         self.begin_call(self._unet(), args, kwargs)

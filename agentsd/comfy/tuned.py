@@ -22,7 +22,7 @@ from ..tuning.record import RecordedCall, progress_of, record_calls
 from ..tuning.result import Tuning, headline
 from ..tuning.tuner import tune
 from ..words import ascii_of
-from .model import NOT_CALLED, OPTIONS, Slot, attach, is_ours, kernel_of, log, options_of
+from .model import NOT_CALLED, OPTIONS, Slot, attach, is_ours, kernel_of, log
 
 MOMENTS = 4
 MAX_TRIES = 3  # samplings that are tuned on while it can't be told whether a plan is faster
@@ -67,7 +67,8 @@ class TunedSlot(Slot):
         return output
 
     def decide(self, sampling: SamplingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
-        unet, size, options = self._unet, read_size(args, kwargs), options_of(args, kwargs)
+        unet, size = self._unet, read_size(args, kwargs)
+        options = args[5] if len(args) > 5 else kwargs.get(OPTIONS) or {}
         model = structure_of(ordered_sites(unet)), weights_of(unet), adapters_of(unet), _lora_of(self._patcher)
         replaced = (kind for kind, each in _theirs(options).items() if each)
         others = tuple(sorted({*options.get("patches", ()), *replaced}))
