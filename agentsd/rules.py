@@ -9,7 +9,7 @@ full attention. Without commas, colons, semicolons, quotes and line breaks, it f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .checks import SettingError, check_names, shown
@@ -17,12 +17,13 @@ from .config import FIELDS, RULE_SETTINGS, AgentConfig
 from .schedule import LEVEL, SINCE, UNTIL, Rule
 
 FULL = "full"
-_SEVERAL = "+"
-_CONDITIONS = {
-    "downsample": lambda text: tuple(map(LEVEL.parse, text.split(_SEVERAL))),
-    "blocks": lambda text: tuple(text.split(_SEVERAL)),
-    "since": SINCE.parse,
-    "until": UNTIL.parse,
+_AND = "+"
+# How to read each, and how to write it: empty where it says nothing
+_CONDITIONS: Mapping[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
+    "downsample": (lambda text: tuple(map(LEVEL.parse, text.split(_AND))), lambda some: _AND.join(map(str, some))),
+    "blocks": (lambda text: tuple(text.split(_AND)), _AND.join),
+    "since": (SINCE.parse, lambda since: SINCE.format(since) if since > 0 else ""),
+    "until": (UNTIL.parse, lambda until: UNTIL.format(until) if until < 1 else ""),
 }
 
 
@@ -41,11 +42,7 @@ def format_rules(rules: Iterable[Rule]) -> str:
 
 
 def rules_from(value: Any) -> tuple[Rule, ...]:
-    """Convert text, rules, or mappings with the arguments of `Rule` to rules.
-
-    Raises:
-        SettingError: it is none of these, a name is unknown, or a value is outside its range.
-    """
+    """Convert text, rules, or mappings with the arguments of `Rule` to rules; raises as `parse_rules` does."""
     if value is None or isinstance(value, str):
         return parse_rules(value or "")
     if isinstance(value, (Rule, Mapping)) or not isinstance(value, Iterable):
@@ -67,7 +64,7 @@ def _parse(text: str) -> Rule:
         elif not equals:
             raise SettingError(f"rules must be words such as NAME=VALUE or {FULL!r}, got {shown(word)}")
         elif name in _CONDITIONS:
-            where[name] = _CONDITIONS[name](value)
+            where[name] = _CONDITIONS[name][0](value)
         else:
             check_names({name: value}, RULE_SETTINGS)
             settings[name] = FIELDS[name].parse(value)
@@ -77,12 +74,7 @@ def _parse(text: str) -> Rule:
 
 
 def _format(rule: Rule) -> str:
-    where = {
-        "downsample": _SEVERAL.join(map(LEVEL.format, rule.downsample)),  # type: ignore[arg-type]
-        "blocks": _SEVERAL.join(rule.blocks),
-        "since": SINCE.format(rule.since) if rule.since > 0 else "",
-        "until": UNTIL.format(rule.until) if rule.until < 1 else "",
-    }
+    where = {name: write(getattr(rule, name)) for name, (_, write) in _CONDITIONS.items()}
     words = [f"{name}={text}" for name, text in where.items() if text]
     if rule.settings is None:
         return " ".join([*words, FULL])

@@ -194,20 +194,7 @@ def _by_rows(mask: Tensor, q: Tensor) -> Tensor:
 
 
 def attach_transformer(model: Any, config: AgentConfig, hints: Sequence[str] = ()) -> Any:
-    """Put agent attention on a clone of a model, instead of what an earlier node has put on it.
-
-    Args:
-        model: a ModelPatcher of ComfyUI around a transformer.
-        config: the settings.
-        hints: what else to say in reports.
-
-    Returns:
-        The clone.
-
-    Raises:
-        SettingError: the settings are none for this family.
-        UnsupportedModelError: the model is no known transformer.
-    """
+    """As `attach`; raises SettingError where the settings are none for the family. Reports repeat the `hints`."""
     clone = model.clone()
     found = transformer_of(clone)
     if found is None:

@@ -50,17 +50,9 @@ class JointAnswerer(Answerer):
 
 
 class TransformerPatch(Patch):
-    """A patch on one transformer.
+    """A patch on one transformer. Its blocks see the same tokens: all of its attentions are at level 1.
 
-    All attentions of a transformer are at level 1: its blocks see the same tokens.
-
-    Args:
-        model: the transformer.
-        config: the settings.
-        family: its family.
-        answerer: as for `Patch`.
-        progress: maps the noise level, from 1000 for noise to 0, to the fraction of the diffusion that is done; None:
-            linearly.
+    Arguments are those of `Patch`; `progress` is given the noise level, from 1000 for noise to 0; None: linear in it.
 
     Raises:
         SettingError: the settings merge tokens, or their method is none for this family.
@@ -105,13 +97,9 @@ class TransformerPatch(Patch):
         return super().explain(*Grid(height, width).patches(self.family.patch), progress)
 
     def attention_share(self, height: int, width: int, text: int, progress: float | None = None) -> float:
-        """Return the share of attention's FLOPs that is left, at most, averaged over the attentions.
+        """Return the share of attention's FLOPs left, at most, beside `text` tokens of text: the attentions' average.
 
-        Args:
-            height: rows of the latent.
-            width: columns of the latent.
-            text: number of tokens of text.
-            progress: as in `explain`.
+        The other arguments are those of `explain`.
         """
         plans = [plan for _, plan in self.explain(height, width, progress)]
         text = text if self.family.text else 0

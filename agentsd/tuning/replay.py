@@ -76,11 +76,7 @@ class Replay:
         return len(self.calls)
 
     def call(self, number: int, text: str, config: AgentConfig | None = None) -> tuple[Tensor, float]:
-        """Make a call under a config (None: under whatever is installed); return its output, in float32, and seconds.
-
-        Raises:
-            TuningCancelled: `progress` returned False.
-        """
+        """Make a call under a config (None: under whatever is installed); return its float32 output and seconds."""
         if self.progress is not None and self.progress(min(self.done, self.total), self.total, text) is False:
             raise TuningCancelled(f"cancelled after {self.done} model calls")
         self.done += 1

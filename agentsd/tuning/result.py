@@ -309,11 +309,7 @@ class Tuning:
             return cls((height, width), candidates, tuple(map(float, since)), plan, structure).checked()
 
     def checked(self) -> Tuning:
-        """Return the tuning if it makes sense.
-
-        Raises:
-            TuningError: it doesn't.
-        """
+        """Return the tuning; raise TuningError if it makes no sense."""
         plans = (self.plan, *self.frontier)
         found = [each for plan in plans for each in plan.deviations]
         shares = (*self.since, *self.covers, *(plan.tolerance for plan in plans), *(each.progress for each in found))
@@ -351,11 +347,7 @@ class Tuning:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tuning:
-        """Read the tuning that `to_dict` wrote.
-
-        Raises:
-            TuningError: it is damaged.
-        """
+        """Read the tuning that `to_dict` wrote; raise TuningError if it is damaged."""
         with reading():
             given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
             given["plan"] = _plan_from(given["plan"])
@@ -413,13 +405,7 @@ class Tuning:
 
 
 def as_tuning(value: Any) -> Tuning:
-    """Return a tuning, given as such, as text, or by the path of its file.
-
-    Raises:
-        SettingError: it is none of these.
-        OSError: the file cannot be read.
-        TuningError: it is damaged.
-    """
+    """Return a tuning, given as such, as text, or by the path of its file; raise SettingError if it is none."""
     if isinstance(value, Tuning):
         return value
     if not isinstance(value, (str, PathLike)):

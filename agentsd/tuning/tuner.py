@@ -260,10 +260,7 @@ class _Tuner:
         return max(times) - min(times)
 
     def measure_effects(self) -> None:
-        """Measure what errors in a block do to the model's output, where a notable share of the time would be saved.
-
-        The ratio is the same for all candidates.
-        """
+        """Measure what an error in a block does to the output, where a notable share of the time would be saved."""
         least = MIN_SHARE_OF_SAVING * sum(map(self.saving, self.sites))
         self.blocks = [site for site in self.sites if self.saving(site) > least]
         self.effects: dict[str, list[float]] = {}
@@ -313,10 +310,7 @@ class _Tuner:
         return parts
 
     def options(self, name: str, constraints: list[tuple[int, ...]]) -> list[Option]:
-        """The options of a block, full attention first.
-
-        `constraints` are numbers of calls whose squared deviations are averaged.
-        """
+        """The options of a block, full attention first; squares are averaged over the calls of a constraint."""
         errors, effects, options = self.probe.errors[name], self.effects[name], []
         for k, seconds in self.times[name].items():
             squares = [(effect * errors[i].get(k, 0.0)) ** 2 for i, effect in enumerate(effects)]
