@@ -43,7 +43,7 @@ PLACES = [
     ("self.since <= progress", "self.since < progress", "config timestep rules"),
     ("progress < self.until or self.until == 1.0", "progress < self.until", "config timestep rules"),
     ("(MAX_TIMESTEP - t) / MAX_TIMESTEP", "t / MAX_TIMESTEP", "moment rules_on_models"),
-    ("rule.until < 1", "rule.until <= 1", "rules"),
+    ("if until < 1 else", "if until <= 1 else", "rules"),
     ("not isinstance(pattern, str) or not", "isinstance(pattern, str) and not", "rules config"),
     ("value is not x and value is not context", "value is not context", "foreign_calls hosts"),
     ("bisect_right(self._parts, progress) - 1", "bisect_right(self._parts, progress)", "patch_layers rules_on_models"),
