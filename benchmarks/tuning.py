@@ -37,7 +37,7 @@ from agentsd.patching.closeness import EVERY
 from . import models
 from .fidelity import Case as Noised
 from .fidelity import deviations, noised, sharpened
-from .machine import DATA, PAGE, Machine, parser_for
+from .machine import DATA, PAGE, Machine, in_turn, parser_for, relative
 from .methods import patched
 from .results import fill, table, write_csv, write_json
 
@@ -250,21 +250,18 @@ def _cost() -> dict[str, float]:
     calls = [((), {**inputs, "timestep": torch.full((1,), t)}) for t in (950.0, 770.0, 590.0, 410.0, 230.0, 50.0)]
     machine = Machine(CPU)
 
-    def seconds() -> float:
-        return machine.seconds(lambda: models.call(unet, inputs, 950.0))
+    def call(observe: bool | None = None) -> None:
+        if observe is not None:
+            patch.observe_closeness = observe  # the first call after this is observed
+        models.call(unet, inputs, 950.0)
 
     with torch.no_grad():
-        full = median([seconds() for _ in range(3)])
+        full = median(in_turn({"": call}, 3, machine)[""])
         tuned = machine.seconds(lambda: agentsd.tune(unet, calls, 0.1))
         patch = agentsd.patch_unet(unet, CORRECTED)
-        ratios = []
-        for _ in range(CLOSENESS_ROUNDS):
-            patch.observe_closeness = False
-            off = seconds()
-            patch.observe_closeness = True  # the first call after this is observed
-            ratios.append(seconds() / off)
+        taken = in_turn({on: partial(call, on) for on in (False, True)}, CLOSENESS_ROUNDS, machine)
         patch.remove()
-    return {CALLS: tuned / len(calls) / full, "observing closeness": (median(ratios) - 1) / EVERY}
+    return {CALLS: tuned / len(calls) / full, "observing closeness": (relative(taken, False)[True] - 1) / EVERY}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -59,12 +59,10 @@ class Probe(Answerer):
             x = read_tokens(args, kwargs)
             self._streams[name] = norm(x) if isinstance(x, Tensor) else 1.0
 
-        hooks = [each.block.register_forward_pre_hook(partial(see, each.name), with_kwargs=True) for each in sites]
-        try:
+        with ExitStack() as hooks:
+            for each in sites:
+                hooks.enter_context(each.block.register_forward_pre_hook(partial(see, each.name), with_kwargs=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def seconds(self, name: str) -> Mapping[int, float]:
         """Return the seconds of each candidate, and of full attention (0), in blocks of this one's kind: medians."""

@@ -53,13 +53,11 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
     calls: list[RecordedCall] = []
     module = find_model(model)
     recorder = _Recorder(moments, Timesteps(progress or progress_by(model, module)))
-    handles = [module.register_forward_pre_hook(recorder.see, with_kwargs=True)]
-    handles.append(module.register_forward_hook(recorder.see_output))
     try:
-        yield calls
+        see, see_output = module.register_forward_pre_hook, module.register_forward_hook
+        with see(recorder.see, with_kwargs=True), see_output(recorder.see_output):
+            yield calls
     finally:
-        for handle in handles:
-            handle.remove()
         calls += recorder.spread()
         if recorder.counts and not calls:
             log.warning(
