@@ -586,10 +586,10 @@ class TestTransformers:
         assert changed(self.run(named, ((), (0, 1, 2), ()))[0], plain[0]), "the next sampling is free of it"
         assert "skips" not in self.report(named), "a model answered from a cache skips no blocks"
 
-    @pytest.mark.parametrize("where", ["begin_call", "read_size", "_joint", "join_heads"])
+    @pytest.mark.parametrize("where", ["begin_call", "read_size", "JointCall", "join_heads"])
     def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, flux, monkeypatch, where):
         plain, model = self.run(ModelPatcher(flux), ((), ())), self.node(flux, rules="min_tokens=0")
-        owner = "" if where == "join_heads" else "CloneTransformerPatch."
+        owner = "" if where in ("JointCall", "join_heads") else "CloneTransformerPatch."
         monkeypatch.setattr(f"agentsd.comfy.transformers.{owner}{where}", lambda *args, **kwargs: 1 / 0)
         assert all(map(torch.equal, self.run(model, ((), ())), plain))
         assert "an error of ours: ZeroDivisionError" in self.report(model)
