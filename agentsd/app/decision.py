@@ -169,13 +169,11 @@ class Decision:
 
 
 def decide(values: Mapping[str, Any], sampling: SamplingPass, rows: int, program: Program) -> Decision:
-    """Decide what happens in a sampling pass.
+    """Decide what happens in a sampling pass of a program.
 
     Args:
         values: every setting, in canonical form; whether it is switched on does not count.
-        sampling: the pass.
         rows: rows of the U-Net's batch.
-        program: the program that samples.
     """
     if is_left_out(values, sampling.hires):
         return Decision(sampling, reason=Hint("this pass is left out", ("passes",)))

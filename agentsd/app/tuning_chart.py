@@ -86,10 +86,7 @@ class _Mark(NamedTuple):
 
 
 def chart(tuning: Tuning, presets: Mapping[str, Compared]) -> str:
-    """Draw speed over deviation: the plans of a tuning as a line, presets beside them.
-
-    The deviation of a preset is that of the U-Net's output at a few timesteps of the picture that was tuned on.
-    """
+    """Draw speed over deviation: the plans of a tuning as a line, presets beside them."""
     marks = [_Mark(each.deviation, 1 / each.time, name) for name, each in presets.items()]
     for plan in tuning.frontier:
         if plan.acts and plan.deviation is not None and plan.speed_up:

@@ -48,10 +48,7 @@ class Panel:
         return [{**self.controls, schema.RECORD: self.record}[name] for name in schema.ARGUMENTS]
 
     def tidy(self) -> None:
-        """Restore the type of each control's default, which a saved ui-config may have changed.
-
-        The host casts values from an infotext to that type: a 0 saved for 0.0 would turn 0.4 into 0.
-        """
+        """Restore the type of each default: with a 0 saved for 0.0 the host would turn an infotext's 0.4 into 0."""
         for name, control in self.controls.items():
             try:
                 control.value = BY_NAME[name].check(control.value)

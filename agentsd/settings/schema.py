@@ -98,19 +98,12 @@ def check(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read the settings from a script's positional arguments.
+    """Read every setting, in canonical form, from a script's positional arguments; raises as `check` does.
 
-    Args:
-        args: values in the order of `ARGUMENTS`; missing ones get their defaults, extra ones are ignored. The first may
-            be a mapping of settings by name, which switches the extension on unless it says otherwise, and counts more
-            than the arguments behind it.
-        overrides: settings by name that count more than the arguments, such as those of an X/Y/Z cell.
-
-    Returns:
-        Every setting, in canonical form; while the extension is off, the defaults: nothing is checked then.
-
-    Raises:
-        SettingError: a name is unknown or a value is outside its range.
+    They come in the order of `ARGUMENTS`; missing ones get their defaults, extra ones are ignored. The first may be a
+    mapping of settings by name, which switches the extension on unless it says otherwise, and counts more than those
+    behind it; `overrides`, such as those of an X/Y/Z cell, count more than all. While the extension is off, nothing is
+    checked and all are the defaults.
     """
     values = dict(zip(ARGUMENTS, args, strict=False))
     values.pop(RECORD, None)

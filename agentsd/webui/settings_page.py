@@ -49,10 +49,7 @@ def register(opts: Any, option: Callable[..., Any], text: Any = None, category: 
 
 
 def set_level(level: str) -> None:
-    """Send our messages of `level` and above to the console, once each, independently of the host's logging.
-
-    The library's own messages repeat in every pass and are shown only at "debug".
-    """
+    """Send our messages of `level` and above to the console, once each; the library's own only at "debug"."""
     logger = logging.getLogger("agentsd")
     if not any(handler.name == _HANDLER for handler in logger.handlers):
         handler = logging.StreamHandler()
