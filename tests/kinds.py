@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import agentsd
 
 GRID = {"ratio": 0.0, "agent_ratio": 0.95, "agent_source": "grid"}
-AGENTS_ALONE = {"ratio": 0.0, "agent_ratio": 0.95}
 SIMILARITY = {"ratio": 0.4, "agent_ratio": 0.95}
 MERGING = dict(agentsd.TOKEN_MERGING)
 EVERYWHERE = {"ratio": 0.4, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}

@@ -49,7 +49,7 @@ PLACES = [
     ("bisect_right(self._parts, progress) - 1", "bisect_right(self._parts, progress)", "patch_layers rules_on_models"),
     ("earlier + squares", "earlier - squares", "closeness"),
     ("[a / b if b else 0.0", "[a * b if b else 0.0", "tuning"),
-    ("norm(out - self.full[number])", "norm(out + self.full[number])", "tuning_batches tuning"),
+    ("norm(out - self.full[number])", "norm(out + self.full[number])", "tuning"),
 ]
 
 

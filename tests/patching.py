@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,11 @@ def answer(
     return output_tensor(unet(x, timesteps, prompt, **given))
 
 
+def at(t: Any) -> Any:
+    """The example at timestep t, or at one for each row."""
+    return EXAMPLE[0], torch.as_tensor(t).expand(2), EXAMPLE[2]
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
@@ -69,6 +75,14 @@ def difference(a: Tensor, b: Tensor) -> float:
 def changed(a: Tensor, b: Tensor) -> bool:
     """Whether one of two outputs is that of a patch."""
     return difference(a, b) > CHANGED
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    """What is read of what was written."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 @contextmanager
@@ -97,14 +111,6 @@ def patched_output(unet: nn.Module, example: Any, **kw: Any) -> Tensor:
     return out
 
 
-class Step(NamedTuple):
-    """What F.scaled_dot_product_attention was asked to do."""
-
-    queries: int
-    keys: int
-    dtype: torch.dtype
-
-
 @contextmanager
 def calls_of(block: nn.Module) -> Iterator[Any]:
     """(input, output) of each call of attn1, attn2 and ff."""
@@ -113,13 +119,13 @@ def calls_of(block: nn.Module) -> Iterator[Any]:
 
 
 @contextmanager
-def attention_steps() -> Iterator[list[Step]]:
-    """Collects what F.scaled_dot_product_attention is asked to do."""
+def attention_dtypes() -> Iterator[list[torch.dtype]]:
+    """Collects what F.scaled_dot_product_attention is asked to compute in."""
     calls, original = [], F.scaled_dot_product_attention
 
     def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert q.dtype == k.dtype == v.dtype
-        calls.append(Step(q.shape[-2], k.shape[-2], q.dtype))
+        calls.append(q.dtype)
         return original(q, k, v, *args, **kwargs)
 
     F.scaled_dot_product_attention = spy

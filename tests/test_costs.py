@@ -99,15 +99,6 @@ def test_a_fit_costs_about_what_the_model_says(small, more):
         assert expected.flops_left == pytest.approx(counted(small, 32, 32), rel=0.06)
 
 
-def test_a_patched_layer_of_the_full_unet_costs_what_the_model_says():
-    settings = {"agent_source": "grid", "ratio": 0.0, "agent_ratio": 0.9375, "use_rand": False}
-    model = unet("meta", **FULL["SD 1"])
-    expected = estimate(layouts()["SD 1"], AgentConfig(**settings), 64, 64)
-    assert [(level.count, level.plan.agents) for level in expected.changed] == [(5, 256)]
-    with agentsd.patched(model, **settings):
-        assert counted(model, 64, 64) == expected.flops_left
-
-
 def test_each_part_of_a_run_has_a_cost_of_its_own():
     layout = layouts()["SD 1"]
     assert estimate(layouts()["SDXL"], None, 128, 128).share == 1

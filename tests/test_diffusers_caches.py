@@ -13,8 +13,9 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 hooks = pytest.importorskip("diffusers.hooks", reason="needs diffusers' cache hooks")
 
+from blocks import tree  # noqa: E402
 from kinds import CORRECTED, GRID  # noqa: E402
-from tiny_pipelines import anatomy, picture, tiny_sd, tiny_unet, unet_inputs  # noqa: E402
+from tiny_pipelines import picture, tiny_sd, tiny_unet, unet_inputs  # noqa: E402
 
 TIMESTEPS = (700, 650, 600, 550)
 
@@ -92,10 +93,10 @@ def test_what_is_computed_is_ours_and_what_is_not_is_the_cache_s(cache, settings
         agentsd.apply_patch(unet, **settings)
 
     def removed(unet: nn.Module) -> None:
-        before = anatomy(unet)
+        before = tree(unet)
         ours(unet)
         remove_patch(unet)
-        assert anatomy(unet) == before
+        assert tree(unet) == before
 
     alone, uncached, both = outputs(cache), outputs(ours), outputs(cache, ours)
     # the first call is computed in full
@@ -118,7 +119,7 @@ def guided_by(pipeline, **more):
 @pytest.mark.parametrize("scale", [3.0, 0.0])
 def test_layers_of_perturbed_attention_guidance_stay_its_own_while_it_guides(scale):
     pipe = guided_by(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
-    before, plain = anatomy(pipe.unet), picture(pipe, pag_scale=scale)
+    before, plain = tree(pipe.unet), picture(pipe, pag_scale=scale)
     agentsd.apply_patch(pipe, **{**GRID, "max_downsample": 2})
     assert (picture(pipe, pag_scale=scale) - plain).abs().max() > 1e-3
     layers = {layer.name: layer.calls for layer in get_patch(pipe).report()}
@@ -127,7 +128,7 @@ def test_layers_of_perturbed_attention_guidance_stay_its_own_while_it_guides(sca
     assert ["attention processor is PAG" in note for note in get_patch(pipe).notes] == [True] * len(theirs)
     remove_patch(pipe)
     assert torch.equal(picture(pipe, pag_scale=scale), plain)
-    assert anatomy(pipe.unet) == before
+    assert tree(pipe.unet) == before
 
 
 def test_controlnet_adds_to_a_patched_u_net_and_is_not_patched_itself():
@@ -137,10 +138,10 @@ def test_controlnet_adds_to_a_patched_u_net_and_is_not_patched_itself():
     for module in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
         nn.init.normal_(module.weight, std=0.1)
     pipe, hint = guided_by(diffusers.StableDiffusionControlNetPipeline, controlnet=net), torch.rand(1, 3, 128, 128)
-    plain, before = picture(pipe, image=hint), anatomy(net)
+    plain, before = picture(pipe, image=hint), tree(net)
     agentsd.apply_patch(pipe, **GRID)
     assert (picture(pipe, image=hint) - plain).abs().max() > 1e-3
     assert get_patch(pipe).notes == {}
-    assert anatomy(net) == before
+    assert tree(net) == before
     remove_patch(pipe)
     assert torch.equal(picture(pipe, image=hint), plain)

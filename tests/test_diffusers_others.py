@@ -10,9 +10,10 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
 
+from blocks import tree  # noqa: E402
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0  # noqa: E402
 from kinds import CORRECTED, EVERYWHERE, GRID, SIMILARITY  # noqa: E402
-from tiny_pipelines import anatomy, picture, run, tiny_sd, tiny_unet, unet_inputs  # noqa: E402
+from tiny_pipelines import picture, run, tiny_sd, tiny_unet, unet_inputs  # noqa: E402
 
 
 def lora(unet, seed: int = 3) -> None:
@@ -32,7 +33,7 @@ def lora(unet, seed: int = 3) -> None:
 def test_lora_acts_as_if_it_were_in_the_weights_and_may_come_and_go(settings):
     unet = tiny_unet().double()  # lest rounding decides which token is nearest
     given = {name: x.double() for name, x in unet_inputs(unet).items() if name != "timestep"}
-    before = anatomy(unet)
+    before = tree(unet)
     agentsd.apply_patch(unet, **settings)
     without = run(unet, **given)
     lora(unet)
@@ -50,7 +51,7 @@ def test_lora_acts_as_if_it_were_in_the_weights_and_may_come_and_go(settings):
     unet.unload_lora()
     torch.testing.assert_close(run(unet, **given), without, rtol=1e-6, atol=1e-6)
     remove_patch(unet)
-    assert anatomy(unet).keys() == before.keys()
+    assert tree(unet).keys() == before.keys()
 
 
 def load_ip_adapter(unet, tokens: int = 4, embedding: int = 16) -> None:
@@ -78,16 +79,17 @@ def test_ip_adapters_are_left_alone_and_can_be_loaded_while_the_patch_is_on(sett
     prompt = {"added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 16, generator=generator)]}}
     unet, other = tiny_unet(), tiny_unet()
     load_ip_adapter(unet)
-    theirs, before, plain = processors(unet, "attn2"), anatomy(unet), run(unet, **prompt)
+    theirs, before, plain = processors(unet, "attn2"), tree(unet), run(unet, **prompt)
     agentsd.apply_patch(unet, **settings)
     assert processors(unet, "attn2") == theirs
     patched = run(unet, **prompt)
     assert (patched - plain).abs().max() > 1e-3
+    scales = [p.scale for p in theirs]
     for p in theirs:
         p.scale = [0.0]
     assert not torch.equal(run(unet, **prompt), patched), "the image prompt counts under the patch"
-    for p in theirs:
-        p.scale = [1.0]
+    for p, scale in zip(theirs, scales, strict=True):
+        p.scale = scale
     agentsd.apply_patch(other, **settings)
     load_ip_adapter(other)  # which renews all processors
     assert torch.equal(run(other, **prompt), patched)
@@ -95,7 +97,7 @@ def test_ip_adapters_are_left_alone_and_can_be_loaded_while_the_patch_is_on(sett
         assert get_patch(model).notes == {}
         remove_patch(model)
         assert torch.equal(run(model, **prompt), plain)
-    assert anatomy(unet) == before
+    assert tree(unet) == before
     assert {type(p) for p in processors(other, "attn2")} == {IPAdapterAttnProcessor2_0}
     assert {type(p) for p in processors(other, "attn1")} == {AttnProcessor2_0}
 
@@ -110,9 +112,16 @@ OFFLOAD = {
 
 @pytest.mark.parametrize("kind", OFFLOAD)
 def test_offloading_changes_nothing_and_may_begin_while_the_patch_is_on(kind):
-    def offloaded_anatomy() -> dict:
-        """Without the identity of `forward`: model offload renews it after every picture."""
-        return {name: entry[:-1] for name, entry in anatomy(pipe.unet).items()}
+    def names_and_processors() -> dict:
+        """What is where; offloading renews the rest with every picture."""
+
+        def seen(name, x):
+            return [key for key, _ in x] if isinstance(x, list) else x if name == "processor" else None
+
+        return {
+            name: (cls, {name: seen(name, x) for name, x in attributes.items()})
+            for name, (cls, attributes) in tree(pipe.unet).items()
+        }
 
     pipe = tiny_sd()
     agentsd.apply_patch(pipe, **GRID)
@@ -120,11 +129,11 @@ def test_offloading_changes_nothing_and_may_begin_while_the_patch_is_on(kind):
     OFFLOAD[kind](pipe)
     torch.testing.assert_close(picture(pipe), plain, rtol=0, atol=1e-3)
     remove_patch(pipe)
-    before, without = offloaded_anatomy(), picture(pipe)
+    before, without = names_and_processors(), picture(pipe)
     assert not torch.equal(without, plain)
     agentsd.apply_patch(pipe, **GRID)
     torch.testing.assert_close(picture(pipe), plain, rtol=0, atol=1e-3)
     assert get_patch(pipe).notes == {}
     remove_patch(pipe)
-    assert offloaded_anatomy() == before
+    assert names_and_processors() == before
     assert torch.equal(picture(pipe), without)

@@ -4,37 +4,43 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from blocks import as_model, flat_unet, golden_unet, initialised, run, sdxl_like_unet
+from blocks import as_model, flat_unet, golden_unet, initialised, sdxl_like_unet
 from kinds import GRID
-from patching import EXAMPLE, answer, changed, diffusers_unet
+from patching import answer, changed, diffusers_unet
 from torch import nn
 
 from agentsd import get_patch, hosts, patched
 from agentsd.hosts import find_sites, find_unet, output_tensor
 
+# (make the U-Net, the level of its largest self-attentions)
 UNETS = {
-    "LDM": golden_unet,
-    "LDM, one level": flat_unet,
-    "LDM, SDXL-like": sdxl_like_unet,
-    "LDM, nine channels": lambda: initialised(attention_resolutions=[1], channel_mult=[1], in_channels=9),
-    "diffusers": lambda: diffusers_unet("tiny_unet"),
-    "diffusers, SDXL-like": lambda: diffusers_unet("tiny_sdxl_unet"),
+    "LDM": (golden_unet, 1),
+    "LDM, one level": (flat_unet, 1),
+    "LDM, SDXL-like": (sdxl_like_unet, 2),
+    "LDM, nine channels": (lambda: initialised(attention_resolutions=[1], channel_mult=[1], in_channels=9), 1),
+    "diffusers": (lambda: diffusers_unet("tiny_unet"), 1),
+    "diffusers, SDXL-like": (lambda: diffusers_unet("tiny_sdxl_unet"), 2),
 }
 
 
-@pytest.mark.parametrize("make", UNETS.values(), ids=UNETS)
-def test_the_patch_sees_a_call_s_latent_and_progress_and_knows_the_levels(make):
-    unet = make()
+@pytest.mark.parametrize(("make", "first"), UNETS.values(), ids=UNETS)
+def test_the_patch_sees_a_call_and_knows_the_levels_and_auto_is_that_of_the_largest_self_attentions(make, first):
+    unet, outs, acting = make(), {}, {}
     plain = answer(unet, 16, 24, 0.25)
-    with patched(unet, **{**GRID, "max_downsample": "auto", "agent_ratio": 0.75}):
-        out, patch = answer(unet, 16, 24, 0.25), get_patch(unet)
-        assert (patch.last_call.latent, patch.last_call.timestep) == ((16, 24), pytest.approx(750))
-        assert any(layer.calls.get("agents") for layer in patch.report())
-        assert not patch.notes
-        # the levels of the structure are what the sizes in a call say
-        sizes = {layer.name: layer.size.height for layer in patch.report()}
-    assert {site.name: 16 // site.downsample for site in find_sites(unet)} == sizes
-    assert changed(out, plain)
+    for level in ("auto", first, 8):
+        with patched(unet, **{**GRID, "max_downsample": level, "agent_ratio": 0.75}):
+            outs[level], patch = answer(unet, 16, 24, 0.25), get_patch(unet)
+            assert (patch.last_call.latent, patch.last_call.timestep) == ((16, 24), pytest.approx(750))
+            assert not patch.notes
+            # the levels of the structure are what the sizes in a call say
+            levels = {layer.name: 16 // layer.size.height for layer in patch.report()}
+            assert {site.name: site.downsample for site in find_sites(unet)} == levels
+            acting[level] = {levels[layer.name] for layer in patch.report() if "agents" in layer.calls}
+            assert {plan.remedy for _, plan in patch.explain(16, 24) if not plan.acts} <= {("max_downsample",)}
+    assert acting["auto"] == acting[first] == {first} == {min(acting[8])}
+    assert torch.equal(outs["auto"], outs[first])
+    assert torch.equal(outs["auto"], outs[8]) == (len(acting[8]) == 1)
+    assert changed(outs["auto"], plain)
 
 
 def test_the_output_is_alone_or_first_or_of_a_controlnet_last():
@@ -56,11 +62,7 @@ class TestPlaces:
     @pytest.mark.parametrize("name", LEVELS)
     def test_of_a_u_net_of_two_levels(self, name):
         levels = {f"{block}.transformer_blocks.0": level for block, level in LEVELS[name].items()}
-        assert [(site.name, site.downsample) for site in find_sites(UNETS[name]())] == list(levels.items())
-
-    @pytest.mark.parametrize(("name", "first"), [("LDM", 1), ("LDM, SDXL-like", 2), ("diffusers, SDXL-like", 2)])
-    def test_every_block_knows_where_the_first_are(self, name, first):
-        assert {site.place.largest_level for site in find_sites(UNETS[name]())} == {first}
+        assert [(site.name, site.downsample) for site in find_sites(UNETS[name][0]())] == list(levels.items())
 
     def test_are_unknown_in_a_u_net_of_no_known_layout(self):
         unet = nn.ModuleDict({"somewhere": golden_unet().middle_block})
@@ -103,11 +105,3 @@ class TestArguments:
         for name in ("x", "hidden_states"):
             assert hosts.read_tokens((), {name: x}) is x
         assert hosts.read_tokens((), {}) is None
-
-    def test_a_u_net_may_be_called_by_names_alone(self):
-        unet, (x, t, context) = golden_unet(), EXAMPLE
-        with patched(unet, **GRID):
-            expected = run(unet, EXAMPLE)
-            with torch.no_grad():
-                assert torch.equal(unet(x=x, timesteps=t, context=context), expected)
-            assert not get_patch(unet).notes

@@ -41,14 +41,6 @@ class TestPartition:
         counts = (drawn // 12 % 2 * 3 + drawn % 12 % 3).flatten().bincount(minlength=6)
         assert (counts / (100 * 16 / 6) - 1).abs().max() < 0.25
 
-    def test_depends_on_the_seed_alone(self):
-        first = partition(16, 16, 4, 4, 7).dst
-        torch.manual_seed(123)
-        state = torch.get_rng_state()
-        assert torch.equal(partition(16, 16, 4, 4, 7).dst, first)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert not torch.equal(partition(16, 16, 4, 4, 8).dst, first)
-
     def test_the_seed_depends_on_every_argument(self):
         arguments = (0, 500.0, 16, 16, 4, 2)
         changed = [(*arguments[:i], 3, *arguments[i + 1 :]) for i in range(6)] + [(0, None, 16, 16, 4, 2)]
@@ -61,7 +53,7 @@ class TestPartition:
 class TestMatch:
     @settings(max_examples=40)
     @given(**sizes, share=st.floats(0, 1))
-    def test_clusters_are_those_of_a_plain_loop(self, h, w, sx, sy, share):
+    def test_clusters_are_those_of_a_plain_loop_and_averaged(self, h, w, sx, sy, share):
         assume(h >= sy and w >= sx)
         x, part, r, matching = matched(h, w, sx, sy, share)
         assert matching.shape == (2, h * w)
@@ -69,12 +61,18 @@ class TestMatch:
             assert matching.merged is None
             assert matching.agents is None
             return
+        y = torch.randn(2, h * w, 5)
         for clusters in (matching.merged, matching.agents):
             assert clusters.count == h * w - r
-            index = clusters.index.view(2, -1)
+            merged = clusters.merge(y)
+            back, index = clusters.unmerge(merged), clusters.index.view(2, -1)
             for b in range(2):
-                leader = leaders_by_loops(x[b], part.dst.tolist(), r)
-                assert torch.equal(index[b] == index[b, :, None], torch.tensor(leader) == torch.tensor(leader)[:, None])
+                leader = torch.tensor(leaders_by_loops(x[b], part.dst.tolist(), r))
+                same = leader == leader[:, None]
+                assert torch.equal(index[b] == index[b, :, None], same)
+                mean = same.float() @ y[b] / same.sum(1, keepdim=True)
+                torch.testing.assert_close(back[b], mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(clusters.merge(back), merged, rtol=1e-4, atol=1e-5)
 
     def test_slabs_change_nothing_and_never_is_the_matrix_of_all_similarities_made(self, monkeypatch):
         x, part = torch.randn(2, 15 * 14, 8), partition(15, 14, 2, 2)
@@ -93,21 +91,6 @@ class TestMatch:
 
 
 class TestMergeAndUnmerge:
-    @settings(max_examples=40)
-    @given(**sizes, share=st.floats(0, 1))
-    def test_merging_averages_and_unmerging_gives_back(self, h, w, sx, sy, share):
-        assume(h >= sy and w >= sx)
-        x, part, r, matching = matched(h, w, sx, sy, share)
-        assume(r)
-        y = torch.randn(2, h * w, 5)
-        merged = matching.merged.merge(y)
-        back = matching.merged.unmerge(merged)
-        for b in range(2):
-            leader = torch.tensor(leaders_by_loops(x[b], part.dst.tolist(), r))
-            same = (leader == leader[:, None]).float()
-            torch.testing.assert_close(back[b], same @ y[b] / same.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(matching.merged.merge(back), merged, rtol=1e-4, atol=1e-5)
-
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_keeps_the_dtype_and_sums_in_float32(self, dtype):
         part = partition(64, 64, 64, 64)  # one cluster of 4096
@@ -117,12 +100,6 @@ class TestMergeAndUnmerge:
         assert merged.dtype == dtype
         assert torch.equal(merged, x[:, :1])
         assert matching.merged.unmerge(merged).dtype == dtype
-
-    def test_gradients_pass_through(self):
-        x, _, _, matching = matched(6, 6, 3, 3, 0.8)
-        x.requires_grad_()
-        matching.merged.unmerge(matching.merged.merge(x)).sum().backward()
-        torch.testing.assert_close(x.grad, torch.ones_like(x), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_both_ways_to_average_clusters_agree(self, monkeypatch, dtype):

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from blocks import inputs, run
+from blocks import run
 from kinds import CORRECTED
-from patching import EXAMPLE, GOLDEN
+from patching import EXAMPLE, GOLDEN, at
 
 from agentsd import get_patch, patched
 from agentsd.methods import method_named
@@ -25,10 +25,6 @@ def broken(monkeypatch):
 
     monkeypatch.setattr(type(method), "attend", answer)
     return broken
-
-
-def at(t):
-    return inputs(2, 12, 12, t=[t, t])
 
 
 def test_the_host_makes_the_rest_of_the_pass(broken):

@@ -2,13 +2,13 @@
 
 import copy
 import gc
-import io
 import weakref
 
+import pytest
 import torch
 from blocks import blocks_of, flat_unet, run, tree
 from kinds import EVERYWHERE, GRID, POOL, SIMILARITY, kinds, of
-from patching import EXAMPLE, answer, changed
+from patching import EXAMPLE, answer, changed, pickled
 
 from agentsd import AgentConfig, Rule, apply_patch, early, get_patch, patch_unet, patched, remove_patch
 
@@ -46,19 +46,27 @@ def test_no_tokens_are_kept_after_a_call(unet):
         assert not get_patch(unet).last_call.matchings
 
 
-@kinds({"similarity": SIMILARITY, "rules": {**GRID, "rules": (Rule(POOL, downsample=2),)}})
-def test_a_deep_copy_has_a_patch_of_its_own(any_unet, kw):
+COPIED = {"everywhere": EVERYWHERE, "rules": {**GRID, "rules": (Rule(POOL, downsample=2),), "stages": early(0.6)}}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@kinds(COPIED)
+def test_a_copy_has_a_patch_of_its_own(any_unet, kw, copied):
     unet, plain = any_unet, answer(any_unet)
     apply_patch(unet, **kw)
     out = answer(unet)
-    twin = copy.deepcopy(unet)
+    twin = copied(unet)
     assert get_patch(twin) is not get_patch(unet)
     assert get_patch(twin).config == get_patch(unet).config
     with torch.no_grad():
         for p in unet.parameters():
             p.zero_()
     assert torch.equal(answer(twin), out)
+    assert not get_patch(twin).notes
     remove_patch(unet)
+    assert torch.equal(answer(twin), out)
+    with patched(twin, **SIMILARITY):
+        pass
     assert torch.equal(answer(twin), out)
     remove_patch(twin)
     assert get_patch(twin) is None
@@ -66,22 +74,3 @@ def test_a_deep_copy_has_a_patch_of_its_own(any_unet, kw):
     assert "forward" not in vars(blocks_of(twin)[0].attn1)
     assert changed(answer(twin), out)
     assert torch.equal(answer(twin), plain)
-
-
-@kinds({"everywhere": EVERYWHERE, "stages": {**GRID, "stages": early(0.6)}})
-def test_a_patched_model_can_be_pickled(any_unet, kw):
-    unet, plain, file = any_unet, answer(any_unet), io.BytesIO()
-    with patched(unet, **kw):
-        out = answer(unet)
-        torch.save(unet, file)
-    file.seek(0)
-    twin = torch.load(file, weights_only=False)
-    assert get_patch(twin) is not get_patch(unet)
-    assert torch.equal(answer(twin), out)
-    assert not get_patch(twin).notes
-    with patched(twin, **SIMILARITY):
-        pass
-    assert torch.equal(answer(twin), out)
-    remove_patch(twin)
-    assert torch.equal(answer(twin), plain)
-    assert torch.equal(answer(unet), plain)

@@ -9,7 +9,7 @@ from blocks import inputs, run, tree
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kinds import DRAWN, EVERYWHERE, by_kind
-from patching import EXAMPLE, FLAT, changed, patched_output
+from patching import EXAMPLE, FLAT, at, changed, patched_output
 
 from agentsd import Rule, early, get_patch, paper_stages, patched
 
@@ -101,7 +101,7 @@ class TestReproducibility:
     def test_the_partition_depends_on_seed_and_timestep(self, unet):
         def partition(t=500, **kw):
             with patched(unet, **kw):
-                run(unet, (EXAMPLE[0], torch.tensor([t, t]), EXAMPLE[2]))
+                run(unet, at(t))
                 (made,) = get_patch(unet).last_call.partitions.values()
             return made.dst
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from blocks import HALVES, attention_calls, blocks_of, run, transformers_of
 from kinds import GRID, MERGING, of
-from patching import EXAMPLE, attention_steps, patched_output
+from patching import EXAMPLE, attention_dtypes, patched_output
 
 
 class TestPrecision:
@@ -33,10 +33,10 @@ class TestPrecision:
         expected, plain = patched_output(unet, EXAMPLE, **kw), run(unet, EXAMPLE)
         if halved:
             self.halve(unet, dtype)
-        with torch.autocast("cpu", dtype=dtype, enabled=autocast), attention_steps() as calls:
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast), attention_dtypes() as dtypes:
             out = patched_output(unet, EXAMPLE, attn_precision=precision, **kw)
-        assert {call.dtype for call in calls} <= {torch.float32 if precision else dtype}
-        assert bool(calls) == (kw is not MERGING)
+        assert set(dtypes) <= {torch.float32 if precision else dtype}
+        assert bool(dtypes) == (kw is not MERGING)
         # half-precision rounding may pair some tokens otherwise; most of the picture must agree
         assert (out - expected).square().mean().sqrt() < 0.3 * (plain - expected).square().mean().sqrt()
 

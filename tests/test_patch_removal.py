@@ -7,6 +7,7 @@ from kinds import EVERYWHERE, GRID, SIMILARITY, by_kind
 from patching import EXAMPLE, answer, changed, hooks_of, undisturbed
 
 from agentsd import apply_patch, get_patch, patched, remove_patch
+from agentsd.patching.call import current_call
 
 
 class TestRemoval:
@@ -53,7 +54,10 @@ class TestRemoval:
                     run(unet, EXAMPLE)
                 handle.remove()
                 assert torch.equal(run(unet, EXAMPLE), expected), "the patch is still whole"
+                assert not get_patch(unet).notes
+                assert error is KeyboardInterrupt or current_call() is None
             remove_patch(unet)
+            assert current_call() is None
 
     def test_a_patch_may_be_removed_while_its_u_net_runs(self, unet):
         with undisturbed(unet):

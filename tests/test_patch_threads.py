@@ -80,24 +80,6 @@ def test_a_call_inside_of_a_call(any_unet, kw):
         assert not get_patch(unet).notes
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_call_that_fails_leaves_nothing_behind(any_unet, error):
-    unet = any_unet
-
-    def fail(*args):
-        raise error
-
-    with patched(unet, **SIMILARITY):
-        expected = answer(unet, 8, 8, 0.5)
-        handle = blocks_of(unet)[0].attn2.register_forward_pre_hook(fail)
-        with pytest.raises(error):
-            answer(unet, 16, 16, 0.5)
-        handle.remove()
-        assert torch.equal(answer(unet, 8, 8, 0.5), expected)
-        assert not get_patch(unet).notes
-    assert current_call() is None
-
-
 def test_a_call_that_another_thread_left_behind_is_over(unet):
     thread = threading.Thread(target=remove_patch, args=[unet])
     apply_patch(unet, **GRID)

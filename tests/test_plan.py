@@ -122,6 +122,7 @@ class TestVetoes:
             ({"method": "merge", "ratio": 0.0}, ("ratio",), {"ratio": 0.1}),
             ({"method": "corrected", "agent_ratio": 0.0, "max_agents": 4096}, ("agent_ratio",), {"agent_ratio": 0.9}),
             ({"method": "corrected", "max_agents": 16}, ("max_agents",), {"max_agents": None}),
+            ({"method": "corrected", "exact_ratio": 1.0}, ("exact_ratio",), {"exact_ratio": 0.14}),
             ({"agent_ratio": 0.3, "ratio": 0.0}, ("agent_ratio",), {"agent_ratio": 0.9}),
             ({"agent_ratio": 0.9, "ratio": 0.0, "sx": 1, "sy": 1}, ("sx", "sy"), {"sx": 4, "sy": 4}),
         ],

@@ -6,8 +6,8 @@ import pytest
 import torch
 from blocks import actions, blocks_of, run
 from kinds import CORRECTED, GRID, MERGING, POOL, SIMILARITY
-from patching import EXAMPLE, FLAT, answer, attention_steps, calls_of, undisturbed
-from single import SingleAttention
+from patching import EXAMPLE, FLAT, answer, at, attention_dtypes, calls_of
+from torch import nn
 
 import agentsd
 from agentsd import AgentConfig, Rule, Stage, apply_patch, early, get_patch, patch_unet, patched
@@ -87,14 +87,6 @@ class TestEachBlock:
         assert not patch.notes
 
     def test_parts_of_one_block(self, unet):
-        """The switch is off in the config: hooks are there because a rule turns it on."""
-        rules = (Rule({"merge_mlp": True}, blocks="input_blocks.1.*"),)
-        first, last = blocks_of(unet)[0], blocks_of(unet)[-1]
-        with undisturbed(unet), patched(unet, **SIMILARITY, rules=rules):
-            with calls_of(first) as (_, cross, ff), calls_of(last) as (_, other_cross, other_ff):
-                run(unet, EXAMPLE)
-            assert not get_patch(unet).notes
-        assert [x.shape[1] for ((x, _),) in (cross, ff, other_cross, other_ff)] == [144, 87, 144, 144]
         rules = (Rule({"merge_attn": True}, blocks="input_blocks.1.*"),)
         with patched(unet, **GRID, merge_attn=False, rules=rules):
             run(unet, EXAMPLE)
@@ -102,9 +94,9 @@ class TestEachBlock:
 
     def test_precision_of_one_block(self, unet):
         rules = (Rule({"attn_precision": "fp32"}, blocks="output_blocks.2.*"),)
-        with patched(unet, **GRID, rules=rules), torch.autocast("cpu", torch.bfloat16), attention_steps() as steps:
+        with patched(unet, **GRID, rules=rules), torch.autocast("cpu", torch.bfloat16), attention_dtypes() as dtypes:
             run(unet, EXAMPLE)
-        assert [step.dtype for step in steps] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16] * 2
+        assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
 @pytest.mark.parametrize(
@@ -129,7 +121,7 @@ def test_each_stage_merges_what_it_says(unet):
     with patched(unet, stages=stages):
         for t in (900, 100):
             with calls_of(blocks_of(unet)[0]) as (_, cross, ff):
-                run_at(unet, [t, t])
+                run(unet, at(t))
             seen.append((cross[0][0].shape[1], ff[0][0].shape[1], actions(get_patch(unet))[0]))
     assert seen == [(144, 87, "agents"), (87, 144, "untouched")]
 
@@ -140,36 +132,32 @@ def test_a_rule_begins_and_ends_exactly_where_it_says():
         edge, t = hundredths / 100, 1000 - 10 * hundredths
         for rule, before, after in [(Rule(None, since=edge), 1, 0), (Rule(None, until=edge), 0, 1)]:
             patch = agentsd.Patch(FLAT, AgentConfig(rules=[rule]))
-            for at, on in [(t + 0.25, before), (t, after)]:
-                patch.begin_call(FLAT, EXAMPLE[:1], {"timesteps": torch.tensor([at], dtype=torch.float64)})
+            for moment, on in [(t + 0.25, before), (t, after)]:
+                patch.begin_call(FLAT, EXAMPLE[:1], {"timesteps": torch.tensor([moment], dtype=torch.float64)})
                 assert patch.last_call.active
-                assert (patch.config.at(patch.last_call.part) is not None) == bool(on), at
-
-
-def run_at(unet, t):
-    return run(unet, (EXAMPLE[0], torch.as_tensor(t), EXAMPLE[2]))
+                assert (patch.config.at(patch.last_call.part) is not None) == bool(on), moment
 
 
 @pytest.mark.parametrize("t", [[-1, -1], [float("nan")] * 2, [5, 1500]])
 @pytest.mark.parametrize("timed", [{"stages": early(1.0)}, {"rules": (Rule(POOL, since=0.5),)}], ids=str)
 def test_outside_the_diffusion_they_stand_down_and_say_so_once(unet, t, timed, caplog):
-    plain = run_at(unet, t)
+    plain = run(unet, at(t))
     with patched(unet, **GRID, **timed), caplog.at_level(logging.INFO, "agentsd"):
-        out = [run_at(unet, t) for _ in range(2)]
+        out = [run(unet, at(t)) for _ in range(2)]
         ((note, count),) = get_patch(unet).notes.items()
     assert "1000 to 0" in note
     assert (count, len(caplog.records)) == (2, 1)
     assert all(torch.equal(each.nan_to_num(), plain.nan_to_num()) for each in out)
     with patched(unet, **GRID, rules=(Rule(POOL),)):
-        run_at(unet, t)
+        run(unet, at(t))
         assert not get_patch(unet).notes
 
 
 @pytest.mark.parametrize(("t", "action"), [([601, 0], "agents"), ([600, 600], "merge"), ([1000, 3], "agents")])
 def test_the_largest_timestep_of_a_batch_counts(unet, t, action):
-    plain = run_at(unet, t)
+    plain = run(unet, at(t))
     with patched(unet, stages=agentsd.paper_stages()):
-        assert not torch.equal(run_at(unet, t), plain)
+        assert not torch.equal(run(unet, at(t)), plain)
         assert actions(get_patch(unet))[0] == action
         assert not get_patch(unet).notes
 
@@ -194,10 +182,10 @@ def test_a_rule_that_names_no_block_is_noted_once(model, idle, caplog):
 
 def test_a_block_of_unknown_place_may_turn_out_to_be_named(flat):
     """Its level is seen in a call only."""
-    attention = SingleAttention(find_sites(flat)[0])
+    unet = nn.ModuleDict({"somewhere": flat.input_blocks[1][1]})
+    unet.forward = lambda x, timesteps, context: unet["somewhere"](x, context)
     settings = AgentConfig(**GRID, rules=(Rule({"agent_ratio": 0.75}, downsample=1), Rule({}, blocks="nowhere")))
-    patch = patch_unet(attention, settings)
+    patch = patch_unet(unet, settings)
     assert ["rule 2" in note for note in patch.notes] == [True]
-    with torch.no_grad():
-        attention(torch.randn(1, 32, 12, 12), 500.0)
+    run(unet, (torch.randn(2, 32, 12, 12), *EXAMPLE[1:]))
     assert patch.report()[0].plan.agents == 36

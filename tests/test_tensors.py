@@ -7,11 +7,10 @@ import torch
 from blocks import HALVES, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import heads
 from patching import patched_output
 
 from agentsd.attention.grid import landmark_places
-from agentsd.attention.tensors import add_scaled, attention_by, join_heads, lost_by_pooling, pool_tokens, split_heads
+from agentsd.attention.tensors import add_scaled, attention_by, lost_by_pooling, pool_tokens
 from agentsd.attention.tensors import scaled_dot_product_attention as sdpa
 from agentsd.methods import METHODS
 
@@ -19,11 +18,6 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 class TestHeads:
-    def test_heads_split_and_join(self):
-        x = torch.randn(2, 5, 12)
-        assert torch.equal(split_heads(x, 3), heads(x, 3))
-        assert torch.equal(join_heads(split_heads(x, 3)), x)
-
     def test_add_scaled_keeps_what_autograd_needs(self):
         out, v = torch.randn(3, requires_grad=True), torch.ones(3)
         y = out.exp()

@@ -1,10 +1,9 @@
 """The timestep is read only where something depends on it: reading it waits for the device."""
 
 import pytest
-import torch
 from blocks import run
 from kinds import CORRECTED, GRID, MERGING, POOL, SIMILARITY
-from patching import EXAMPLE
+from patching import at
 
 import agentsd
 from agentsd import Rule, get_patch, paper_stages, patched
@@ -38,15 +37,11 @@ def read(monkeypatch):
     return seen
 
 
-def run_at(unet, t: float) -> None:
-    run(unet, (EXAMPLE[0], torch.tensor([t, t]), EXAMPLE[2]))
-
-
 @pytest.mark.parametrize("name", [*NEVER, *ONCE])
 def test_never_or_once_a_call_of_the_u_net(unet, read, name):
     with patched(unet, **(NEVER | ONCE)[name]):
-        run_at(unet, 900)
-        run_at(unet, 100)
+        run(unet, at(900))
+        run(unet, at(100))
     assert read == ([900, 100] if name in ONCE else [])
 
 
@@ -54,6 +49,6 @@ def test_an_observer_is_told_of_it(unet, read):
     with patched(unet, **GRID):
         answers = []
         get_patch(unet).observer = answers.append
-        run_at(unet, 900)
+        run(unet, at(900))
     assert read == [900]
     assert {answer.timestep for answer in answers} == {900}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 from contextlib import nullcontext
 
@@ -26,8 +25,8 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
 import diffusers
-from blocks import filled
-from tiny_pipelines import anatomy
+from blocks import filled, tree
+from patching import pickled
 from tiny_transformers import TEXT, TINY, WIDTH
 
 SIZE = (20, 18)
@@ -91,7 +90,7 @@ class Seen(TorchFunctionMode):
 def test_every_attention_that_sees_the_image_is_answered_and_the_patch_leaves_nothing_behind(family):
     tiny = TINY[family]
     model, given = tiny.make(), tiny.call(*SIZE)
-    before, plain = anatomy(model), run(model, given)
+    before, plain = tree(model), run(model, given)
     with agentsd.patched(model, **CORRECTED):
         patch, patched = get_patch(model), run(model, given)
         report = patch.report()
@@ -101,7 +100,7 @@ def test_every_attention_that_sees_the_image_is_answered_and_the_patch_leaves_no
         assert torch.equal(run(model, given), patched)
     assert get_patch(model) is None
     assert 1e-4 < (patched - plain).norm() / plain.norm() < 0.2
-    assert anatomy(model) == before
+    assert tree(model) == before
     assert torch.equal(run(model, given), plain)
 
 
@@ -288,9 +287,9 @@ def test_a_transformer_is_recorded_and_tuned_and_its_plan_kept_as_text(family, e
     with agentsd.record_calls(model) as calls:
         for sigma in (0.9, 0.5, 0.1):
             plain = run(model, tiny.call(*SIZE, sigma=sigma))
-    before = anatomy(model)
+    before = tree(model)
     tuning = agentsd.tune(model, calls, 0.5)
-    assert anatomy(model) == before
+    assert tree(model) == before
     assert tuning.acts
     assert 0 < tuning.measured <= 0.5
     assert [d.progress for d in tuning.plan.deviations] == pytest.approx([0.1, 0.5, 0.9])
@@ -507,13 +506,6 @@ def test_a_controlnet_adds_its_residuals(family, everything):
     agentsd.apply_patch(model, **everything)
     assert (passes(model, tiny, more) - expected).norm() < 1e-5 * expected.norm()
     assert (expected - plain).norm() > 1e-3 * plain.norm()
-
-
-def pickled(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])

@@ -249,6 +249,22 @@ def test_what_it_cannot_see_is_told(unet, every_gain_counts):
     assert any("blocks did not run in every recorded call" in note for note in tuning.notes)
 
 
+def test_the_plan_never_depends_on_the_batch(unet, tuning):
+    def answers(rows: slice) -> list:
+        seen = []
+        with agentsd.patched(unet, tuning=tuning):
+            patch = agentsd.get_patch(unet)
+            patch.observer = lambda answer: seen.append((answer.name, answer.size, answer.plan, answer.timestep))
+            for t in (900, 500, 100):
+                run(unet, [tensor[rows] for tensor in inputs(4, t=[t] * 4)])
+        assert not patch.notes
+        return seen
+
+    alone = answers(slice(0, 1))
+    assert {plan.action for _, _, plan, _ in alone} == {"corrected", "pool"}
+    assert answers(slice(1, 2)) == answers(slice(0, 2)) == answers(slice(0, 4)) == alone
+
+
 def test_progress_counts_up_to_its_total(unet, every_gain_counts):
     seen = []
     agentsd.tune(unet, CALLS, 0.3, methods=TRY, progress=lambda *given: seen.append(given))

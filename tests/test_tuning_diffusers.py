@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from tiny_pipelines import anatomy, ldm_and_diffusers, picture, run, tiny_sd, tiny_sdxl, tiny_unet, unet_inputs
+from blocks import tree
+from tiny_pipelines import ldm_and_diffusers, picture, run, tiny_sd, tiny_sdxl, tiny_unet, unet_inputs
 from tuned_models import TRY
 
 import agentsd
@@ -22,9 +22,9 @@ def test_a_pipeline_is_recorded_tuned_and_patched(make, every_gain_counts):
     pipe = make()
     with agentsd.record_calls(pipe, 2) as calls:
         plain = picture(pipe)
-    before = anatomy(pipe.unet)
+    before = tree(pipe.unet)
     tuning = agentsd.tune(pipe, calls, 0.5, methods=TRY)
-    assert anatomy(pipe.unet) == before
+    assert tree(pipe.unet) == before
     assert tuning.measured <= 0.5
     with agentsd.patched(pipe, tuning=tuning):
         ours = picture(pipe)
@@ -33,23 +33,6 @@ def test_a_pipeline_is_recorded_tuned_and_patched(make, every_gain_counts):
     assert torch.equal(picture(pipe), plain)
     with agentsd.patched(pipe, tuning=Tuning.from_text(tuning.text)):
         assert torch.equal(picture(pipe), ours)
-
-
-class Bare(nn.Module):
-    def __init__(self, unet):
-        super().__init__()
-        self.inside, self.config = unet, unet.config
-
-    def forward(self, **given):
-        return self.inside(**given).sample
-
-
-@pytest.mark.parametrize("kind", ["object", "tuple", "tensor"])
-def test_outputs_of_each_kind(every_gain_counts, kind):
-    unet = tiny_unet()
-    more = {"return_dict": False} if kind == "tuple" else {}
-    calls = [((), {**unet_inputs(unet, t=t), **more}) for t in (900, 300)]
-    assert 0 < agentsd.tune(Bare(unet) if kind == "tensor" else unet, calls, 0.5, methods=TRY).measured <= 0.5
 
 
 def test_ldm_and_diffusers_are_one_model_and_share_plans(every_gain_counts):

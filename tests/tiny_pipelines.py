@@ -10,8 +10,6 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from agentsd import get_patch
-
 CONTEXT = 32  # channels of one text encoder
 SDXL_BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -105,19 +103,3 @@ def run(unet, **changes) -> torch.Tensor:
 def picture(pipe, steps: int = 3, **more):
     given = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(1), "output_type": "np"}
     return torch.from_numpy(pipe("cat", **given, height=128, width=128, **more).images)
-
-
-def anatomy(unet: nn.Module) -> dict:
-    """Everything about the module tree that a patch could leave behind."""
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-    def parts(module: nn.Module) -> tuple:
-        hooked = [len(getattr(module, hook)) for hook in hooks]
-        kept = id(getattr(module, "processor", None)), id(module.__dict__.get("forward"))
-        return type(module), sorted(module.__dict__), list(module._modules), hooked, *kept
-
-    return {name: parts(module) for name, module in unet.named_modules()}
-
-
-def actions(unet: nn.Module) -> dict[str, dict[str, int]]:
-    return {layer.name: layer.calls for layer in get_patch(unet).report()}
