@@ -73,12 +73,6 @@ def test_wrong_usage_is_told_before_anything_happens(given, message, capsys, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_is_there(capsys):
-    for command in ([], ["generate"], ["info"]):
-        assert main([*command, "--help"]) == 0
-        assert "usage: python -m agentsd" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("text", "values"),
     [

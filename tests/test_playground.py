@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 import urllib.request
 
@@ -15,6 +14,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn")
 
 import drawing
 from fastapi.testclient import TestClient
+from servers import chromium
 
 from agentsd import get_patch
 from agentsd.app.kept_tunings import PanelTunings
@@ -138,14 +138,8 @@ def test_every_answer_forbids_to_load_anything_from_elsewhere(url):
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("needs Chromium (Debian's package chromium)")
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

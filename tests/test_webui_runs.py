@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 import time
 import types
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 from blocks import blocks_of, inputs
 from fake_webui import ON, OTHERS, Processing, fake_host, fake_unet, generate, left_to_others, step  # noqa: F401
 from test_webui_session import SIMILARITY
@@ -82,15 +78,6 @@ def test_another_extension_with_a_package_of_our_name_is_told(host, tmp_path):
     [hint] = advice(values)
     assert hint.text.startswith("the extension sd-webui-agentattention has a package of the same name as ours")
     assert hint.remedy == ("Extensions",)
-
-
-def test_where_their_package_came_first_the_script_says_so_and_loads_nothing(host, monkeypatch, tmp_path):
-    theirs = types.ModuleType("agentsd")
-    theirs.__file__ = str(tmp_path / "other-extension" / "agentsd" / "__init__.py")
-    monkeypatch.setitem(sys.modules, "agentsd", theirs)
-    with pytest.raises(ImportError, match="Disable that extension") as raised:
-        runpy.run_path(str(Path(__file__).parents[1] / "scripts/agent_attention.py"))
-    assert theirs.__file__ in str(raised.value)
 
 
 # The host's "last generation": the infotext as it is before the sampling

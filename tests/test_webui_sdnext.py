@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 
+import fake_webui
 from fake_webui import OTHERS, imported, stand_ins, state
 from tiny_pipelines import tiny_unet
 
@@ -27,13 +28,11 @@ WIDTH = 32  # channels of the tiny U-Net's context
 BOTH = ((False, 16), (True, 24))
 
 
-class Processing:
-    """What SD.Next's processing object is to us."""
+class Processing(fake_webui.Processing):
+    """What SD.Next's processing object is to us; its images are empty even for one made from text."""
 
     def __init__(self, comment=pytest.fail):
-        self.extra_generation_params, self.comment = {**OTHERS}, comment
-        self.is_hr_pass, self.iteration = False, 0
-        self.init_images = []  # of an image made from text, too
+        super().__init__(comment=comment, iteration=0, init_images=[])
 
 
 @pytest.fixture
@@ -149,15 +148,6 @@ def test_the_object_that_samples_tells_the_pass(host, unet):
     assert host.session.STATUS.as_dict()["passes"][0]["hires"]
 
 
-def test_an_exception_in_the_u_net(host, unet):
-    before = state(unet)
-    handle = unet.mid_block.register_forward_pre_hook(lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        generate(host)
-    handle.remove()
-    assert state(unet) == before
-
-
 def test_an_interrupted_image_has_its_settings(host, unet):
     """SD.Next writes its infotext while the pass is under way, and calls no postprocess."""
     p = begin(host)
@@ -234,13 +224,20 @@ def test_a_batch_that_a_thread_has_lost(host, unet):
     assert state(unet) == before
 
 
-@pytest.mark.parametrize("where", ["obstacle", "sampling"])
-def test_an_error_of_ours_costs_no_image(host, unet, monkeypatch, where):
-    monkeypatch.setattr(type(host.ours), where, lambda *args: 1 / 0)
-    made, _ = generate(host, p=(p := Processing()))
-    assert torch.equal(made, call(unet))
-    assert "ZeroDivisionError" in host.said()
-    assert p.extra_generation_params == OTHERS
+@pytest.mark.parametrize("where", ["obstacle", "sampling", "the U-Net"])
+def test_an_error_costs_no_image_and_leaves_nothing(host, unet, monkeypatch, where):
+    before, plain, p = state(unet), call(unet), Processing()
+    if where == "the U-Net":  # which is not ours
+        handle = unet.mid_block.register_forward_pre_hook(lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(host)
+        handle.remove()
+    else:
+        monkeypatch.setattr(type(host.ours), where, lambda *args: 1 / 0)
+        assert torch.equal(generate(host, p=p)[0], plain)
+        assert "ZeroDivisionError" in host.said()
+        assert p.extra_generation_params == OTHERS
+    assert state(unet) == before
 
 
 def test_it_is_not_tuned_on_and_says_so(host, unet):

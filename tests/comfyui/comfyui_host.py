@@ -3,122 +3,49 @@
 from __future__ import annotations
 
 import base64
-import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from servers import HostError, Server
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = Path(__file__).resolve().parent / "pack"
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "DO_NOT_TRACK": "1",
-    "OMP_WAIT_POLICY": "passive",
-    "PYTHONUNBUFFERED": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
 # Without its cache: an equal graph would be answered from there, without sampling
 FLAGS = ("--cpu", "--cache-none", "--disable-auto-launch", "--disable-api-nodes", "--disable-metadata")
 Nodes = dict[str, Any]
 
 
-class GraphError(RuntimeError):
-    """A graph was refused, or ended with an error; the text has what the host said."""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def python_of(root: Path) -> str:
-    """The Python of the checkout whose main.py is in `root`."""
-    known = (root / "venv/bin/python", root.parent / "venv/bin/python", Path(sys.executable))
-    return str(next(path for path in known if path.exists()))
-
-
-class ComfyUI:
+class ComfyUI(Server):
     """One checkout, with models, outputs and custom nodes in the empty folder `base`, and these node packs alone."""
 
     def __init__(self, root: Path, base: Path, packs: tuple[Path, ...]) -> None:
-        self.root, self.base = root, base
-        self.url = f"http://127.0.0.1:{free_port()}"
-        self.log = base / "comfyui.log"
-        self._process: subprocess.Popen | None = None
+        super().__init__(root, base / "comfyui.log")
+        self.base = base
         for folder in ("custom_nodes", "input", "output", "temp", "user", "models/loras"):
             (base / folder).mkdir(parents=True)
         for pack in packs:
             (base / "custom_nodes" / pack.name).symlink_to(pack)
 
-    def start(self, patience: float = 240) -> None:
-        command = [python_of(self.root), "main.py", "--port", self.url.rsplit(":", 1)[1], *FLAGS]
-        command += ["--base-directory", str(self.base)]
-        given = {"cwd": self.root, "env": {**os.environ, **OFFLINE}, "start_new_session": True}
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, **given)
-
-        def answers() -> bool:
-            assert self._process.poll() is None, self.output()[-3000:]
-            with suppress(OSError):
-                return bool(self.ask("/system_stats"))
-            return False
-
-        self.until(answers, patience)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
-            self._process.wait(20)
-
-    def output(self) -> str:
-        """What it has printed so far."""
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def until(self, done: Callable[[], Any], patience: float = 300) -> Any:
-        """Wait until `done` returns something, and return that."""
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            if found := done():
-                return found
-            time.sleep(0.05)
-        raise TimeoutError(self.output()[-3000:])
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        """GET a path, or POST a body to it, as JSON."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read() or b"null")
+    def start(self) -> None:
+        """Start it with its own Python, or else with that of the tests."""
+        known = (self.root / "venv/bin/python", self.root.parent / "venv/bin/python", Path(sys.executable))
+        python = next(path for path in known if path.exists())
+        self.launch(python, "main.py", "--port", str(self.port), *FLAGS, "--base-directory", str(self.base))
+        self.until(lambda: "To see the GUI go to" in self.console())
 
     # Graphs
 
     def queue(self, nodes: Nodes) -> str:
         """Queue a graph, and return its id."""
-        try:
-            return self.ask("/prompt", {"prompt": nodes, "client_id": uuid.uuid4().hex})["prompt_id"]
-        except urllib.error.HTTPError as error:
-            raise GraphError(error.read().decode()) from None
+        return self.call("/prompt", {"prompt": nodes, "client_id": uuid.uuid4().hex})["prompt_id"]
 
     def wait(self, prompt: str) -> dict[str, Any]:
         """Wait for the end of a graph; return its entry in the history."""
 
         def ended() -> Any:
-            entry = self.ask(f"/history/{prompt}").get(prompt)
+            entry = self.call(f"/history/{prompt}").get(prompt)
             return entry and (entry["status"]["completed"] or entry["status"]["status_str"] == "error") and entry
 
         return self.until(ended)
@@ -129,7 +56,7 @@ class ComfyUI:
         if entry["status"]["status_str"] != "success":
             messages = (about for _, about in entry["status"]["messages"])
             said = [about["exception_message"] for about in messages if "exception_message" in about]
-            raise GraphError("; ".join(said) or str(entry["status"]))
+            raise HostError("; ".join(said) or str(entry["status"]))
         return Outputs(entry["outputs"])
 
     def ran(self, *nodes: tuple[str, dict[str, Any]], **given: Any) -> tuple[np.ndarray, str]:

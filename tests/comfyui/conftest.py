@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from comfyui_host import PACK, REPOSITORY, ComfyUI
+from comfyui_host import PACK, ComfyUI
+from servers import REPOSITORY
 
 
 @pytest.fixture(scope="session")
@@ -24,21 +24,11 @@ def root() -> Path:
     return Path(folder).resolve()
 
 
-@contextmanager
-def running(*given) -> Iterator[ComfyUI]:
-    host = ComfyUI(*given)
-    try:
-        host.start()
-        yield host
-    finally:
-        host.stop()
-
-
 @pytest.fixture(scope="session")
 def comfyui(root, tmp_path_factory) -> Iterator[ComfyUI]:
     """ComfyUI with our nodes, and with the packs that AGENTSD_COMFYUI_PACKS names."""
     packs = [Path(folder) for folder in os.environ.get("AGENTSD_COMFYUI_PACKS", "").split(os.pathsep) if folder]
-    with running(root, tmp_path_factory.mktemp("comfyui"), (REPOSITORY, PACK, *packs)) as host:
+    with ComfyUI(root, tmp_path_factory.mktemp("comfyui"), (REPOSITORY, PACK, *packs)).running() as host:
         yield host
 
 
@@ -58,7 +48,7 @@ def plain(comfyui) -> Callable[..., np.ndarray]:
 @pytest.fixture(scope="session")
 def never_installed(root, tmp_path_factory) -> dict[str, np.ndarray]:
     """Latents of both layouts, by a ComfyUI that has never seen our nodes."""
-    with running(root, tmp_path_factory.mktemp("bare"), (PACK,)) as host:
+    with ComfyUI(root, tmp_path_factory.mktemp("bare"), (PACK,)).running() as host:
         sizes = {"SD 1": (256, 256), "SDXL": (512, 512)}
         return {layout: host.ran(layout=layout, size=size)[0] for layout, size in sizes.items()}
 

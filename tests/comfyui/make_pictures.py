@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from servers import chromium
 
 # (left, top) of the nodes, by their ids
 PLACES = {"1": (0, 40), "2": (0, 220), "3": (0, 400), "4": (0, 580), "5": (420, 40), "6": (800, 40)}
@@ -28,9 +30,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", action="append", default=[], metavar="GRAPH")
     args = parser.parse_args()
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1700, "height": 860})
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1700, "height": 860})
         page.goto(args.url, wait_until="domcontentloaded", timeout=120_000)
         page.wait_for_function("() => window.app?.graph && window.app?.extensionManager", timeout=120_000)
         page.wait_for_timeout(3000)

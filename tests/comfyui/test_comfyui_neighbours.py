@@ -95,7 +95,7 @@ TILED = {"method": "MultiDiffusion", "tile_width": 256, "tile_height": 128, "til
 
 def required(comfyui, node) -> None:
     """Skip the test of a node that no pack gives."""
-    if node not in comfyui.ask("/object_info"):
+    if node not in comfyui.call("/object_info"):
         pytest.skip(f"no pack in AGENTSD_COMFYUI_PACKS has the node {node}")
 
 

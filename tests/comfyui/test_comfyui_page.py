@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
-from comfyui_host import REPOSITORY
+from servers import REPOSITORY, chromium
 
 FOLDER = REPOSITORY / "docs/comfyui"
 GRAPHS = [file.name.replace("-api", "") for file in sorted(FOLDER.glob("*-api.json"))]
@@ -15,15 +14,11 @@ RED = "n => n.has_errors || !(n.type in LiteGraph.registered_node_types)"
 
 @pytest.fixture(scope="module")
 def page(comfyui):
-    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium")
     folder = comfyui.base / "models/checkpoints"  # newer pages mark a loader whose checkpoint is not there
     folder.mkdir(exist_ok=True)
     (folder / "v1-5-pruned-emaonly-fp16.safetensors").touch()
-    with sync.sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
+    with chromium() as browser:
+        page = browser.new_page()
         page.goto(comfyui.url, wait_until="domcontentloaded", timeout=120_000)
         page.wait_for_function("() => window.app?.graph && window.app?.extensionManager", timeout=120_000)
         page.wait_for_timeout(3000)

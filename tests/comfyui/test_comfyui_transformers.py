@@ -1,45 +1,51 @@
-"""The node on small transformers of random weights, sampled by a real ComfyUI in its own Python."""
+"""The node on small transformers of random weights, in a real ComfyUI."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-from pathlib import Path
 
+import numpy as np
 import pytest
-from comfyui_host import OFFLINE, REPOSITORY, python_of
+from servers import HostError
+from test_comfyui import difference
 
-FAMILIES = ("Flux", "SD3")
-
-
-@pytest.fixture(scope="module")
-def results(root):
-    script = Path(__file__).with_name("sample_transformers.py")
-    command = [python_of(root), str(script), str(REPOSITORY), *FAMILIES]
-    done = subprocess.run(command, cwd=root, env={**os.environ, **OFFLINE}, capture_output=True, text=True)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-    assert line, done.stdout[-1000:] + done.stderr[-3000:]
-    return json.loads(line.removeprefix("RESULT "))
+SIZE = (384, 448)
+CORRECTED = {"method": "corrected", "cells": "2×2, closest"}
+LOUDER = ("Louder", {"keys": 0})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_node_acts_and_leaves_the_model_alone_and_is_chained_with_who_overrides_attention(results, family):
-    found = results[family]
-    assert found["off"] == found["original"] == 0
-    assert 1e-5 < found["closer"] < found["on"] < 0.1, found["report"]
-    assert re.fullmatch(r"Agent Attention, 24×28 tokens of the image: \d+ corrected\.", found["report"])
-    assert found["neighbour"] > 0.01
-    assert found["with neighbour"] > 1e-5
-    assert found["calls with node"], "what is attended to in full is the neighbour's"
-    assert max(found["calls with node"]) < 24 * 28
-    assert "louder" in found["report with neighbour"]
+@pytest.fixture(scope="module", params=["Flux", "SD 3"])
+def given(request):
+    return {"layout": request.param, "size": SIZE, "cfg": 2.0}
 
 
-def test_what_would_be_wrong_is_refused_by_name(results):
-    flux, sd3 = (results[family]["refused"] for family in FAMILIES)
-    assert sd3.keys() == {"merge"}, "keys without rotary positions may be pooled"
-    assert "text stands beside the image" in flux["merge"]
-    assert "text stands beside the image" in sd3["merge"]
-    assert "rotary positions" in flux["pool"]
+def node(**inputs):
+    return "AgentAttention", {**CORRECTED, "exact_ratio": 0.2, **inputs}
+
+
+def test_the_node_acts_and_leaves_the_model_alone_and_is_chained_with_who_overrides_attention(comfyui, plain, given):
+    full = plain(**given)
+    (on, said), (closer, _) = (comfyui.ran(node(exact_ratio=ratio), **given) for ratio in (0.2, 0.45))
+    assert np.array_equal(comfyui.ran(node(rules="full"), **given)[0], full)
+    assert np.array_equal(comfyui.ran(**given)[0], full)
+    assert 1e-5 < difference(closer, full) < difference(on, full) < 0.1, said
+    assert re.fullmatch(r"Agent Attention, 28×24 tokens of the image: \d+ corrected\.", said)
+    loud, _ = comfyui.ran(LOUDER, **given)
+    both, said = comfyui.ran(LOUDER, node(), **given)
+    assert difference(loud, full) > 0.01
+    assert difference(both, loud) > 1e-5
+    assert difference(both, on) > 0.01, "what is attended to in full is the neighbour's"
+    assert "louder" in said
+
+
+REFUSED = {("merge", "Flux"): "text stands beside the image", ("merge", "SD 3"): "text stands beside the image"}
+REFUSED |= {("pool", "Flux"): "rotary positions"}  # keys without them may be pooled
+
+
+@pytest.mark.parametrize("method", ["merge", "pool"])
+def test_what_would_be_wrong_is_refused_by_name(comfyui, given, method):
+    if words := REFUSED.get((method, given["layout"])):
+        with pytest.raises(HostError, match=words):
+            comfyui.ran(node(method=method), **given)
+    else:
+        comfyui.ran(node(method=method), **given)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from comfyui_host import Graph, GraphError, Outputs
+from comfyui_host import Graph, Outputs
+from servers import HostError
 from test_comfyui import CHANGED, difference
 
 ON_THIS = "tuned on this sampling, "
@@ -60,10 +61,10 @@ class TestPlan:
         assert np.array_equal(comfyui.ran(**LARGE)[0], plain(**LARGE)), "off afterwards"
 
     def test_a_damaged_plan_or_one_for_another_model_is_named(self, comfyui, samplings):
-        with pytest.raises(GraphError, match="tuning"):
+        with pytest.raises(HostError, match="tuning"):
             comfyui.queue(tuned(plan="nonsense", **SMALL).sampled().nodes)
         plan = samplings[1].text().rsplit("plan: ", 1)[1]
-        with pytest.raises(GraphError, match="for another model"):
+        with pytest.raises(HostError, match="for another model"):
             comfyui.run(tuned(plan=plan, layout="SDXL", **SMALL).sampled())
 
 
@@ -133,11 +134,11 @@ class TestWhenItTunes:
 
     def test_interrupting_the_tuning_keeps_the_image_and_no_plan(self, comfyui, plain):
         given = {"size": (256, 256), "steps": 4}
-        graph, before = tuned(0.01, **given).sampled().reported(), comfyui.output().count(SAMPLED)
+        graph, before = tuned(0.01, **given).sampled().reported(), comfyui.console().count(SAMPLED)
         prompt = comfyui.queue(graph.nodes)
         # what the sampling says when it has ended, and the tuning begins
-        comfyui.until(lambda: comfyui.output().count(SAMPLED) > before)
-        comfyui.ask("/interrupt", {})
+        comfyui.until(lambda: comfyui.console().count(SAMPLED) > before)
+        comfyui.call("/interrupt", {})
         made = Outputs(comfyui.wait(prompt)["outputs"])
         assert made.text().startswith("not tuned: interrupted")
         assert np.array_equal(made.latent(), plain(**given))

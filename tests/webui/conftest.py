@@ -35,10 +35,9 @@ def _running(kind: str) -> Iterator[Host]:
         pytest.skip(f"{host.models} lacks {', '.join(missing)}; tests/webui/README.md says how to make them")
     try:
         host.install()
-        host.start()
-        yield host
+        with host.running():
+            yield host
     finally:
-        host.stop()
         host.uninstall()
 
 

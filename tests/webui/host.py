@@ -7,26 +7,21 @@ import io
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from servers import REPOSITORY, Server
 
 from agentsd.settings import infotext
 from agentsd.settings.schema import ARGUMENTS, RECORD
 from agentsd.settings.schema import DEFAULTS as DEFAULT_SETTINGS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PRODUCT = ("agentsd", "scripts", "javascript", "install.py", "metadata.ini", "style.css")
 PROBE = "/agent-attention-probe"
 EXTENSIONS = ("sd-webui-agent-attention", "agent-attention-probe")
@@ -44,11 +39,7 @@ FLAGS = {
     "sdnext": "--skip-all --skip-git --skip-torch --experimental "
     "--disable control,video,extras,caption,gallery,models,extensions,info",
 }
-OFFLINE = (
-    "HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False PIP_NO_INDEX=1 OMP_WAIT_POLICY=passive "
-    "CUDA_VISIBLE_DEVICES= IGNORE_CMD_ARGS_ERRORS=1 TORCHDYNAMO_DISABLE=1 COLUMNS=200 NO_PROXY=127.0.0.1,localhost "
-    "no_proxy=127.0.0.1,localhost"
-)
+ENVIRONMENT = {"IGNORE_CMD_ARGS_ERRORS": "1", "TORCHDYNAMO_DISABLE": "1", "COLUMNS": "200"}
 DEFAULTS: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "bad", "steps": 4, "width": 128, "height": 128}
 DEFAULTS |= {"seed": 1, "sampler_name": "Euler a", "cfg_scale": 7, "save_images": False}
 # Settings that tests do not name: their images are small, and layers that small are left alone by default
@@ -113,13 +104,7 @@ def image_to_base64(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Host:
+class Host(Server):
     """One WebUI checkout.
 
     Args:
@@ -130,16 +115,9 @@ class Host:
     """
 
     def __init__(self, root: Path, kind: str, checkpoint: str, flags: tuple[str, ...] = ()) -> None:
-        self.root, self.kind, self.checkpoint, self.flags = root, kind, checkpoint, flags
-        self.port = free_port()
-        self.log = root / "agent-attention-tests.log"
-        self._process: subprocess.Popen | None = None
+        super().__init__(root, root / "agent-attention-tests.log")
+        self.kind, self.checkpoint, self.flags = kind, checkpoint, flags
         self._saved: dict[Path, bytes | None] = {}
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def models(self) -> Path:
@@ -181,31 +159,18 @@ class Host:
             if content is not None:
                 path.write_bytes(content)
 
-    @contextmanager
-    def again(self, *flags: str) -> Iterator[Host]:
+    def again(self, *flags: str) -> AbstractContextManager[Host]:
         """The same checkout, served once more with these flags."""
         other = Host(self.root, self.kind, self.checkpoint, flags)
         other.log = self.root / "agent-attention-tests-again.log"
-        try:
-            other.start()
-            yield other
-        finally:
-            other.stop()
+        return other.running()
 
     def start(self, timeout: float = 900) -> None:
         flags = [*FLAGS[self.kind].split(), *self.flags, "--port", str(self.port)]
         if self.kind != "sdnext":
             flags += ["--ckpt", str(self.models / f"{self.checkpoint}.safetensors")]
         flags += os.environ.get("AGENTSD_WEBUI_FLAGS", "").split()
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                ["env", *OFFLINE.split(), *self._pins(), str(self._python()), "launch.py", *flags],
-                cwd=self.root,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.launch(self._python(), "launch.py", *flags, **ENVIRONMENT, **self._pins())
         self.wait(timeout)
         if self.kind != "sdnext":
             self.call("/sdapi/v1/options", {**OPTIONS, "sd_model_checkpoint": f"{self.checkpoint}.safetensors"})
@@ -217,50 +182,20 @@ class Host:
                 return python
         raise RuntimeError(f"{self.root} has no environment of its own, venv or .venv: start it once by itself")
 
-    def _pins(self) -> list[str]:
+    def _pins(self) -> dict[str, str]:
         """What keeps reForge from fetching another commit of a repository than the one it has."""
         if self.kind != "reforge":
-            return []
+            return {}
         repository = str(self.root / "repositories/stable-diffusion-stability-ai")
         commit = subprocess.check_output(["git", "-C", repository, "rev-parse", "HEAD"], text=True)
-        return [f"STABLE_DIFFUSION_COMMIT_HASH={commit.strip()}"]
+        return {"STABLE_DIFFUSION_COMMIT_HASH": commit.strip()}
 
     def wait(self, timeout: float = 900, starts: int = 1) -> None:
         """Wait until the server has started so many times. A request before that would make its start fail."""
-        end = time.monotonic() + timeout
-        while self.console().count("Startup time:") < starts:
-            ended = self._process is not None and self._process.poll() is not None
-            if ended or time.monotonic() > end:
-                raise RuntimeError(f"the WebUI {'ended' if ended else 'did not answer'}:\n{self.console()[-3000:]}")
-            time.sleep(0.5)
+        self.until(lambda: self.console().count("Startup time:") >= starts, timeout)
         self.state()
 
-    def stop(self) -> None:
-        if self._process is not None:
-            # its own session: launch.py may have started children
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
-                try:
-                    self._process.wait(10)
-                except subprocess.TimeoutExpired:
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                    self._process.wait(10)
-            self._process = None
-
-    def console(self) -> str:
-        return self.log.read_text(errors="replace")
-
     # API
-
-    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600) -> Any:
-        """GET, or POST with a body."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with self._opener.open(request, timeout=timeout) as answer:
-                return json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{error.code}: {error.read()[:2000].decode(errors='replace')}") from None
 
     def txt2img(self, agents: list[Any] | None = None, **body: Any) -> Result:
         """Make images; `agents` are the extension's arguments."""

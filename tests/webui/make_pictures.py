@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+sys.path.extend(map(str, Path(__file__).resolve().parents[1:3]))
 
 from host import Host
 from page import SECONDS, Panel, browser, generate, open_settings, paste, size
@@ -72,12 +71,11 @@ def main(webui: str, folder: str) -> None:
     try:
         host.install()
         (host.root / "ui-config.json").write_text("{}")
-        host.start()
-        prompt = host.txt2img(width=64, height=64, steps=10).infotext
-        with browser(host.url, device_scale_factor=1.5) as page:
-            pictures(page, Path(folder), prompt)
+        with host.running():
+            prompt = host.txt2img(width=64, height=64, steps=10).infotext
+            with browser(host.url, device_scale_factor=1.5) as page:
+                pictures(page, Path(folder), prompt)
     finally:
-        host.stop()
         host.uninstall()
 
 

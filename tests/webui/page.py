@@ -5,20 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from servers import chromium
 
 from agentsd.panel.controls import element_id
 from agentsd.settings.schema import BY_NAME, NAMES
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 SECONDS = 1000
 
 
@@ -144,23 +142,15 @@ def pixels(img: Any) -> Image.Image:
 @contextmanager
 def browser(url: str, panel: bool = True, **context: Any) -> Iterator[Any]:
     """A page of the WebUI, drawn with our `panel` or without; afterwards none of our lines may have failed in it."""
-    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    with sync.sync_playwright() as playwright:
-        if path is None and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip("no Chromium is installed")
-        running = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with chromium() as running:
         page = running.new_page(**{"viewport": {"width": 1400, "height": 1300}, **context})
         page.set_default_timeout(120 * SECONDS)  # a busy machine draws slowly
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
-        try:
-            page.goto(url, wait_until="domcontentloaded", timeout=120 * SECONDS)
-            wait_for_panel(page, panel)
-            yield page
-            assert not [error for error in errors if "gent" in error]
-        finally:
-            running.close()
+        page.goto(url, wait_until="domcontentloaded", timeout=120 * SECONDS)
+        wait_for_panel(page, panel)
+        yield page
+        assert not [error for error in errors if "gent" in error]
 
 
 def wait_for_panel(page: Any, panel: bool = True) -> None:

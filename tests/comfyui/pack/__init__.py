@@ -22,6 +22,42 @@ LAYOUTS = {
 }
 
 
+WIDTH, POOLED = 32, 64
+COMMON = {"in_channels": 16, "out_channels": 16, "patch_size": 2}
+FLUX = {**COMMON, "image_model": "flux", "vec_in_dim": POOLED, "context_in_dim": WIDTH, "hidden_size": 32}
+FLUX |= {"mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 4, 8]}
+FLUX |= {"theta": 10000, "qkv_bias": True, "guidance_embed": False}
+SD3 = {**COMMON, "depth": 2, "input_size": None, "adm_in_channels": POOLED, "pos_embed_max_size": 64}
+SD3 |= {"num_patches": 64 * 64, "qk_norm": "rms", "x_block_self_attn_layers": [0]}
+EMBEDDER = {"target": "torch.nn.Linear", "params": {"in_features": WIDTH, "out_features": 128}}
+TRANSFORMERS = {
+    "Flux": (comfy.supported_models.Flux, FLUX),
+    "SD 3": (comfy.supported_models.SD3, {**SD3, "context_embedder_config": EMBEDDER}),
+}
+
+
+@torch.no_grad()
+def make_transformer(layout: str, seed: int):
+    family, given = TRANSFORMERS[layout]
+    config = family(dict(given))
+    config.set_inference_dtype(torch.float32, None)
+    device = comfy.model_management.get_torch_device()
+    model = config.get_model({}, "", device=device)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.diffusion_model.state_dict().items()):
+        noise = torch.randn(p.shape, generator=generator)
+        p.copy_(noise / math.sqrt(p[0].numel()) if p.dim() > 1 else 1 + noise / 10 if "norm" in name else noise / 10)
+    return comfy.model_patcher.ModelPatcher(model, device, device), conditionings(WIDTH, POOLED, generator)
+
+
+def conditionings(width: int, pooled: int, generator: torch.Generator):
+    """A positive and a negative one."""
+    text, pooled = (
+        [torch.randn(1, *shape, generator=generator) for _ in range(2)] for shape in ((77, width), (pooled,))
+    )
+    return [[[t, {"pooled_output": p}]] for t, p in zip(text, pooled, strict=True)]
+
+
 @torch.no_grad()
 def make(layout: str, seed: int):
     """A U-Net whose attention reaches the output: layers that training starts at zero are not zero here."""
@@ -45,12 +81,9 @@ def make(layout: str, seed: int):
             weight.copy_(torch.ones_like(weight) if weight.dim() == 1 else noise * gain / math.sqrt(weight[0].numel()))
         if isinstance(bias, torch.nn.Parameter):
             bias.zero_()
-    width = config.unet_config["context_dim"]
-    conditioning = [
-        [[torch.randn(1, 77, width, generator=generator), {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
-        for _ in range(2)
-    ]
-    return comfy.model_patcher.ModelPatcher(model, device, device), conditioning
+    return comfy.model_patcher.ModelPatcher(model, device, device), conditionings(
+        config.unet_config["context_dim"], 1280, generator
+    )
 
 
 class TinyModel:
@@ -62,10 +95,11 @@ class TinyModel:
     @classmethod
     def INPUT_TYPES(cls):
         weights = "INT", {"default": 1, "tooltip": "Which random ones."}
-        return {"required": {"layout": (list(LAYOUTS),)}, "optional": {"weights": weights}}
+        return {"required": {"layout": ([*LAYOUTS, *TRANSFORMERS],)}, "optional": {"weights": weights}}
 
     def load(self, layout, weights=1):
-        model, (positive, negative) = make(layout, 1233 + weights)
+        makes = make_transformer if layout in TRANSFORMERS else make
+        model, (positive, negative) = makes(layout, 1233 + weights)
         return model, positive, negative
 
 
@@ -85,18 +119,18 @@ class ExactLatent:
 
 
 class Louder:
-    """Overrides attention: what has exactly so many keys is doubled."""
+    """Overrides attention: what has exactly so many keys, or all where `keys` is 0, is doubled."""
 
     CATEGORY, FUNCTION = "testing", "override"
     RETURN_TYPES = ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",), "keys": ("INT", {"default": 64})}}
+        return {"required": {"model": ("MODEL",), "keys": ("INT", {"default": 64, "min": 0})}}
 
     def override(self, model, keys):
         def louder(func, q, k, v, heads, *args, **kwargs):
-            return func(q, k, v, heads, *args, **kwargs) * (2 if k.shape[1] == keys else 1)
+            return func(q, k, v, heads, *args, **kwargs) * (2 if k.shape[1] == keys or not keys else 1)
 
         model = model.clone()
         model.model_options["transformer_options"]["optimized_attention_override"] = louder
