@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
 
 PROMPTS = ["red apple", "banana", "green frog", "rose"]
 SMALL = ["--steps", "2", "--size", "16", "--quiet"]

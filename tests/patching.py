@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from blocks import attention_calls, blocks_of, flat_unet, golden_unet, inputs, run, tree
@@ -26,8 +25,6 @@ GOLDEN, FLAT = golden_unet(), flat_unet()
 
 def diffusers_unet(name: str, **layout: Any) -> nn.Module:
     """One of the tiny U-Nets of diffusers; a test that asks for it is skipped where there is no diffusers."""
-    pytest.importorskip("diffusers", reason="needs diffusers")
-    pytest.importorskip("transformers", reason="needs transformers")
     import tiny_pipelines
 
     return getattr(tiny_pipelines, name)(**layout)

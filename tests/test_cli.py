@@ -8,12 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
-pytest.importorskip("diffusers", reason="needs diffusers")
-pytest.importorskip("transformers", reason="needs transformers")
-
 from drawing import GRID, PROMPTS, SMALL, pixels, read_record
+from PIL import Image
 
 import agentsd
 from agentsd.cli import main, models, parser, pictures

@@ -12,12 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-pytest.importorskip("diffusers", reason="needs diffusers")
-pytest.importorskip("transformers", reason="needs transformers")
-
 from drawing import GRID, SMALL, pixels
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_pipelines import ldm_and_diffusers, tiny_sd, tiny_sdxl
 

@@ -9,12 +9,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
-
-pytest.importorskip("diffusers", reason="needs diffusers")
-pytest.importorskip("transformers", reason="needs transformers")
-
 from drawing import SMALL, pixels, read_record
+from PIL import Image
 
 import agentsd
 from agentsd.cli import main, pictures

@@ -7,16 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from kinds import GRID, SIMILARITY
+from tiny_pipelines import run, tiny_unet
 
 import agentsd
 from agentsd import get_patch
 from agentsd.patching.call import ModelCall
-
-pytest.importorskip("diffusers", reason="needs diffusers")
-pytest.importorskip("transformers", reason="needs transformers")
-
-from kinds import GRID, SIMILARITY
-from tiny_pipelines import run, tiny_unet
 
 CALLS = 8
 

@@ -8,7 +8,6 @@ import urllib.request
 
 import pytest
 
-pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("gradio", minversion="6", reason="needs gradio 6")
 pytest.importorskip("uvicorn", reason="needs uvicorn")
 

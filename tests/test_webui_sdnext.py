@@ -7,13 +7,9 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import fake_webui
 import pytest
 import torch
-
-pytest.importorskip("diffusers", reason="needs diffusers")
-pytest.importorskip("transformers", reason="needs transformers")
-
-import fake_webui
 from fake_webui import OTHERS, imported, stand_ins, state
 from tiny_pipelines import tiny_unet
 

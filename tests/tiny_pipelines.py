@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from blocks import filled, initialised
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers import UNet2DConditionModel as UNet
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint

@@ -29,7 +29,7 @@ def test_the_node_acts_and_leaves_the_model_alone_and_is_chained_with_who_overri
     assert np.array_equal(comfyui.ran(node(rules="full"), **given)[0], full)
     assert np.array_equal(comfyui.ran(**given)[0], full)
     assert 1e-5 < difference(closer, full) < difference(on, full) < 0.1, said
-    assert re.fullmatch(r"Agent Attention, 28×24 tokens of the image: \d+ corrected\.", said)
+    assert re.fullmatch(r"Agent Attention, 24×28 tokens of the image: \d+ corrected\.", said)
     loud, _ = comfyui.ran(LOUDER, **given)
     both, said = comfyui.ran(LOUDER, node(), **given)
     assert difference(loud, full) > 0.01

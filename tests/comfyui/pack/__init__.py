@@ -1,4 +1,4 @@
-"""Nodes for the tests: a small U-Net of random weights in a real layout, exact latents, an override of attention.
+"""Nodes for the tests: a small model of random weights in a real layout, exact latents, an override of attention.
 
 ComfyUI loads this folder as a node pack; nothing in it is imported by the tests themselves.
 """
