@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from servers import HostError
-from test_comfyui import difference
+from test_comfyui import CHANGED, difference
 
 SIZE = (384, 448)
 CORRECTED = {"method": "corrected", "cells": "2×2, closest"}
@@ -32,9 +32,9 @@ def test_the_node_acts_and_leaves_the_model_alone_and_is_chained_with_who_overri
     assert re.fullmatch(r"Agent Attention, 24×28 tokens of the image: \d+ corrected\.", said)
     loud, _ = comfyui.ran(LOUDER, **given)
     both, said = comfyui.ran(LOUDER, node(), **given)
-    assert difference(loud, full) > 0.01
+    assert difference(loud, full) > CHANGED
     assert difference(both, loud) > 1e-5
-    assert difference(both, on) > 0.01, "what is attended to in full is the neighbour's"
+    assert difference(both, on) > CHANGED, "what is attended to in full is the neighbour's"
     assert "louder" in said
 
 
