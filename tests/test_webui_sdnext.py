@@ -220,7 +220,7 @@ def test_a_batch_that_a_thread_has_lost(host, unet):
     assert state(unet) == before
 
 
-@pytest.mark.parametrize("where", ["obstacle", "sampling", "the U-Net"])
+@pytest.mark.parametrize("where", ["obstacle", "sampling", "is_hires", "the U-Net"])
 def test_an_error_costs_no_image_and_leaves_nothing(host, unet, monkeypatch, where):
     before, plain, p = state(unet), call(unet), Processing()
     if where == "the U-Net":  # which is not ours
