@@ -78,6 +78,7 @@ def test_a_call_inside_of_a_call(any_unet, kw):
         handle.remove()
         assert torch.equal(found[0], inner)
         assert not get_patch(unet).notes
+        assert current_call() is None
 
 
 def test_a_call_that_another_thread_left_behind_is_over(unet):
@@ -88,14 +89,3 @@ def test_a_call_that_another_thread_left_behind_is_over(unet):
     thread.start()
     thread.join()
     assert current_call() is None
-
-
-def test_what_belongs_to_a_call_is_seen_from_inside_only(unet):
-    seen = []
-    with patched(unet, **GRID):
-        get_patch(unet).observer = lambda answer: seen.append(answer.call is current_call())
-        answer(unet, 8, 8, 0.5)
-        assert seen
-        assert all(seen)
-        assert current_call() is None
-        assert get_patch(unet).last_call.latent == (8, 8)
