@@ -46,7 +46,7 @@ class Product:
         cells = partition(*at.size, config.sx, config.sy, seed=0) if clustered else None
         matching = match(at.tokens[1], cells, plan.r, plan.agent_r) if clustered else None
         what = plan, config, at.size, at.heads, matching
-        call = SelfAttention.projected(at.tokens, *what, proceed=lambda: join_heads(full(at)))
+        call = SelfAttention.projected(at.tokens, what, lambda: join_heads(full(at)))
         return split_heads(plan.method.attend(call), at.heads)
 
     def ideal(self, size: tuple[int, int], channels: int) -> float:

@@ -255,4 +255,4 @@ class _CloneAnswerer(Answerer):
 
     def attention(self, layer: Layer, host: Any, planned: Planned, matching: Matching | None) -> SelfAttention:
         what = planned.plan, planned.config, planned.size, host.heads, matching
-        return SelfAttention.projected(host.projected, *what, proceed=host.proceed)
+        return SelfAttention.projected(host.projected, what, host.proceed)

@@ -93,13 +93,14 @@ class SelfAttention:
     chosen: list[Tensor] | None = None  # takes the cells that windows open, where somebody looks on
 
     @classmethod
-    def projected(cls, qkv: Any, *what: Any, proceed: Callable[..., Tensor], text: Any = None) -> SelfAttention:
+    def projected(cls, qkv: Any, what: Any, proceed: Callable[..., Tensor], text: Any = None) -> SelfAttention:
         """Make one whose queries, keys and values (B, N, C) the host has projected, and whose output it will project.
 
         `what` are plan, settings, size, heads and matching.
         """
-        how = (lambda: True), (lambda x: qkv), (lambda x: qkv[0]), (lambda x: x)
-        return cls(qkv[0], *what, *how, proceed, text)
+        plan, settings, size, heads, matching = what
+        how: tuple[Any, Any, Any, Any] = (lambda: True), (lambda x: qkv), (lambda x: qkv[0]), (lambda x: x)
+        return cls(qkv[0], plan, settings, size, heads, matching, *how, proceed, text)
 
     @property
     def merged(self) -> Clusters | None:

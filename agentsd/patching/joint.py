@@ -46,7 +46,7 @@ class JointAnswerer(Answerer):
         parts = [tuple(map(join_heads, host.split(x, tokens))) for x in host.opened(tokens)]
         image, text = (parts[0][0], parts[1][0], parts[2][0]), (parts[1][1], parts[2][1])
         what = planned.plan, planned.config, planned.size, host.q.shape[1], matching
-        return SelfAttention.projected(image, *what, proceed=host.proceed, text=text if text[0].shape[1] else None)
+        return SelfAttention.projected(image, what, host.proceed, text if text[0].shape[1] else None)
 
 
 class TransformerPatch(Patch):
