@@ -585,6 +585,8 @@ class TestTransformers:
             assert "another node skips blocks (1 calls)" in self.report(model)
         assert changed(self.run(named, ((), (0, 1, 2), ()))[0], plain[0]), "the next sampling is free of it"
         assert "skips" not in self.report(named), "a model answered from a cache skips no blocks"
+        self.run(named.clone(), ((0,),))
+        assert "skips" in self.report(named), "a clone of the clone is answered by the same patch"
 
     @pytest.mark.parametrize("where", ["begin_call", "read_size", "JointCall", "join_heads"])
     def test_an_error_of_ours_costs_the_speed_and_not_the_image(self, flux, monkeypatch, where):
