@@ -4,7 +4,10 @@
 Queries, keys and values are random, in the shapes of SD 3 medium (heads of 64, 333 tokens of text) and Flux (heads of
 128, 512 tokens of text); what is timed is what the patch does in place of `F.scaled_dot_product_attention`. Heads are
 independent, so a few of the 24 stand for all. Each round calls everything once, in random order; ratios are medians
-over rounds of the ratio within a round. No transformer is run, and nothing is said about pictures.
+over rounds of the ratio within a round. Nothing is said about pictures.
+
+`... whole` times a transformer of SD 3 medium's width and two blocks, random weights, beside what the times of one
+attention predict.
 
 `... train` trains a witness, a small SD 3 on the embedded model's pictures, whose attention has the structure that
 random weights lack. `... tolerance` tunes it on two pictures and looks at eight others. Its clock counts FLOPs, since a
@@ -28,6 +31,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import agentsd
 from agentsd import AgentConfig
@@ -40,6 +44,7 @@ from agentsd.patching.joint import JointAnswerer, share_left
 from agentsd.tuning.replay import Replay
 
 from .machine import DTYPES, Machine, choose_device, in_turn, parser_for, relative
+from .methods import patched
 from .results import in_words, table
 
 # family, head size, tokens of text, whether tokens stand before heads in memory
@@ -79,6 +84,32 @@ def measure(name: str, side: int, dtype: str, heads: int, rounds: int, machine: 
     whole = median(taken["sdpa"]) * HEADS / heads
     cells = [f"{ratios[key]:.2f} ({shares[key]:.2f})" for key in SETTINGS]
     return [name, f"{grid.tokens:,}", dtype, f"{whole:.2f}", *cells]
+
+
+@torch.inference_mode()
+def whole(side: int, dtype: str, rounds: int, machine: Machine) -> list[str]:
+    """A row for a transformer: its time over full attention's, measured (predicted from one attention alone)."""
+    name, grid, blocks, kind = "SD 3 medium", Grid(side, side), 2, {"device": machine.device, "dtype": DTYPES[dtype]}
+    torch.manual_seed(0)
+    shapes = (1, 16, 2 * side, 2 * side), (1, SHAPES[name][2], 4096), (1, 2048)
+    inputs = [*(torch.randn(shape, **kind) for shape in shapes), torch.tensor([500.0], **kind)]
+    layout = {"num_layers": blocks, "num_attention_heads": HEADS, "caption_projection_dim": HEADS * SHAPES[name][1]}
+    model = SD3Transformer2DModel(**layout, sample_size=2 * side).to(**kind).eval()
+    call = attention_call(name, grid.tokens, HEADS, DTYPES[dtype], machine.device)
+    runs: dict[str, Callable[[], Tensor]] = {"whole": lambda: model(*inputs).sample, "sdpa": call.proceed}
+
+    def with_agents(config: AgentConfig) -> Tensor:
+        with patched(config)(model):
+            return model(*inputs).sample
+
+    for key, config in SETTINGS.items():
+        runs[key], runs[f"{key} alone"] = partial(with_agents, config), answer(call, grid, config)[0]
+    taken = in_turn(runs, rounds, machine)
+    full, ratios, cells = median(taken["whole"]), relative(taken, "whole"), []
+    for key in SETTINGS:
+        saved = median(taken["sdpa"]) - median(taken[f"{key} alone"])
+        cells.append(f"{ratios[key]:.2f} ({1 - blocks * saved / full:.2f})")
+    return [f"{grid.tokens:,}", dtype, f"{full:.2f}", f"{blocks * median(taken['sdpa']):.2f}", *cells]
 
 
 # The witness: a small SD 3 in the flow from the embedded model's latents (sigma 0) to noise (sigma 1)
@@ -201,22 +232,24 @@ def tolerance(args: argparse.Namespace) -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Time one attention of each shape at each size."""
-    machine, rows = Machine(choose_device(args.device)), []
-    head = ["shape", "image tokens", "dtype", "SDPA, s", *SETTINGS]
-    print("Seconds over SDPA's (FLOPs over its), by exact_ratio and cells;", in_words(machine.describe()), end="; ")
-    print(f"{args.heads} of {HEADS} heads, {args.rounds} rounds\n")
-    for name in SHAPES:
-        for dtype in args.dtypes:
-            rows += [measure(name, side, dtype, args.heads, args.rounds, machine) for side in args.sides]
-            print(*rows[-len(args.sides) :], sep="\n", flush=True)
-    print(*table(head, rows), sep="\n")
+    """Time one attention of each shape at each size, or a whole transformer at each size."""
+    machine, head = Machine(choose_device(args.device)), ["image tokens", "dtype"]
+    if args.what == "whole":
+        print("Seconds over those with full attention (predicted from one attention)", end=" ")
+        head += ["whole, s", "its attention, s"]
+        rows = [partial(whole, side, d, args.rounds) for d in args.dtypes for side in args.sides]
+    else:
+        print(f"Seconds over SDPA's (FLOPs over its), {args.heads} of {HEADS} heads,", end=" ")
+        head, given = ["shape", *head, "SDPA, s"], (args.heads, args.rounds)
+        rows = [partial(measure, name, side, d, *given) for name in SHAPES for d in args.dtypes for side in args.sides]
+    print(f"by exact_ratio and cells; {in_words(machine.describe())}; {args.rounds} rounds\n")
+    print(*table([*head, *SETTINGS], [row(machine) for row in tqdm(rows)]), sep="\n")
 
 
 def main() -> None:
     parser = parser_for("benchmarks.transformers", __doc__)
     add = parser.add_argument
-    add("what", nargs="?", default="speed", choices=("speed", "train", "tolerance"))
+    add("what", nargs="?", default="speed", choices=("speed", "whole", "train", "tolerance"))
     add("--heads", type=int, default=4, help="heads to compute, of 24")
     add("--rounds", type=int, default=5)
     add("--sides", type=int, nargs="+", default=SIDES, help="sides of the image in tokens")
@@ -225,7 +258,7 @@ def main() -> None:
     add("--minutes", type=float, default=21, help="of training")
     add("--weights", type=Path, default=Path("out/witness.pt"))
     args = parser.parse_args()
-    {"speed": speed, "train": train, "tolerance": tolerance}[args.what](args)
+    {"speed": speed, "whole": speed, "train": train, "tolerance": tolerance}[args.what](args)
 
 
 if __name__ == "__main__":
