@@ -38,7 +38,7 @@ from agentsd import AgentConfig
 from agentsd.attention.grid import Grid
 from agentsd.embedded import EmbeddedPipeline, load
 from agentsd.hosts import FAMILIES, JointCall
-from agentsd.methods import method_named
+from agentsd.methods import LayerPlan, method_named
 from agentsd.patching.call import Planned
 from agentsd.patching.joint import JointAnswerer, share_left
 from agentsd.tuning.replay import Replay
@@ -69,17 +69,23 @@ def attention_call(name: str, tokens: int, heads: int, dtype: torch.dtype, devic
     return JointCall(FAMILIES[family], F.scaled_dot_product_attention, q, k, v, {})
 
 
+def plans_of(grid: Grid) -> dict[str, LayerPlan]:
+    return {key: method_named(config.method).plan(config, *grid, 0) for key, config in SETTINGS.items()}
+
+
+def answers(call: JointCall, grid: Grid) -> dict[str, Callable[[], Tensor]]:
+    """What the patch does in place of a call, by setting."""
+    planned = {key: Planned(SETTINGS[key], plan, grid) for key, plan in plans_of(grid).items()}
+    return {key: partial(JointAnswerer().answer, None, call, each, None) for key, each in planned.items()}
+
+
 @torch.inference_mode()
 def measure(name: str, side: int, dtype: str, heads: int, rounds: int, machine: Machine) -> list[str]:
     """A row of the table for one shape at one size."""
     grid = Grid(side, side)
     call = attention_call(name, grid.tokens, heads, DTYPES[dtype], machine.device)
-    runs, shares = {"sdpa": call.proceed}, {}
-    for key, config in SETTINGS.items():
-        plan = method_named(config.method).plan(config, *grid, 0)
-        runs[key] = partial(JointAnswerer().answer, None, call, Planned(config, plan, grid), None)
-        shares[key] = share_left(plan, SHAPES[name][2])
-    taken = in_turn(runs, rounds, machine)
+    shares = {key: share_left(plan, SHAPES[name][2]) for key, plan in plans_of(grid).items()}
+    taken = in_turn({"sdpa": call.proceed, **answers(call, grid)}, rounds, machine)
     ratios = relative(taken, "sdpa")
     whole = median(taken["sdpa"]) * HEADS / heads
     cells = [f"{ratios[key]:.2f} ({shares[key]:.2f})" for key in SETTINGS]
@@ -96,20 +102,19 @@ def whole(side: int, dtype: str, rounds: int, machine: Machine) -> list[str]:
     layout = {"num_layers": blocks, "num_attention_heads": HEADS, "caption_projection_dim": HEADS * SHAPES[name][1]}
     model = SD3Transformer2DModel(**layout, sample_size=2 * side).to(**kind).eval()
     call = attention_call(name, grid.tokens, HEADS, DTYPES[dtype], machine.device)
-    runs: dict[str, Callable[[], Tensor]] = {"whole": lambda: model(*inputs).sample, "sdpa": call.proceed}
 
     def with_agents(config: AgentConfig) -> Tensor:
         with patched(config)(model):
             return model(*inputs).sample
 
-    for key, config in SETTINGS.items():
-        runs[key], runs[f"{key} alone"] = partial(with_agents, config), answer(call, grid, config)[0]
-    taken = in_turn(runs, rounds, machine)
+    alone = in_turn({"sdpa": call.proceed, **answers(call, grid)}, rounds, machine)
+    runs = {key: partial(with_agents, config) for key, config in SETTINGS.items()}
+    taken = in_turn({"whole": lambda: model(*inputs).sample, **runs}, rounds, machine)
     full, ratios, cells = median(taken["whole"]), relative(taken, "whole"), []
     for key in SETTINGS:
-        saved = median(taken["sdpa"]) - median(taken[f"{key} alone"])
+        saved = median(alone["sdpa"]) - median(alone[key])
         cells.append(f"{ratios[key]:.2f} ({1 - blocks * saved / full:.2f})")
-    return [f"{grid.tokens:,}", dtype, f"{full:.2f}", f"{blocks * median(taken['sdpa']):.2f}", *cells]
+    return [f"{grid.tokens:,}", dtype, f"{full:.2f}", f"{blocks * median(alone['sdpa']):.2f}", *cells]
 
 
 # The witness: a small SD 3 in the flow from the embedded model's latents (sigma 0) to noise (sigma 1)
