@@ -100,7 +100,7 @@ def whole(side: int, dtype: str, rounds: int, machine: Machine) -> list[str]:
     shapes = (1, 16, 2 * side, 2 * side), (1, SHAPES[name][2], 4096), (1, 2048)
     inputs = [*(torch.randn(shape, **kind) for shape in shapes), torch.tensor([500.0], **kind)]
     layout = {"num_layers": blocks, "num_attention_heads": HEADS, "caption_projection_dim": HEADS * SHAPES[name][1]}
-    model = SD3Transformer2DModel(**layout, sample_size=2 * side).to(**kind).eval()
+    model = SD3Transformer2DModel(**layout, sample_size=2 * side, pos_embed_max_size=side).to(**kind).eval()
     call = attention_call(name, grid.tokens, HEADS, DTYPES[dtype], machine.device)
 
     def with_agents(config: AgentConfig) -> Tensor:

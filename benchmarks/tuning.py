@@ -207,7 +207,17 @@ class Bench:
         rows = [self._row(case, t) for case in done for t in TOLERANCES]
         texts = [{name: _text(name, row.get(name, "")) for name in HEAD} for row in rows]
         write_csv(data, HEAD, texts)
-        fill(page, MODULE, {"tuning": "\n".join([self._verdict(rows), "", *table(HEAD, (t.values() for t in texts))])})
+        by_case = {
+            (row["model"], row["tolerance"]): f"{row['time']:.2f} ({row[HEAD[-1]]:.2f})"
+            for row in rows
+            if "time" in row
+        }
+        columns = [(size, str(t)) for size in SIZES for t in TOLERANCES]
+        short = [
+            [f"queries × {s}", *(by_case.get((Case(s, size).name, t), "") for size, t in columns)] for s in SHARPNESS
+        ]
+        head = ["time (fixed)", *(f"{size[1]}×{size[0]}: {t}" for size, t in columns)]
+        fill(page, MODULE, {"tuning": "\n".join([self._verdict(rows), "", *table(head, short)])})
 
     def _row(self, case: Case, t: float) -> dict[str, Any]:
         name, found = f"tuned {t}", self.deviations(case, f"tuned {t}")
