@@ -208,15 +208,13 @@ class Bench:
         texts = [{name: _text(name, row.get(name, "")) for name in HEAD} for row in rows]
         write_csv(data, HEAD, texts)
         by_case = {
-            (row["model"], row["tolerance"]): f"{row['time']:.2f} ({row[HEAD[-1]]:.2f})"
-            for row in rows
-            if "time" in row
+            (row["model"], row["tolerance"]): f"{row['time']:.2f}/{row[HEAD[-1]]:.2f}" for row in rows if "time" in row
         }
         columns = [(size, str(t)) for size in SIZES for t in TOLERANCES]
         short = [
             [f"queries × {s}", *(by_case.get((Case(s, size).name, t), "") for size, t in columns)] for s in SHARPNESS
         ]
-        head = ["time (fixed)", *(f"{size[1]}×{size[0]}: {t}" for size, t in columns)]
+        head = ["tuned/fixed", *(f"{size[1]}×{size[0]}: {t}" for size, t in columns)]
         fill(page, MODULE, {"tuning": "\n".join([self._verdict(rows), "", *table(head, short)])})
 
     def _row(self, case: Case, t: float) -> dict[str, Any]:
@@ -250,7 +248,7 @@ class Bench:
 def _text(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}" if "time" in name else f"{value:.4f}"
-    return {True: "yes", False: "**no**"}.get(value, value)
+    return {True: "yes", False: "no"}.get(value, value)
 
 
 def _cost() -> dict[str, float]:
