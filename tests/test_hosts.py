@@ -64,11 +64,12 @@ class TestPlaces:
         levels = {f"{block}.transformer_blocks.0": level for block, level in LEVELS[name].items()}
         assert [(site.name, site.downsample) for site in find_sites(UNETS[name][0]())] == list(levels.items())
 
-    def test_are_unknown_in_a_u_net_of_no_known_layout(self):
-        unet = nn.ModuleDict({"somewhere": golden_unet().middle_block})
+    @pytest.mark.parametrize("where", ["somewhere", "up_blocks"])
+    def test_are_unknown_in_a_u_net_of_no_known_layout(self, where):
+        unet = nn.ModuleDict({where: golden_unet().middle_block})
         assert list(hosts.downsamples(unet)) == []
         (site,) = find_sites(unet)
-        assert (site.name, site.downsample) == ("somewhere.1.transformer_blocks.0", None)
+        assert (site.name, site.downsample) == (f"{where}.1.transformer_blocks.0", None)
 
 
 @pytest.mark.parametrize(

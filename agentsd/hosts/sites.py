@@ -98,13 +98,14 @@ def find_model(model: Any) -> nn.Module:
 def downsamples(unet: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield (name, downsample) of each stage of the U-Net; nothing if its layout is unknown."""
     for down, middle, up, halving, doubling, at_once in _STAGES:
+        if not hasattr(unet, down):
+            continue
         d = 1
-        for i, stage in enumerate(getattr(unet, down, ())):
+        for i, stage in enumerate(getattr(unet, down)):
             halved = 2 * d if _has(stage, halving) else d
             yield f"{down}.{i}", halved if at_once else d
             d = halved
-        if hasattr(unet, down):
-            yield middle, d
+        yield middle, d
         for i, stage in enumerate(getattr(unet, up, ())):  # a ControlNet has none
             yield f"{up}.{i}", d
             d //= 2 if _has(stage, doubling) else 1
