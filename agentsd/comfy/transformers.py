@@ -183,7 +183,7 @@ class CloneTransformerPatch(TransformerPatch):
         lines = [f"Agent Attention, {size or 'no'} tokens of the image: {done}."]
         lines += [f"{reason} ({n} calls)" for reason, n in self.notes.items()]
         lines += [f"attention is computed by {self.neighbour}"] if self.neighbour else []
-        return "\n".join([*lines, *self.hints])
+        return "\n".join(lines)
 
 
 def _by_rows(mask: Tensor, q: Tensor) -> Tensor:
@@ -206,4 +206,5 @@ def attach_transformer(model: Any, config: AgentConfig, hints: Sequence[str] = (
 def report_on_transformer(model: Any) -> str:
     """Describe what was done in the last sampling with a transformer; empty if ours has no part in it."""
     wrappers = model.model_options["transformer_options"].get("wrappers", {}).get("apply_model", {}).get(KEY, ())
-    return next((wrapper.__self__.describe() for wrapper in wrappers), "")
+    patches = (wrapper.__self__ for wrapper in wrappers)
+    return next(("\n".join([patch.describe(), *patch.hints]) for patch in patches), "")
