@@ -20,10 +20,10 @@ const ROWS = [
 ];
 const PAGE = {
     rows: ROWS,
-    defaults: {enabled: false, ratio: 0, fp32: false, method: "agent", min_tokens: 0, rules: ""},
     presets: {Fast: {ratio: 0, method: "agent", rules: ""}, Paper: {ratio: 0.4, method: "agent", rules: ""}},
     help: {enabled: "Faster.", ratio: "Share of merged tokens.", preset: "By intention."},
 };
+const DEFAULTS = {enabled: false, ratio: 0, fp32: false, method: "agent", min_tokens: 0, rules: ""};
 const NAMES = ROWS.map((row) => row.name).filter((name) => name !== "enabled");
 
 const presetOf = (values) => {
@@ -38,9 +38,9 @@ const fold = (id, ...content) => new Element("div", {id}, new Element("div", {cl
 
 const control = (tab, {name, kind}) => {
     const id = name === "enabled" ? `${tab}_agent_attention-checkbox` : `${tab}_agent_attention_${name}`;
-    if (kind === "flag") return field(id, {type: "checkbox", checked: PAGE.defaults[name]});
+    if (kind === "flag") return field(id, {type: "checkbox", checked: DEFAULTS[name]});
     if (kind === "text") return new Element("div", {id}, new Element("textarea", {value: ""}));
-    return field(id, {type: kind === "choice" ? "text" : "number", value: String(PAGE.defaults[name])});
+    return field(id, {type: kind === "choice" ? "text" : "number", value: String(DEFAULTS[name])});
 };
 
 const panel = (tab) => {
@@ -282,4 +282,4 @@ setImmediate(async () => {
     }
 });
 
-module.exports = {test, assert, PAGE, NAMES, ROWS};
+module.exports = {test, assert, PAGE, DEFAULTS, NAMES, ROWS};

@@ -1,9 +1,9 @@
 "use strict";
 // The preset's control and the other controls, which gradio fills on the script's word.
-const {test, assert, PAGE, NAMES, ROWS} = require("./page.js");
+const {test, assert, PAGE, DEFAULTS, NAMES, ROWS} = require("./page.js");
 
 const READY = {agent_attention_status_line: true, agent_attention_preset: "as saved"};
-const PAPER = NAMES.map((name) => ({...PAGE.defaults, ...PAGE.presets.Paper})[name]);
+const PAPER = NAMES.map((name) => ({...DEFAULTS, ...PAGE.presets.Paper})[name]);
 
 const opened = async (page, tab = "txt2img") => {
     page.load();
@@ -146,7 +146,7 @@ test("it is filled in as soon as gradio listens", async (page) => {
 
 // gradio's own account of what it drew
 const DRAWN = (tab) => ROWS.filter(({name}) => name !== "enabled").map(({name}) => (
-    {props: {elem_id: `${tab}_agent_attention_${name}`, value: PAGE.defaults[name]}}
+    {props: {elem_id: `${tab}_agent_attention_${name}`, value: DEFAULTS[name]}}
 ));
 
 test("an infotext that was pasted before the preset came stays", async (page) => {

@@ -70,11 +70,11 @@ test("half a number or half a choice leaves the value as it was", async (page) =
     assert.equal(page.previews.at(-1).values.min_tokens, null);
 });
 
-test("controls that are not drawn are at what gradio last said of them, or at their defaults", async (page) => {
+test("controls that are not drawn are at what gradio last said of them, or left to the server", async (page) => {
     for (const name of ["min_tokens", "rules"]) page.find(name).remove();
     page.undrawn = {min_tokens: 7, rules: "full"};
     await opened(page);
-    assert.deepEqual([page.previews[0].values.min_tokens, page.previews[0].values.rules], [0, ""]);
+    assert.deepEqual([page.previews[0].values.min_tokens, page.previews[0].values.rules], [undefined, undefined]);
     page.choose("Paper");
     await page.wait(500);
     assert.deepEqual([page.previews.at(-1).values.min_tokens, page.previews.at(-1).values.rules], [7, ""]);
