@@ -1,5 +1,6 @@
 """A patched U-Net under torch.compile gives what it gives without."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from kinds import GRID
 from patching import diffusers_unet, with_self_attention
 
 import agentsd
-from agentsd.eager import FOLLOWS
+from agentsd.eager import FOLLOWS, not_compiled
 from agentsd.hosts import output_tensor
 
 # What the compiler makes part of the host's graph
@@ -311,3 +312,29 @@ def test_hooks_are_in_or_out_of_graphs_whatever_was_imported_first(name):
     # which PyTorch warns of where it compiles one of our frames for every hook anew
     assert "recompile_limit" not in done.stderr
     assert "cache_size_limit" not in done.stderr
+
+
+def test_what_is_not_compiled_changes_neither_name_nor_result_nor_error_and_belongs_to_each_copy():
+    class Hook:
+        calls = 0
+
+        @not_compiled
+        def double(self, x, *, times=1):
+            """Twice as much."""
+            self.calls += 1
+            return 2 * x * times
+
+    first = Hook()
+    second = copy.deepcopy(first)
+    assert (first.double.__name__, first.double.__doc__) == ("double", "Twice as much.")
+    assert first.double(3, times=2) == 12
+    assert (first.calls, second.calls) == (1, 0)
+    with pytest.raises(TypeError, match="NoneType"):
+        first.double(None)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def theirs(x):
+        return first.double(x.sin())
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        theirs(torch.randn(3))

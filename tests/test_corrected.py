@@ -276,6 +276,13 @@ class TestNumerics:
 
 class TestMemory:
     @torch.no_grad()
+    def test_no_matrix_of_tokens_by_tokens_or_landmarks(self):
+        with Recorder() as seen:
+            corrected_attention(*smooth(64, 64, batch=1), size=(64, 64), cell=(4, 4), opened=36)
+        assert not [shape for shape in seen.shapes if len(shape) > 1 and shape[-2] >= 4096 and shape[-1] >= 256]
+        assert seen.largest <= 256 * 4096  # P of one head
+
+    @torch.no_grad()
     @pytest.mark.parametrize(("piece", "count"), [(0, 2 * HEADS), (1_100_000, 2), (10**9, 1)])
     def test_pieces_change_nothing(self, piece, count, monkeypatch):
         size, qkv = (40, 36), smooth(40, 36)

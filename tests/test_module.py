@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import Recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import by_matrices, heads, tokens_of
@@ -93,3 +94,13 @@ class TestAgentAttention:
         grads = (torch.autograd.grad(x, t, weight) for x, t in ((out, ours), (expected, theirs)))
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(*grads)
+
+    @torch.no_grad()
+    def test_makes_no_matrix_of_all_tokens(self):
+        q, k, v, a = tensors(1, 2, 1024, 1024, 128, 16)
+        with Recorder() as seen:
+            agent_attention(q, k, v, a, k_scale2=0.3)
+        assert seen.largest <= q.numel()  # N × n alone would be four times as much
+        with Recorder() as seen:
+            by_matrices(q, k, v, a)
+        assert seen.largest == 2 * 1024 * 128  # so the recorder would have seen it

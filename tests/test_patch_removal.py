@@ -55,7 +55,6 @@ class TestRemoval:
                 handle.remove()
                 assert torch.equal(run(unet, EXAMPLE), expected), "the patch is still whole"
                 assert not get_patch(unet).notes
-                assert error is KeyboardInterrupt or current_call() is None
             remove_patch(unet)
             assert current_call() is None
 

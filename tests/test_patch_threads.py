@@ -89,3 +89,32 @@ def test_a_call_that_another_thread_left_behind_is_over(unet):
     thread.start()
     thread.join()
     assert current_call() is None
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_call_that_fails_leaves_nothing_behind(any_unet, error):
+    unet = any_unet
+
+    def fail(*args):
+        raise error
+
+    with patched(unet, **SIMILARITY):
+        expected = answer(unet, 8, 8, 0.5)
+        handle = blocks_of(unet)[0].attn2.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            answer(unet, 16, 16, 0.5)
+        handle.remove()
+        assert torch.equal(answer(unet, 8, 8, 0.5), expected)
+        assert not get_patch(unet).notes
+    assert current_call() is None
+
+
+def test_what_belongs_to_a_call_is_seen_from_inside_only(unet):
+    seen = []
+    with patched(unet, **GRID):
+        get_patch(unet).observer = lambda answer: seen.append(answer.call is current_call())
+        answer(unet, 8, 8, 0.5)
+        assert seen
+        assert all(seen)
+        assert current_call() is None
+        assert get_patch(unet).last_call.latent == (8, 8)
