@@ -212,16 +212,18 @@ def caption(call: Call, number: int, place: Sequence[float] | None = None) -> st
     averaged = not merged and layer.agents is not None
     progress = "" if call.progress is None else f", {fraction(call.progress)} of the diffusion done"
     which = "Click on a window to see which." if place is None else "Tinted: those of the outlined window."
-    told = [
-        f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}:",
-        f"{place_of(call, number)}, {Grid(*layer.size)} tokens.",
-        f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left" * merged,
-        "grey stayed by themselves." * merged,
-        plan.method.caption(plan),
-        which * (layer.opened is not None),
-        "Tokens of one colour were averaged into one agent; a token left grey is one itself." * averaged,
-        "No token was merged." * (not merged),
-    ]
+    told = [f"{'Hires' if call.hires else 'First'} pass{progress}. Layer {number} of {len(call.layers)}:"]
+    told.append(f"{place_of(call, number)}, {Grid(*layer.size)} tokens.")
+    if merged:
+        told.append(f"{plan.tokens} tokens were merged into {plan.queries}: those of one colour into one; those left")
+        told.append("grey stayed by themselves.")
+    told.append(plan.method.caption(plan))
+    if layer.opened is not None:
+        told.append(which)
+    if averaged:
+        told.append("Tokens of one colour were averaged into one agent; a token left grey is one itself.")
+    if not merged:
+        told.append("No token was merged.")
     return " ".join(filter(None, told))
 
 
