@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-
-class Clock(Protocol):
-    """Measures seconds. Given to whatever measures, so that a test can decide what it sees."""
-
-    def timed(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-        """Return what `run` returns, and its seconds until the device is done."""
 
 
 def now(device: torch.device) -> float:
@@ -22,16 +15,17 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class WallClock:
-    """The time that passes."""
+class Clock:
+    """Measures seconds. Given to whatever measures, so that a test can decide what it sees."""
 
     def timed(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+        """Return what `run` returns, and its seconds until the device is done."""
         start = now(device)
         result = run()
         return result, now(device) - start
 
 
-WALL = WallClock()
+WALL = Clock()
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:

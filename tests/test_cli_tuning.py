@@ -15,8 +15,9 @@ from PIL import Image
 import agentsd
 from agentsd.cli import main, pictures
 from agentsd.cli.models import bare_unet
+from agentsd.schedule import Block
 from agentsd.tuning.fingerprint import ordered_sites, structure_of
-from agentsd.tuning.result import TunedBlock, TunedPlan
+from agentsd.tuning.result import TunedPlan
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -58,7 +59,7 @@ def test_another_size_is_told(stand_in, plan, capsys):
     main(["generate", "a rose", "--steps", "2", "--size", "32", "--tuning", "plan.json", "--out", "a.png"])
     assert "tuned for a latent of 16×16: this one is larger" in capsys.readouterr().out
     sites = ordered_sites(bare_unet("embedded")[0])
-    blocks = tuple(TunedBlock(site.name, site.downsample) for site in sites)
+    blocks = tuple(Block(site.name, site.downsample) for site in sites)
     full = TunedPlan(0.02, ("a" * len(sites),))
     pool = {"method": "pool", "sx": 2, "sy": 2}
     agentsd.Tuning((64, 64), (pool,), (0.0,), full, structure_of(sites), blocks=blocks).save("p.json")

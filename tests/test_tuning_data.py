@@ -9,7 +9,8 @@ import pytest
 
 import agentsd
 from agentsd import Rule, Tuning, TuningError
-from agentsd.tuning.result import Deviation, TunedBlock, TunedPlan
+from agentsd.schedule import Block
+from agentsd.tuning.result import Deviation, TunedPlan
 
 PLAN = TunedPlan(0.02, ("a.b", "aab"), (Deviation(0.1, 0.01, 0.012), Deviation(0.5, 0.02, 0.018)), time=0.5, timed=True)
 TUNING = Tuning(
@@ -19,7 +20,7 @@ TUNING = Tuning(
     plan=PLAN,
     structure="12345678",
     weights="abcdef",
-    blocks=(TunedBlock("down.0", 1), TunedBlock("down.1", 2), TunedBlock("up.0", 1)),
+    blocks=(Block("down.0", 1), Block("down.1", 2), Block("up.0", 1)),
     frontier=(TunedPlan(0.01, ("a..", "a.."), (Deviation(0.1, 0.008), Deviation(0.5, 0.002)), 0.75), PLAN),
     seconds_full=2.0,
     covers=(0.2, 1.0),

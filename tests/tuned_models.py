@@ -8,10 +8,11 @@ import pytest
 
 from agentsd import Tuning, TuningCancelled
 from agentsd.app.kept_tunings import Kept
+from agentsd.schedule import Block
 from agentsd.tuning import probe, replay, tuner
 from agentsd.tuning.fingerprint import ordered_sites, structure_of, weights_of
 from agentsd.tuning.record import progress_of
-from agentsd.tuning.result import Deviation, TunedBlock, TunedPlan
+from agentsd.tuning.result import Deviation, TunedPlan
 
 TRY = ({"method": "corrected", "agent_ratio": 0.75}, {"method": "pool", "sx": 2, "sy": 2})
 
@@ -49,7 +50,7 @@ def quick_tune(unet, calls, tolerance, *, methods=None, progress=None, kv_contex
         plan=next(each for each in frontier if each.tolerance == tolerance),
         structure=structure_of(sites),
         weights=weights_of(unet),
-        blocks=tuple(TunedBlock(site.name, site.downsample) for site in sites),
+        blocks=tuple(Block(site.name, site.downsample) for site in sites),
         frontier=frontier,
         seconds_full=1.0,
         covers=(min(map(progress_of, calls)), 1.0),

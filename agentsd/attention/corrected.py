@@ -107,10 +107,11 @@ def _attend(at: _Layout, scratch: _Scratch, q: Tensor, k: Tensor, v: Tensor, *te
         if scratch.chosen is not None:
             scratch.chosen.append(order[0, ..., : at.opened])
     else:
-        keys, values = (_joined([t, *more], 2) for t, *more in _beside(text, k, v))
+        more_k, more_v = ([t] for t in text) if text else ([], [])
+        keys, values = _joined([k, *more_k], 2), _joined([v, *more_v], 2)
         v_a = sdpa(a, keys, values).float()
         a, order = a.float(), None
-        k, v = (_joined([*more, t[:, :, at.tokens]], 2) for t, *more in _beside(text, k, v))
+        k, v = _joined([*more_k, k[:, :, at.tokens]], 2), _joined([*more_v, v[:, :, at.tokens]], 2)
         w = _softmax(a.flatten(0, 1), k.flatten(0, 1).float(), at.bias)
         r = torch.baddbmm(v_a.flatten(0, 1), w, v.flatten(0, 1).float(), alpha=-1)
         w, r = w.unflatten(0, (B, H)), r.unflatten(0, (B, H))
@@ -145,10 +146,6 @@ def _attend(at: _Layout, scratch: _Scratch, q: Tensor, k: Tensor, v: Tensor, *te
         else:
             out[:, some] = attended
     return (_joined(parts, 1) if out is None else out).flatten(1, 2).index_select(1, at.back).transpose(1, 2)
-
-
-def _beside(text: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    return ((k, text[0]), (v, text[1])) if text else ((k,), (v,))
 
 
 def _agents_attention(at: _Layout, scratch: _Scratch, a: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,78 +278,42 @@ def _joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-class Axis(NamedTuple):
+class Axis:
     """One axis of a grid: `length` tokens in cells of `cell`."""
 
-    length: int
-    cell: int
-
-    @property
-    def cells(self) -> int:
-        return cells(self.length, self.cell)
-
-    @property
-    def windows(self) -> int:
-        return cells(self.cells, max(1, WINDOW // self.cell))
-
-    @property
-    def side(self) -> int:
-        """Cells of a window; all windows are alike, and the last one may reach beyond the edge."""
-        return cells(self.cells, self.windows)
-
-    @property
-    def tile(self) -> int:
-        """Tokens of a window."""
-        return self.side * self.cell
-
-    @property
-    def agents(self) -> Tensor:
-        """The cells of each window's agents (windows, cells); at the edges the ring reaches further inwards."""
+    def __init__(self, length: int, cell: int) -> None:
+        self.cell, self.cells = cell, cells(length, cell)
+        self.windows = cells(self.cells, max(1, WINDOW // cell))
+        # cells and tokens of a window; all windows are alike, and the last one may reach beyond the edge
+        self.side = cells(self.cells, self.windows)
+        self.tile = self.side * cell
+        # the cells of each window's agents (windows, cells); at the edges the ring reaches further inwards
         count = min(self.cells, self.side + 2 * HALO)
         first = (self.side * torch.arange(self.windows) - HALO).clamp(0, self.cells - count)
-        return first[:, None] + torch.arange(count)
+        self.agents = first[:, None] + torch.arange(count)
 
 
 class _Layout(NamedTuple):
-    """What is where.
+    """What is where."""
 
-    Attributes:
-        opened: number of cells that a window opens.
-        words: number of keys of text, T.
-        far: number of landmarks that a window sees; some of them open cells', masked, for a number of keys that fits.
-        s: tokens of a cell.
-        ragged: whether the edge cuts cells.
-        queries: the tokens of the windows, one after the other (windows · tokens,); beyond the edge, the edge's.
-        back: where a token is among them (N,).
-        tokens: the landmarks (n,).
-        by_cells: the tokens of the cells, the landmark first (n · s,); where a cell lacks one, the landmark again.
-        inside: 0 for the tokens of a cell, −∞ where it lacks one (n, s).
-        held: that and zeros for text (n · s + T,); None where no cell lacks any.
-        sums: (1 ± β) mass ∓ β s p of a cell, of which the larger is mass + β |mass − s p| (2, s).
-        rows: 0, 1, … (n · s + T,).
-        log_c: log c (n,).
-        bias: the bias of the keys that a window sees (keys,), where it is the same for all windows and not even.
-        agents: the cells of each window's agents (windows, a).
-        near: their weight in the choice of cells (windows, n).
-    """
-
-    opened: int
-    words: int
+    opened: int  # number of cells that a window opens
+    words: int  # number of keys of text, T
+    # number of landmarks that a window sees; some of them open cells', masked, for a number of keys that fits
     far: int
-    s: int
-    ragged: bool
-    queries: Tensor
-    back: Tensor
-    tokens: Tensor
-    by_cells: Tensor
-    inside: Tensor
-    held: Tensor | None
-    sums: Tensor
-    rows: Tensor
-    log_c: Tensor
-    bias: Tensor | None
-    agents: Tensor
-    near: Tensor
+    s: int  # tokens of a cell
+    ragged: bool  # whether the edge cuts cells
+    queries: Tensor  # the tokens of the windows, one after the other (windows · tokens,); beyond the edge, the edge's
+    back: Tensor  # where a token is among them (N,)
+    tokens: Tensor  # the landmarks (n,)
+    by_cells: Tensor  # the tokens of the cells, the landmark first (n · s,); where a cell lacks one, the landmark again
+    inside: Tensor  # 0 for the tokens of a cell, −∞ where it lacks one (n, s)
+    held: Tensor | None  # that and zeros for text (n · s + T,); None where no cell lacks any
+    sums: Tensor  # (1 ± β) mass ∓ β s p of a cell, of which the larger is mass + β |mass − s p| (2, s)
+    rows: Tensor  # 0, 1, … (n · s + T,)
+    log_c: Tensor  # log c (n,)
+    bias: Tensor | None  # of the keys that a window sees (keys,), where it is the same for all windows and not even
+    agents: Tensor  # the cells of each window's agents (windows, a)
+    near: Tensor  # their weight in the choice of cells (windows, n)
 
     @property
     def n(self) -> int:
@@ -372,22 +333,22 @@ def _layout(q: Tensor, *given: Any) -> _Layout:
 def _make_layout(
     size: tuple[int, int], cell: tuple[int, int], opened: int, words: int, device: Any, dtype: Any, d: int
 ) -> _Layout:
-    y, x = (Axis(*axis) for axis in zip(size, cell, strict=True))
-    (height, width), (sy, sx), (R, C), s = size, cell, (y.cells, x.cells), cell[0] * cell[1]
-    n, ragged = R * C, (R * sy, C * sx) != tuple(size)
-    spare = min(-(opened * (s - 1) + words + n) % EVEN, opened)
-    far = n - opened + spare or min(EVEN, opened)
     with torch.inference_mode(False), torch.no_grad():
+        y, x = Axis(size[0], cell[0]), Axis(size[1], cell[1])
+        (height, width), (sy, sx), (R, C), s = size, cell, (y.cells, x.cells), cell[0] * cell[1]
+        n, ragged = R * C, (R * sy, C * sx) != tuple(size)
+        spare = min(-(opened * (s - 1) + words + n) % EVEN, opened)
+        far = n - opened + spare or min(EVEN, opened)
         ty, tx, token = torch.arange(height)[:, None], torch.arange(width), torch.arange(height * width)
         window = (ty // y.tile * x.windows + tx // x.tile).flatten()
         place = (ty % y.tile * x.tile + tx % x.tile).flatten()
         queries = torch.zeros(y.windows * x.windows, y.tile * x.tile, dtype=torch.long)
         queries[window, place] = token
         tokens = torch.tensor(landmark_places(size, cell)) @ torch.tensor([width, 1])
-        held = _cut(pad(token.view(height, width), (0, C * sx - width, 0, R * sy - height), value=len(token)), cell)
-        held = held.masked_fill(held == tokens[:, None], -1).sort(-1).values
-        lacks = held == len(token)
-        by_cells = held.where((held >= 0) & ~lacks, tokens[:, None]).flatten()
+        found = _cut(pad(token.view(height, width), (0, C * sx - width, 0, R * sy - height), value=len(token)), cell)
+        found = found.masked_fill(found == tokens[:, None], -1).sort(-1).values
+        lacks = found == len(token)
+        by_cells = found.where((found >= 0) & ~lacks, tokens[:, None]).flatten()
         sizes = (~lacks).sum(-1).float()
         unit = 1.0 if device.type == "cpu" else d**0.5
         log_c = (sizes.log() * unit).to(dtype).float() / unit
@@ -400,25 +361,11 @@ def _make_layout(
         row, column = torch.arange(R)[:, None], torch.arange(C)
         near = torch.zeros(y.windows * x.windows, n).scatter(1, agents, AROUND)
         near = near.scatter(0, (row // y.side * x.windows + column // x.side).flatten()[None], 1.0)
-        return _Layout(
-            opened,
-            words,
-            far,
-            s,
-            ragged,
-            queries.flatten().to(device),
-            (window * y.tile * x.tile + place).to(device),
-            tokens.to(device),
-            by_cells.to(device),
-            inside.to(device),
-            torch.cat([inside.flatten(), rounded.expand(words)]).to(device) if ragged else None,
-            torch.stack([1 + MISSED * whole, 1 - MISSED * whole]).to(device),
-            torch.arange(n * s + words, device=device),
-            log_c.to(device),
-            bias.to(device) if opened or words or ragged else None,
-            agents.to(device),
-            near.to(device),
-        )
+        held = torch.cat([inside.flatten(), rounded.expand(words)]) if ragged else None
+        sums = torch.stack([1 + MISSED * whole, 1 - MISSED * whole])
+        made = queries.flatten(), window * y.tile * x.tile + place, tokens, by_cells, inside, held, sums
+        more = torch.arange(n * s + words), log_c, bias if opened or words or ragged else None, agents, near
+        return _Layout(opened, words, far, s, ragged, *(t if t is None else t.to(device) for t in (*made, *more)))
 
 
 def _cut(image: Tensor, tile: tuple[int, int]) -> Tensor:

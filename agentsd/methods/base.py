@@ -197,6 +197,13 @@ class Method(ABC):
 
 
 _BY_ACTION: dict[str, Method] = {}
+METHODS: list[str] = []  # names of the selectable methods
+
+
+def selectable() -> list[Method]:
+    """List the selectable methods that are registered now, by name."""
+    return sorted((method for method in _BY_ACTION.values() if method.selectable), key=lambda method: method.name)
+
 
 M = TypeVar("M", bound=type[Method])
 
@@ -204,6 +211,7 @@ M = TypeVar("M", bound=type[Method])
 def register(cls: M) -> M:
     """Class decorator: register a method. A later one with the same action replaces it."""
     _BY_ACTION[cls.action] = cls()
+    METHODS[:] = [method.name for method in selectable()]
     return cls
 
 
@@ -227,26 +235,9 @@ class Full(Method):
 def unregister(action: str) -> None:
     """Remove a method from the registry."""
     del _BY_ACTION[action]
-
-
-def selectable() -> list[Method]:
-    """List the selectable methods that are registered now, by name."""
-    return sorted((method for method in _BY_ACTION.values() if method.selectable), key=lambda method: method.name)
+    METHODS[:] = [method.name for method in selectable()]
 
 
 def method_named(name: str) -> Method:
     """Return the method that the setting `method` selects by this name."""
     return next(method for method in selectable() if method.name == name)
-
-
-class _Names(Sequence[str]):
-    """Live view of the names of all selectable methods."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return [method.name for method in selectable()][index]
-
-    def __len__(self) -> int:
-        return len(selectable())
-
-
-METHODS: Sequence[str] = _Names()

@@ -112,10 +112,6 @@ class Image:
             for layer in self.layers:
                 layer.traced = "" if sides is None else _foreseen(layer, key, *sides)
 
-    @not_compiled
-    def _read_outside_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.read(args, kwargs)
-
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plan the blocks for tokens of the size that the module's arguments tell."""
         try:
@@ -124,6 +120,8 @@ class Image:
             self.patch.note_error(error)
             size = None
         self.see(size)
+
+    _read_outside_graph = not_compiled(read)
 
     def see(self, size: tuple[int, int] | None) -> None:
         """Plan the blocks for (height, width) tokens in the U-Net call that is going on."""

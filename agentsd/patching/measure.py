@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,18 +13,11 @@ from ..clock import Clock
 Run = Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """Seconds that one U-Net call spent in what a patch changes, in all layers together."""
 
     with_seconds: float  # with the patch, clusters included
     without_seconds: float  # with the host's own attention and layers
-    layers: int  # number of layers
-
-    @property
-    def slower(self) -> bool:
-        """Whether the patch takes longer than what it replaces."""
-        return self.with_seconds > self.without_seconds
 
 
 class Measurement:
@@ -54,5 +46,4 @@ class Measurement:
         if not self._runs or any(len(runs) < 2 for runs in self._runs.values()):
             return None
         # the first time, kernels are loaded and memory is taken
-        ours, host = zip(*(runs[1] for runs in self._runs.values()), strict=True)
-        return Measured(sum(ours), sum(host), len({name for name, _ in self._runs}))
+        return Measured(*map(sum, zip(*(runs[1] for runs in self._runs.values()), strict=True)))

@@ -224,9 +224,7 @@ class Patch:
             # the length of a range is a number even where that of a tensor is a symbol
             self.key = latent and f"{len(range(latent[0]))} {len(range(latent[1]))} None"
 
-    @not_compiled
-    def _begin_outside_graph(self, unet: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
-        self.begin_call(unet, args, kwargs)
+    _begin_outside_graph = not_compiled(begin_call)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
@@ -259,12 +257,8 @@ class Patch:
 
     @followed
     def _end(self, unet: nn.Module, args: Any, output: Any) -> None:
-        if compiling():
-            return
-        if output is None:  # the call failed
-            self.end()
-        else:
-            self.end_call()
+        if not compiling():
+            (self.end if output is None else self.end_call)()  # without an output, the call failed
 
     def end(self) -> ModelCall | None:
         """End the call that is going on and return it; None if there is none."""

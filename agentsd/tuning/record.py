@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..checks import Setting
 from ..eager import not_compiled
@@ -67,11 +68,7 @@ def record_calls(model: Any, moments: int = 6, progress: Moment | None = None) -
 
 def copied(value: Any) -> Any:
     """Copy tensors, and the lists, tuples and dictionaries around them; other objects are shared."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) is dict:
-        return {key: copied(entry) for key, entry in value.items()}
-    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), value)
 
 
 def progress_of(call: tuple[tuple[Any, ...], dict[str, Any]]) -> float | None:
@@ -104,7 +101,23 @@ class _Recorder:
         """Record a call. One that cannot be, for want of memory say, is left out: it must not cost the image."""
         self.under_way = None
         try:
-            self._keep(module, args, kwargs)
+            size, t = read_call(module, args, kwargs)
+            t = read_timestep(t)
+            progress = None if t is None else self.timesteps.progress(t)
+            if size is None:
+                return
+            self.counts[size] += 1
+            seen = self.seen.setdefault(size, {})
+            if progress is None:
+                return
+            calls = seen.setdefault(progress, [])
+            if len(calls) < CALLS_OF_A_TIMESTEP:
+                call = RecordedCall((copied(args), copied(kwargs)))
+                call.progress, self.under_way = progress, call
+                calls.append(call)
+            if len(seen) > 2 * self.moments:  # drop the one whose neighbours are closest to each other
+                at = sorted(seen)
+                del seen[min(zip(at, at[1:], at[2:], strict=False), key=lambda three: three[2] - three[0])[1]]
         except Exception:
             log.debug("a call was not recorded", exc_info=True)
 
@@ -117,24 +130,6 @@ class _Recorder:
         except Exception:
             log.debug("an output was not recorded", exc_info=True)
         self.under_way = None
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        size, t = read_call(module, args, kwargs)
-        progress = None if (t := read_timestep(t)) is None else self.timesteps.progress(t)
-        if size is None:
-            return
-        self.counts[size] += 1
-        seen = self.seen.setdefault(size, {})
-        if progress is None:
-            return
-        calls = seen.setdefault(progress, [])
-        if len(calls) < CALLS_OF_A_TIMESTEP:
-            call = RecordedCall((copied(args), copied(kwargs)))
-            call.progress, self.under_way = progress, call
-            calls.append(call)
-        if len(seen) > 2 * self.moments:  # drop the one whose neighbours are closest to each other
-            at = sorted(seen)
-            del seen[min(zip(at, at[1:], at[2:], strict=False), key=lambda three: three[2] - three[0])[1]]
 
     def spread(self) -> list[RecordedCall]:
         """Return the calls at the size that most have, the larger of two, thinned out to the timesteps asked for."""

@@ -176,7 +176,7 @@ def compare(
     """
     replay = Replay(model, calls, progress, kv_context, clock)
     replay.total = comparing_takes(replay, configs)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in configs}
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in configs}
     with torch.no_grad(), alone(replay.model):
         for number in range(len(replay)):
             replay.remember(number, "Full attention")
@@ -184,6 +184,6 @@ def compare(
                 without = replay.call(number, "Full attention")[1]
                 for name, config in configs.items():
                     out, seconds = replay.call(number, name, config)
-                    found[name].append((replay.deviation(number, out), seconds / without))
-    columns = {name: tuple(zip(*each, strict=True)) for name, each in found.items()}
-    return {name: Compared(max(deviations), median(times)) for name, (deviations, times) in columns.items()}
+                    found[name][0].append(replay.deviation(number, out))
+                    found[name][1].append(seconds / without)
+    return {name: Compared(max(deviations), median(times)) for name, (deviations, times) in found.items()}

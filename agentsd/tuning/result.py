@@ -21,7 +21,7 @@ from ..attention.grid import Grid
 from ..checks import Setting, SettingError, shown
 from ..config import AgentConfig
 from ..rules import format_rules, parse_rules
-from ..schedule import Rule
+from ..schedule import Block, Rule
 from ..words import aligned, mebibytes, percent
 
 if TYPE_CHECKING:
@@ -64,19 +64,9 @@ class TuningCancelled(Exception):
     """Tuning was cancelled by its `progress`. The model is as it was."""
 
 
-@dataclass(frozen=True)
-class TunedBlock:
-    """A block: its name in the model that was tuned, and its level there, 1, 2, 4 …; None if unknown.
-
-    The level is the side, in positions of the latent, of what a token stands for: 2 in a transformer.
-    """
-
-    name: str
-    downsample: int | None
-
-
-def tuned_blocks(sites: Iterable[Site]) -> tuple[TunedBlock, ...]:
-    return tuple(TunedBlock(site.name, site.downsample and site.downsample * site.patch) for site in sites)
+def tuned_blocks(sites: Iterable[Site]) -> tuple[Block, ...]:
+    """Name the blocks, and their levels by the side, in positions of the latent, of what a token stands for."""
+    return tuple(Block(site.name, site.downsample and site.downsample * site.patch) for site in sites)
 
 
 @dataclass(frozen=True)
@@ -157,7 +147,7 @@ class Tuning:
     structure: str  # fingerprint of the model's blocks
     weights: str = ""  # values of some of its weights, such as LoRA does not touch; empty if unknown
     adapters: str = ""  # values of some that LoRA changes; empty if unknown
-    blocks: tuple[TunedBlock, ...] = ()  # in the order of the model; empty in a tuning that was read from text
+    blocks: tuple[Block, ...] = ()  # in the order of the model; empty in a tuning that was read from text
     frontier: tuple[TunedPlan, ...] = ()  # plans for several tolerances, from the closest to the fastest; see `at`
     # seconds of a model call with full attention, averaged over the recorded timesteps
     seconds_full: float | None = None
@@ -218,13 +208,15 @@ class Tuning:
         grid = Grid(*self.size).patches(sites[0].patch)
         return TunedConfig(**BASE, rules=self.rules(tuned_blocks(sites)), tuned_for=grid)
 
-    def rules(self, blocks: Sequence[TunedBlock]) -> tuple[Rule, ...]:
+    def rules(self, blocks: Sequence[Block]) -> tuple[Rule, ...]:
         """Return the plan as rules beside `BASE`; `blocks` are those of a model, in its order."""
-        rules, by_letter = [Rule(None)], self._by_letter
+        rules, by_letter, size = [Rule(None)], self._by_letter, Grid(*self.size)
         for since, until, choices in self._runs():
             users: dict[tuple[str, int], list[str]] = {}
             for letter, block in zip(choices, blocks, strict=True):
-                users.setdefault((letter, self._tokens(block)), []).append(block.name)
+                # with fewer tokens than at the tuned size, cells would be coarser than what was measured
+                tokens = size.at(block.downsample).tokens if block.downsample else 0
+                users.setdefault((letter, tokens), []).append(block.name)
             for (letter, tokens), names in sorted(users.items()):
                 if letter != FULL_LETTER:
                     settings = {**by_letter[letter], "min_tokens": tokens}
@@ -236,10 +228,6 @@ class Tuning:
         begun = [next(run) for _, run in groupby(zip(self.since, self.choices, strict=True), lambda part: part[1])]
         ends = (*(since for since, _ in begun[1:]), 1.0)
         return [(since, until, choices) for (since, choices), until in zip(begun, ends, strict=True)]
-
-    def _tokens(self, block: TunedBlock) -> int:
-        """Number of tokens of a block at the tuned size: with fewer, cells would be coarser than what was measured."""
-        return 0 if block.downsample is None else Grid(*self.size).at(block.downsample).tokens
 
     # What it does not hold for
 
@@ -327,13 +315,12 @@ class Tuning:
         choices = [part for plan in plans for part in plan.choices]
         sound = (
             all(plan.tolerance > 0 or not plan.acts for plan in plans)
-            and all(isinstance(side, int) for side in self.size)
+            and [type(side) for side in self.size] == [int, int]
             and self.since[:1] == (0.0,)
             and all(a < b for a, b in zip(self.since, (*self.since[1:], 1.0), strict=True))
             and all(len(plan.choices) == len(self.since) for plan in plans)
             and len({*map(len, choices), len(self.blocks) or len(choices[0])}) == 1
             and set().union(*choices) <= {*LETTERS[: len(self.candidates)], FULL_LETTER}
-            and len(self.size) == 2
             and all(self.size)
             and all(isinstance(text, str) for text in (self.structure, self.weights, self.adapters, *self.notes))
         )
@@ -352,7 +339,7 @@ class Tuning:
             given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
             given["plan"] = _plan_from(given["plan"])
             given["frontier"] = tuple(map(_plan_from, given.get("frontier", ())))
-            given["blocks"] = tuple(TunedBlock(**block) for block in given.get("blocks", ()))
+            given["blocks"] = tuple(Block(**block) for block in given.get("blocks", ()))
             for name in ("conditions", "versions"):
                 given[name] = {str(key): str(value) for key, value in dict(given.get(name, {})).items()}
             return cls(**given).checked()
