@@ -208,7 +208,7 @@ class TestRegional:
             run_positional(compiled, example)
             agentsd.get_patch(unet).observer = seen.append
             run_positional(compiled, example)
-        assert [answer.timestep for answer in seen] == [500] * (5 if regional else 1)  # the largest layers
+        assert [answer.call.timestep for answer in seen] == [500] * (5 if regional else 1)  # the largest layers
 
 
 def test_merging_alone_acts_on_a_u_net_that_was_compiled_before():

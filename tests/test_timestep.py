@@ -50,5 +50,5 @@ def test_an_observer_is_told_of_it(unet, read):
         answers = []
         get_patch(unet).observer = answers.append
         run(unet, at(900))
+    assert {answer.call.timestep for answer in answers} == {900}
     assert read == [900]
-    assert {answer.timestep for answer in answers} == {900}

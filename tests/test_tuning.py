@@ -254,7 +254,7 @@ def test_the_plan_never_depends_on_the_batch(unet, tuning):
         seen = []
         with agentsd.patched(unet, tuning=tuning):
             patch = agentsd.get_patch(unet)
-            patch.observer = lambda answer: seen.append((answer.name, answer.size, answer.plan, answer.timestep))
+            patch.observer = lambda answer: seen.append((answer.name, answer.size, answer.plan, answer.call.timestep))
             for t in (900, 500, 100):
                 run(unet, [tensor[rows] for tensor in inputs(4, t=[t] * 4)])
         assert not patch.notes

@@ -79,11 +79,11 @@ class Recording:
             if answer.call is not seen:  # a U-Net call has begun
                 seen, record, progress = answer.call, None, answer.call.progress
                 moment = None if progress is None else int(MOMENTS * progress)
-                if latent not in (None, answer.latent):
+                if latent not in (None, seen.latent):
                     self.parts = True
                 elif moment not in moments:
                     moments.add(moment)
-                    record = Call(hires, answer.latent, progress)
+                    record = Call(hires, seen.latent, progress)
                     self.calls.append(record)
             if record is not None:
                 record.layers.append(_layer_of(answer))

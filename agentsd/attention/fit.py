@@ -18,18 +18,11 @@ FIT_GROWTH = 16.0
 
 
 def value_correction(w: Tensor, r: Tensor, squares: Tensor) -> Tensor:
-    """Compute Wᵀ (W Wᵀ + λ I)⁻¹ R, the change of values that makes up for R at the agents, without waiting.
+    """Compute Wᵀ (W Wᵀ + λ I)⁻¹ R (…, n, d), the change of values that makes up for R at the agents, without waiting.
 
     It is the smallest that does so, as far as the penalty lets it: its norm is at most ‖R‖ / 2√λ, and 0 where R is 0.
-
-    Args:
-        w: weights of the landmarks at the agents (…, m, n), float32.
-        r: what the values still miss (…, m, d), float32.
-        squares: sum of the squares of weights, those of other keys included (…), above 0.
-
-    Returns:
-        (…, n, d), float32; 0 where it is not finite. On devices without a Cholesky factorisation, a few conjugate
-        steps take its place.
+    W are the landmarks' weights at the agents (…, m, n), R what the values still miss (…, m, d), `squares` the sums of
+    squares of all weights (…), above 0; all float32. What is not finite is 0.
     """
     if not has_cholesky(w.device.type):
         return _bounded(fit_values(w, r, FIT_STEPS), r)
@@ -48,20 +41,10 @@ def cast_within_range(dtype: torch.dtype, y: Tensor) -> Tensor:
 
 
 def fit_values(w: Tensor, v_a: Tensor, steps: int) -> Tensor:
-    """Minimise ‖W Y − V_A‖² from Y = 0 by `steps` conjugate directions, for every column (channel) separately.
+    """Minimise ‖W Y − V_A‖² from Y = 0 by `steps` conjugate directions (CGLS), separately for each column (…, m, d).
 
-    The directions are those of conjugate gradients on the least-squares problem (CGLS). Each image W p is explicitly
-    orthogonalised against all earlier ones: by the recursion alone, rounding errors grow a thousandfold within six
-    steps, and the picture would depend on the batch. The residual never grows, whatever W is. Products only: no
-    factorisation, and nothing that waits for the device.
-
-    Args:
-        w: (..., m, n).
-        v_a: (..., m, d).
-        steps: number of steps, at least 0.
-
-    Returns:
-        The fitted values (..., n, d).
+    Each image W p is explicitly orthogonalised against all earlier ones: by the recursion alone, rounding errors grow a
+    thousandfold within six steps, and the picture would depend on the batch. The residual never grows, whatever W is.
     """
     y, residual = v_a.new_zeros(*w.shape[:-2], w.shape[-1], v_a.shape[-1]), v_a
     directions: list[tuple[Tensor, ...]] = []

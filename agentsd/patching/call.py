@@ -88,8 +88,6 @@ class Answer(NamedTuple):
     size: Grid  # (height, width) of its tokens
     plan: LayerPlan  # what was done
     matching: Matching | None  # the clusters used; None if there were none
-    latent: Grid  # (height, width) of the latent
-    timestep: float | None  # timestep of the U-Net call; None if the call had none
     call: ModelCall  # the U-Net call, shared by all blocks in it
     chosen: list[Tensor]  # cells that windows opened in the first row (windows, heads, opened), some heads at a time
 

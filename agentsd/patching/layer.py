@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -315,9 +316,8 @@ class Layer:
             answer = partial(self.answerer.answer, self, host, planned, matching, watch)
             out = self._timed("self-attention", answer, host.proceed, host.x.device)
             if patch.observer is not None and call is not None:
-                where = planned.size, plan, matching, call.latent, call.timestep, call
                 try:
-                    patch.observer(Answer(self.site.name, *where, host.chosen))
+                    patch.observer(Answer(self.site.name, planned.size, plan, matching, call, host.chosen))
                 except Exception as error:
                     self.patch.note_error(error, self.site.name)
             return patch.finite.answer(self, out, host.proceed)
@@ -363,11 +363,8 @@ class Layer:
         return self._timed(switch, lambda: clusters.unmerge(host(clusters.merge(x))), host, x.device)
 
 
-class _Traced:
-    """What is planned, by its name: attributes, which the compiler follows and which never change."""
-
-
-_TRACED = _Traced()
+# What is planned, by its name: attributes, which the compiler follows and which never change
+_TRACED = SimpleNamespace()
 
 
 def _planned(settings_and_plan: tuple[AgentConfig, LayerPlan] | None, size: Grid) -> Planned:

@@ -40,11 +40,8 @@ def choose(blocks: Sequence[Sequence[Option]], tolerances: Sequence[float], wort
 
     By a price for deviation: each block takes the option with the least seconds + price · squares, and the price is
     the lowest at which all constraints hold. What is left over is then given to single blocks, and to pairs of them.
-
-    Args:
-        blocks: options of each block; each has one without deviation.
-        tolerances: largest deviation allowed under each constraint.
-        worth: seconds that using up a tolerance has to save. Deviation that saves less in proportion is not chosen.
+    `tolerances` are the largest deviations allowed under each constraint; each block has an option without deviation.
+    `worth` are the seconds that using up a tolerance has to save: deviation that saves less in proportion isn't chosen.
     """
     limits = [tolerance**2 for tolerance in tolerances]
     kept = [_undominated([o for o in options if all(map(le, o.squares, limits))]) for options in blocks]

@@ -166,15 +166,12 @@ def compare(
     *,
     progress: Progress | None = None,
     kv_context: KVContext | None = None,
-    clock: Clock = WALL,
 ) -> dict[str, Compared]:
-    """Make recorded calls with full attention and under each of several settings, in turn.
+    """Make recorded calls with full attention and under each of several settings, by name, in turn.
 
-    Args:
-        configs: the settings, by names of the caller's, which those of what is returned are.
-        model, calls, progress, kv_context, clock: as for `agentsd.tune`; this `progress` is told how far it is.
+    The other arguments are those of `agentsd.tune`.
     """
-    replay = Replay(model, calls, progress, kv_context, clock)
+    replay = Replay(model, calls, progress, kv_context)
     replay.total = comparing_takes(replay, configs)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in configs}
     with torch.no_grad(), alone(replay.model):
