@@ -1,7 +1,7 @@
 """What torch.compile makes of the patch's hooks, without importing the compiler for users who never compile.
 
 A hook that the compiler can follow (`followed`) becomes part of the host's graph: it tells by `compiling` that it is
-being traced, counts nothing then, and takes what was planned for constants (`constant`). What cannot be traced is
+being traced, counts nothing then, and takes what was planned for constants. What cannot be traced is
 `not_compiled`: the graph breaks there.
 """
 
@@ -32,15 +32,6 @@ def compiler_loaded() -> bool:
 def followed(function: F) -> F:
     """Decorator: a hook that the compiler may trace; older ones are kept out of it."""
     return function if FOLLOWS else not_compiled(function)
-
-
-def constant(function: F) -> F:
-    """Decorator: the compiler calls `function` once, while it traces, and takes what it returns for a constant.
-
-    Like `torch.compiler.assume_constant_result`, but without loading the compiler at import.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def not_compiled(function: F) -> F:

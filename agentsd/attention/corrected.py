@@ -73,8 +73,10 @@ def corrected_attention(
     Returns:
         (B, H, N, d). Only P exists as a matrix, some heads at a time; the fit is float32 whatever the tensors are.
     """
-    given = (q, k, v, *(text or ()))
-    at = _layout(q, size, cell, opened, text[0].shape[2] if text else 0)
+    given, words = (q, k, v, *(text or ())), text[0].shape[2] if text else 0
+    # tensors without values, as counters of FLOPs use them, must not be kept
+    make: Any = _kept_layout if type(q) is Tensor else _make_layout
+    at = make(size, cell, opened, words, q.device, q.dtype, q.shape[-1])
     scratch = _Scratch(given)
     scratch.chosen = chosen
     (B, H, N, d), (rows, heads) = q.shape, scratch.pairs(q)
@@ -324,12 +326,6 @@ class _Layout(NamedTuple):
         return len(self.agents)
 
 
-def _layout(q: Tensor, *given: Any) -> _Layout:
-    # tensors without values, as counters of FLOPs use them, must not be kept
-    make: Any = _kept_layout if type(q) is Tensor else _make_layout
-    return make(*given, q.device, q.dtype, q.shape[-1])
-
-
 def _make_layout(
     size: tuple[int, int], cell: tuple[int, int], opened: int, words: int, device: Any, dtype: Any, d: int
 ) -> _Layout:
@@ -345,7 +341,8 @@ def _make_layout(
         queries = torch.zeros(y.windows * x.windows, y.tile * x.tile, dtype=torch.long)
         queries[window, place] = token
         tokens = torch.tensor(landmark_places(size, cell)) @ torch.tensor([width, 1])
-        found = _cut(pad(token.view(height, width), (0, C * sx - width, 0, R * sy - height), value=len(token)), cell)
+        whole = pad(token.view(height, width), (0, C * sx - width, 0, R * sy - height), value=len(token))
+        found = whole.view(R, sy, C, sx).transpose(1, 2).reshape(n, s)
         found = found.masked_fill(found == tokens[:, None], -1).sort(-1).values
         lacks = found == len(token)
         by_cells = found.where((found >= 0) & ~lacks, tokens[:, None]).flatten()
@@ -356,21 +353,16 @@ def _make_layout(
         inside = rounded.expand(n, s).masked_fill(lacks, -math.inf)
         keys = opened * s + words
         bias = torch.cat([rounded.expand(keys), torch.full((far - n + opened,), -math.inf), log_c[opened:]])
-        whole = 1 - s * torch.eye(s)[0]
+        others = 1 - s * torch.eye(s)[0]
         agents = (y.agents[:, None, :, None] * C + x.agents[None, :, None, :]).flatten(2).flatten(0, 1)
         row, column = torch.arange(R)[:, None], torch.arange(C)
         near = torch.zeros(y.windows * x.windows, n).scatter(1, agents, AROUND)
         near = near.scatter(0, (row // y.side * x.windows + column // x.side).flatten()[None], 1.0)
         held = torch.cat([inside.flatten(), rounded.expand(words)]) if ragged else None
-        sums = torch.stack([1 + MISSED * whole, 1 - MISSED * whole])
+        sums = torch.stack([1 + MISSED * others, 1 - MISSED * others])
         made = queries.flatten(), window * y.tile * x.tile + place, tokens, by_cells, inside, held, sums
         more = torch.arange(n * s + words), log_c, bias if opened or words or ragged else None, agents, near
         return _Layout(opened, words, far, s, ragged, *(t if t is None else t.to(device) for t in (*made, *more)))
-
-
-def _cut(image: Tensor, tile: tuple[int, int]) -> Tensor:
-    """(height, width) → (tiles, tokens of a tile)."""
-    return image.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0])).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 _kept_layout = lru_cache(maxsize=64)(_make_layout)

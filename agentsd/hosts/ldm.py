@@ -21,7 +21,6 @@ class ForwardSeam(Seam):
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self._names = names or ("x", "context", "mask")  # LDM's if a wrapper hides them
         self._previous: Callable[..., Tensor] | None = None
-        self._forward: Callable[..., Tensor] | None = None
         self._handler: Handler | None = None
         self._wants: Callable[[], Any] = always
 
@@ -29,12 +28,12 @@ class ForwardSeam(Seam):
         self._handler, self._wants = handler, wants
         self._previous = self.attn.__dict__.get("forward")
         # a bound method, not a closure, so that a deep copy of the model gets its own seam
-        self._forward = self.attn.forward = self._answer
+        self.attn.forward = self._answer
 
     def remove(self) -> None:
         """Restore `forward`. A wrapper put on top since then stays, and now wraps a pass-through."""
-        forward, self._forward, self._handler, self._wants = self._forward, None, None, always
-        if forward is None or self.attn.__dict__.get("forward") != forward:  # equal, not identical, in a deep copy
+        self._handler, self._wants = None, always
+        if self.attn.__dict__.get("forward") != self._answer:
             return
         if self._previous is None:
             del self.attn.forward

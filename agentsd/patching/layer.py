@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..attention.grid import Grid
 from ..attention.merging import Matching
 from ..config import AgentConfig
-from ..eager import compiler_loaded, compiling, constant, followed, not_compiled
+from ..eager import compiler_loaded, compiling, followed, not_compiled
 from ..hosts import Call, Site, read_tokens
 from ..methods import UNTOUCHED, LayerPlan, SelfAttention
 from ..plan import deepest_level, merged_tokens, plan_block
@@ -379,9 +379,12 @@ def _planned(settings_and_plan: tuple[AgentConfig, LayerPlan] | None, size: Grid
     return vars(_TRACED).setdefault(name, planned._replace(name=name))
 
 
-@constant
 def _foreseen(layer: Layer, key: str, height: int, width: int) -> str:
     """Name what is planned for a block of height × width tokens; `key` as in `Patch`."""
     *latent, part = key.split()
     call = ModelCall(layer.patch, Grid(*map(int, latent)), part=None if part == "None" else float(part))
     return layer.image.planned(call, Grid(height, width))[layer].name
+
+
+# as by `torch.compiler.assume_constant_result`, which loads the compiler
+_foreseen._dynamo_marked_constant = True  # type: ignore[attr-defined]

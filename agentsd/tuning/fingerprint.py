@@ -86,21 +86,14 @@ def agree(stored: str, found: str) -> bool:
 
     What could not be read in either does not count.
     """
-    return all(_same(a, b) for a, b in zip(stored.split(), found.split(), strict=False) if "-" not in (a, b))
+    return all(_same(*pair) for pair in zip(stored.split(), found.split(), strict=False) if "-" not in pair)
 
 
-def _same(a: str, b: str) -> bool:
+def _same(*texts: str) -> bool:
     try:
-        (one, x), (other, y) = map(_parsed, (a, b))
-        coarse = max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
-        x, y = (values.to(coarse).float() for values in (x, y))
+        names, values = zip(*(text.split(":") for text in texts), strict=True)
+        coarse = max((getattr(torch, _DTYPES[_DTYPES.index(name)]) for name in names), key=lambda d: torch.finfo(d).eps)
+        x, y = (torch.frombuffer(bytearray.fromhex(v), dtype=torch.float32).to(coarse).float() for v in values)
         return torch.isclose(x, y, rtol=1e-5, atol=0).float().mean().item() >= AGREEMENT
     except (ValueError, RuntimeError, AttributeError):  # forged, or of a dtype that is not known here
         return False
-
-
-def _parsed(text: str) -> tuple[torch.dtype, Tensor]:
-    name, _, values = text.partition(":")
-    if name not in _DTYPES:
-        raise ValueError(name)
-    return getattr(torch, name), torch.frombuffer(bytearray.fromhex(values), dtype=torch.float32)
