@@ -27,18 +27,11 @@ PROMPT_TOKENS = 77
 
 
 @dataclass(frozen=True)
-class CountedBlock(Block):
-    """A transformer block, and C, the width of its tokens."""
-
-    channels: int = 0
-
-
-@dataclass(frozen=True)
 class Layout:
     """What the cost model needs to know of a U-Net."""
 
     name: str  # the U-Net's common name
-    blocks: tuple[CountedBlock, ...]  # its transformer blocks, in order
+    blocks: tuple[Block, ...]  # its transformer blocks, in order
     # (level, FLOPs per position of that level) of everything outside the transformer blocks
     rest: tuple[tuple[int, int], ...]
     constant: int  # FLOPs that do not depend on the image size: timestep embedding, keys and values of the prompt
@@ -50,7 +43,7 @@ def layouts() -> dict[str, Layout]:
     known = {}
     for data in json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))["layouts"]:
         largest = min(level for _, level, _ in data["blocks"])
-        blocks = tuple(CountedBlock(name, level, largest, channels) for name, level, channels in data["blocks"])
+        blocks = tuple(Block(name, level, largest, channels) for name, level, channels in data["blocks"])
         known[data["name"]] = Layout(data["name"], blocks, tuple(map(tuple, data["rest"])), data["constant"])
     return known
 

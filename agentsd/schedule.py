@@ -97,6 +97,7 @@ class Block:
     name: str = ""
     downsample: int | None = None  # its level in the U-Net: 1, 2, 4 or 8; None if unknown
     largest_level: int = 1  # of the U-Net's largest self-attention layers, for which "auto" stands
+    channels: int = 0  # C, the width of its tokens; 0 if it isn't told
 
 
 ANYWHERE = Block()

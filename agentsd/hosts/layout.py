@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 from torch import nn
 
-from ..costs import PROMPT_TOKENS, CountedBlock, Layout
+from ..costs import PROMPT_TOKENS, Layout
 from .sites import downsamples, find_sites
 
 # Downsample at which a resampling module convolves, relative to that of its stage: LDM's begin with a Downsample and
@@ -18,7 +19,7 @@ _RESAMPLED = {"Downsample": 1.0, "Upsample": 0.5, "Downsample2D": 2.0, "Upsample
 def layout_of(unet: nn.Module, name: str = "") -> Layout:
     """Read a U-Net's layout, but for blocks of unknown level. Only shapes are read, so any device will do."""
     sites = [site for site in find_sites(unet) if site.downsample is not None]
-    blocks = tuple(CountedBlock(**vars(site.place), channels=site.channels) for site in sites)
+    blocks = tuple(replace(site.place, channels=site.channels) for site in sites)
     prompted = [site.block.attn2 for site in sites if getattr(site.block, "attn2", None) is not None]
     constant = PROMPT_TOKENS * sum(_flops_per_position(to) for attn in prompted for to in (attn.to_k, attn.to_v))
     inside = {id(module) for site in sites for module in site.block.modules()}

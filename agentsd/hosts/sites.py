@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -140,14 +140,10 @@ def find_sites(unet: nn.Module) -> list[Site]:
     family = family_of(unet)
     if family is not None:
         return sites_of(unet, family)
-    levels, sites = dict(downsamples(unet)), []
-    for name, parent, block in _blocks(unet):
-        level = next((d for prefix, d in levels.items() if name.startswith(prefix + ".")), None)
-        sites.append(Site(block, parent, Block(name, level), block.attn1))
-    largest = min((site.downsample for site in sites if site.downsample), default=1)
-    for site in sites:
-        site.place = replace(site.place, largest_level=largest)
-    return sites
+    blocks, stages = list(_blocks(unet)), dict(downsamples(unet))
+    levels = [next((d for at, d in stages.items() if name.startswith(at + ".")), None) for name, _, _ in blocks]
+    largest, placed = min(filter(None, levels), default=1), zip(blocks, levels, strict=True)
+    return [Site(b, parent, Block(name, level, largest), b.attn1) for (name, parent, b), level in placed]
 
 
 def sites_of(model: nn.Module, family: Transformer) -> list[Site]:

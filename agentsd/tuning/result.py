@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -64,9 +64,10 @@ class TuningCancelled(Exception):
     """Tuning was cancelled by its `progress`. The model is as it was."""
 
 
-def tuned_blocks(sites: Iterable[Site]) -> tuple[Block, ...]:
-    """Name the blocks, and their levels by the side, in positions of the latent, of what a token stands for."""
-    return tuple(Block(site.name, site.downsample and site.downsample * site.patch) for site in sites)
+def tuned_blocks(sites: Sequence[Site]) -> tuple[Block, ...]:
+    """Tell where the blocks are; a level is the side, in positions of the latent, of what a token stands for."""
+    levels = (site.downsample and site.downsample * site.patch for site in sites)
+    return tuple(replace(s.place, downsample=d, channels=s.channels) for s, d in zip(sites, levels, strict=True))
 
 
 @dataclass(frozen=True)
