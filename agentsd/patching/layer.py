@@ -45,15 +45,10 @@ class LayerReport:
 
 
 class Answerer:
-    """Plans the blocks of a patch and answers their self-attention. `Patch` takes a subclass that does it otherwise.
+    """Plans the blocks of a patch and answers their self-attention. `Patch` takes a subclass that does it otherwise."""
 
-    Attributes:
-        clusters_first: whether an answer needs the clusters of the block's tokens, as planned, to be made before it.
-        traceable: whether torch.compile may make answers part of a graph.
-    """
-
-    clusters_first = True
-    traceable = True
+    # whether it only tries what it plans, beside the host's attention: outside of graphs, with clusters of its own
+    tries = False
 
     def settings(self, config: AgentConfig, site: Site) -> Iterable[AgentConfig]:
         """Yield the settings under which a block may ever act; none where full attention always stays."""
@@ -299,7 +294,7 @@ class Layer:
         if planned.clustered and call is not None and not reason:
             matching = call.matchings.get(self)
             missing = matching is None or matching.shape != tuple(host.x.shape[:2])
-            if missing and self.answerer.clusters_first:
+            if missing and not self.answerer.tries:
                 again = "self-attention is plain again and its tokens are matched from the next call on"
                 reason = again if unmatched else "self-attention got other tokens than the block was given"
         if call is not None:

@@ -74,7 +74,7 @@ class Patch:
         answerer = answerer or self.answerer_class()
         self._unet = weakref.ref(unet)
         self.config, self.kv_context, self.timesteps = config, kv_context, Timesteps(progress)
-        self.outside = may_match(config) or not answerer.traceable  # whether no answer may be part of a graph
+        self.outside = may_match(config) or answerer.tries  # whether no answer may be part of a graph
         self.active = False  # whether it is installed
         # reasons for leaving self-attention to the host, each with its number of calls
         self.notes: Counter[str] = Counter()

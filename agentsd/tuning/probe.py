@@ -34,8 +34,7 @@ MAX_TIME_TRIED = 1.1
 class Probe(Answerer):
     """Answers every call with the host's attention, and tries candidates, numbered from 1, beside it."""
 
-    clusters_first = False  # they are made in each trial
-    traceable = False
+    tries = True
 
     def __init__(self, candidates: Sequence[AgentConfig], clock: Clock) -> None:
         self.candidates, self.clock = dict(enumerate(candidates, 1)), clock
