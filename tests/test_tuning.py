@@ -64,6 +64,12 @@ def test_the_measured_deviation_is_within_the_tolerance_and_a_larger_one_does_mo
     assert changed[0] < changed[-1]
 
 
+def test_a_compiled_model_is_tuned_outside_of_its_graph(every_gain_counts):
+    unet = golden_unet()
+    unet.compile(backend="eager")
+    assert agentsd.tune(unet, CALLS[:1], 0.3, methods=TRY[:1]).acts
+
+
 def test_an_error_in_a_block_says_what_it_does_to_the_output(unet, every_gain_counts):
     tuner = _Tuner(replay.Replay(unet, CALLS), TRY, 0.1)
     with torch.no_grad():
